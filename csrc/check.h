@@ -1,0 +1,25 @@
+// Checks that guard memory, for ops that are called past their public Python function.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace kdkernels {
+
+inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::Tensor& b, const char* b_name) {
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name, " must have the same shape, got ", a.sizes(), " and ", b.sizes());
+}
+
+inline void check_floating(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), name, " must be floating point, got ", x.scalar_type());
+}
+
+inline void check_shape(const at::Tensor& x, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
+}
+
+inline void check_device(const at::Tensor& x, const char* name, at::Device device) {
+  TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, ", got ", x.device());
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,38 @@
+// The extension module: what was built, and which instruction set the CPU runs. The ops are registered by their own files.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include <string>
+
+namespace {
+
+// The most capable of the instruction sets that the CPU kernels are built for.
+std::string best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? "avx512" : avx2 ? "avx2" : "baseline";
+#else
+  return "baseline";
+#endif
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+  info["torch"] = TORCH_VERSION;
+  info["isas"] = KDKERNELS_ISAS;
+  info["best_isa"] = best_isa();
+  info["cuda_archs"] = KDKERNELS_CUDA_ARCHS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("build_info", build_info); }

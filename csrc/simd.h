@@ -1,0 +1,240 @@
+// Vectors of float or double as wide as the instruction set this file is compiled for, and the elementary functions the kernels share.
+//
+// The types are the vector extensions of GCC and Clang: the operators + - * / < == & | and ?: work lane by lane on every target, and only
+// what they cannot say well (max, any, streaming stores) falls to intrinsics. A source that includes this header is compiled once per
+// instruction set; nothing here may be included by code that has to run on every CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace kdkernels::simd {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;  // SSE2, NEON
+#endif
+
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <typename T>
+using Mask = Vec<typename IntOf<T>::type>;  // all bits set in a lane, or none
+
+template <typename T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <typename T>
+inline Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
+  return m ? yes : no;
+}
+
+// a > b ? a : b in every lane, hence b where either is NaN.
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> max(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <typename M>
+inline bool any(M m) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)m) != 0;
+#else
+  int64_t parts[kBytes / 8];
+  std::memcpy(parts, &m, sizeof m);
+  int64_t all = 0;
+  for (int64_t part : parts) all |= part;
+  return all != 0;
+#endif
+}
+
+// Writes past the caches, for results too large to be found there again. p must be aligned to kBytes; fence() orders the writes.
+template <typename T>
+inline void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
+inline T sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <typename T>
+inline T largest(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  T result = lanes[0];
+  for (T lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+template <typename T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float round_magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  static constexpr float exp_lowest = -87.0f, exp_highest = 88.0f;  // e^x is a normal number in between
+  static constexpr int mantissa_bits = 23, exponent_bias = 127;
+  static constexpr int exp_terms = 8;  // Taylor terms up to r^8 / 8!: |r| <= ln2 / 2 makes the rest 2e-10
+};
+
+template <>
+struct Constants<double> {
+  static constexpr double log2e = 1.4426950408889634, ln2_hi = 0.693147180369123816490, ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double round_magic = 6755399441055744.0;   // 1.5 * 2^52
+  static constexpr double exp_lowest = -708.0, exp_highest = 709.0;
+  static constexpr int mantissa_bits = 52, exponent_bias = 1023;
+  static constexpr int exp_terms = 14;
+};
+
+// e^y = scale * (1 + r + h) with scale a power of two, |r| <= ln2 / 2 and h = e^r - 1 - r.
+// For |y| <= ln2 / 2, scale is 1 and r is y itself: e^y - 1 = r + h and e^y - 1 - y = h then lose nothing to cancellation.
+template <typename T>
+struct ExpParts {
+  Vec<T> scale, r, h;
+};
+
+template <typename T>
+inline ExpParts<T> exp_parts(Vec<T> y) {
+  using C = Constants<T>;
+  using I = Mask<T>;
+  const Vec<T> shifted = y * C::log2e + C::round_magic;
+  const Vec<T> n = shifted - C::round_magic;
+  const Vec<T> r = (y - n * C::ln2_hi) - n * C::ln2_lo;
+  // The integer n sits in the low bits of `shifted`; a shift by the width of the mantissa drops the bits of the magic number above it.
+  const I exponent = ((I)shifted + C::exponent_bias) << C::mantissa_bits;
+  Vec<T> poly = splat<T>(T(0));
+  double coefficient[C::exp_terms + 1];
+  coefficient[0] = 1;
+#pragma GCC unroll 16
+  for (int k = 1; k <= C::exp_terms; ++k) coefficient[k] = coefficient[k - 1] / k;
+#pragma GCC unroll 16
+  for (int k = C::exp_terms; k >= 2; --k) poly = poly * r + T(coefficient[k]);
+  return {(Vec<T>)exponent, r, poly * r * r};
+}
+
+// e^y for any y: 0 below the range of normal numbers (so e^-inf = 0), e^exp_highest above it, NaN for NaN.
+template <typename T>
+inline Vec<T> exp(Vec<T> y) {
+  using C = Constants<T>;
+  const Vec<T> low = splat<T>(C::exp_lowest), high = splat<T>(C::exp_highest);
+  const Vec<T> capped = y > high ? high : y;
+  const ExpParts<T> p = exp_parts<T>(max(low, capped));
+  const Vec<T> value = p.scale * (T(1) + (p.r + p.h));
+  return y < low ? Vec<T>{} : value;
+}
+
+// log(u) for positive finite u; -inf for 0, inf for inf, NaN below 0 and for NaN. u = 2^n * m with m in [sqrt(1/2), sqrt(2)),
+// log m = 2 atanh(z), z = (m - 1) / (m + 1).
+template <typename T>
+inline Vec<T> log(Vec<T> u) {
+  using C = Constants<T>;
+  using I = Mask<T>;
+  using Int = typename IntOf<T>::type;
+  constexpr int bits = C::mantissa_bits;
+  const T root_half = T(0.70710678118654752);
+  // Subtracting the bits of sqrt(1/2) puts the boundary between two exponents there.
+  Int root_bits;
+  std::memcpy(&root_bits, &root_half, sizeof root_bits);
+  const I offset = (I)u - root_bits;
+  const I n = offset >> bits;
+  const Vec<T> m = (Vec<T>)((offset & ((Int(1) << bits) - 1)) + root_bits);
+  const Vec<T> z = (m - T(1)) / (m + T(1));
+  const Vec<T> z2 = z * z;  // |z| <= 0.1716
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;
+  Vec<T> poly = splat<T>(T(1.0 / (2 * terms + 1)));
+#pragma GCC unroll 16
+  for (int k = terms - 1; k >= 1; --k) poly = poly * z2 + T(1.0 / (2 * k + 1));
+  const Vec<T> exponent = __builtin_convertvector(n, Vec<T>);
+  const Vec<T> small = T(2) * z * z2 * poly + exponent * C::ln2_lo;
+  Vec<T> result = (small + T(2) * z) + exponent * C::ln2_hi;
+  const T inf = std::numeric_limits<T>::infinity();
+  result = u == inf ? u : result;
+  result = u == T(0) ? splat<T>(-inf) : result;
+  return u >= T(0) ? result : splat<T>(std::numeric_limits<T>::quiet_NaN());
+}
+
+// log(1 + x), accurate for small x: the rounding of 1 + x is given back to first order.
+template <typename T>
+inline Vec<T> log1p(Vec<T> x) {
+  const Vec<T> u = T(1) + x;
+  const Vec<T> lost = ((u - T(1)) - x) / u;
+  const Vec<T> result = log<T>(u);
+  return result - (u < std::numeric_limits<T>::infinity() && u > T(0) ? lost : Vec<T>{});
+}
+
+}  // namespace kdkernels::simd

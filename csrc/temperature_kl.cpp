@@ -1,0 +1,133 @@
+// temperature_kl: the schemas of its ops, and its derivative.
+//
+// The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at once
+// and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
+// in Python because at 128 x 100 logits a Python derivative takes longer than the kernel, eager's forward and eager's backward together.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include "temperature_kl.h"
+
+namespace kdkernels::temperature_kl {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using at::Tensor;
+
+using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&, const OptionalTensor&,
+                                                    const OptionalTensor&, int64_t, c10::string_view, double, c10::string_view, bool, bool,
+                                                    double, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
+                                                             const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view, double,
+                                                             c10::string_view, bool, bool, double, std::array<bool, 3>);
+using RescaleSignature = void(Tensor&, const Tensor&, int64_t);
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// A tensor that a tracer stands behind (torch.compile, export, functorch): its graph must not mutate what it saved.
+bool is_traced(const Tensor& x) {
+  return c10::impl::dispatch_mode_enabled() || x.key_set().has_any(c10::DispatchKeySet(
+             {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+}
+
+struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
+                                                double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                const OptionalTensor& normalizer, int64_t dim, std::string direction, double beta,
+                                                std::string reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
+    static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
+    const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, grad] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
+                                include_entropy, target_eps, save_grad);
+    ctx->mark_non_differentiable({grad});
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({student, teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()), normalizer.value_or(Tensor()), grad});
+    auto& saved = ctx->saved_data;
+    saved["temperature"] = temperature;
+    saved["dim"] = dim;
+    saved["direction"] = std::move(direction);
+    saved["beta"] = beta;
+    saved["reduction"] = std::move(reduction);
+    saved["scale_by_t2"] = scale_by_t2;
+    saved["include_entropy"] = include_entropy;
+    saved["target_eps"] = target_eps;
+    saved["save_grad"] = save_grad;
+    saved["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
+    return {loss, grad};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    static const auto rescale = find_op<RescaleSignature>("kdkernels::temperature_kl_rescale_");
+    static const auto recompute = find_op<BackwardSignature>("kdkernels::temperature_kl_backward");
+    torch::autograd::variable_list result(13);  // one for each argument of forward
+    const Tensor& grad_loss = grads[0];
+    if (!grad_loss.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const int64_t dim = data["dim"].toInt();
+    if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
+      Tensor grad = saved[5];
+      // A graph that is kept, or traced, needs the saved gradient again; otherwise it is ours to change and to give away.
+      if (torch::autograd::get_current_graph_task_keep_graph() || is_traced(grad) || is_traced(grad_loss)) {
+        result[0] = grad * (grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss).to(grad.scalar_type());
+      } else {
+        rescale.call(grad, grad_loss, dim);
+        result[0] = grad;
+      }
+      return result;
+    }
+    auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
+    const auto needs = data["needs"].toBoolList();
+    auto [to_student, to_teacher, to_temperature] =
+        recompute.call(grad_loss, saved[0], saved[1], data["temperature"].toDouble(), optional(saved[2]), optional(saved[3]), optional(saved[4]),
+                       dim, data["direction"].toStringView(), data["beta"].toDouble(), data["reduction"].toStringView(),
+                       data["scale_by_t2"].toBool(), data["include_entropy"].toBool(), data["target_eps"].toDouble(),
+                       std::array<bool, 3>{needs[0], needs[1], needs[2]});
+    if (needs[0]) result[0] = to_student;
+    if (needs[1]) result[1] = to_teacher;
+    if (needs[2]) result[3] = to_temperature;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
+                                                   const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                   const OptionalTensor& normalizer, int64_t dim, c10::string_view direction, double beta,
+                                                   c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps,
+                                                   bool save_grad) {
+  const bool needs_grad = student.requires_grad() || teacher.requires_grad() || (row_temperature && row_temperature->requires_grad());
+  if (!at::GradMode::is_enabled() || !needs_grad) {
+    static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
+                   include_entropy, target_eps, save_grad);
+  }
+  const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, std::string(direction), beta,
+                                        std::string(reduction), scale_by_t2, include_entropy, target_eps);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+}  // namespace kdkernels::temperature_kl
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without `dim`.
+  // The second result is dLoss/dStudent if save_grad, which the derivative sets, else it is empty.
+  m.def(
+      "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int dim, "
+      "str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
+      "-> (Tensor loss, Tensor grad_student)");
+  m.def(
+      "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
+      "Tensor? normalizer, int dim, str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
+      "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
+  m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor grad_loss, int dim) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) { m.impl("temperature_kl", kdkernels::temperature_kl::temperature_kl_autograd); }

@@ -1,0 +1,19 @@
+"""Fused, differentiable ops for knowledge distillation."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch  # before _C: the extension links against torch's libraries
+
+from . import _C, reference  # noqa: F401  the import of _C registers the ops
+from .config import load_cpu_kernels, show_config
+
+try:
+    __version__ = version("kdkernels")
+except PackageNotFoundError:  # a source tree on the path that was built in place but not installed
+    __version__ = "0+unknown"
+
+CPU_ISA = load_cpu_kernels()
+
+from .ops.temperature_kl import temperature_kl  # noqa: E402  needs the registered ops
+
+__all__ = ["reference", "show_config", "temperature_kl"]

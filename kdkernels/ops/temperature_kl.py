@@ -1,0 +1,303 @@
+"""temperature_kl: Kullback-Leibler (forward, reverse) and Jensen-Shannon divergence of softened logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..reference import temperature_kl as reference
+
+_DIRECTIONS = ("forward", "reverse", "jsd")
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_forward_op = torch.ops.kdkernels.temperature_kl.default
+
+
+def temperature_kl(
+    student: Tensor,  # [..., C, ...]
+    teacher: Tensor,  # [..., C, ...]
+    temperature: float | Tensor = 1.0,
+    *,
+    dim: int = -1,
+    direction: str = "forward",
+    beta: float = 0.5,
+    reduction: str = "batchmean",
+    scale_by_t2: bool = True,
+    include_entropy: bool = True,
+    target_eps: float = 0.0,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Divergence between the softened predictions of a student and a teacher, fused, never negative, accurate near agreement.
+
+    With :math:`p_t = \mathrm{softmax}(\text{teacher}/T)`, :math:`p_s = \mathrm{softmax}(\text{student}/T)` over ``dim``, the loss of a row is
+
+    ======================  =====================================================================================
+    ``direction``           loss of a row (times :math:`T^2` if ``scale_by_t2``)
+    ======================  =====================================================================================
+    ``"forward"``           :math:`KL(p_t \| p_s) = \sum_k p_t (\log p_t - \log p_s)`  (Hinton et al. 2015)
+    ``"reverse"``           :math:`KL(p_s \| p_t)`
+    ``"jsd"``               :math:`\beta KL(p_t \| M) + (1-\beta) KL(p_s \| M)`, :math:`M = \beta p_t + (1-\beta) p_s`  (Agarwal et al.
+                            2024, eq. 1); as in TRL and Liger, ``beta=0`` is ``"forward"`` and ``beta=1`` is ``"reverse"``
+    ======================  =====================================================================================
+
+    Args:
+        student: logits, float64, float32, bfloat16 or float16, any strides. Classes lie in ``dim``; all other dimensions are rows.
+            ``-inf`` excludes a class; :math:`0 \log 0 = 0`. A row of which every logit is ``-inf``, or any is NaN, gives NaN.
+        teacher: logits of the same shape and device; its dtype may differ. It receives a gradient if, and only if, it requires one.
+        temperature: T > 0, in units of logits; a float, or a tensor that broadcasts to the rows (per sample), differentiable if it requires grad.
+        dim: the dimension of the classes. ``[B, K, H, W]`` with ``dim=1`` is a loss per pixel.
+        beta: weight of the teacher in the mixture, in [0, 1]; used by ``"jsd"`` only.
+        reduction: ``"batchmean"`` divides the sum by the number of (unmasked) rows, ``"mean"`` by that times C, which is what
+            ``torch.nn.functional.kl_div`` calls ``"mean"``; ``"sum"``; or ``"none"`` for one loss per row.
+        scale_by_t2: multiply by :math:`T^2`, which keeps the size of the gradient when T changes.
+        include_entropy: ``False`` gives the soft cross-entropy :math:`-\sum p_t \log p_s`: same gradient to the student, another
+            value. Only for ``"forward"``.
+        target_eps: added to every :math:`p_t`, as weight and inside the logarithm, without renormalising (FFL uses 1e-7). Only for ``"forward"``.
+        mask: bool, one per row; ``False`` rows add nothing, whatever they hold, and are not counted.
+        normalizer: float or one-element tensor that takes the place of the number of rows in ``"batchmean"`` and ``"mean"``, so that a
+            loss does not depend on how the batch was split. Not differentiated.
+
+    Returns:
+        A float64 tensor if either input is float64, else float32, also under autocast: 0-dim, or one loss per row for ``"none"``. A batch without
+        (unmasked) rows gives 0.
+
+    Raises:
+        TypeError: logits, temperature or mask of a wrong type.
+        ValueError: shapes or devices that differ, T <= 0, or an option out of its range. (A CUDA tensor of temperatures is not read back
+            to be checked; T <= 0 gives NaN there.)
+
+    The gradient to the student costs no pass of its own: the forward writes it when only the student requires one. Double backward and
+    ``torch.func`` transforms go through :func:`kdkernels.reference.temperature_kl`.
+
+    References:
+        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
+        R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024. https://arxiv.org/abs/2306.13649
+    """
+    _check(student, teacher, dim, direction, beta, reduction, include_entropy, target_eps, mask, normalizer)
+    rows_temperature = None
+    if isinstance(temperature, Tensor):
+        rows_temperature, temperature = _rows_temperature(temperature, student, dim), 1.0
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    if direction == "jsd" and (beta == 0 or beta == 1):
+        direction = "reverse" if beta == 1 else "forward"
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=torch.float64, device=student.device)
+    options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)
+    return _dispatch(student, teacher, temperature, rows_temperature, mask, normalizer, *options)[0]
+
+
+def _dispatch(student, teacher, temperature, row_temperature, mask, normalizer, *options):
+    if torch._C._are_functorch_transforms_active() and not _innermost_is_vmap():
+        return _reference(student, teacher, temperature, row_temperature, mask, normalizer, *options), None
+    return _forward_op(student, teacher, temperature, row_temperature, mask, normalizer, *options, False)
+
+
+def _innermost_is_vmap() -> bool:
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Vmap
+
+
+def _reference(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps):
+    return reference(
+        student,
+        teacher,
+        temperature if row_temperature is None else row_temperature,
+        dim=dim,
+        direction=direction,
+        beta=beta,
+        reduction=reduction,
+        scale_by_t2=scale_by_t2,
+        include_entropy=include_entropy,
+        target_eps=target_eps,
+        mask=mask,
+        normalizer=normalizer,
+    )
+
+
+def _row_shape(logits: Tensor, dim: int) -> tuple:
+    shape = list(logits.shape)
+    del shape[dim]
+    return tuple(shape)
+
+
+def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:
+    rows = _row_shape(logits, dim)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+    if temperature.device != logits.device:
+        raise ValueError(f"temperature must be on the logits' device {logits.device}, got {temperature.device}")
+    try:
+        return temperature.expand(rows)
+    except RuntimeError:
+        raise ValueError(f"temperature must broadcast to the rows {rows} (the logits' shape without dim={dim}), got {tuple(temperature.shape)}") from None
+
+
+def _check(student, teacher, dim, direction, beta, reduction, include_entropy, target_eps, mask, normalizer) -> None:
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16 logits, got {x.dtype}")
+    ndim = student.dim()
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim must lie in [{-ndim}, {ndim - 1}] for logits of {ndim} dimensions, got {dim}")
+    if student.shape != teacher.shape:
+        if ndim == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
+            raise ValueError(
+                f"student has {student.shape[dim]} classes in dim={dim} and teacher {teacher.shape[dim]}; they must be the same classes "
+                "(pad the smaller vocabulary with -inf, or slice both to the classes they share)"
+            )
+        raise ValueError(f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if student.shape[dim] == 0:
+        raise ValueError(f"student and teacher must have at least one class, got shape {tuple(student.shape)} with dim={dim}")
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction must be one of {_DIRECTIONS}, got {direction!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    if not 0 <= target_eps < math.inf:
+        raise ValueError(f"target_eps must be a finite number >= 0, got {target_eps}")
+    if direction != "forward" and (target_eps > 0 or not include_entropy):
+        raise ValueError(f"target_eps > 0 and include_entropy=False are defined for direction='forward' only, got direction={direction!r}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+        if tuple(mask.shape) != _row_shape(student, dim):
+            raise ValueError(f"mask must have the shape of the rows {_row_shape(student, dim)}, got {tuple(mask.shape)}")
+        if mask.device != student.device:
+            raise ValueError(f"mask must be on the logits' device {student.device}, got {mask.device}")
+    if normalizer is not None:
+        _check_normalizer(normalizer, student, reduction)
+
+
+def _check_normalizer(normalizer, student, reduction) -> None:
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"normalizer takes the place of the count of reduction='batchmean' or 'mean', got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must have one element, got shape {tuple(normalizer.shape)}")
+        if normalizer.requires_grad:
+            raise ValueError("normalizer is not differentiated: detach() it")
+        if normalizer.device != student.device:
+            raise ValueError(f"normalizer must be on the logits' device {student.device}, got {normalizer.device}")
+    elif not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer must be a finite number > 0, got {normalizer}")
+
+
+def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+@torch.library.register_fake("kdkernels::temperature_kl")
+def _(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, save_grad):
+    shape = _row_shape(student, dim) if reduction == "none" else ()
+    loss = student.new_empty(shape, dtype=_compute_dtype(student, teacher))
+    return loss, torch.empty_like(student) if save_grad else student.new_empty(0)
+
+
+@torch.library.register_fake("kdkernels::temperature_kl_backward")
+def _(grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, dim, *options):
+    wanted = options[-1]
+    row_dtype = _compute_dtype(student, teacher) if row_temperature is None else row_temperature.dtype
+    return (
+        torch.empty_like(student) if wanted[0] else student.new_empty(0),
+        torch.empty_like(teacher) if wanted[1] else student.new_empty(0),
+        student.new_empty(_row_shape(student, dim), dtype=row_dtype) if wanted[2] else student.new_empty(0),
+    )
+
+
+@torch.library.register_fake("kdkernels::temperature_kl_rescale_")
+def _(grad, grad_loss, dim):
+    return None
+
+
+def _setup_backward(ctx, inputs, output) -> None:
+    grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, *options, wanted = inputs
+    ctx.save_for_backward(grad_loss, student, teacher, row_temperature, mask, normalizer)
+    ctx.rest, ctx.wanted = (temperature, options), wanted
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *grads):
+    """The vector-Jacobian product of the backward, through the reference."""
+    grad_loss, student, teacher, row_temperature, mask, normalizer = ctx.saved_tensors
+    temperature, options = ctx.rest
+    with torch.enable_grad():
+        inputs = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in (student, teacher, row_temperature)]
+        upstream = grad_loss if grad_loss.requires_grad else grad_loss.detach().requires_grad_()
+        loss = _reference(inputs[0], inputs[1], temperature, inputs[2], mask, normalizer, *options)
+        chosen = [i for i in range(3) if ctx.wanted[i] and grads[i] is not None]
+        if not chosen:
+            return (None,) * len(ctx.needs_input_grad)
+        first = torch.autograd.grad(loss, [inputs[i] for i in chosen], upstream.to(loss.dtype), create_graph=True)
+        sources = [upstream, *(x for x in inputs if x is not None)]
+        second = torch.autograd.grad(first, sources, [grads[i] for i in chosen], create_graph=torch.is_grad_enabled(), allow_unused=True)
+    to_temperature = second[3] if row_temperature is not None else None
+    return second[0], second[1], second[2], None, to_temperature, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+torch.library.register_autograd("kdkernels::temperature_kl_backward", _double_backward, setup_context=_setup_backward)
+
+
+@torch.library.register_vmap("kdkernels::temperature_kl")
+def _(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, *rest):
+    """One call over the batch with reduction="none", reduced per example."""
+    size = info.batch_size
+    ndim = student.dim() - (in_dims[0] is not None)
+    dim = dim % ndim
+
+    def batched(x, in_dim):
+        return None if x is None else x.movedim(in_dim, 0) if in_dim is not None else x.expand(size, *x.shape)
+
+    student, teacher, rows, mask, normalizer = (
+        batched(x, in_dims[i]) for i, x in ((0, student), (1, teacher), (3, row_temperature), (4, mask), (5, normalizer))
+    )
+    *forms, save_grad = rest
+    loss, grad = _dispatch(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, "none", scale_by_t2, *forms)
+    if reduction != "none":
+        classes = student.shape[dim + 1]
+        kept = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
+        count = kept if normalizer is None else normalizer.reshape(size)
+        loss = loss.reshape(size, -1).sum(1)
+        if reduction != "sum":
+            loss = loss / (count * classes if reduction == "mean" else count)
+    return (loss, student.new_empty(size, 0)), (0, 0)
+
+
+def _no_triton(error: ImportError):
+    raise RuntimeError("temperature_kl on a GPU runs in Triton, which is not installed: pip install triton") from error
+
+
+@torch.library.impl("kdkernels::temperature_kl", "CUDA")
+def _(*args):
+    try:
+        from ..triton.temperature_kl import temperature_kl as launch
+    except ImportError as error:
+        _no_triton(error)
+    return launch(*args)
+
+
+@torch.library.impl("kdkernels::temperature_kl_backward", "CUDA")
+def _(*args):
+    try:
+        from ..triton.temperature_kl import temperature_kl_backward as launch
+    except ImportError as error:
+        _no_triton(error)
+    return launch(*args)
+
+
+@torch.library.impl("kdkernels::temperature_kl_rescale_", "CUDA")
+def _(*args):
+    try:
+        from ..triton.temperature_kl import temperature_kl_rescale_ as launch
+    except ImportError as error:
+        _no_triton(error)
+    return launch(*args)

@@ -1,0 +1,8 @@
+"""The definition of every op in plain PyTorch: any device, any dtype, twice differentiable, depends on torch alone.
+
+Installed as ``kdkernels.reference``; each function has the signature of the fused op of the same name.
+"""
+
+from .temperature_kl import temperature_kl
+
+__all__ = ["temperature_kl"]

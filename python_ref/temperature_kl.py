@@ -1,0 +1,58 @@
+"""Definition of temperature_kl. See kdkernels.temperature_kl for the meaning of the arguments."""
+
+import torch
+from torch import Tensor
+
+
+def temperature_kl(
+    student: Tensor,  # [..., C, ...], classes in dimension `dim`
+    teacher: Tensor,  # like student
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to the rows
+    *,
+    dim: int = -1,
+    direction: str = "forward",
+    beta: float = 0.5,
+    reduction: str = "batchmean",
+    scale_by_t2: bool = True,
+    include_entropy: bool = True,
+    target_eps: float = 0.0,
+    mask: Tensor | None = None,  # [rows], bool
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    s, t = student.movedim(dim, -1).to(dtype), teacher.movedim(dim, -1).to(dtype)
+    rows = s.shape[:-1]
+    temperature = torch.as_tensor(temperature, device=s.device).to(dtype).expand(rows)
+    if mask is not None:  # masked before any arithmetic: a NaN there reaches neither value nor gradient
+        s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
+    log_s, log_t = (torch.log_softmax(x / temperature[..., None], -1) for x in (s, t))
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # sum p (log p - log q), 0 log 0 = 0
+        p = log_p.exp()
+        return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
+
+    if direction == "reverse" or (direction == "jsd" and beta == 1):
+        loss = kl(log_s, log_t)
+    elif direction == "jsd" and beta != 0:
+        middle = beta * log_t.exp() + (1 - beta) * log_s.exp()
+        log_m = torch.where(middle > 0, middle, 1).log()
+        loss = beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+    elif target_eps > 0 or not include_entropy:
+        p = log_t.exp() + target_eps
+        loss = (p * torch.where(p > 0, (p.log() if include_entropy else 0) - log_s, 0)).sum(-1)
+    else:
+        loss = kl(log_t, log_s)
+
+    if scale_by_t2:
+        loss = loss * temperature**2
+    if mask is not None:
+        loss = torch.where(mask, loss, 0)
+    if reduction == "none":
+        return loss
+    count = 1
+    if reduction != "sum":
+        kept = loss.numel() if mask is None else mask.sum()
+        count = torch.as_tensor(kept).clamp(min=1) if normalizer is None else normalizer
+    if reduction == "mean":
+        count = count * s.shape[-1]
+    return loss.sum() / count
