@@ -40,7 +40,8 @@ def extensions() -> list:
     cuda_archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if wants_cuda() and glob("csrc/*.cu") else ""
     kernels = sorted(glob("csrc/*_cpu.cpp"))
     shared = sorted(set(glob("csrc/*.cpp")) - set(kernels) - set(glob("csrc/*_cuda.cpp")))
-    flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    # -fopenmp is given to the compiler and not to the linker: the runtime must be the one torch has loaded, not a second one.
+    flags = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     defines = [("KDKERNELS_ISAS", f'"{",".join(isas)}"'), ("KDKERNELS_CUDA_ARCHS", f'"{cuda_archs}"')]
     modules = [cpp_extension.CppExtension("kdkernels._C", shared, define_macros=defines, extra_compile_args=flags)]
     for isa in isas:

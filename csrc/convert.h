@@ -11,13 +11,13 @@ namespace kdkernels {
 
 using UShorts = uint16_t __attribute__((vector_size(simd::kBytes / 2)));
 
-inline simd::Vec<float> widen(const c10::BFloat16* p) {
+KDKERNELS_INLINE simd::Vec<float> widen(const c10::BFloat16* p) {
   UShorts bits;
   std::memcpy(&bits, p, sizeof bits);
   return (simd::Vec<float>)(__builtin_convertvector(bits, simd::Mask<float>) << 16);
 }
 
-inline void narrow(simd::Vec<float> v, c10::BFloat16* p) {
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::BFloat16* p) {
   using I = simd::Mask<float>;
   const I bits = (I)v;
   const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -27,32 +27,32 @@ inline void narrow(simd::Vec<float> v, c10::BFloat16* p) {
 }
 
 #if defined(__AVX512F__)
-inline simd::Vec<float> widen(const c10::Half* p) {
+KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   return (simd::Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline void narrow(simd::Vec<float> v, c10::Half* p) {
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
-inline simd::Vec<float> widen(const c10::Half* p) {
+KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   return (simd::Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void narrow(simd::Vec<float> v, c10::Half* p) {
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-inline simd::Vec<float> widen(const c10::Half* p) {
+KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   simd::Vec<float> v;
   for (int i = 0; i < simd::kLanes<float>; ++i) v[i] = p[i];
   return v;
 }
-inline void narrow(simd::Vec<float> v, c10::Half* p) {
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
   for (int i = 0; i < simd::kLanes<float>; ++i) p[i] = v[i];
 }
 #endif
 
 template <typename From, typename To>
-inline void convert(const From* from, To* to, int64_t count) {
+KDKERNELS_INLINE void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>) {
     std::memcpy(to, from, count * sizeof(To));
   } else {

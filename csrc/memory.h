@@ -19,7 +19,7 @@ inline at::Tensor empty_like_on_huge_pages(const at::Tensor& x) {
   constexpr uintptr_t huge = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + huge - 1) / huge * huge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / huge * huge;
-  if (end > begin + huge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
   return out;
 }

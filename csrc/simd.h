@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// The loops of the kernels are built from these; a call left in one costs more than its body.
+#define KDKERNELS_INLINE inline __attribute__((always_inline))
+
 namespace kdkernels::simd {
 
 #if defined(__AVX512F__)
@@ -47,29 +50,29 @@ template <typename T>
 using Mask = Vec<typename IntOf<T>::type>;  // all bits set in a lane, or none
 
 template <typename T>
-inline Vec<T> splat(T x) {
+KDKERNELS_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
 template <typename T>
-inline Vec<T> load(const T* p) {
+KDKERNELS_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <typename T>
-inline void store(T* p, Vec<T> v) {
+KDKERNELS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 template <typename T>
-inline Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
+KDKERNELS_INLINE Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
   return m ? yes : no;
 }
 
 // a > b ? a : b in every lane, hence b where either is NaN.
-inline Vec<float> max(Vec<float> a, Vec<float> b) {
+KDKERNELS_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -78,7 +81,7 @@ inline Vec<float> max(Vec<float> a, Vec<float> b) {
   return a > b ? a : b;
 #endif
 }
-inline Vec<double> max(Vec<double> a, Vec<double> b) {
+KDKERNELS_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
@@ -89,7 +92,7 @@ inline Vec<double> max(Vec<double> a, Vec<double> b) {
 }
 
 template <typename M>
-inline bool any(M m) {
+KDKERNELS_INLINE bool any(M m) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
 #elif defined(__AVX2__)
@@ -105,7 +108,7 @@ inline bool any(M m) {
 
 // Writes past the caches, for results too large to be found there again. p must be aligned to kBytes; fence() orders the writes.
 template <typename T>
-inline void stream(T* p, Vec<T> v) {
+KDKERNELS_INLINE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #elif defined(__AVX2__)
@@ -116,14 +119,14 @@ inline void stream(T* p, Vec<T> v) {
   store(p, v);
 #endif
 }
-inline void fence() {
+KDKERNELS_INLINE void fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
 template <typename T>
-inline T sum(Vec<T> v) {
+KDKERNELS_INLINE T sum(Vec<T> v) {
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int width = kLanes<T> / 2; width > 0; width /= 2)
@@ -132,7 +135,7 @@ inline T sum(Vec<T> v) {
 }
 
 template <typename T>
-inline T largest(Vec<T> v) {
+KDKERNELS_INLINE T largest(Vec<T> v) {
   T lanes[kLanes<T>];
   store(lanes, v);
   T result = lanes[0];
@@ -145,16 +148,16 @@ struct Constants;
 
 template <>
 struct Constants<float> {
-  static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float round_magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   static constexpr float exp_lowest = -87.0f, exp_highest = 88.0f;  // e^x is a normal number in between
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
-  static constexpr int exp_terms = 8;  // Taylor terms up to r^8 / 8!: |r| <= ln2 / 2 makes the rest 2e-10
+  static constexpr int exp_terms = 7;  // Taylor terms up to r^7 / 7!: |r| <= ln2 / 2 makes the rest 5e-9
 };
 
 template <>
 struct Constants<double> {
-  static constexpr double log2e = 1.4426950408889634, ln2_hi = 0.693147180369123816490, ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double log2e = 1.4426950408889634, ln2 = 0.693147180559945309, ln2_hi = 0.693147180369123816490, ln2_lo = 1.90821492927058770002e-10;
   static constexpr double round_magic = 6755399441055744.0;   // 1.5 * 2^52
   static constexpr double exp_lowest = -708.0, exp_highest = 709.0;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
@@ -169,12 +172,16 @@ struct ExpParts {
 };
 
 template <typename T>
-inline ExpParts<T> exp_parts(Vec<T> y) {
+KDKERNELS_INLINE ExpParts<T> exp_parts(Vec<T> y) {
   using C = Constants<T>;
   using I = Mask<T>;
   const Vec<T> shifted = y * C::log2e + C::round_magic;
   const Vec<T> n = shifted - C::round_magic;
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+  const Vec<T> r = y - n * C::ln2;  // fused: all that is lost is n times the rounding of ln2, under n * 2e-9
+#else
   const Vec<T> r = (y - n * C::ln2_hi) - n * C::ln2_lo;
+#endif
   // The integer n sits in the low bits of `shifted`; a shift by the width of the mantissa drops the bits of the magic number above it.
   const I exponent = ((I)shifted + C::exponent_bias) << C::mantissa_bits;
   Vec<T> poly = splat<T>(T(0));
@@ -189,7 +196,7 @@ inline ExpParts<T> exp_parts(Vec<T> y) {
 
 // e^y for any y: 0 below the range of normal numbers (so e^-inf = 0), e^exp_highest above it, NaN for NaN.
 template <typename T>
-inline Vec<T> exp(Vec<T> y) {
+KDKERNELS_INLINE Vec<T> exp(Vec<T> y) {
   using C = Constants<T>;
   const Vec<T> low = splat<T>(C::exp_lowest), high = splat<T>(C::exp_highest);
   const Vec<T> capped = y > high ? high : y;
@@ -198,10 +205,19 @@ inline Vec<T> exp(Vec<T> y) {
   return y < low ? Vec<T>{} : value;
 }
 
+// e^y for y <= 0, or NaN. `vanished` marks the lanes where that is 0.
+template <typename T>
+KDKERNELS_INLINE Vec<T> exp_falling(Vec<T> y, Mask<T>& vanished) {
+  const Vec<T> low = splat<T>(Constants<T>::exp_lowest);
+  const ExpParts<T> p = exp_parts<T>(max(low, y));
+  vanished = y < low;
+  return vanished ? Vec<T>{} : p.scale * (p.r + p.h) + p.scale;
+}
+
 // log(u) for positive finite u; -inf for 0, inf for inf, NaN below 0 and for NaN. u = 2^n * m with m in [sqrt(1/2), sqrt(2)),
 // log m = 2 atanh(z), z = (m - 1) / (m + 1).
 template <typename T>
-inline Vec<T> log(Vec<T> u) {
+KDKERNELS_INLINE Vec<T> log(Vec<T> u) {
   using C = Constants<T>;
   using I = Mask<T>;
   using Int = typename IntOf<T>::type;
@@ -230,7 +246,7 @@ inline Vec<T> log(Vec<T> u) {
 
 // log(1 + x), accurate for small x: the rounding of 1 + x is given back to first order.
 template <typename T>
-inline Vec<T> log1p(Vec<T> x) {
+KDKERNELS_INLINE Vec<T> log1p(Vec<T> x) {
   const Vec<T> u = T(1) + x;
   const Vec<T> lost = ((u - T(1)) - x) / u;
   const Vec<T> result = log<T>(u);

@@ -26,6 +26,7 @@ template <typename T>
 struct Call {
   Options options;
   std::array<at::Tensor, kOperands> x;  // the gradients are undefined where they are not wanted
+  std::array<Element, kOperands> element{};
   int64_t classes = 0, rows = 0;
   const T* temperature = nullptr;  // per row, or null
   const bool* mask = nullptr;
@@ -42,19 +43,13 @@ struct Call {
   T row_weight(int64_t row) const { return static_cast<T>(weight) * (upstream ? upstream[row] : T(1)); }
 };
 
-// Scratch of one thread: copies of a tile where it is not used in place, and what its stages hand on.
+// What the stages of a tile hand on to one another, for one thread.
 template <typename T>
 struct Scratch {
-  Scratch(int64_t tile, bool copies) : tile_size((tile + 15) / 16 * 16) {
-    storage.reset(new T[tile_size * (copies ? 7 : 3) + simd::kLanes<T>]);
-    T* p = storage.get();
-    for (T** slot : {&e, &gap, &aux}) *slot = p, p += tile_size;
-    for (int k = 0; copies && k < kOperands; ++k) copy[k] = p, p += tile_size;
-  }
-  int64_t tile_size;
+  explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[3 * size]) {}
+  int64_t size;
   std::unique_ptr<T[]> storage;
-  T *e, *gap, *aux;
-  std::array<T*, kOperands> copy{};
+  T *e = storage.get(), *gap = e + size, *aux = gap + size;
 };
 
 // Losses and gradients of one tile. `temperature` and `weight` are those of its rows.
@@ -94,142 +89,137 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
   return result;
 }
 
-template <typename F>
-void with_element_type(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kDouble: return f(double{});
-    case at::kBFloat16: return f(c10::BFloat16{});
-    case at::kHalf: return f(c10::Half{});
-    default: return f(float{});
-  }
-}
-
-template <typename T>
-bool in_place(const at::Tensor& x) {
-  return x.scalar_type() == c10::CppTypeToScalarType<T>::value;
-}
-
 // Rows [begin, end) whose classes are adjacent.
 template <typename T>
 void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t end) {
-  bool copies = false;
-  for (const at::Tensor& x : call.x) copies |= x.defined() && !in_place<T>(x);
-  Scratch<T> scratch(call.classes + simd::kLanes<T>, copies);
+  Scratch<T> scratch(call.classes);
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = layout.offsets(row);
+    auto at = [&](int k) { return static_cast<char*>(call.x[k].data_ptr()) + offset[k] * call.x[k].element_size(); };
     if (!call.kept(row)) {
       if (call.row_loss) call.row_loss[row] = 0;
       if (call.temperature_grad) call.temperature_grad[row] = 0;
-      for (int k : {kStudentGrad, kTeacherGrad}) {
-        const at::Tensor& x = call.x[k];
-        if (x.defined()) std::memset(static_cast<char*>(x.data_ptr()) + offset[k] * x.element_size(), 0, call.classes * x.element_size());
-      }
+      for (int k : {kStudentGrad, kTeacherGrad})
+        if (call.wants(Operand(k))) std::memset(at(k), 0, call.classes * call.x[k].element_size());
       continue;
     }
-    std::array<T*, kOperands> at{};
-    for (int k = 0; k < kOperands; ++k) {
-      const at::Tensor& x = call.x[k];
-      if (!x.defined()) continue;
-      at[k] = in_place<T>(x) ? static_cast<T*>(x.data_ptr()) + offset[k] : scratch.copy[k];
-      if (k <= kTeacher && !in_place<T>(x))
-        with_element_type(x.scalar_type(), [&](auto element) {
-          convert(static_cast<const decltype(element)*>(x.const_data_ptr()) + offset[k], at[k], call.classes);
-        });
-    }
-    auto sink = [&](int k) {
-      const bool aligned = reinterpret_cast<uintptr_t>(at[k]) % simd::kBytes == 0;
-      return Sink<T>(at[k], call.classes, call.streamed && aligned && at[k] != scratch.copy[k]);
-    };
-    const Source<T> student(at[kStudent], call.classes), teacher(at[kTeacher], call.classes);
-    const Sink<T> student_sink = sink(kStudentGrad), teacher_sink = sink(kTeacherGrad);
-    const auto result = run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
-                                                 at[kStudentGrad] ? &student_sink : nullptr, at[kTeacherGrad] ? &teacher_sink : nullptr, scratch);
+    auto sink = [&](Operand k) { return Sink<T>(call.wants(k) ? at(k) : nullptr, call.element[k], call.classes, call.streamed); };
+    const Source<T> student(at(kStudent), call.element[kStudent], call.classes), teacher(at(kTeacher), call.element[kTeacher], call.classes);
+    const Sink<T> to_student = sink(kStudentGrad), to_teacher = sink(kTeacherGrad);
+    const auto result =
+        run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
+                                 call.wants(kStudentGrad) ? &to_student : nullptr, call.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
     if (call.row_loss) call.row_loss[row] = result.value[0];
     if (call.temperature_grad) call.temperature_grad[row] = result.slope[0];
-    for (int k : {kStudentGrad, kTeacherGrad}) {
-      const at::Tensor& x = call.x[k];
-      if (x.defined() && !in_place<T>(x))
-        with_element_type(x.scalar_type(), [&](auto element) {
-          convert(at[k], static_cast<decltype(element)*>(x.data_ptr()) + offset[k], call.classes);
-        });
-    }
   }
   if (call.streamed) simd::fence();
 }
 
 // Adjacent rows are worked on a vector at a time, from copies [vector][class][lane]: the classes of a map can lie a power of two apart in
-// memory, where they would evict one another from the cache. Several vectors are copied at once, to read whole runs of a class.
+// memory, where they would evict one another from the cache. Several vectors are copied at once, to move whole runs of a class.
 template <typename T>
-int64_t vectors_at_once(int64_t classes) {
-  const int64_t bytes = classes * simd::kBytes;
-  return std::clamp<int64_t>((int64_t(16) << 10) / bytes, 1, 8);
-}
+class LaneTiles {
+ public:
+  static constexpr int lanes = simd::kLanes<T>;
 
-// Chunk `chunk` of each run of adjacent rows.
-template <typename T>
-void run_lanes(const Call<T>& call, const Rows& layout, int64_t begin, int64_t end) {
-  constexpr int lanes = simd::kLanes<T>;
-  const int64_t width = vectors_at_once<T>(call.classes) * lanes, run = layout.run(), chunks = (run + width - 1) / width;
-  Scratch<T> scratch(call.classes * width, true);
-  std::fill_n(scratch.storage.get(), scratch.tile_size * 7, T(0));  // lanes past the end of a run compute on zeros
-  const int64_t tile = call.classes * lanes;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i / chunks * run + i % chunks * width, count = std::min(width, run - i % chunks * width);
-    const auto offset = layout.offsets(first);
-    auto each_run = [&](int k, auto body) {
-      const at::Tensor& x = call.x[k];
-      with_element_type(x.scalar_type(), [&](auto element) {
-        auto* p = static_cast<decltype(element)*>(x.data_ptr()) + offset[k];
-        const int64_t stride = x.stride(call.options.dim);
-        for (int64_t j = 0; j < call.classes; ++j)
-          for (int64_t v = 0; v * lanes < count; ++v)
-            body(p + j * stride + v * lanes, scratch.copy[k] + v * tile + j * lanes, std::min<int64_t>(lanes, count - v * lanes));
-      });
-    };
-    for (int k : {kStudent, kTeacher})
-      each_run(k, [](auto* from, T* to, int64_t n) { n == lanes ? convert(from, to, lanes) : convert(from, to, n); });
-    for (int64_t v = 0; v * lanes < count; ++v) {
-      const int64_t row = first + v * lanes;
-      const int here = static_cast<int>(std::min<int64_t>(lanes, count - v * lanes));
-      Vec<T> temperature = splat<T>(T(1)), weight{};
-      for (int l = 0; l < here; ++l) {
-        temperature[l] = call.row_temperature(row + l);
-        weight[l] = call.row_weight(row + l);
-        // A masked row takes part with equal nets, so that not even its NaN reaches a result.
-        if (!call.kept(row + l))
-          for (int64_t j = 0; j < call.classes; ++j)
-            for (int k : {kStudent, kTeacher}) scratch.copy[k][v * tile + j * lanes + l] = 0;
-      }
-      const Source<T> student(scratch.copy[kStudent] + v * tile, tile), teacher(scratch.copy[kTeacher] + v * tile, tile);
-      const Sink<T> student_sink(scratch.copy[kStudentGrad] + v * tile, tile, false), teacher_sink(scratch.copy[kTeacherGrad] + v * tile, tile, false);
-      const auto result = run_tile<T, PerLane>(call, student, teacher, temperature, weight, call.wants(kStudentGrad) ? &student_sink : nullptr,
-                                               call.wants(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
-      for (int l = 0; l < here; ++l) {
-        const bool kept = call.kept(row + l);
-        if (call.row_loss) call.row_loss[row + l] = kept ? result.value[l] : T(0);
-        if (call.temperature_grad) call.temperature_grad[row + l] = kept ? result.slope[l] : T(0);
-        for (int k : {kStudentGrad, kTeacherGrad})
-          for (int64_t j = 0; !kept && call.wants(Operand(k)) && j < call.classes; ++j) scratch.copy[k][v * tile + j * lanes + l] = 0;
-      }
+  LaneTiles(const Call<T>& call, const Rows& layout)
+      : call_(call),
+        layout_(layout),
+        tile_(call.classes * lanes),
+        width_(lanes * std::clamp<int64_t>((int64_t(16) << 10) / (call.classes * simd::kBytes), 1, 8)),
+        chunks_((layout.run() + width_ - 1) / width_) {}
+
+  int64_t count() const { return call_.rows / layout_.run() * chunks_; }
+  int64_t logits_per_chunk() const { return width_ * call_.classes; }
+
+  void operator()(int64_t begin, int64_t end) const {
+    Scratch<T> scratch(tile_);
+    const std::unique_ptr<T[]> copies(new T[kOperands * logits_per_chunk()]());  // zeros: lanes past the end of a run compute on them
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / chunks_ * layout_.run() + i % chunks_ * width_;
+      const int64_t count = std::min(width_, layout_.run() - i % chunks_ * width_);
+      const auto offset = layout_.offsets(first);
+      for (int k : {kStudent, kTeacher}) move<true>(k, offset[k], count, copy(copies, k));
+      for (int64_t v = 0; v * lanes < count; ++v) run_vector(copies, v, first + v * lanes, std::min<int64_t>(lanes, count - v * lanes), scratch);
+      for (int k : {kStudentGrad, kTeacherGrad})
+        if (call_.wants(Operand(k))) move<false>(k, offset[k], count, copy(copies, k));
     }
-    for (int k : {kStudentGrad, kTeacherGrad})
-      if (call.wants(Operand(k))) each_run(k, [](auto* to, const T* from, int64_t n) { n == lanes ? convert(from, to, lanes) : convert(from, to, n); });
   }
-}
+
+ private:
+  T* copy(const std::unique_ptr<T[]>& copies, int k) const { return copies.get() + k * logits_per_chunk(); }
+
+  // Copies `count` adjacent rows into tiles, or out of them.
+  template <bool in>
+  void move(int k, int64_t offset, int64_t count, T* tiles) const {
+    const at::Tensor& x = call_.x[k];
+    auto typed = [&](auto* memory) {
+      memory += offset;
+      const int64_t stride = x.stride(call_.options.dim), full = count / lanes, rest = count % lanes;
+      for (int64_t j = 0; j < call_.classes; ++j, memory += stride) {
+        for (int64_t v = 0; v < full; ++v) {
+          if constexpr (in) convert(memory + v * lanes, tiles + v * tile_ + j * lanes, lanes);
+          else convert(tiles + v * tile_ + j * lanes, memory + v * lanes, lanes);
+        }
+        if (rest == 0) continue;
+        if constexpr (in) convert(memory + full * lanes, tiles + full * tile_ + j * lanes, rest);
+        else convert(tiles + full * tile_ + j * lanes, memory + full * lanes, rest);
+      }
+    };
+    if (call_.element[k] == Element::native) return typed(static_cast<T*>(x.data_ptr()));
+    if (call_.element[k] == Element::bfloat16) return typed(static_cast<c10::BFloat16*>(x.data_ptr()));
+    if (call_.element[k] == Element::half) return typed(static_cast<c10::Half*>(x.data_ptr()));
+  }
+
+  void run_vector(const std::unique_ptr<T[]>& copies, int64_t v, int64_t row, int here, Scratch<T>& scratch) const {
+    std::array<T*, kOperands> at;
+    for (int k = 0; k < kOperands; ++k) at[k] = copy(copies, k) + v * tile_;
+    Vec<T> temperature = splat<T>(call_.row_temperature(row)), weight = splat<T>(call_.row_weight(row));
+    for (int l = 0; l < here && (call_.temperature || call_.upstream); ++l) {
+      temperature[l] = call_.row_temperature(row + l);
+      weight[l] = call_.row_weight(row + l);
+    }
+    // A masked row takes part with equal nets, so that not even its NaN reaches a result, and its results are zeroed.
+    for (int l = 0; l < here && call_.mask; ++l)
+      if (!call_.kept(row + l)) clear_lane(at[kStudent], l), clear_lane(at[kTeacher], l);
+    const Source<T> student(at[kStudent], Element::native, tile_), teacher(at[kTeacher], Element::native, tile_);
+    const Sink<T> to_student(at[kStudentGrad], Element::native, tile_, false), to_teacher(at[kTeacherGrad], Element::native, tile_, false);
+    const auto result = run_tile<T, PerLane>(call_, student, teacher, temperature, weight, call_.wants(kStudentGrad) ? &to_student : nullptr,
+                                             call_.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
+    for (int l = 0; l < here; ++l) {
+      const bool kept = call_.kept(row + l);
+      if (call_.row_loss) call_.row_loss[row + l] = kept ? result.value[l] : T(0);
+      if (call_.temperature_grad) call_.temperature_grad[row + l] = kept ? result.slope[l] : T(0);
+      if (!kept) clear_lane(at[kStudentGrad], l), clear_lane(at[kTeacherGrad], l);
+    }
+  }
+
+  void clear_lane(T* tile, int lane) const {
+    for (int64_t j = 0; j < call_.classes; ++j) tile[j * lanes + lane] = 0;
+  }
+
+  const Call<T>& call_;
+  const Rows& layout_;
+  int64_t tile_, width_, chunks_;
+};
 
 template <typename T>
 void run(Call<T>& call) {
   const int64_t dim = call.options.dim;
-  const bool lanes = !classes_adjacent(call.x[kStudent], dim) && rows_adjacent(call.x[kStudent], dim);
+  const bool per_lane = !classes_adjacent(call.x[kStudent], dim) && rows_adjacent(call.x[kStudent], dim);
   const std::array<at::Tensor, kOperands> wanted = call.x;
-  for (at::Tensor& x : call.x)
-    if (x.defined()) x = lanes ? with_rows_adjacent(x, dim) : with_classes_adjacent(x, dim);
+  for (int k = 0; k < kOperands; ++k) {
+    at::Tensor& x = call.x[k];
+    if (!x.defined()) continue;
+    x = per_lane ? with_rows_adjacent(x, dim) : with_classes_adjacent(x, dim);
+    if (element_of<T>(x.scalar_type()) == Element::other) x = x.to(c10::CppTypeToScalarType<T>::value);
+    call.element[k] = element_of<T>(x.scalar_type());
+  }
   const Rows layout(call.x, dim);
-  constexpr int64_t grain = 1 << 14;  // logits per thread below which a second thread costs more than it brings
-  if (lanes) {
-    const int64_t width = vectors_at_once<T>(call.classes) * simd::kLanes<T>, run = layout.run(), chunks = (run + width - 1) / width;
-    at::parallel_for(0, call.rows / run * chunks, std::max<int64_t>(1, grain / (width * call.classes)),
-                     [&](int64_t begin, int64_t end) { run_lanes(call, layout, begin, end); });
+  constexpr int64_t grain = 1 << 14;  // logits below which a second thread costs more than it brings
+  if (per_lane) {
+    const LaneTiles<T> tiles(call, layout);
+    at::parallel_for(0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), tiles);
   } else {
     at::parallel_for(0, call.rows, std::max<int64_t>(1, grain / call.classes),
                      [&](int64_t begin, int64_t end) { run_rows(call, layout, begin, end); });

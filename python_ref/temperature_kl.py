@@ -25,7 +25,12 @@ def temperature_kl(
     temperature = torch.as_tensor(temperature, device=s.device).to(dtype).expand(rows)
     if mask is not None:  # masked before any arithmetic: a NaN there reaches neither value nor gradient
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
-    log_s, log_t = (torch.log_softmax(x / temperature[..., None], -1) for x in (s, t))
+
+    def log_probabilities(x: Tensor) -> Tensor:  # an excluded class (-inf) stays excluded at every T: no gradient to T, where -inf * 0 is NaN
+        excluded = x == -torch.inf
+        return torch.log_softmax(torch.where(excluded, -torch.inf, torch.where(excluded, 0, x) / temperature[..., None]), -1)
+
+    log_s, log_t = log_probabilities(s), log_probabilities(t)
 
     def kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # sum p (log p - log q), 0 log 0 = 0
         p = log_p.exp()

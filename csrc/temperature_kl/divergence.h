@@ -69,10 +69,11 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> i
     Vec<T> z{}, mean{};
     for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
       const Vec<T> b = base[j];
-      const Vec<T> weight = simd::exp<T>((b - s.top) * inv_t);
+      Mask<T> vanished;
+      const Vec<T> weight = simd::exp_falling<T>((b - s.top) * inv_t, vanished);
       z += weight;
       // A class without probability may have an infinite or undefined d: 0 log 0 = 0.
-      mean += select<T>(weight == T(0), Vec<T>{}, weight * (b - other[j]));
+      mean += select<T>(vanished, Vec<T>{}, weight * (b - other[j]));
       simd::store<T>(e + j * lanes, weight);
     }
     s.z += z;

@@ -1,0 +1,256 @@
+"""temperature_kl against the reference in float64, backend by backend, and its known answers."""
+
+import pytest
+import torch
+from cases import KL_CASES
+from conftest import DEVICES
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_close, of_sum, rounding
+
+import kdkernels
+from kdkernels import reference, temperature_kl
+
+
+
+def _operators(backend: str):
+    """(forward, backward) with the signature of the ops."""
+    if backend == "triton":
+        from kdkernels.triton import temperature_kl as kernels
+
+        return kernels.temperature_kl, kernels.temperature_kl_backward
+    return torch.ops.kdkernels.temperature_kl.default, torch.ops.kdkernels.temperature_kl_backward.default
+
+
+def _oracle(case, x, upstream_rows=None):
+    """Loss and gradients in float64 from autograd of the reference."""
+    s, t = (x[k].double().cpu().clone().requires_grad_() for k in ("student", "teacher"))
+    temperature = torch.full(case.rows, case.temperature, dtype=torch.float64) if x["temperature"] is None else x["temperature"].double().cpu().clone()
+    temperature.requires_grad_()
+    mask, normalizer = (None if x[k] is None else x[k].cpu() for k in ("mask", "normalizer"))
+    loss = reference.temperature_kl(s, t, temperature, mask=mask, normalizer=normalizer, **case.options)
+    upstream = torch.ones_like(loss) if upstream_rows is None else upstream_rows
+    grads = torch.autograd.grad(loss, (s, t, temperature), upstream)
+    return loss.detach(), grads
+
+
+def _arguments(case, x):
+    o = case.options
+    return (
+        x["student"],
+        x["teacher"],
+        case.temperature if x["temperature"] is None else 1.0,
+        x["temperature"],
+        x["mask"],
+        x["normalizer"],
+        o["dim"],
+        o["direction"],
+        o["beta"],
+        o["reduction"],
+        o["scale_by_t2"],
+        o["include_entropy"],
+        o["target_eps"],
+    )
+
+
+def _weight(case, x) -> torch.Tensor | float:
+    """Size of dLoss/dlogit in each row: what an error in a gradient is measured against."""
+    t = x["temperature"].double().cpu() if x["temperature"] is not None else torch.tensor(float(case.temperature))
+    weight = t if case.scale_by_t2 else 1 / t
+    rows = max(1, torch.Size(case.rows).numel() if x["mask"] is None else int(x["mask"].sum()))
+    count = rows if case.normalizer is None else case.normalizer
+    count = {"none": 1, "sum": 1, "batchmean": count, "mean": count * case.shape[case.dim]}[case.reduction]
+    return (weight / count).expand(case.rows).unsqueeze(case.dim)
+
+
+def _largest_logit(x) -> float:
+    ordinary = [v[torch.isfinite(v) & (v.abs() < 1e30)].abs() for v in (x["student"].double(), x["teacher"].double())]
+    return max((v.max().item() for v in ordinary if v.numel()), default=0.0)
+
+
+@pytest.mark.parametrize("case", KL_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_forward_and_gradients(case, backend):
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    x = case.make(device)
+    forward, backward = _operators(backend)
+    loss, saved = forward(*_arguments(case, x), True)
+    upstream = torch.ones(case.rows if case.reduction == "none" else (), dtype=case.compute_dtype, device=device)
+    student, teacher, temperature = backward(upstream, *_arguments(case, x), [True, True, True])
+    assert loss.dtype == case.compute_dtype
+    assert saved.dtype == student.dtype == case.student_dtype
+    assert teacher.dtype == case.teacher_dtype
+    assert temperature.shape == case.rows
+    if loss.numel() == 0 or x["student"].numel() == 0:
+        assert not loss.any()
+        return
+
+    expected, (to_student, to_teacher, to_temperature) = _oracle(case, x)
+    lowest_t = case.temperature if x["temperature"] is None else x["temperature"].min().item()
+    # Sums over the classes, and the difference of the logits over T, which is formed in the compute dtype.
+    rtol = of_sum(case.compute_dtype, case.shape[case.dim]) + 4 * rounding(case.compute_dtype) * _largest_logit(x) / lowest_t
+    if case.compute_dtype == torch.float64:
+        rtol += 1e-11  # the oracle's own cancellation
+    weight = _weight(case, x)
+    assert (torch.nan_to_num(loss) >= 0).all()
+    assert_close("loss", loss, expected, rtol=rtol, atol=1e-13 * weight.max().item())
+
+    # p_s - p_t is accurate relative to p |log p_s - log p_t|, which is p times the noise where that is small.
+    p, q = (torch.softmax(x[k].double().cpu() / lowest_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
+    scale = weight * (torch.maximum(p, q) * min(1.0, case.noise) + case.target_eps)
+    assert_close("grad_student (saved)", saved, to_student, rtol=rtol, scale=scale, atol=1e-15)
+    assert_close("grad_student", student, to_student, rtol=rtol, scale=scale, atol=1e-15)
+    # The teacher's is p times a difference of logarithms and their mean, of which the largest sets the rounding.
+    spread = 1 + min(_largest_logit(x), 1e3) / lowest_t
+    assert_close("grad_teacher", teacher, to_teacher, rtol=rtol, scale=scale * spread, atol=1e-15)
+    per_row = weight.squeeze(case.dim) * (1 + _largest_logit(x) / lowest_t) / lowest_t * (1 + torch.nan_to_num(expected, posinf=0.0).max())
+    assert_close("grad_temperature", temperature, to_temperature, rtol=4 * rtol, scale=per_row, atol=1e-15)
+
+
+def test_known_answers():
+    s, t = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+    for temperature, value in ((1, 1.1504207652), (2, 1.2806266713), (4, 1.3196299122)):
+        assert temperature_kl(s, t, temperature).item() == pytest.approx(value, abs=5e-11)
+    (grad,) = torch.autograd.grad(temperature_kl(s, t, 4.0), s)
+    assert grad[0].tolist() == pytest.approx([-0.6598149561, 0, 0.6598149561], abs=5e-11)
+    # T -> infinity with zero-mean logits: sum (z_s - z_t)^2 / (2 K)
+    assert temperature_kl(s, t, 1e6).item() == pytest.approx(8 / 6, rel=1e-5)
+    soft, kl = (temperature_kl(s, t, 3.0, scale_by_t2=False, include_entropy=e).item() for e in (False, True))
+    assert soft == pytest.approx(1.2080463420, abs=5e-11)
+    assert kl == pytest.approx(0.1454690983, abs=5e-11)
+    # FFL: target + 1e-7, T = 3, T^2 = 9
+    assert temperature_kl(s, t, 3.0, target_eps=1e-7).item() == pytest.approx(1.3092245847, abs=5e-10)
+    assert temperature_kl(t, t, 3.0, target_eps=1e-7).item() == pytest.approx(2.7e-6, rel=1e-5)
+
+
+def test_two_coins_by_hand():
+    """p = (3/4, 1/4), q = (1/2, 1/2): KL = log 2 - H(p), and JSD(1/2) from its definition."""
+    from math import log
+
+    teacher, student = torch.tensor([[log(3.0), 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    entropy = -(0.75 * log(0.75) + 0.25 * log(0.25))
+    assert temperature_kl(student, teacher).item() == pytest.approx(log(2) - entropy, rel=1e-14)
+    assert temperature_kl(student, teacher, direction="reverse").item() == pytest.approx(0.5 * log(4 / 3), rel=1e-14)
+    middle = [0.625, 0.375]
+    jsd = 0.5 * sum(p * log(p / m) for p, m in zip([0.75, 0.25], middle, strict=True)) + 0.5 * sum(0.5 * log(0.5 / m) for m in middle)
+    assert temperature_kl(student, teacher, direction="jsd").item() == pytest.approx(jsd, rel=1e-13)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("noise", [1e-3, 1e-6])
+def test_double_keeps_its_digits_near_agreement(direction, noise):
+    """Against 60-digit arithmetic: in double the reference itself would be off by 1e-4 at noise 1e-6."""
+    mpmath = pytest.importorskip("mpmath")
+    t = torch.randn(1, 20, dtype=torch.float64)
+    s = t + noise * torch.randn(1, 20, dtype=torch.float64)
+    with mpmath.workdps(60):
+        p, q = ([mpmath.exp(mpmath.mpf(v)) for v in x[0].tolist()] for x in (t, s))
+        p, q = ([v / mpmath.fsum(x) for v in x] for x in (p, q))
+        m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+
+        def kl(a, b):
+            return mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True))
+
+        exact = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}[direction]
+    s.requires_grad_()
+    loss = temperature_kl(s, t, direction=direction)
+    assert loss.item() == pytest.approx(float(exact), rel=1e-13 / noise * 1e-2 + 1e-13)
+    if direction == "forward":
+        loss.backward()
+        difference = torch.tensor([float(b - a) for a, b in zip(p, q, strict=True)], dtype=torch.float64)
+        assert_close("p_s - p_t", s.grad[0], difference, rtol=1e-12, scale=difference.abs().max() * 1e-2 / noise * 1e-3)
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.05, 0.005])
+def test_float32_near_agreement(noise, device):
+    """V = 32000, T = 4: 5e-6 relative, where the textbook form in float32 goes negative."""
+    t = 2 * torch.randn(8, 32000, dtype=torch.float64)
+    s = (t + noise * torch.randn_like(t)).float()
+    t = t.float()
+    exact_s = s.double().requires_grad_()
+    exact = reference.temperature_kl(exact_s, t.double(), 4.0)
+    (exact_grad,) = torch.autograd.grad(exact, exact_s)
+    s = s.to(device).requires_grad_()
+    loss = temperature_kl(s, t.to(device), 4.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=5e-6)
+    assert ((s.grad.cpu() - exact_grad).norm() / exact_grad.norm()).item() < 5e-6
+
+
+logits = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40)
+
+
+@given(logits, st.data(), st.floats(0.1, 20), st.sampled_from(["forward", "reverse", "jsd"]))
+def test_properties(t, data, temperature, direction):
+    t = torch.tensor([t])
+    s = torch.tensor([data.draw(st.lists(st.floats(-30, 30, width=32), min_size=t.shape[1], max_size=t.shape[1]))])
+    call = dict(temperature=temperature, direction=direction)
+    loss = temperature_kl(s, t, **call)
+    assert loss.isfinite()
+    assert loss >= 0
+    assert temperature_kl(t, t, **call) == 0
+    order = torch.tensor(data.draw(st.permutations(range(t.shape[1]))))
+    slack = 1e-5 * (1 + 60 / temperature) * (loss.item() + temperature**2 * 1e-5)
+    assert abs(temperature_kl(s[:, order], t[:, order], **call) - loss) <= slack  # the same permutation of the classes
+    mirrored = {"forward": "reverse", "reverse": "forward", "jsd": "jsd"}[direction]
+    assert abs(temperature_kl(t, s, temperature, direction=mirrored) - loss) <= slack  # the nets exchanged
+    doubled = temperature_kl(torch.cat([s, s]), torch.cat([t, t]), **call)
+    assert abs(doubled - loss) <= slack  # batchmean does not see a repetition
+    if direction == "jsd":
+        assert loss <= temperature**2 * 0.693148
+
+
+def test_jsd_ends_are_the_directed_divergences(device):
+    s, t = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device)
+    assert torch.equal(temperature_kl(s, t, direction="jsd", beta=0), temperature_kl(s, t))
+    assert torch.equal(temperature_kl(s, t, direction="jsd", beta=1.0), temperature_kl(s, t, direction="reverse"))
+
+
+def test_rows_without_a_distribution_are_nan_alone(device):
+    s, t = torch.randn(5, 40, device=device), torch.randn(5, 40, device=device)
+    clean = temperature_kl(s, t, reduction="none")
+    s[1] = -torch.inf
+    t[2, 7] = torch.nan
+    s[3, 39] = torch.nan
+    s.requires_grad_()
+    loss = temperature_kl(s, t, reduction="none")
+    assert loss.isnan().tolist() == [False, True, True, True, False]
+    assert torch.equal(loss[[0, 4]], clean[[0, 4]])
+    loss.sum().backward()
+    assert s.grad[[0, 4]].isfinite().all()
+    assert s.grad[[1, 2, 3]].isnan().all()
+
+
+def test_infinite_divergence(device):
+    """A class the teacher believes in and the student excludes: the loss is infinite, its gradient p_s - p_t is not."""
+    t = torch.randn(3, 8, device=device)
+    s = torch.randn(3, 8, device=device)
+    s[:, 2] = -torch.inf
+    s.requires_grad_()
+    loss = temperature_kl(s, t)
+    assert loss.item() == torch.inf
+    loss.backward()
+    assert_close("grad", s.grad, (torch.softmax(s.double(), 1) - torch.softmax(t.double(), 1)) / 3, rtol=1e-5, scale=0.1)
+
+
+def test_all_masked_and_empty(device):
+    s, t = torch.randn(4, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
+    loss = temperature_kl(s, t, mask=torch.zeros(4, dtype=torch.bool, device=device))
+    loss.backward()
+    assert loss == 0
+    assert not s.grad.any()
+    assert temperature_kl(s[:0], t[:0]) == 0
+
+
+def test_micro_batches_add_up(device):
+    """With a normalizer the loss and its gradient do not depend on how the batch was split."""
+    s, t = torch.randn(12, 30, device=device, requires_grad=True), torch.randn(12, 30, device=device)
+    mask = torch.rand(12, device=device) > 0.3
+    whole = temperature_kl(s, t, 2.0, mask=mask)
+    (grad,) = torch.autograd.grad(whole, s)
+    count = mask.sum()
+    parts = sum(temperature_kl(s[i : i + 5], t[i : i + 5], 2.0, mask=mask[i : i + 5], normalizer=count) for i in range(0, 12, 5))
+    (grad_parts,) = torch.autograd.grad(parts, s)
+    assert_close("loss", parts, whole, rtol=1e-6)
+    assert_close("grad", grad_parts, grad, rtol=1e-6, scale=1e-2)
+    assert_close("float", temperature_kl(s, t, 2.0, mask=mask, normalizer=float(count)), whole, rtol=1e-6)

@@ -1,0 +1,29 @@
+"""How far a result may be from the float64 reference: from the dtype and the length of the sums, never from what the code happens to give."""
+
+import torch
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Unit roundoff of dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def of_sum(dtype: torch.dtype, length: int, operations: int = 24) -> float:
+    """Relative error of a sum of `length` terms of `operations` roundings each, summed in blocks: random signs, so the square root counts."""
+    return rounding(dtype) * (operations + length**0.5 / 4)
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float = 0.0, scale: torch.Tensor | float | None = None):
+    """|actual - expected| <= rtol * max(|expected|, scale) + atol + half a unit of actual's dtype, infinities and NaN in the same places."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
+    special = ~torch.isfinite(e)
+    assert torch.equal(torch.isnan(a), torch.isnan(e)), f"{name}: NaN in other places"
+    assert torch.equal(a[special & ~torch.isnan(e)], e[special & ~torch.isnan(e)]), f"{name}: infinities differ"
+    a, e = a[~special], e[~special]
+    magnitude = e.abs() if scale is None else torch.maximum(e.abs(), torch.as_tensor(scale, dtype=torch.float64).expand(actual.shape)[~special])
+    limit = rtol * magnitude + atol
+    if actual.dtype != torch.float64:  # the result itself is rounded, below the normal numbers to a fixed step
+        limit = limit + rounding(actual.dtype) * e.abs() + torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    excess = (a - e).abs() - limit
+    assert excess.numel() == 0 or excess.max() <= 0, f"{name}: off by {(a - e).abs()[excess.argmax()]:.3e}, allowed {limit[excess.argmax()]:.3e}"
