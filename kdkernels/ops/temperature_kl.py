@@ -81,6 +81,8 @@ def temperature_kl(
     rows_temperature = None
     if isinstance(temperature, Tensor):
         rows_temperature, temperature = _rows_temperature(temperature, student, dim), 1.0
+    elif isinstance(temperature, (str, list, tuple)) or temperature is None:
+        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
     elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     if direction == "jsd" and (beta == 0 or beta == 1):
@@ -98,6 +100,7 @@ def _dispatch(student, teacher, temperature, row_temperature, mask, normalizer, 
 
 
 def _innermost_is_vmap() -> bool:
+    """vmap has its rule below; torch.func.grad and the like see no derivative that is registered in C++ and take the reference."""
     functorch = torch._C._functorch
     return functorch.peek_interpreter_stack().key() == functorch.TransformType.Vmap
 
@@ -260,8 +263,12 @@ def _(info, in_dims, student, teacher, temperature, row_temperature, mask, norma
     student, teacher, rows, mask, normalizer = (
         batched(x, in_dims[i]) for i, x in ((0, student), (1, teacher), (3, row_temperature), (4, mask), (5, normalizer))
     )
-    *forms, save_grad = rest
-    loss, grad = _dispatch(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, "none", scale_by_t2, *forms)
+    *forms, _save_grad = rest
+    options = (dim + 1, direction, beta, "none", scale_by_t2, *forms)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (student, teacher, rows)):
+        loss = _reference(student, teacher, temperature, rows, mask, None, *options)  # inside functorch, see _dispatch
+    else:
+        loss, _ = _forward_op(student, teacher, temperature, rows, mask, None, *options, False)
     if reduction != "none":
         classes = student.shape[dim + 1]
         kept = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
