@@ -1,5 +1,7 @@
 """temperature_kl against the reference in float64, backend by backend, and its known answers."""
 
+import functools
+
 import pytest
 import torch
 from cases import KL_CASES
@@ -98,13 +100,14 @@ def test_forward_and_gradients(case, backend):
     # p_s - p_t is accurate relative to p |log p_s - log p_t|, which is p times the noise where that is small.
     p, q = (torch.softmax(x[k].double().cpu() / lowest_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
     scale = weight * (torch.maximum(p, q) * min(1.0, case.noise) + case.target_eps)
-    assert_close("grad_student (saved)", saved, to_student, rtol=rtol, scale=scale, atol=1e-15)
-    assert_close("grad_student", student, to_student, rtol=rtol, scale=scale, atol=1e-15)
+    close = functools.partial(assert_close, rtol=rtol, atol=1e-15, truncated=backend == "triton" and device == "cpu")
+    close("grad_student (saved)", saved, to_student, scale=scale)
+    close("grad_student", student, to_student, scale=scale)
     # The teacher's is p times a difference of logarithms and their mean, of which the largest sets the rounding.
     spread = 1 + min(_largest_logit(x), 1e3) / lowest_t
-    assert_close("grad_teacher", teacher, to_teacher, rtol=rtol, scale=scale * spread, atol=1e-15)
+    close("grad_teacher", teacher, to_teacher, scale=scale * spread)
     per_row = weight.squeeze(case.dim) * (1 + _largest_logit(x) / lowest_t) / lowest_t * (1 + torch.nan_to_num(expected, posinf=0.0).max())
-    assert_close("grad_temperature", temperature, to_temperature, rtol=4 * rtol, scale=per_row, atol=1e-15)
+    close("grad_temperature", temperature, to_temperature, rtol=4 * rtol, scale=per_row)
 
 
 def test_known_answers():

@@ -1,0 +1,82 @@
+"""Compiles every variant of every Triton kernel for one target: python compile_kernels.py sm_90 OUT. Needs no GPU.
+
+Writes OUT/<variant>.cubin and prints the names of the variants.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kdkernels.triton import temperature_kl as kl
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+def gpu_target(name: str) -> GPUTarget:
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def kl_variants():
+    """(name, signature, constants, options) of the launches that block_sizes can lead to."""
+    plain = dict(direction=0, entropy=True, eps=0.0, loss=True, student=True, teacher=False, temperature=False)
+    everything = plain | dict(loss=False, teacher=True, temperature=True)
+    layouts = [("c10", 10, 1), ("c100", 100, 1), ("c1000", 1000, 1), ("c4096", 4096, 1), ("c32000", 32000, 1), ("map21", 21, 256), ("map1000", 1000, 64)]
+    for layout, classes, stride in layouts:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield kl_variant(f"forward_{layout}_{NAMES[dtype]}", classes, stride, dtype, **plain)
+    for layout, classes, stride in layouts[3:]:
+        yield kl_variant(f"backward_{layout}", classes, stride, torch.bfloat16, **everything)
+        yield kl_variant(f"backward_eps_{layout}", classes, stride, torch.float32, **everything | dict(eps=1e-7))
+        yield kl_variant(f"jsd_{layout}", classes, stride, torch.float32, **plain | dict(direction=2))
+        yield kl_variant(f"jsd_backward_{layout}", classes, stride, torch.float16, **everything | dict(direction=2))
+    yield kl_variant("reverse", 1000, 1, torch.float32, **plain | dict(direction=1))
+    yield kl_variant("cross_entropy", 1000, 1, torch.float32, **everything | dict(entropy=False))
+    yield kl_variant("double", 100, 1, torch.float64, **everything)
+
+
+def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, loss, student, teacher, temperature):
+    compute = "fp64" if dtype == torch.float64 else "fp32"
+    pointer = {"student_ptr": NAMES[dtype], "teacher_ptr": NAMES[dtype], "to_student_ptr": NAMES[dtype], "to_teacher_ptr": NAMES[dtype], "mask_ptr": "u8"}
+    signature, constants = {}, {}
+    sizes = kl.block_sizes(classes, class_stride)
+    flags = dict(
+        BETA=0.5, EPS=eps, DIRECTION=direction, T_SQUARED=True, ENTROPY=entropy, HAS_TEMPERATURE=True, HAS_MASK=True, HAS_WEIGHT=True, UPSTREAM=1,
+        WANT_LOSS=loss, WANT_STUDENT=student, WANT_TEACHER=teacher, WANT_TEMPERATURE=temperature,
+        COMPUTE=triton.language.float64 if compute == "fp64" else triton.language.float32,
+        ONE_BLOCK=sizes["ONE_BLOCK"], ROWS=sizes["ROWS"], BLOCK=sizes["BLOCK"],
+    )  # fmt: skip
+    for argument in kl._kl_kernel.arg_names:
+        if argument in flags:
+            signature[argument], constants[argument] = "constexpr", flags[argument]
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*" + pointer.get(argument, compute)
+        elif argument.endswith("_class") and class_stride == 1:
+            signature[argument], constants[argument] = "constexpr", 1
+        else:
+            signature[argument] = "fp32" if argument in ("temperature", "weight") else "i64" if argument.startswith(("s_", "t_", "gs_", "gt_")) else "i32"
+    return name, kl._kl_kernel, signature, constants, {"num_warps": sizes["num_warps"]}
+
+
+def rescale_variant():
+    signature = {"grad_ptr": "*bf16", "scale_ptr": "*fp32", "count": "i64", "BLOCK": "constexpr"}
+    return "rescale", kl._rescale_kernel, signature, {"BLOCK": 4096}, {"num_warps": 4}
+
+
+def main() -> None:
+    target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
+    for name, kernel, signature, constants, options in [*kl_variants(), rescale_variant()]:
+        attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+        if "cubin" in compiled.asm:
+            (out / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
