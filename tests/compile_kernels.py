@@ -23,7 +23,7 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def kl_variants():
-    """(name, signature, constants, options) of the launches that block_sizes can lead to."""
+    """(name, kernel, signature, constants, warps) of the launches that block_sizes can lead to."""
     plain = dict(direction=0, entropy=True, eps=0.0, loss=True, student=True, teacher=False, temperature=False)
     everything = plain | dict(loss=False, teacher=True, temperature=True)
     layouts = [("c10", 10, 1), ("c100", 100, 1), ("c1000", 1000, 1), ("c4096", 4096, 1), ("c32000", 32000, 1), ("map21", 21, 256), ("map1000", 1000, 64)]
@@ -44,7 +44,7 @@ def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, l
     compute = "fp64" if dtype == torch.float64 else "fp32"
     pointer = {"student_ptr": NAMES[dtype], "teacher_ptr": NAMES[dtype], "to_student_ptr": NAMES[dtype], "to_teacher_ptr": NAMES[dtype], "mask_ptr": "u8"}
     signature, constants = {}, {}
-    sizes = kl.block_sizes(classes, class_stride)
+    sizes = kl.block_sizes(classes, class_stride, compute == "fp64")
     flags = dict(
         BETA=0.5, EPS=eps, DIRECTION=direction, T_SQUARED=True, ENTROPY=entropy, HAS_TEMPERATURE=True, HAS_MASK=True, HAS_WEIGHT=True, UPSTREAM=1,
         WANT_LOSS=loss, WANT_STUDENT=student, WANT_TEACHER=teacher, WANT_TEMPERATURE=temperature,
@@ -60,18 +60,19 @@ def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, l
             signature[argument], constants[argument] = "constexpr", 1
         else:
             signature[argument] = "fp32" if argument in ("temperature", "weight") else "i64" if argument.startswith(("s_", "t_", "gs_", "gt_")) else "i32"
-    return name, kl._kl_kernel, signature, constants, {"num_warps": sizes["num_warps"]}
+    return name, kl._kl_kernel, signature, constants, sizes["num_warps"]
 
 
 def rescale_variant():
     signature = {"grad_ptr": "*bf16", "scale_ptr": "*fp32", "count": "i64", "BLOCK": "constexpr"}
-    return "rescale", kl._rescale_kernel, signature, {"BLOCK": 4096}, {"num_warps": 4}
+    return "rescale", kl._rescale_kernel, signature, {"BLOCK": 4096}, 4
 
 
 def main() -> None:
     target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
-    for name, kernel, signature, constants, options in [*kl_variants(), rescale_variant()]:
+    for name, kernel, signature, constants, num_warps in [*kl_variants(), rescale_variant()]:
         attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
+        options = kl.compile_options(num_warps, target.backend == "cuda")
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
         if "cubin" in compiled.asm:
             (out / f"{name}.cubin").write_bytes(compiled.asm["cubin"])

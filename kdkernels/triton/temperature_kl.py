@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import centred_kl, exp_parts, log1p
+from .math import centred_kl, exp_falling, exp_parts, log, log1p
 
 _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 
@@ -19,7 +19,7 @@ _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 @triton.jit
 def _weights(b, o, present, safe, inv_t, mean):
     """e = z p_b, d = (b - o) / T, and z p_b (e^y - 1), z p_b (e^y - 1 - y), z p_b y with y = mean - d."""
-    e = tl.where(present, tl.exp((b - safe) * inv_t), 0.0)
+    e = tl.where(present, exp_falling((b - safe) * inv_t), 0.0)
     d = (b - o) * inv_t
     y = mean - d
     scale, r, h = exp_parts(tl.minimum(y, 17.0, propagate_nan=tl.PropagateNan.ALL))
@@ -129,7 +129,7 @@ def _kl_kernel(
         far = far | ((z == 0.0) & (convex > 0.0))  # classes of the other side came before any of this side
         shrink = tl.where(began, tl.exp((safe - next_safe) * inv_t), 0.0)
         top, safe = next_top, next_safe
-        e = tl.where(in_row, tl.exp((b - safe) * inv_t), 0.0)
+        e = tl.where(in_row, exp_falling((b - safe) * inv_t), 0.0)
         d = (b - o) * inv_t
         before = z * shrink
         z = before + tl.sum(e, 1, keep_dims=True)
@@ -156,8 +156,8 @@ def _kl_kernel(
     w = convex - drift
     kl = centred_kl(convex, drift, w)
     far = far | ~(convex < 1e30)
-    log_z = tl.log(z)
-    far_shift = (safe - o_safe) * inv_t + log_z - tl.log(o_z)
+    log_z = log(z)
+    far_shift = (safe - o_safe) * inv_t + log_z - log(o_z)
     shift = tl.where(far, far_shift, mean + drift - kl)  # log p_b - log p_o = d - shift
     kl = tl.where(far, mean - far_shift, kl)
     w = tl.where(far, 0.0, w)
@@ -187,7 +187,7 @@ def _kl_kernel(
                 present = keep[:, None] & in_row
                 s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
                 t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
-            p = tl.where(in_row, tl.exp((t - safe) * inv_t), 0.0) * inv_z
+            p = tl.where(in_row, exp_falling((t - safe) * inv_t), 0.0) * inv_z
             v = (t - safe) * inv_t
             log_q = (s - safe) * inv_t + shift - log_z
             if DIRECTION == 2:
@@ -202,7 +202,7 @@ def _kl_kernel(
                     lift = tl.where(p == 0.0, 0.0, p * _log_lift(p, v, log_z, EPS))
                     mean_lift += tl.sum(lift, 1, keep_dims=True)
                     if ENTROPY:
-                        added = lift + EPS * (tl.log(p + EPS) - log_q)
+                        added = lift + EPS * (log(p + EPS) - log_q)
                     else:
                         added = -EPS * log_q
                     extra += tl.sum(tl.where(in_row, added, 0.0), 1, keep_dims=True)
@@ -268,7 +268,7 @@ def _kl_kernel(
 @triton.jit
 def _log_lift(p, v, log_z, EPS: tl.constexpr):
     """log(1 + eps / p), from whichever side does not cancel."""
-    return tl.where(p > EPS, log1p(EPS / p), tl.log(p + EPS) - (v - log_z))
+    return tl.where(p > EPS, log1p(EPS / p), log(p + EPS) - (v - log_z))
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _jsd_terms(p, z, log_q, BETA: tl.constexpr):
     scale, r, h = exp_parts(tl.where(student_alone, 0.0, -z))
     u = scale * (r + h) + (scale - 1.0)
     log_pm = -log1p(A * u)
-    log_qm = tl.where(student_alone, -tl.log(A + BETA * tl.exp(tl.minimum(z, 0.0))), log_pm - z)
+    log_qm = tl.where(student_alone, -log(A + BETA * tl.exp(tl.minimum(z, 0.0))), log_pm - z)
     log_pm = tl.where(student_alone, log_qm + z, log_pm)
     highest: tl.constexpr = 709.0 if p.dtype == tl.float64 else 88.0
     q = tl.where(student_alone, tl.exp(tl.minimum(log_q, highest, propagate_nan=tl.PropagateNan.ALL)), p + p * u)
@@ -341,19 +341,28 @@ def _common_layout(tensors: list[Tensor | None], dim: int) -> tuple[int, list[tu
     return inner, [strides(x) for x in tensors]
 
 
-def block_sizes(classes: int, class_stride: int) -> dict[str, int | bool]:
-    """ROWS, BLOCK, ONE_BLOCK and num_warps for rows of `classes` classes."""
-    block = triton.next_power_of_2(classes)
-    one_block = block <= 4096
-    block = max(16, min(block, 2048 if not one_block else block))
-    rows = max(1, 2048 // block) if class_stride == 1 else max(32, 2048 // block)
-    if class_stride != 1:  # neighbours in memory are rows: keep whole sectors of them, and the tile small enough for registers
-        rows = min(rows, 128)
-        if block * rows > 4096:
-            block, one_block = 4096 // rows, False
-    else:
-        rows = min(rows, 32)
-    return {"ROWS": rows, "BLOCK": block, "ONE_BLOCK": one_block, "num_warps": max(4, min(16, rows * block // 512))}
+def block_sizes(classes: int, class_stride: int, double: bool = False) -> dict[str, int | bool]:
+    """ROWS, BLOCK, ONE_BLOCK and num_warps of the tiles: 4 logits per thread (2 in double), which keeps every variant in registers."""
+    block = max(16, triton.next_power_of_2(classes))
+    tile, longest = (256, 256) if double else (512, 2048)
+    if class_stride == 1:
+        one_block = block <= longest
+        block = min(block, longest)
+        rows = max(1, tile // block)
+    else:  # neighbours in memory are rows: whole sectors of them
+        rows = 16 if double else 32
+        one_block = block * rows <= tile
+        block = min(block, tile // rows)
+    per_thread = 2 if double else 4
+    return {"ROWS": rows, "BLOCK": block, "ONE_BLOCK": one_block, "num_warps": max(1, rows * block // (32 * per_thread))}
+
+
+def compile_options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
+    """Options of the compiler. ptxas left alone spills a few registers to fit more programs on a processor; these kernels need none to wait on."""
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if nvidia:
+        options["maxnreg"] = min(255, 65536 // (32 * num_warps))
+    return options
 
 
 def _launch(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, t_squared, entropy, eps,
@@ -384,7 +393,8 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
     row_numbers = [None if x is None else x.contiguous() for x in (row_temperature, mask, weight_tensor, upstream)]
     row_temperature, mask, weight_tensor, upstream = row_numbers
     pointers = [row_temperature, mask if mask is None else mask.view(torch.uint8), weight_tensor, upstream, loss, to_student, to_teacher, to_temperature]
-    sizes = block_sizes(classes, strides[0][2])
+    sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
+    sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
     with torch.cuda.device(student.device) if student.is_cuda else torch.no_grad():
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             student, teacher, *(student if p is None else p for p in pointers), float(temperature), float(weight), rows, classes, inner,
