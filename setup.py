@@ -14,7 +14,9 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
-    raise SystemExit("kdkernels is compiled against the torch it will run with: install torch first, then pip install --no-build-isolation") from error
+    raise SystemExit(
+        "kdkernels is compiled against the torch it will run with: install torch first, then pip install --no-build-isolation"
+    ) from error
 
 # Names, not -march=native: GCC 12 leaves AVX-512 out of `native` on the newest AMD processors, and a wheel must run elsewhere too.
 ISA_FLAGS = {
@@ -31,7 +33,9 @@ def wants_cuda() -> bool:
     choice = os.environ.get("KDKERNELS_CUDA", "")
     able = torch.version.cuda is not None and (cpp_extension.CUDA_HOME is not None or shutil.which("nvcc") is not None)
     if choice == "1" and not able:
-        raise SystemExit(f"KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc; torch.version.cuda is {torch.version.cuda}, nvcc is {shutil.which('nvcc')}")
+        raise SystemExit(
+            f"KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc; torch.version.cuda is {torch.version.cuda}, nvcc is {shutil.which('nvcc')}"
+        )
     return able and choice != "0"
 
 
@@ -41,7 +45,16 @@ def extensions() -> list:
     kernels = sorted(glob("csrc/*_cpu.cpp"))
     shared = sorted(set(glob("csrc/*.cpp")) - set(kernels) - set(glob("csrc/*_cuda.cpp")))
     # -fopenmp is given to the compiler and not to the linker: the runtime must be the one torch has loaded, not a second one.
-    flags = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags = [
+        "-O3",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+        "-Wno-ignored-attributes",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ]
     defines = [("KDKERNELS_ISAS", f'"{",".join(isas)}"'), ("KDKERNELS_CUDA_ARCHS", f'"{cuda_archs}"')]
     modules = [cpp_extension.CppExtension("kdkernels._C", shared, define_macros=defines, extra_compile_args=flags)]
     for isa in isas:

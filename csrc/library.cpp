@@ -35,4 +35,6 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", build_info);
+}

@@ -1,4 +1,6 @@
 // The module that holds the CPU kernels of one instruction set: importing it registers them.
 #include <pybind11/pybind11.h>
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "CPU kernels of kdkernels for one instruction set"; }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CPU kernels of kdkernels for one instruction set";
+}

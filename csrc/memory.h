@@ -11,8 +11,8 @@
 
 namespace kdkernels {
 
-// A fresh result of many megabytes costs a page fault per 4 KiB, more time than the arithmetic of a memory-bound kernel. Where the system lets
-// programs ask (transparent huge pages set to `madvise`, the default of most distributions), 2 MiB pages make that 512 times rarer.
+// A fresh result of many megabytes costs a page fault per 4 KiB, more time than the arithmetic of a memory-bound kernel. Where the system
+// lets programs ask (transparent huge pages set to `madvise`, the default of most distributions), 2 MiB pages make that 512 times rarer.
 inline at::Tensor empty_like_on_huge_pages(const at::Tensor& x) {
   at::Tensor out = at::empty_like(x);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -149,7 +149,7 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  static constexpr float round_magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  static constexpr float round_magic = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   static constexpr float exp_lowest = -87.0f, exp_highest = 88.0f;  // e^x is a normal number in between
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
   static constexpr int exp_terms = 7;  // Taylor terms up to r^7 / 7!: |r| <= ln2 / 2 makes the rest 5e-9
@@ -157,8 +157,9 @@ struct Constants<float> {
 
 template <>
 struct Constants<double> {
-  static constexpr double log2e = 1.4426950408889634, ln2 = 0.693147180559945309, ln2_hi = 0.693147180369123816490, ln2_lo = 1.90821492927058770002e-10;
-  static constexpr double round_magic = 6755399441055744.0;   // 1.5 * 2^52
+  static constexpr double log2e = 1.4426950408889634, ln2 = 0.693147180559945309, ln2_hi = 0.693147180369123816490,
+                          ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double exp_lowest = -708.0, exp_highest = 709.0;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
   static constexpr int exp_terms = 14;

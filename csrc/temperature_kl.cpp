@@ -1,7 +1,7 @@
 // temperature_kl: the schemas of its ops, and its derivative.
 //
-// The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at once
-// and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
+// The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at
+// once and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
 // in Python because at 128 x 100 logits a Python derivative takes longer than the kernel, eager's forward and eager's backward together.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -20,8 +20,8 @@ using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&
                                                     const OptionalTensor&, int64_t, c10::string_view, double, c10::string_view, bool, bool,
                                                     double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
-                                                             const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view, double,
-                                                             c10::string_view, bool, bool, double, std::array<bool, 3>);
+                                                             const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
+                                                             double, c10::string_view, bool, bool, double, std::array<bool, 3>);
 using RescaleSignature = void(Tensor&, const Tensor&, int64_t);
 
 template <typename Signature>
@@ -31,8 +31,9 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 
 // A tensor that a tracer stands behind (torch.compile, export, functorch): its graph must not mutate what it saved.
 bool is_traced(const Tensor& x) {
-  return c10::impl::dispatch_mode_enabled() || x.key_set().has_any(c10::DispatchKeySet(
-             {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+  return c10::impl::dispatch_mode_enabled() ||
+         x.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                                  c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
 }
 
 struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
@@ -43,11 +44,12 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, grad] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
-                                include_entropy, target_eps, save_grad);
+    auto [loss, grad] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
+                                scale_by_t2, include_entropy, target_eps, save_grad);
     ctx->mark_non_differentiable({grad});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({student, teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()), normalizer.value_or(Tensor()), grad});
+    ctx->save_for_backward(
+        {student, teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()), normalizer.value_or(Tensor()), grad});
     auto& saved = ctx->saved_data;
     saved["temperature"] = temperature;
     saved["dim"] = dim;
@@ -58,7 +60,8 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     saved["include_entropy"] = include_entropy;
     saved["target_eps"] = target_eps;
     saved["save_grad"] = save_grad;
-    saved["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
+    saved["needs"] =
+        std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
     return {loss, grad};
   }
 
@@ -84,11 +87,10 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     }
     auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     const auto needs = data["needs"].toBoolList();
-    auto [to_student, to_teacher, to_temperature] =
-        recompute.call(grad_loss, saved[0], saved[1], data["temperature"].toDouble(), optional(saved[2]), optional(saved[3]), optional(saved[4]),
-                       dim, data["direction"].toStringView(), data["beta"].toDouble(), data["reduction"].toStringView(),
-                       data["scale_by_t2"].toBool(), data["include_entropy"].toBool(), data["target_eps"].toDouble(),
-                       std::array<bool, 3>{needs[0], needs[1], needs[2]});
+    auto [to_student, to_teacher, to_temperature] = recompute.call(
+        grad_loss, saved[0], saved[1], data["temperature"].toDouble(), optional(saved[2]), optional(saved[3]), optional(saved[4]), dim,
+        data["direction"].toStringView(), data["beta"].toDouble(), data["reduction"].toStringView(), data["scale_by_t2"].toBool(),
+        data["include_entropy"].toBool(), data["target_eps"].toDouble(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
     if (needs[0]) result[0] = to_student;
     if (needs[1]) result[1] = to_teacher;
     if (needs[2]) result[3] = to_temperature;
@@ -117,10 +119,11 @@ std::tuple<Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const 
 }  // namespace kdkernels::temperature_kl
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without `dim`.
-  // The second result is dLoss/dStudent if save_grad, which the derivative sets, else it is empty.
+  // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without
+  // `dim`. The second result is dLoss/dStudent if save_grad, which the derivative sets, else it is empty.
   m.def(
-      "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int dim, "
+      "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
+      "dim, "
       "str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
       "-> (Tensor loss, Tensor grad_student)");
   m.def(
@@ -130,4 +133,6 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor grad_loss, int dim) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) { m.impl("temperature_kl", kdkernels::temperature_kl::temperature_kl_autograd); }
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("temperature_kl", kdkernels::temperature_kl::temperature_kl_autograd);
+}

@@ -33,15 +33,24 @@ inline Options parse_options(const at::Tensor& student, double temperature, int6
   Options o{temperature, dim < 0 ? dim + student.dim() : dim, {}, beta, {}, scale_by_t2, include_entropy, target_eps};
   TORCH_CHECK_VALUE(o.dim >= 0 && o.dim < student.dim(), "dim must lie in [", -student.dim(), ", ", student.dim() - 1, "], got ", dim);
   TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
-  if (direction == "forward") o.direction = Direction::forward;
-  else if (direction == "reverse") o.direction = Direction::reverse;
-  else if (direction == "jsd") o.direction = Direction::jsd;
-  else TORCH_CHECK_VALUE(false, "direction must be 'forward', 'reverse' or 'jsd', got '", direction, "'");
-  if (reduction == "none") o.reduction = Reduction::none;
-  else if (reduction == "sum") o.reduction = Reduction::sum;
-  else if (reduction == "mean") o.reduction = Reduction::mean;
-  else if (reduction == "batchmean") o.reduction = Reduction::batchmean;
-  else TORCH_CHECK_VALUE(false, "reduction must be 'none', 'sum', 'mean' or 'batchmean', got '", reduction, "'");
+  if (direction == "forward")
+    o.direction = Direction::forward;
+  else if (direction == "reverse")
+    o.direction = Direction::reverse;
+  else if (direction == "jsd")
+    o.direction = Direction::jsd;
+  else
+    TORCH_CHECK_VALUE(false, "direction must be 'forward', 'reverse' or 'jsd', got '", direction, "'");
+  if (reduction == "none")
+    o.reduction = Reduction::none;
+  else if (reduction == "sum")
+    o.reduction = Reduction::sum;
+  else if (reduction == "mean")
+    o.reduction = Reduction::mean;
+  else if (reduction == "batchmean")
+    o.reduction = Reduction::batchmean;
+  else
+    TORCH_CHECK_VALUE(false, "reduction must be 'none', 'sum', 'mean' or 'batchmean', got '", reduction, "'");
   return o;
 }
 

@@ -104,11 +104,12 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
       continue;
     }
     auto sink = [&](Operand k) { return Sink<T>(call.wants(k) ? at(k) : nullptr, call.element[k], call.classes, call.streamed); };
-    const Source<T> student(at(kStudent), call.element[kStudent], call.classes), teacher(at(kTeacher), call.element[kTeacher], call.classes);
+    const Source<T> student(at(kStudent), call.element[kStudent], call.classes),
+        teacher(at(kTeacher), call.element[kTeacher], call.classes);
     const Sink<T> to_student = sink(kStudentGrad), to_teacher = sink(kTeacherGrad);
-    const auto result =
-        run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
-                                 call.wants(kStudentGrad) ? &to_student : nullptr, call.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
+    const auto result = run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)),
+                                                 splat<T>(call.row_weight(row)), call.wants(kStudentGrad) ? &to_student : nullptr,
+                                                 call.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
     if (call.row_loss) call.row_loss[row] = result.value[0];
     if (call.temperature_grad) call.temperature_grad[row] = result.slope[0];
   }
@@ -140,7 +141,8 @@ class LaneTiles {
       const int64_t count = std::min(width_, layout_.run() - i % chunks_ * width_);
       const auto offset = layout_.offsets(first);
       for (int k : {kStudent, kTeacher}) move<true>(k, offset[k], count, copy(copies, k));
-      for (int64_t v = 0; v * lanes < count; ++v) run_vector(copies, v, first + v * lanes, std::min<int64_t>(lanes, count - v * lanes), scratch);
+      for (int64_t v = 0; v * lanes < count; ++v)
+        run_vector(copies, v, first + v * lanes, std::min<int64_t>(lanes, count - v * lanes), scratch);
       for (int k : {kStudentGrad, kTeacherGrad})
         if (call_.wants(Operand(k))) move<false>(k, offset[k], count, copy(copies, k));
     }
@@ -158,12 +160,16 @@ class LaneTiles {
       const int64_t stride = x.stride(call_.options.dim), full = count / lanes, rest = count % lanes;
       for (int64_t j = 0; j < call_.classes; ++j, memory += stride) {
         for (int64_t v = 0; v < full; ++v) {
-          if constexpr (in) convert(memory + v * lanes, tiles + v * tile_ + j * lanes, lanes);
-          else convert(tiles + v * tile_ + j * lanes, memory + v * lanes, lanes);
+          if constexpr (in)
+            convert(memory + v * lanes, tiles + v * tile_ + j * lanes, lanes);
+          else
+            convert(tiles + v * tile_ + j * lanes, memory + v * lanes, lanes);
         }
         if (rest == 0) continue;
-        if constexpr (in) convert(memory + full * lanes, tiles + full * tile_ + j * lanes, rest);
-        else convert(tiles + full * tile_ + j * lanes, memory + full * lanes, rest);
+        if constexpr (in)
+          convert(memory + full * lanes, tiles + full * tile_ + j * lanes, rest);
+        else
+          convert(tiles + full * tile_ + j * lanes, memory + full * lanes, rest);
       }
     };
     if (call_.element[k] == Element::native) return typed(static_cast<T*>(x.data_ptr()));
@@ -184,8 +190,9 @@ class LaneTiles {
       if (!call_.kept(row + l)) clear_lane(at[kStudent], l), clear_lane(at[kTeacher], l);
     const Source<T> student(at[kStudent], Element::native, tile_), teacher(at[kTeacher], Element::native, tile_);
     const Sink<T> to_student(at[kStudentGrad], Element::native, tile_, false), to_teacher(at[kTeacherGrad], Element::native, tile_, false);
-    const auto result = run_tile<T, PerLane>(call_, student, teacher, temperature, weight, call_.wants(kStudentGrad) ? &to_student : nullptr,
-                                             call_.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
+    const auto result =
+        run_tile<T, PerLane>(call_, student, teacher, temperature, weight, call_.wants(kStudentGrad) ? &to_student : nullptr,
+                             call_.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
     for (int l = 0; l < here; ++l) {
       const bool kept = call_.kept(row + l);
       if (call_.row_loss) call_.row_loss[row + l] = kept ? result.value[l] : T(0);
@@ -276,8 +283,8 @@ at::Tensor reduce(const Call<T>& call, const at::Tensor& row_loss) {
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& student, const at::Tensor& teacher,
-                                           const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& normalizer,
-                                           bool save_grad) {
+                                           const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                           const OptionalTensor& normalizer, bool save_grad) {
   std::vector<at::Tensor> holder;
   Call<T> call = make_call<T>(o, student, teacher, row_temperature, mask, normalizer, holder);
   const at::Tensor row_loss = at::empty(row_shape(student, o.dim), student.options().dtype(c10::CppTypeToScalarType<T>::value));
@@ -314,9 +321,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const Options& o, const 
 
 std::tuple<at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, double temperature,
                                                       const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                      const OptionalTensor& normalizer, int64_t dim, c10::string_view direction, double beta,
-                                                      c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps,
-                                                      bool save_grad) {
+                                                      const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
+                                                      double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
+                                                      double target_eps, bool save_grad) {
   const Options o = parse_options(student, temperature, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps);
   check_inputs(student, teacher, row_temperature, mask, normalizer, o);
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? forward<double> : forward<float>;

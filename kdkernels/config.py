@@ -24,7 +24,9 @@ def load_cpu_kernels() -> str:
     usable = [isa for isa in order[order.index(info["best_isa"]) :] if isa in built]
     chosen = os.environ.get("KDKERNELS_CPU_ISA") or (usable[0] if usable else None)
     if chosen not in usable:
-        raise ImportError(f"CPU kernels for {chosen!r} cannot run here: KDKERNELS_CPU_ISA must be one of {usable} (built: {built}, this CPU: {info['best_isa']})")
+        raise ImportError(
+            f"CPU kernels for {chosen!r} cannot run here: KDKERNELS_CPU_ISA must be one of {usable} (built: {built}, this CPU: {info['best_isa']})"
+        )
     importlib.import_module(f"kdkernels._cpu_{chosen}")
     return chosen
 

@@ -26,7 +26,15 @@ def kl_variants():
     """(name, kernel, signature, constants, warps) of the launches that block_sizes can lead to."""
     plain = dict(direction=0, entropy=True, eps=0.0, loss=True, student=True, teacher=False, temperature=False)
     everything = plain | dict(loss=False, teacher=True, temperature=True)
-    layouts = [("c10", 10, 1), ("c100", 100, 1), ("c1000", 1000, 1), ("c4096", 4096, 1), ("c32000", 32000, 1), ("map21", 21, 256), ("map1000", 1000, 64)]
+    layouts = [
+        ("c10", 10, 1),
+        ("c100", 100, 1),
+        ("c1000", 1000, 1),
+        ("c4096", 4096, 1),
+        ("c32000", 32000, 1),
+        ("map21", 21, 256),
+        ("map1000", 1000, 64),
+    ]
     for layout, classes, stride in layouts:
         for dtype in (torch.float32, torch.bfloat16):
             yield kl_variant(f"forward_{layout}_{NAMES[dtype]}", classes, stride, dtype, **plain)
@@ -42,7 +50,13 @@ def kl_variants():
 
 def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, loss, student, teacher, temperature):
     compute = "fp64" if dtype == torch.float64 else "fp32"
-    pointer = {"student_ptr": NAMES[dtype], "teacher_ptr": NAMES[dtype], "to_student_ptr": NAMES[dtype], "to_teacher_ptr": NAMES[dtype], "mask_ptr": "u8"}
+    pointer = {
+        "student_ptr": NAMES[dtype],
+        "teacher_ptr": NAMES[dtype],
+        "to_student_ptr": NAMES[dtype],
+        "to_teacher_ptr": NAMES[dtype],
+        "mask_ptr": "u8",
+    }
     signature, constants = {}, {}
     sizes = kl.block_sizes(classes, class_stride, compute == "fp64")
     flags = dict(
@@ -59,7 +73,9 @@ def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, l
         elif argument.endswith("_class") and class_stride == 1:
             signature[argument], constants[argument] = "constexpr", 1
         else:
-            signature[argument] = "fp32" if argument in ("temperature", "weight") else "i64" if argument.startswith(("s_", "t_", "gs_", "gt_")) else "i32"
+            signature[argument] = (
+                "fp32" if argument in ("temperature", "weight") else "i64" if argument.startswith(("s_", "t_", "gs_", "gt_")) else "i32"
+            )
     return name, kl._kl_kernel, signature, constants, sizes["num_warps"]
 
 

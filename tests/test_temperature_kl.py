@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close, of_sum, rounding
 
-import kdkernels
 from kdkernels import reference, temperature_kl
-
 
 
 def _operators(backend: str):
@@ -27,7 +25,9 @@ def _operators(backend: str):
 def _oracle(case, x, upstream_rows=None):
     """Loss and gradients in float64 from autograd of the reference."""
     s, t = (x[k].double().cpu().clone().requires_grad_() for k in ("student", "teacher"))
-    temperature = torch.full(case.rows, case.temperature, dtype=torch.float64) if x["temperature"] is None else x["temperature"].double().cpu().clone()
+    temperature = (
+        torch.full(case.rows, case.temperature, dtype=torch.float64) if x["temperature"] is None else x["temperature"].double().cpu().clone()
+    )
     temperature.requires_grad_()
     mask, normalizer = (None if x[k] is None else x[k].cpu() for k in ("mask", "normalizer"))
     loss = reference.temperature_kl(s, t, temperature, mask=mask, normalizer=normalizer, **case.options)

@@ -13,7 +13,16 @@ def of_sum(dtype: torch.dtype, length: int, operations: int = 24) -> float:
     return rounding(dtype) * (operations + length**0.5 / 4)
 
 
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float = 0.0, scale: torch.Tensor | float | None = None, truncated=False):
+def assert_close(
+    name: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    rtol: float,
+    atol: float = 0.0,
+    scale: torch.Tensor | float | None = None,
+    truncated=False,
+):
     """|actual - expected| <= rtol * max(|expected|, scale) + atol + half a unit of actual's dtype, infinities and NaN in the same places.
 
     ``truncated`` allows a whole unit of bfloat16: Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds.

@@ -15,14 +15,14 @@ namespace kdkernels::temperature_kl {
 
 template <typename T>
 struct Divergence {
-  Vec<T> inv_t;   // 1 / T
-  Vec<T> top;     // max of the base logits
-  Vec<T> z;       // sum of e = exp((b - top) / T)
-  Vec<T> mean;    // m, the mean of d as first computed
-  Vec<T> drift;   // E_p[x], what rounding left of it
-  Vec<T> w;       // E_p[e^y] - 1
+  Vec<T> inv_t;  // 1 / T
+  Vec<T> top;    // max of the base logits
+  Vec<T> z;      // sum of e = exp((b - top) / T)
+  Vec<T> mean;   // m, the mean of d as first computed
+  Vec<T> drift;  // E_p[x], what rounding left of it
+  Vec<T> w;      // E_p[e^y] - 1
   Vec<T> kl;
-  Vec<T> shift;   // log p_b - log p_o = d - shift
+  Vec<T> shift;  // log p_b - log p_o = d - shift
 };
 
 // E_p[x] + log(1 + w), where w = convex - E_p[x]. Close nets have convex ~ w << 1: the series of w - log(1 + w) keeps the digits.
@@ -35,8 +35,8 @@ inline Vec<T> centred_kl(Vec<T> convex, Vec<T> drift, Vec<T> w) {
   return kl < T(0) ? Vec<T>{} : kl;
 }
 
-// Rows whose nets are so far apart that e^y leaves the range of T (or is infinite): log-sum-exp of both sides. There the divergence is large and
-// nothing cancels. Rewrites gap[] so that the formula of the gradient above holds with w = 0.
+// Rows whose nets are so far apart that e^y leaves the range of T (or is infinite): log-sum-exp of both sides. There the divergence is
+// large and nothing cancels. Rewrites gap[] so that the formula of the gradient above holds with w = 0.
 template <typename T, typename Reduce>
 void far_apart(const Source<T>& base, const Source<T>& other, const T* e, T* gap, Mask<T> far, Divergence<T>& s) {
   const int64_t n = base.vectors();
@@ -92,7 +92,7 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> i
       const Vec<T> weight = simd::load<T>(e + j * lanes);
       const auto part = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
       Vec<T> ey = weight * y;
-      Vec<T> up = weight * (part.scale * (part.r + part.h) + (part.scale - T(1)));                         // p (e^y - 1)
+      Vec<T> up = weight * (part.scale * (part.r + part.h) + (part.scale - T(1)));                        // p (e^y - 1)
       Vec<T> above = weight * (part.scale * part.h + (part.scale * part.r + ((part.scale - T(1)) - y)));  // p (e^y - 1 - y)
       const Mask<T> joined = ~(y < steep);
       if (__builtin_expect(any(joined), 0)) {
@@ -129,7 +129,8 @@ void write_other_gradient(const Divergence<T>& s, int64_t n, const T* e, const T
 
 // scale * dKL / d(b / T)
 template <typename T>
-void write_base_gradient(const Divergence<T>& s, const Source<T>& base, const Source<T>& other, const T* e, Vec<T> scale, const Sink<T>& out) {
+void write_base_gradient(const Divergence<T>& s, const Source<T>& base, const Source<T>& other, const T* e, Vec<T> scale,
+                         const Sink<T>& out) {
   const Vec<T> k = scale / s.z;
   for (int64_t j = 0, n = base.vectors(); j < n; ++j) {
     const Vec<T> weight = simd::load<T>(e + j * simd::kLanes<T>);

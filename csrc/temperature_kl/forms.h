@@ -33,9 +33,7 @@ ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, con
   const T eps = form.eps;
 
   // log(1 + eps / p), from whichever side does not cancel
-  auto log_lift = [&](Vec<T> p, Vec<T> v) {
-    return select<T>(p > eps, simd::log1p<T>(eps / p), simd::log<T>(p + eps) - (v - log_z));
-  };
+  auto log_lift = [&](Vec<T> p, Vec<T> v) { return select<T>(p > eps, simd::log1p<T>(eps / p), simd::log<T>(p + eps) - (v - log_z)); };
 
   Vec<T> mean_v{}, mean_lift{}, extra{};  // E_p[log p] + log z, E_p[log(1 + eps/p)], what eps adds to V
   for (int64_t j = 0; j < n; ++j) {

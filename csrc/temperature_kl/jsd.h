@@ -26,8 +26,8 @@ class Jsd {
 
   // e[] is z p of the divergence(teacher, student); q[] and b[] are scratch. The sinks may be null.
   template <typename Reduce>
-  ValueAndSlope<T> operator()(const Divergence<T>& s, const Source<T>& teacher, const Source<T>& student, const T* e, T* q, T* b, Vec<T> scale,
-                              bool gradients, const Sink<T>* teacher_out, const Sink<T>* student_out) const {
+  ValueAndSlope<T> operator()(const Divergence<T>& s, const Source<T>& teacher, const Source<T>& student, const T* e, T* q, T* b,
+                              Vec<T> scale, bool gradients, const Sink<T>* teacher_out, const Sink<T>* student_out) const {
     constexpr int lanes = simd::kLanes<T>;
     const int64_t n = teacher.vectors();
     const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{};

@@ -11,7 +11,9 @@ namespace kdkernels::temperature_kl {
 enum Operand { kStudent, kTeacher, kStudentGrad, kTeacherGrad, kOperands };
 
 // Classes are adjacent in memory.
-inline bool classes_adjacent(const at::Tensor& x, int64_t dim) { return x.size(dim) == 1 || x.stride(dim) == 1; }
+inline bool classes_adjacent(const at::Tensor& x, int64_t dim) {
+  return x.size(dim) == 1 || x.stride(dim) == 1;
+}
 
 // The last dimension of rows; -1 if there is one row only.
 inline int64_t last_row_dim(const at::Tensor& x, int64_t dim) {

@@ -1,8 +1,8 @@
 // What all stages of the temperature-KL kernels work on: a tile, one vector of classes or one vector of rows at a time.
 //
-// Two layouts share the arithmetic. Where the classes of a row are adjacent in memory a tile is one row, a vector holds neighbouring classes,
-// and a sum over classes ends with a sum across the lanes (AcrossLanes). Where the rows are adjacent ([B, K, H, W] with dim=1) a tile is
-// one vector of rows, a vector holds the same class of neighbouring rows, and the lanes never meet (PerLane).
+// Two layouts share the arithmetic. Where the classes of a row are adjacent in memory a tile is one row, a vector holds neighbouring
+// classes, and a sum over classes ends with a sum across the lanes (AcrossLanes). Where the rows are adjacent ([B, K, H, W] with dim=1) a
+// tile is one vector of rows, a vector holds the same class of neighbouring rows, and the lanes never meet (PerLane).
 #pragma once
 
 #include <algorithm>

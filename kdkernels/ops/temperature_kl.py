@@ -105,7 +105,9 @@ def _innermost_is_vmap() -> bool:
     return functorch.peek_interpreter_stack().key() == functorch.TransformType.Vmap
 
 
-def _reference(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps):
+def _reference(
+    student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps
+):
     return reference(
         student,
         teacher,
@@ -137,7 +139,9 @@ def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:
     try:
         return temperature.expand(rows)
     except RuntimeError:
-        raise ValueError(f"temperature must broadcast to the rows {rows} (the logits' shape without dim={dim}), got {tuple(temperature.shape)}") from None
+        raise ValueError(
+            f"temperature must broadcast to the rows {rows} (the logits' shape without dim={dim}), got {tuple(temperature.shape)}"
+        ) from None
 
 
 def _check(student, teacher, dim, direction, beta, reduction, include_entropy, target_eps, mask, normalizer) -> None:
@@ -200,7 +204,22 @@ def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("kdkernels::temperature_kl")
-def _(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, save_grad):
+def _(
+    student,
+    teacher,
+    temperature,
+    row_temperature,
+    mask,
+    normalizer,
+    dim,
+    direction,
+    beta,
+    reduction,
+    scale_by_t2,
+    include_entropy,
+    target_eps,
+    save_grad,
+):
     shape = _row_shape(student, dim) if reduction == "none" else ()
     loss = student.new_empty(shape, dtype=_compute_dtype(student, teacher))
     return loss, torch.empty_like(student) if save_grad else student.new_empty(0)

@@ -392,7 +392,16 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
         weight_tensor, weight = torch.full((), weight, dtype=compute, device=student.device), 1.0
     row_numbers = [None if x is None else x.contiguous() for x in (row_temperature, mask, weight_tensor, upstream)]
     row_temperature, mask, weight_tensor, upstream = row_numbers
-    pointers = [row_temperature, mask if mask is None else mask.view(torch.uint8), weight_tensor, upstream, loss, to_student, to_teacher, to_temperature]
+    pointers = [
+        row_temperature,
+        mask if mask is None else mask.view(torch.uint8),
+        weight_tensor,
+        upstream,
+        loss,
+        to_student,
+        to_teacher,
+        to_temperature,
+    ]
     sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
     sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
     with torch.cuda.device(student.device) if student.is_cuda else torch.no_grad():

@@ -1,0 +1,6 @@
+"""Distillation methods. A method is a pure loss function and a small LightningModule. The modules need the extra ``train``."""
+
+from .base import Distiller, Supervised
+from .kd import KD, kd_loss
+
+__all__ = ["KD", "Distiller", "Supervised", "kd_loss"]

@@ -1,0 +1,65 @@
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015)."""
+
+from __future__ import annotations
+
+import os
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.temperature_kl import temperature_kl
+from .base import Distiller
+
+
+def kd_loss(
+    student: Tensor,  # [B, K]
+    teacher: Tensor,  # [B, K]
+    labels: Tensor,  # [B] int64
+    temperature: float | Tensor = 4.0,
+    *,
+    gamma: float = 0.1,
+    alpha: float = 0.9,
+) -> Tensor:
+    """``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, both means over the batch.
+
+    The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached.
+
+    References:
+        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
+    """
+    return gamma * F.cross_entropy(student.float(), labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+
+
+class KD(Distiller):
+    """Trains a student on labels and on the softened predictions of a teacher: the terms of :func:`kd_loss`.
+
+    Args:
+        student, teacher, teacher_weights, lr, momentum, weight_decay: see :class:`Distiller`.
+        temperature: T of both predictions.
+        gamma: weight of the cross-entropy.
+        alpha: weight of T^2 KL.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        teacher_weights: str | os.PathLike | None = None,
+        temperature: float = 4.0,
+        gamma: float = 0.1,
+        alpha: float = 0.9,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ):
+        super().__init__(student, teacher, teacher_weights, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
+
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher_logits, _ = self.teacher_outputs(batch["image"])
+        logits = self.student(batch["image"])
+        cross_entropy = F.cross_entropy(logits.float(), batch["label"])
+        kl = temperature_kl(logits, teacher_logits, self.temperature)
+        return logits, {"cross_entropy": self.gamma * cross_entropy, "kl": self.alpha * kl}

@@ -1,0 +1,37 @@
+"""A small plain CNN, the student and the teacher of the demo."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class TinyCNN(nn.Module):
+    """Three blocks of 3x3 convolutions, each followed by batch norm, ReLU and a halving of the map; global mean; a linear classifier.
+
+    Taps: ``block1`` (width channels, 1/2 of the resolution), ``block2`` (2 width, 1/4), ``block3`` (4 width, 1/8).
+
+    Args:
+        width: channels of the first block.
+        depth: convolutions per block.
+        num_classes: classes.
+    """
+
+    def __init__(self, width: int = 32, depth: int = 1, num_classes: int = 10):
+        super().__init__()
+        if min(width, depth, num_classes) < 1:
+            raise ValueError(f"width, depth and num_classes must be at least 1, got {width}, {depth} and {num_classes}")
+        self.block1 = _block(3, width, depth)
+        self.block2 = _block(width, 2 * width, depth)
+        self.block3 = _block(2 * width, 4 * width, depth)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, num_classes]
+        x = self.block3(self.block2(self.block1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def _block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.MaxPool2d(2))

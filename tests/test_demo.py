@@ -1,0 +1,68 @@
+"""The main job end to end, small: trains, is interrupted, resumes, reports; and fit from the configs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+ROOT = Path(__file__).parent.parent
+
+
+def _environment(tmp_path: Path) -> dict:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"KDKERNELS_CACHE": str(tmp_path / "cache")}
+
+
+def test_demo_is_interrupted_and_resumed(tmp_path):
+    command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    results = tmp_path / "out" / "results.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if results.exists() and len(json.loads(results.read_text())["stages"]) >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "resume with: kdkernels demo --quick" in output
+    before = json.loads(results.read_text())["stages"]
+    assert 2 <= len(before) < 6
+
+    run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    after = json.loads(results.read_text())
+    assert len(after["stages"]) == 6
+    assert all(after["stages"][k] == v for k, v in before.items())  # nothing was done twice
+    assert "student distilled" in run.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing is fetched
+
+
+def test_demo_refuses_a_folder_it_cannot_make(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
+    run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "--out: cannot make the folder" in run.stderr
+
+
+def test_fit_from_the_configs(tmp_path):
+    """Teacher, then student: the two commands of the README, cut to a few batches."""
+    small = ["--data.train_size=64", "--data.val_size=32", "--data.test_size=32", "--trainer.max_epochs=1"]
+    for name in ("teacher", "kd"):
+        command = [sys.executable, "-m", "kdkernels", "fit", "--config", str(ROOT / f"configs/{name}_clutter_digits.yaml"), *small]
+        run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert (tmp_path / "runs" / name / "last.ckpt").exists()
+    command = [sys.executable, "-m", "kdkernels", "test", "--config", str(ROOT / "configs/kd_clutter_digits.yaml"), *small]
+    run = subprocess.run([*command, "--ckpt_path", "runs/kd/last.ckpt"], env=_environment(tmp_path), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test/accuracy" in run.stdout

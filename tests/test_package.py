@@ -1,0 +1,80 @@
+"""What is built and loaded, the command line, and that importing does nothing else."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import kdkernels
+from kdkernels import _C
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KDKERNELS_CPU_ISA")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | environment)
+
+
+def test_build_info_and_show_config(capsys):
+    info = _C.build_info()
+    assert kdkernels.CPU_ISA in info["isas"].split(",")
+    kdkernels.show_config()
+    shown = capsys.readouterr().out
+    for word in (kdkernels.__version__, kdkernels.CPU_ISA, "temperature_kl: cpu -> C++", "cuda ->"):
+        assert word in shown
+
+
+def test_version_is_that_of_the_distribution():
+    from importlib.metadata import version
+
+    assert kdkernels.__version__ == version("kdkernels")
+
+
+ISAS = _C.build_info()["isas"].split(",")
+ORDER = ["avx512", "avx2", "baseline"]
+
+
+@pytest.mark.parametrize("isa", [i for i in ORDER[ORDER.index(_C.build_info()["best_isa"]) :] if i in ISAS])
+def test_every_instruction_set_gives_the_known_answer(isa):
+    code = (
+        "import torch, kdkernels as k; s, t = torch.tensor([[1., 2, 3]]).double().requires_grad_(), torch.tensor([[3., 2, 1]]).double();"
+        "loss = k.temperature_kl(s, t, 4.0); loss.backward();"
+        "maps = torch.randn(2, 5, 7, 9); other = torch.randn(2, 5, 7, 9); a = k.temperature_kl(maps, other, 2.0, dim=1);"
+        "b = k.reference.temperature_kl(maps.double(), other.double(), 2.0, dim=1);"
+        "print(k.CPU_ISA, abs(loss.item() - 1.3196299122) < 5e-11, abs(s.grad[0, 0].item() + 0.6598149561) < 5e-11, abs(a / b - 1).item() < 1e-6)"
+    )
+    run = _python(code, KDKERNELS_CPU_ISA=isa)
+    assert run.stdout.split() == [isa, "True", "True", "True"], run.stdout + run.stderr
+
+
+def test_impossible_instruction_set_is_one_sentence():
+    run = _python("import kdkernels", KDKERNELS_CPU_ISA="avx1024")
+    assert run.returncode != 0
+    assert "KDKERNELS_CPU_ISA must be one of" in run.stderr
+
+
+def test_import_brings_in_no_trainer_and_no_compiler():
+    run = _python("import kdkernels, sys; print([m for m in ('triton', 'lightning', 'matplotlib', 'sklearn') if m in sys.modules])")
+    heavy_in_torch = _python("import torch, sys; print([m for m in ('triton', 'lightning', 'matplotlib', 'sklearn') if m in sys.modules])")
+    assert run.stdout == heavy_in_torch.stdout, run.stderr
+
+
+def test_command_line(tmp_path, capsys):
+    from kdkernels.cli import main
+
+    assert main(["--help"]) == 0
+    assert main([]) == 2
+    assert main(["distil"]) == 2
+    assert main(["info"]) == 0
+    shown = capsys.readouterr()
+    assert "no command 'distil'" in shown.err
+    assert "cpu isa" in shown.out
+
+
+def test_gpu_without_triton_says_what_to_install(monkeypatch):
+    from kdkernels.ops import temperature_kl as module
+
+    name = sys.modules["kdkernels.ops.temperature_kl"]
+    del module
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        name._no_triton(ImportError("triton"))
