@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-import torch  # before _C: the extension links against torch's libraries
+import torch  # noqa: F401  before _C: the extension links against torch's libraries
 
 from . import _C, reference  # noqa: F401  the import of _C registers the ops
 from .config import load_cpu_kernels, show_config

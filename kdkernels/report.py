@@ -36,15 +36,16 @@ def write_report(path: Path, results: dict, data, seeds: int) -> Path:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>kdkernels demo</title><style>{STYLE}</style></head><body>
 <h1>Distilling a small CNN through temperature_kl</h1>
-<p>A teacher (TinyCNN, width {demo.TEACHER_WIDTH}) and a student (width {demo.STUDENT_WIDTH}) on ClutterDigits: {data.sizes["train"]:,} training images of
-3&times;32&times;32. The student is trained on the labels alone, then again, from the same initial weights, with the teacher's softened predictions
-(T = 4, 0.1 cross-entropy + 0.9 T&sup2; KL).{" <b>Quick run: the numbers mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
+<p>A teacher (TinyCNN, width {demo.TEACHER_WIDTH}) and a student (width {demo.STUDENT_WIDTH}) on ClutterDigits:
+{data.sizes["train"]:,} training images of 3&times;32&times;32. The student is trained on the labels
+alone, then again, from the same initial weights, with the teacher's softened predictions (T = 4, 0.1 cross-entropy + 0.9 T&sup2; KL).{" <b>Quick run: the numbers mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
 <h2>Test accuracy, %</h2>
 <table><tr><th></th><th>mean &plusmn; std</th>{"".join(f"<th>seed {i}</th>" for i in range(seeds))}</tr>{rows}</table>
 <h2>Validation accuracy by epoch</h2>
 {_picture(_curves(results, seeds), "validation accuracy of teacher, student alone and student distilled against epochs")}
 <h2>The loss: forward + backward</h2>
-<table><tr><th>logits</th><th>fused, ms</th><th>reference, ms</th><th>torch.compile, ms</th><th>reference / fused</th><th>torch.compile / fused</th></tr>
+<table><tr><th>logits</th><th>fused, ms</th><th>reference, ms</th><th>torch.compile, ms</th>
+<th>reference / fused</th><th>torch.compile / fused</th></tr>
 {_bench_rows(results["bench"])}</table>
 {_picture(_bench_bars(results["bench"]), "time of reference and torch.compile relative to the fused op")}
 <h2>The images</h2>

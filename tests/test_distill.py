@@ -1,6 +1,7 @@
 """The trainers: what is trained and what is not, the losses, taps, data."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 L = pytest.importorskip("lightning")
-
 from kdkernels import reference  # noqa: E402
 from kdkernels.data import ClutterDigits  # noqa: E402
 from kdkernels.data.clutter_digits import MEAN, STD  # noqa: E402
@@ -148,7 +148,7 @@ def test_splits_share_no_digit():
     edges = sorted(clutter_digits._SPLITS.values())
     assert edges[0][0] == 0
     assert edges[-1][1] == 1
-    assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
 
 
 def test_clutter_digits_refuses_nonsense():

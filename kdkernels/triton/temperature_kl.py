@@ -79,10 +79,7 @@ def _kl_kernel(
     keep = in_batch
     if HAS_MASK:
         keep = in_batch & tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)
-    if HAS_TEMPERATURE:
-        t_row = tl.load(temperature_ptr + row, mask=in_batch, other=1.0).to(COMPUTE)
-    else:
-        t_row = tl.full([ROWS], 1.0, COMPUTE) * temperature
+    t_row = tl.load(temperature_ptr + row, mask=in_batch, other=1.0).to(COMPUTE) if HAS_TEMPERATURE else tl.full([ROWS], 1.0, COMPUTE) * temperature
     inv_t = (1.0 / t_row)[:, None]
     outer, i = row // inner, row % inner
     s_row = student_ptr + (outer * s_outer + i * s_inner)[:, None]
@@ -201,10 +198,7 @@ def _kl_kernel(
                 if EPS > 0.0:
                     lift = tl.where(p == 0.0, 0.0, p * _log_lift(p, v, log_z, EPS))
                     mean_lift += tl.sum(lift, 1, keep_dims=True)
-                    if ENTROPY:
-                        added = lift + EPS * (log(p + EPS) - log_q)
-                    else:
-                        added = -EPS * log_q
+                    added = lift + EPS * (log(p + EPS) - log_q) if ENTROPY else -EPS * log_q
                     extra += tl.sum(tl.where(in_row, added, 0.0), 1, keep_dims=True)
         if DIRECTION == 2:
             value = tl.where(extra < 0.0, 0.0, extra)
