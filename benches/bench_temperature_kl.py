@@ -67,9 +67,13 @@ def bench_temperature_kl(name, shape, dim, dtype, options, seconds, report):
 
 def gate(student, teacher, dim, options) -> float:
     """No speed without a right answer: the op against float64 on (the first rows of) the very inputs. Returns the relative error of the loss."""
-    s, t = (x.detach().narrow(1 - dim if x.dim() == 2 else 0, 0, min(4, x.shape[0])).requires_grad_() for x in (student, teacher))
-    loss, exact = temperature_kl(s, t, T, dim=dim, **options), reference.temperature_kl(s.double(), t.double(), T, dim=dim, **options)
-    (got,), (want,) = torch.autograd.grad(loss, s), torch.autograd.grad(exact, s)
+    rows = 1 - dim if student.dim() == 2 else 0
+    s, t = (x.detach().narrow(rows, 0, min(4, x.shape[0])) for x in (student, teacher))
+    exact_s = s.double().requires_grad_()
+    exact = reference.temperature_kl(exact_s, t.double(), T, dim=dim, **options)
+    s = s.requires_grad_()
+    loss = temperature_kl(s, t, T, dim=dim, **options)
+    (got,), (want,) = torch.autograd.grad(loss, s), torch.autograd.grad(exact, exact_s)
     rtol = of_sum(torch.float32, s.shape[dim])
     assert_close("loss", loss, exact, rtol=rtol)
     assert_close("gradient", got, want, rtol=4 * rtol, scale=want.abs().max().item())

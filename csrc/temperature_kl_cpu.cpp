@@ -50,6 +50,7 @@ struct Scratch {
   int64_t size;
   std::unique_ptr<T[]> storage;
   T *e = storage.get(), *gap = e + size, *aux = gap + size;
+  Ahead ahead;
 };
 
 // Losses and gradients of one tile. `temperature` and `weight` are those of its rows.
@@ -63,7 +64,7 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
   const bool slope = call.temperature_grad != nullptr;
   ValueAndSlope<T> result;
   if (o.direction == Direction::jsd) {
-    const auto s = divergence<T, Reduce>(teacher, student, inv_t, scratch.e, nullptr);
+    const auto s = divergence<T, Reduce>(teacher, student, inv_t, scratch.e, nullptr, scratch.ahead);
     result = Jsd<T>(o.beta).template operator()<Reduce>(s, teacher, student, scratch.e, scratch.gap, scratch.aux, scale, call.gradients(),
                                                         teacher_out, student_out);
   } else {
@@ -71,7 +72,7 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
     const Source<T>&base = forward ? teacher : student, &other = forward ? student : teacher;
     const Sink<T>*base_out = forward ? teacher_out : student_out, *other_out = forward ? student_out : teacher_out;
     const bool general = slope || !o.include_entropy || o.target_eps > 0;
-    const auto s = divergence<T, Reduce>(base, other, inv_t, scratch.e, other_out || general ? scratch.gap : nullptr);
+    const auto s = divergence<T, Reduce>(base, other, inv_t, scratch.e, other_out || general ? scratch.gap : nullptr, scratch.ahead);
     if (general) {
       const Form<T> form{static_cast<T>(o.target_eps), o.include_entropy, static_cast<T>(call.classes)};
       result = general_form<T, Reduce>(s, base, other, scratch.e, scratch.gap, form, scale, call.gradients(), base_out, other_out);
@@ -103,6 +104,10 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
         if (call.wants(Operand(k))) std::memset(at(k), 0, call.classes * call.x[k].element_size());
       continue;
     }
+    const Operand first_read = call.options.direction == Direction::reverse ? kStudent : kTeacher;
+    if (row + 1 < end)
+      scratch.ahead = {at(first_read) + (layout.offsets(row + 1)[first_read] - offset[first_read]) * call.x[first_read].element_size(),
+                       call.classes * call.x[first_read].element_size() / 64};
     auto sink = [&](Operand k) { return Sink<T>(call.wants(k) ? at(k) : nullptr, call.element[k], call.classes, call.streamed); };
     const Source<T> student(at(kStudent), call.element[kStudent], call.classes),
         teacher(at(kTeacher), call.element[kTeacher], call.classes);

@@ -37,8 +37,9 @@ def write_report(path: Path, results: dict, data, seeds: int) -> Path:
 <title>kdkernels demo</title><style>{STYLE}</style></head><body>
 <h1>Distilling a small CNN through temperature_kl</h1>
 <p>A teacher (TinyCNN, width {demo.TEACHER_WIDTH}) and a student (width {demo.STUDENT_WIDTH}) on ClutterDigits:
-{data.sizes["train"]:,} training images of 3&times;32&times;32. The student is trained on the labels
-alone, then again, from the same initial weights, with the teacher's softened predictions (T = 4, 0.1 cross-entropy + 0.9 T&sup2; KL).{" <b>Quick run: the numbers mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
+{data.sizes["train"]:,} training images of 3&times;32&times;32. The student is trained on the
+labels alone, then again, from the same initial weights, with the teacher's softened predictions (T = 4, 0.1 cross-entropy + 0.9 T&sup2; KL).
+{"<b>Quick run: the numbers mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
 <h2>Test accuracy, %</h2>
 <table><tr><th></th><th>mean &plusmn; std</th>{"".join(f"<th>seed {i}</th>" for i in range(seeds))}</tr>{rows}</table>
 <h2>Validation accuracy by epoch</h2>
@@ -120,7 +121,7 @@ def _bench_bars(bench: dict):
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("time relative to the fused op")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

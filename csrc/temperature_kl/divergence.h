@@ -56,9 +56,10 @@ void far_apart(const Source<T>& base, const Source<T>& other, const T* e, T* gap
   }
 }
 
-// Fills e[] with z p_b and, if asked, gap[] with z p_b (e^y - 1).
+// Fills e[] with z p_b and, if asked, gap[] with z p_b (e^y - 1). `ahead` is what will be read next, after this tile: it is fetched
+// while the second exponential keeps the memory idle.
 template <typename T, typename Reduce>
-Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> inv_t, T* e, T* gap) {
+Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> inv_t, T* e, T* gap, Ahead ahead) {
   constexpr int lanes = simd::kLanes<T>;
   const int64_t n = base.vectors();
   Divergence<T> s{};
@@ -88,6 +89,7 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> i
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Vec<T> convex_sum{}, drift_sum{};
     for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
+      ahead.fetch(j);
       const Vec<T> o = other[j], y = (o - base[j]) * inv_t + s.mean;
       const Vec<T> weight = simd::load<T>(e + j * lanes);
       const auto part = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));

@@ -105,6 +105,15 @@ class Source {
   T tail_[lanes];
 };
 
+// Memory that is about to be read, as cache lines.
+struct Ahead {
+  const char* begin = nullptr;
+  int64_t lines = 0;
+  KDKERNELS_INLINE void fetch(int64_t line) const {
+    if (line < lines) __builtin_prefetch(begin + line * 64, 0, 2);
+  }
+};
+
 // Where the gradient of a row goes, converted as it is written. `streamed` writes native numbers past the caches, where they are aligned.
 template <typename T>
 class Sink {
