@@ -191,7 +191,6 @@ KDKERNELS_INLINE ExpParts<T> exp_parts(Vec<T> y) {
   // The integer n sits in the low bits of `shifted`; a shift by the width of the mantissa drops the bits of the magic number above it.
   const I exponent = ((I)shifted + C::exponent_bias) << C::mantissa_bits;
   Vec<T> poly = splat<T>(C::exp_poly[0]);
-#pragma GCC unroll 16
   for (size_t k = 1; k < std::size(C::exp_poly); ++k) poly = poly * r + C::exp_poly[k];
   return {(Vec<T>)exponent, r, poly * r * r};
 }
