@@ -39,12 +39,12 @@ gpu: $(BUILT)
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(dir $(PY))clang-format --dry-run --Werror
+	find csrc -name '*.cpp' -o -name '*.h' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" --dry-run --Werror
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(dir $(PY))clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" -i
 
 wheel: $(BUILT)
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -1,13 +1,18 @@
 """What is built and loaded, the command line, and that importing does nothing else."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import kdkernels
 from kdkernels import _C
+
+ROOT = Path(__file__).parent.parent
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -71,10 +76,42 @@ def test_command_line(tmp_path, capsys):
     assert "cpu isa" in shown.out
 
 
-def test_gpu_without_triton_says_what_to_install(monkeypatch):
-    from kdkernels.ops import temperature_kl as module
+def test_gpu_without_triton_says_what_to_install():
+    code = (
+        "import sys; sys.modules['triton'] = None; import kdkernels; op = sys.modules['kdkernels.ops.temperature_kl']\n"
+        "try: op._triton_kernels()\nexcept RuntimeError as error: print(error)"
+    )
+    run = _python(code)
+    assert run.stdout.strip() == "temperature_kl on a GPU runs in Triton, which is not installed: pip install triton", run.stderr
 
-    name = sys.modules["kdkernels.ops.temperature_kl"]
-    del module
-    with pytest.raises(RuntimeError, match="pip install triton"):
-        name._no_triton(ImportError("triton"))
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_insisting_on_cuda_without_it_is_a_clear_error():
+    environment = os.environ | {"KDKERNELS_CUDA": "1"}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode != 0
+    assert "KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc" in run.stderr
+
+
+def _python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
+
+
+def test_examples_of_the_documents_run():
+    readme, own_method = _python_blocks("README.md")[0], _python_blocks("docs/kd.md")[0]
+    exec(readme, {})
+    pytest.importorskip("lightning")
+    namespace = {}
+    exec(own_method, namespace)
+    from kdkernels.models import TinyCNN
+
+    method = namespace["ReverseKD"](TinyCNN(2), TinyCNN(4))
+    batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.zeros(3, dtype=torch.long)}
+    logits, losses = method.losses(batch)
+    assert logits.shape == (3, 10)
+    assert losses["reverse_kl"] > 0
+
+
+def test_performance_page_is_what_the_results_say():
+    run = subprocess.run([sys.executable, "benches/performance.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr

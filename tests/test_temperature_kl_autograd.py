@@ -47,6 +47,15 @@ def test_scalar_learnable_temperature(device):
     assert torch.allclose(temperature.grad, expected, rtol=1e-12)
 
 
+def test_shapes_of_temperatures(device):
+    s, t = _pair(3, 5, 4, device=device)
+    per_sample = 1 + torch.rand(3, device=device)
+    want = torch.stack([temperature_kl(s[i], t[i], per_sample[i].item(), dim=0, reduction="none") for i in range(3)])
+    for shape in ((3, 1), (3, 1, 1)):  # broadcast to the rows, and the same with the classes' dimension kept
+        got = temperature_kl(s, t, per_sample.reshape(shape), dim=1, reduction="none")
+        assert torch.allclose(got, want, rtol=1e-5)
+
+
 def test_gradient_goes_where_it_is_asked(device):
     s, t = _pair(3, 5, device=device)
     temperature_kl(s.requires_grad_(), t).backward()
@@ -146,6 +155,20 @@ def test_compile_inductor(learn, device):
     assert torch.allclose(compiled, eager)
     for got, want in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True):
         assert torch.allclose(got, want, atol=1e-7)
+
+
+def test_compile_inductor_dynamic_training(device):
+    """Batch sizes change, the temperature learns, rows are masked: one graph, right gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(temperature_kl, fullgraph=True, dynamic=True)
+    temperature = torch.tensor(2.0, device=device, requires_grad=True)
+    for batch in (5, 9, 16):
+        s, t = _pair(batch, 12, device=device)
+        s.requires_grad_()
+        mask = torch.rand(batch, device=device) > 0.3
+        got, want = (torch.autograd.grad(f(s, t, temperature, mask=mask), (s, temperature)) for f in (compiled, reference.temperature_kl))
+        for g, w in zip(got, want, strict=True):
+            assert torch.allclose(g, w, atol=1e-5)
 
 
 def test_export(device):

@@ -48,7 +48,8 @@ def temperature_kl(
         student: logits, float64, float32, bfloat16 or float16, any strides. Classes lie in ``dim``; all other dimensions are rows.
             ``-inf`` excludes a class; :math:`0 \log 0 = 0`. A row of which every logit is ``-inf``, or any is NaN, gives NaN.
         teacher: logits of the same shape and device; its dtype may differ. It receives a gradient if, and only if, it requires one.
-        temperature: T > 0, in units of logits; a float, or a tensor that broadcasts to the rows (per sample), differentiable if it requires grad.
+        temperature: T > 0, in units of logits; a float, or a tensor that broadcasts to the rows (per sample; ``[B]`` or ``[B, 1]`` for logits
+            ``[B, C]``), differentiable if it requires grad.
         dim: the dimension of the classes. ``[B, K, H, W]`` with ``dim=1`` is a loss per pixel.
         beta: weight of the teacher in the mixture, in [0, 1]; used by ``"jsd"`` only.
         reduction: ``"batchmean"`` divides the sum by the number of (unmasked) rows, ``"mean"`` by that times C, which is what
@@ -136,6 +137,8 @@ def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:
         raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
     if temperature.device != logits.device:
         raise ValueError(f"temperature must be on the logits' device {logits.device}, got {temperature.device}")
+    if temperature.dim() == logits.dim() and temperature.shape[dim] == 1:  # [B, 1] for [B, C]
+        temperature = temperature.squeeze(dim)
     try:
         return temperature.expand(rows)
     except RuntimeError:
@@ -298,32 +301,24 @@ def _(info, in_dims, student, teacher, temperature, row_temperature, mask, norma
     return (loss, student.new_empty(size, 0)), (0, 0)
 
 
-def _no_triton(error: ImportError):
-    raise RuntimeError("temperature_kl on a GPU runs in Triton, which is not installed: pip install triton") from error
+def _triton_kernels():
+    try:
+        from ..triton import temperature_kl as kernels
+    except ImportError as error:
+        raise RuntimeError("temperature_kl on a GPU runs in Triton, which is not installed: pip install triton") from error
+    return kernels
 
 
 @torch.library.impl("kdkernels::temperature_kl", "CUDA")
 def _(*args):
-    try:
-        from ..triton.temperature_kl import temperature_kl as launch
-    except ImportError as error:
-        _no_triton(error)
-    return launch(*args)
+    return _triton_kernels().temperature_kl(*args)
 
 
 @torch.library.impl("kdkernels::temperature_kl_backward", "CUDA")
 def _(*args):
-    try:
-        from ..triton.temperature_kl import temperature_kl_backward as launch
-    except ImportError as error:
-        _no_triton(error)
-    return launch(*args)
+    return _triton_kernels().temperature_kl_backward(*args)
 
 
 @torch.library.impl("kdkernels::temperature_kl_rescale_", "CUDA")
 def _(*args):
-    try:
-        from ..triton.temperature_kl import temperature_kl_rescale_ as launch
-    except ImportError as error:
-        _no_triton(error)
-    return launch(*args)
+    return _triton_kernels().temperature_kl_rescale_(*args)

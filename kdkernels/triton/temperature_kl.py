@@ -6,6 +6,8 @@ block by block, and once more for the gradients. A row that fits one block is re
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -295,20 +297,6 @@ def _rescale_kernel(grad_ptr, scale_ptr, count, BLOCK: tl.constexpr):
         tl.store(grad_ptr + at, (grad.to(scale.dtype) * scale).to(grad.dtype), mask=at < count)
 
 
-def _row_strides(x: Tensor, dim: int) -> list[tuple[int, int]] | None:
-    """(size, stride) of the dimensions of rows, adjacent ones merged."""
-    merged: list[tuple[int, int]] = []
-    for d in range(x.dim()):
-        if d == dim or x.shape[d] == 1:
-            continue
-        size, stride = x.shape[d], x.stride(d)
-        if merged and merged[-1][1] == stride * size:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
-
-
 def _common_layout(tensors: list[Tensor | None], dim: int) -> tuple[int, list[tuple[int, int, int]]] | None:
     """Rows as (outer, inner) for all tensors at once: inner size, and (outer stride, inner stride, class stride) of each; None if two do not do."""
     present = [x for x in tensors if x is not None]
@@ -398,7 +386,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
     ]
     sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
     sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
-    with torch.cuda.device(student.device) if student.is_cuda else torch.no_grad():
+    with _device_of(student):
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             student, teacher, *(student if p is None else p for p in pointers), float(temperature), float(weight), rows, classes, inner,
             *(s for operand in strides for s in operand),
@@ -409,6 +397,11 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
             WANT_TEMPERATURE=to_temperature is not None, COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
         )  # fmt: skip
     return result
+
+
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of x. In the interpreter there is none."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _row_weight(reduction, classes, rows, mask, normalizer) -> tuple[float, Tensor | None]:
@@ -460,10 +453,8 @@ def temperature_kl_rescale_(grad: Tensor, grad_loss: Tensor, dim: int) -> None:
     """Implements kdkernels::temperature_kl_rescale_."""
     if grad_loss.dim() > 0:
         grad.mul_(grad_loss.unsqueeze(dim))
+    elif not torch._prims_common.is_non_overlapping_and_dense(grad):
+        grad.mul_(grad_loss)
     elif grad.numel():
-        dense = torch._prims_common.is_non_overlapping_and_dense(grad)
-        if not dense:
-            grad.mul_(grad_loss)
-            return
-        with torch.cuda.device(grad.device) if grad.is_cuda else torch.no_grad():
+        with _device_of(grad):
             _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096)
