@@ -1,9 +1,21 @@
-// Allocation of large results.
+// Memory for large results.
+//
+// A fresh tensor of many megabytes is mostly page faults: the system clears every page before the kernel writes it, which takes longer than
+// the arithmetic of a memory-bound kernel, and the C library gives large blocks back as soon as they are freed. A training step asks for a
+// gradient of the same size again and again. So large blocks come from here: mapped on huge pages where the system lets programs ask for
+// them, and kept for the next step when they are freed. A kept block is marked as free to take (MADV_FREE), so the system can have it back
+// whenever memory is short.
 #pragma once
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/Allocator.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,17 +23,105 @@
 
 namespace kdkernels {
 
-// A fresh result of many megabytes costs a page fault per 4 KiB, more time than the arithmetic of a memory-bound kernel. Where the system
-// lets programs ask (transparent huge pages set to `madvise`, the default of most distributions), 2 MiB pages make that 512 times rarer.
-inline at::Tensor empty_like_on_huge_pages(const at::Tensor& x) {
-  at::Tensor out = at::empty_like(x);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + huge - 1) / huge * huge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / huge * huge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#if defined(__linux__)
+
+class RecyclingAllocator final : public c10::Allocator {
+ public:
+  static constexpr size_t smallest = size_t(1) << 20;  // below this the C library recycles by itself
+
+  static RecyclingAllocator& instance() {
+    static auto* allocator = new RecyclingAllocator;  // never destroyed: tensors may outlive static objects
+    return *allocator;
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    Block* block = take(bytes);
+    return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // the context is not the data
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  RecyclingAllocator() {
+    const char* megabytes = std::getenv("KDKERNELS_KEEP_MB");
+    most_kept_ = size_t(megabytes ? std::max(0L, std::atol(megabytes)) : 1024) << 20;
+  }
+
+  Block* take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (size_t i = kept_.size(); i-- > 0;) {  // the latest first: its pages may still be in a cache
+        Block* block = kept_[i];
+        if (block->bytes < bytes || block->bytes > 2 * bytes) continue;
+        kept_.erase(kept_.begin() + static_cast<ptrdiff_t>(i));
+        kept_bytes_ -= block->bytes;
+        return block;
+      }
+    }
+    constexpr size_t huge = size_t(2) << 20;
+    const size_t rounded = (bytes + huge - 1) / huge * huge;
+    // One huge page more than needed, to start on a boundary; what sticks out is unmapped again.
+    auto* raw = static_cast<char*>(mmap(nullptr, rounded + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    TORCH_CHECK_WITH(OutOfMemoryError, raw != MAP_FAILED, "kdkernels: cannot allocate ", bytes, " bytes");
+    const size_t head = (huge - reinterpret_cast<uintptr_t>(raw) % huge) % huge;
+    if (head > 0) munmap(raw, head);
+    munmap(raw + head + rounded, huge - head);
+#if defined(MADV_HUGEPAGE)
+    madvise(raw + head, rounded, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
+    return new Block{raw + head, rounded};
+  }
+
+  static void give_back(void* context) {
+    auto* block = static_cast<Block*>(context);
+    RecyclingAllocator& self = instance();
+    std::vector<Block*> surplus;
+    {
+      const std::lock_guard<std::mutex> lock(self.mutex_);
+      self.kept_.push_back(block);
+      self.kept_bytes_ += block->bytes;
+      while (self.kept_bytes_ > self.most_kept_ || self.kept_.size() > 8) {
+        surplus.push_back(self.kept_.front());
+        self.kept_bytes_ -= surplus.back()->bytes;
+        self.kept_.erase(self.kept_.begin());
+      }
+#if defined(MADV_FREE)
+      if (surplus.empty()) madvise(block->data, block->bytes, MADV_FREE);
+#endif
+    }
+    for (Block* old : surplus) {
+      munmap(old->data, old->bytes);
+      delete old;
+    }
+  }
+
+  std::mutex mutex_;
+  std::vector<Block*> kept_;  // oldest first
+  size_t kept_bytes_ = 0, most_kept_ = 0;
+};
+
+// empty_like(x) on recycled memory where it is large.
+inline at::Tensor recycled_empty_like(const at::Tensor& x) {
+  if (x.nbytes() < RecyclingAllocator::smallest || !x.is_non_overlapping_and_dense()) return at::empty_like(x);
+  at::Tensor out = at::detail::empty_strided_generic(x.sizes(), x.strides(), &RecyclingAllocator::instance(),
+                                                     c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type());
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
   return out;
 }
+
+#else
+
+inline at::Tensor recycled_empty_like(const at::Tensor& x) {
+  return at::empty_like(x);
+}
+
+#endif
 
 }  // namespace kdkernels

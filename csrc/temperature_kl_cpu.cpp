@@ -293,7 +293,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& s
   std::vector<at::Tensor> holder;
   Call<T> call = make_call<T>(o, student, teacher, row_temperature, mask, normalizer, holder);
   const at::Tensor row_loss = at::empty(row_shape(student, o.dim), student.options().dtype(c10::CppTypeToScalarType<T>::value));
-  const at::Tensor grad = save_grad ? empty_like_on_huge_pages(student) : at::empty({0}, student.options());
+  const at::Tensor grad = save_grad ? recycled_empty_like(student) : at::empty({0}, student.options());
   call.row_loss = row_loss.mutable_data_ptr<T>();
   if (save_grad) call.x[kStudentGrad] = grad;
   if (call.rows > 0) run(call);
@@ -308,8 +308,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const Options& o, const 
   std::vector<at::Tensor> holder;
   Call<T> call = make_call<T>(o, student, teacher, row_temperature, mask, normalizer, holder);
   const at::Tensor none = at::empty({0}, student.options());
-  const at::Tensor to_student = wanted[0] ? empty_like_on_huge_pages(student) : none;
-  const at::Tensor to_teacher = wanted[1] ? empty_like_on_huge_pages(teacher) : none;
+  const at::Tensor to_student = wanted[0] ? recycled_empty_like(student) : none;
+  const at::Tensor to_teacher = wanted[1] ? recycled_empty_like(teacher) : none;
   const at::Tensor to_temperature =
       wanted[2] ? at::empty(row_shape(student, o.dim), student.options().dtype(c10::CppTypeToScalarType<T>::value)) : none;
   if (wanted[0]) call.x[kStudentGrad] = to_student;

@@ -50,10 +50,11 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
 
 
 def forward_backward(loss: Callable[..., torch.Tensor], student: torch.Tensor, *others) -> Callable[[], None]:
-    """A call of loss(student, *others).backward() that leaves a fresh gradient each time, as a training step does."""
+    """A call of loss(student, *others).backward() with a fresh gradient, as in a training step; it frees its own gradient, not its neighbour's."""
 
     def run() -> None:
-        student.grad = None
         loss(student, *others).backward()
+        for x in (student, *others):
+            x.grad = None
 
     return run

@@ -1,0 +1,52 @@
+"""Large gradients live on recycled memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdkernels import temperature_kl
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="recycling is for Linux")
+
+
+def _gradient(rows: int) -> torch.Tensor:
+    s = torch.randn(rows, 1000, requires_grad=True)
+    temperature_kl(s, torch.randn(rows, 1000)).backward()
+    return s.grad
+
+
+def test_a_freed_gradient_is_the_next_one():
+    gradient = _gradient(1500)
+    address = gradient.data_ptr()
+    del gradient
+    assert _gradient(1500).data_ptr() == address
+    assert _gradient(1400).data_ptr() == address  # a little smaller fits
+
+
+def test_live_gradients_do_not_share_memory():
+    first = _gradient(1500)
+    copy = first.clone()
+    others = [_gradient(1500) for _ in range(12)]
+    assert len({g.data_ptr() for g in (first, *others)}) == 13
+    del others
+    _gradient(1500)
+    assert torch.equal(first, copy)
+
+
+def test_a_gradient_can_be_resized_and_filled():
+    gradient = _gradient(1500)
+    gradient.resize_(2000, 1000).zero_()
+    assert gradient.sum() == 0
+
+
+def test_keeping_can_be_turned_off():
+    code = (
+        "import torch, resource, kdkernels as k; s = torch.randn(40000, 1000, requires_grad=True); t = s.detach() + 1\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "before = resident(); k.temperature_kl(s, t).backward(); held = resident() - before; s.grad = None; print(held > 140, resident() - before < 60)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"KDKERNELS_KEEP_MB": "0"})
+    assert run.stdout.split() == ["True", "True"], run.stdout + run.stderr
