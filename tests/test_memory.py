@@ -46,7 +46,8 @@ def test_keeping_can_be_turned_off():
     code = (
         "import torch, resource, kdkernels as k; s = torch.randn(40000, 1000, requires_grad=True); t = s.detach() + 1\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
-        "before = resident(); k.temperature_kl(s, t).backward(); held = resident() - before; s.grad = None; print(held > 140, resident() - before < 60)"
+        "before = resident(); k.temperature_kl(s, t).backward(); held = resident() - before; s.grad = None\n"
+        "print(held > 140, resident() - before < 60)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"KDKERNELS_KEEP_MB": "0"})
     assert run.stdout.split() == ["True", "True"], run.stdout + run.stderr
