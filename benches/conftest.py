@@ -27,6 +27,14 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+KEPT = ("machine", "python_version", "cpu")  # of the machine: what a number depends on, not whose it is
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    for key in set(machine_info) - set(KEPT):
+        del machine_info[key]
+
+
 def copy_seconds(nbytes: int) -> float:
     """Median time to copy a tensor of nbytes: twice nbytes move."""
     from kdkernels.timing import time_interleaved
