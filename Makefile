@@ -60,8 +60,7 @@ clean:
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q -c constraints.txt torch setuptools ninja pybind11 wheel
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
-	touch .venv/.built
-	touch $@
+	touch $@ .venv/.built
 
 $(BUILT): $(DEPENDENCIES) setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .

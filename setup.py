@@ -40,7 +40,9 @@ def wants_cuda() -> bool:
 
 
 def extensions() -> list:
-    isas = [isa for isa in os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",") if isa in ISA_FLAGS]
+    isas = os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",")
+    if not set(isas) <= set(ISA_FLAGS):
+        raise SystemExit(f"KDKERNELS_ISAS must name some of {','.join(ISA_FLAGS)}, got {','.join(isas)}")
     cuda_archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if wants_cuda() and glob("csrc/*.cu") else ""
     kernels = sorted(glob("csrc/*_cpu.cpp"))
     shared = sorted(set(glob("csrc/*.cpp")) - set(kernels) - set(glob("csrc/*_cuda.cpp")))

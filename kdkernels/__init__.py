@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a source tree on the path that was built in plac
 
 CPU_ISA = load_cpu_kernels()
 
-from .ops.temperature_kl import temperature_kl  # noqa: E402  needs the registered ops
+from . import nn  # noqa: E402  needs the registered ops
+from .ops.temperature_kl import temperature_kl  # noqa: E402
 
-__all__ = ["reference", "show_config", "temperature_kl"]
+__all__ = ["nn", "reference", "show_config", "temperature_kl"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kdkernels import temperature_kl
-from kdkernels.nn import TemperatureKL
+from kdkernels import reference, temperature_kl
+from kdkernels.nn import TemperatureKL, kd_loss
 
 
 def test_module_is_the_op(device):
@@ -33,3 +34,14 @@ def test_options_are_refused_at_construction():
         TemperatureKL(2.0, direction="sideways")
     with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
         TemperatureKL(0.0)
+
+
+def test_kd_loss_is_the_sum_of_its_terms(device):
+    s, t = torch.randn(6, 10, device=device, requires_grad=True), torch.randn(6, 10, device=device, requires_grad=True)
+    labels = torch.randint(10, (6,), device=device)
+    loss = kd_loss(s, t, labels, 4.0, gamma=0.3, alpha=0.5)
+    expected = 0.3 * F.cross_entropy(s, labels) + 0.5 * reference.temperature_kl(s, t.detach(), 4.0)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    loss.backward()
+    assert t.grad is None
+    assert s.grad.abs().sum() > 0

@@ -7,27 +7,11 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import kd_loss  # the loss itself needs no trainer
 from ..ops.temperature_kl import temperature_kl
 from .base import Distiller
 
-
-def kd_loss(
-    student: Tensor,  # [B, K]
-    teacher: Tensor,  # [B, K]
-    labels: Tensor,  # [B] int64
-    temperature: float | Tensor = 4.0,
-    *,
-    gamma: float = 0.1,
-    alpha: float = 0.9,
-) -> Tensor:
-    """``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, both means over the batch.
-
-    The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached.
-
-    References:
-        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
-    """
-    return gamma * F.cross_entropy(student.float(), labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+__all__ = ["KD", "kd_loss"]
 
 
 class KD(Distiller):

@@ -112,7 +112,10 @@ def _kl_kernel(
             present = keep[:, None] & in_row
             s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
             t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
-        b, o = (s, t) if DIRECTION == 1 else (t, s)
+        if DIRECTION == 1:
+            b, o = s, t
+        else:
+            b, o = t, s
 
         # log-sum-exp of the other side, needed where the nets are far apart
         o_next = tl.maximum(o_top, tl.max(tl.where(in_row, o, negative), 1, keep_dims=True))
@@ -217,7 +220,10 @@ def _kl_kernel(
                 present = keep[:, None] & in_row
                 s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
                 t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
-            b, o = (s, t) if DIRECTION == 1 else (t, s)
+            if DIRECTION == 1:
+                b, o = s, t
+            else:
+                b, o = t, s
             e, d, up, above, ey = _weights(b, o, in_row, safe, inv_t, mean)
             p, v = e * inv_z, (b - safe) * inv_t
             if DIRECTION == 2:
@@ -240,7 +246,10 @@ def _kl_kernel(
             to_other, to_base = tl.where(in_row, to_other, 0.0), tl.where(in_row, to_base, 0.0)
             slope += tl.sum(tl.where(to_other == 0.0, 0.0, to_other * ((o - safe) * inv_t)), 1, keep_dims=True)
             slope += tl.sum(tl.where(to_base == 0.0, 0.0, to_base * v), 1, keep_dims=True)
-            to_s, to_t = (to_base, to_other) if DIRECTION == 1 else (to_other, to_base)
+            if DIRECTION == 1:
+                to_s, to_t = to_base, to_other
+            else:
+                to_s, to_t = to_other, to_base
             written = in_batch[:, None] & in_row
             kept = keep[:, None]
             if WANT_STUDENT:
