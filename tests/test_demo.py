@@ -19,9 +19,16 @@ def _environment(tmp_path: Path) -> dict:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"KDKERNELS_CACHE": str(tmp_path / "cache")}
 
 
+def _listen_to_ctrl_c() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_demo_is_interrupted_and_resumed(tmp_path):
     command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_listen_to_ctrl_c
+    )
     results = tmp_path / "out" / "results.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
