@@ -26,9 +26,9 @@ def temperature_kl(
     if mask is not None:  # masked before any arithmetic: a NaN there reaches neither value nor gradient
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
 
-    def log_probabilities(x: Tensor) -> Tensor:  # an excluded class (-inf) stays excluded at every T: no gradient to T, where -inf * 0 is NaN
-        excluded = x == -torch.inf
-        return torch.log_softmax(torch.where(excluded, -torch.inf, torch.where(excluded, 0, x) / temperature[..., None]), -1)
+    def log_probabilities(x: Tensor) -> Tensor:  # an excluded class (-inf) is excluded at every T: it adds no 0 * inf to T's gradient
+        excluded, rows_t = x == -torch.inf, temperature[..., None]
+        return torch.log_softmax(torch.where(excluded, x / rows_t.detach(), torch.where(excluded, 0, x) / rows_t), -1)
 
     log_s, log_t = log_probabilities(s), log_probabilities(t)
 

@@ -78,6 +78,8 @@ def _edit(edit: str, s: Tensor, t: Tensor, mask: Tensor | None) -> None:
     elif edit == "both_exclude":
         t[..., 1::2] = -INF
         s[..., 1::2] = -INF
+    elif edit == "student_excludes":
+        s[..., ::3] = -INF
     elif edit == "single_class_left":
         t[..., 1:] = -INF
         s[..., 1:] = -INF
@@ -190,6 +192,10 @@ KL_CASES = [
     KLCase("teacher_excludes", (7, 40), edit="teacher_excludes"),
     KLCase("teacher_excludes_eps", (7, 40), edit="teacher_excludes", target_eps=1e-3),
     KLCase("teacher_excludes_jsd", (7, 40), edit="teacher_excludes", direction="jsd"),
+    KLCase("student_excludes_jsd", (7, 40), edit="student_excludes", direction="jsd", beta=0.3, rows_temperature=True),
+    KLCase("student_excludes_jsd_map", (2, 7, 5, 4), dim=1, edit="student_excludes", direction="jsd"),
+    KLCase("student_excludes_reverse", (7, 40), edit="student_excludes", direction="reverse", rows_temperature=True),
+    KLCase("teacher_excludes_ce", (7, 40), edit="teacher_excludes", include_entropy=False, rows_temperature=True),
     KLCase("both_exclude", (7, 40), edit="both_exclude"),
     KLCase("both_exclude_reverse", (7, 40), edit="both_exclude", direction="reverse"),
     KLCase("both_exclude_jsd", (7, 40), edit="both_exclude", direction="jsd", rows_temperature=True),

@@ -52,12 +52,15 @@ class Jsd {
     mean_a = Reduce::template sum<T>(mean_a);
     mean_b = Reduce::template sum<T>(mean_b);
 
+    const Vec<T> lone_teacher = -simd::log<T>(splat<T>(beta_));
     Vec<T> slope{};
     for (int64_t j = 0; gradients && j < n; ++j) {
       const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, qj = simd::load<T>(q + j * lanes), bj = simd::load<T>(b + j * lanes);
       const Vec<T> z = (teacher[j] - student[j]) * s.inv_t - s.shift;
       const Vec<T> to_student = select<T>(qj == T(0), zero, a_ * qj * (bj - mean_b));
-      const Vec<T> to_teacher = select<T>(p == T(0), zero, beta_ * p * (bj + z - mean_a));
+      // log(p / M) = log(q / M) + z, but for a class that the student excludes: there M is beta p.
+      const Vec<T> a = select<T>(z == std::numeric_limits<T>::infinity(), lone_teacher, bj + z);
+      const Vec<T> to_teacher = select<T>(p == T(0), zero, beta_ * p * (a - mean_a));
       if (student_out) student_out->put(j, to_student * scale);
       if (teacher_out) teacher_out->put(j, to_teacher * scale);
       slope += select<T>(to_student == T(0), zero, to_student * ((student[j] - s.top) * s.inv_t)) +

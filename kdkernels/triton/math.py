@@ -6,17 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def exp_parts(y):
-    """e^y = scale (1 + r + h), scale a power of two, |r| <= ln2 / 2, h = e^r - 1 - r; scale is 1 and r is y for small y. y is kept in range."""
+    """e^y = scale (1 + r + h), scale a power of two, |r| <= ln2 / 2, h = e^r - 1 - r; scale is 1 and r is y for small y."""
+    lowest: tl.constexpr = -708.0 if y.dtype == tl.float64 else -87.0
+    y = tl.maximum(y, lowest, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(y * 1.4426950408889634 + 0.5)
     h = tl.full(y.shape, 1.0, y.dtype)
     if y.dtype == tl.float64:
-        n = tl.maximum(n, -1020.0)
         r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
         for k in tl.static_range(12):
             h = 1.0 + h * (r * (1.0 / (14 - k)))
         scale = tl.exp2(n)
     else:
-        n = tl.maximum(n, -125.0)
         r = (y - n * 0.693359375) + n * 2.12194440e-4
         for k in tl.static_range(5):
             h = 1.0 + h * (r * (1.0 / (7 - k)))
