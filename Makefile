@@ -59,7 +59,7 @@ clean:
 	python3 -m venv .venv
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q -c constraints.txt torch setuptools ninja pybind11 wheel
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
 	touch $@ .venv/.built
 
 $(BUILT): $(DEPENDENCIES) setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)

@@ -1,16 +1,22 @@
-"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels demo``, ``kdkernels info``."""
+"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels export``, ``kdkernels demo``, ``kdkernels info``."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 USAGE = """usage: kdkernels COMMAND [options]
 
   fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
-                           (--help lists every option, --print_config writes a config)
+                           (--help lists every option, --print_config writes a config, --ckpt_path last goes on where a run stopped)
+  export                   the student of a checkpoint, alone: kdkernels export --ckpt best.ckpt --onnx student.onnx
   demo                     teacher, student alone, student distilled on the embedded images, and a report
   info                     what is built, and where each op runs
 """
+_EXTRAS = {
+    "train": ("lightning", "jsonargparse", "torchmetrics", "sklearn", "scipy", "matplotlib", "PIL", "safetensors", "tensorboard"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,39 +30,28 @@ def main(arguments: list[str] | None = None) -> int:
 
         show_config()
         return 0
-    if command not in ("demo", "fit", "validate", "test"):
+    if command not in ("demo", "export", "fit", "validate", "test"):
         print(f"kdkernels: there is no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    sys.path.insert(0, os.getcwd())  # a network of the user's own, beside his config
     try:
         if command == "demo":
             from .demo import main as demo
 
             return demo(arguments[1:])
-        train(arguments)
+        if command == "export":
+            from .export import main as export
+
+            return export(arguments[1:])
+        from .train import run
+
+        return run(arguments)
     except ModuleNotFoundError as error:
-        if error.name not in ("lightning", "jsonargparse", "torchmetrics", "sklearn", "matplotlib"):
+        extra = next((extra for extra, modules in _EXTRAS.items() if error.name in modules), None)
+        if extra is None:
             raise
-        print(f"kdkernels {command} needs {error.name}: pip install 'kdkernels[train]'", file=sys.stderr)
+        print(f"kdkernels {command} needs {error.name}: pip install 'kdkernels[{extra}]'", file=sys.stderr)
         return 1
-    return 0
-
-
-def train(arguments: list[str]) -> None:
-    """LightningCLI over the methods and data modules of the package, or the user's own by import path."""
-    import lightning as L
-    from lightning.pytorch.cli import LightningCLI
-
-    from .distill import Distiller
-
-    LightningCLI(
-        Distiller,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        args=arguments,
-    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from .data import ClutterDigits
 from .distill import KD, Supervised
+from .engine import AtomicCheckpointIO
 from .models import TinyCNN
 
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet()
     results = Results(options.out / "results.json", {"quick": options.quick}, restart=options.restart)
     data = ClutterDigits(train_size=512, val_size=128, test_size=256) if options.quick else ClutterDigits()
-    print("Images of handwritten digits on photographs: making them once, then from the cache", flush=True)
+    print("Making images of handwritten digits on photographs", flush=True)
     data.setup()
     try:
         for seed in range(options.seeds):
@@ -153,6 +154,7 @@ def train(stage: Stage, seed: int, data: ClutterDigits, options: argparse.Namesp
     last = folder / "last.ckpt"
     print(f"\n{stage.title}, seed {seed}" + (" (resumed)" if last.exists() else ""), flush=True)
     L.seed_everything(seed, verbose=False)
+    data.order_seed = seed
     module, curve = build(stage, options.out, seed).to(memory_format=torch.channels_last), Curve()  # the faster layout on a CPU
     trainer = L.Trainer(
         max_epochs=1 if options.quick else stage.epochs,
@@ -162,6 +164,7 @@ def train(stage: Stage, seed: int, data: ClutterDigits, options: argparse.Namesp
         devices=1,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        plugins=[AtomicCheckpointIO()],
     )
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)

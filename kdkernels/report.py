@@ -126,12 +126,12 @@ def _bench_bars(bench: dict):
 
 
 def _samples(data):
-    images, count = data.splits["test"], 8
+    images, count = data.splits["test"].fields, 8
     figure, axes = _figure(2, count, figsize=(9, 2.6))
     for i in range(count):
-        axes[0, i].imshow(images.image[i].permute(1, 2, 0).numpy())
-        axes[0, i].set_title(str(int(images.label[i])), fontsize=10)
-        axes[1, i].imshow(images.mask[i].numpy(), cmap="gray")
+        axes[0, i].imshow(images["image"][i].permute(1, 2, 0).numpy())
+        axes[0, i].set_title(str(int(images["label"][i])), fontsize=10)
+        axes[1, i].imshow(images["mask"][i].numpy(), cmap="gray")
     for ax in axes.flat:
         ax.axis("off")
     return figure

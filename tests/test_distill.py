@@ -1,22 +1,20 @@
-"""The trainers: what is trained and what is not, the losses, taps, data."""
+"""The trainers: what is trained and what is not, the losses, bad input."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch import nn
 
 L = pytest.importorskip("lightning")
-from kdkernels.data import ClutterDigits  # noqa: E402
-from kdkernels.data.clutter_digits import MEAN, STD  # noqa: E402
-from kdkernels.distill import KD, Supervised, kd_loss  # noqa: E402
-from kdkernels.models import FeatureTaps, TinyCNN  # noqa: E402
+from kdkernels.data import Augment, ClutterDigits  # noqa: E402
+from kdkernels.distill import KD, Distiller, Supervised, kd_loss  # noqa: E402
+from kdkernels.models import TinyCNN, pair_features  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    module = ClutterDigits(train_size=64, val_size=32, test_size=48, batch_size=16, cache_dir=tmp_path_factory.mktemp("cache"))
+def data():
+    module = ClutterDigits(train_size=64, val_size=32, test_size=48, batch_size=16)
     module.setup()
     return module
 
@@ -57,15 +55,15 @@ def test_a_checkpointed_student_becomes_the_teacher(data, tmp_path):
     for file in ("teacher.ckpt", "teacher.pt"):
         module = KD(TinyCNN(4), TinyCNN(8), teacher_weights=tmp_path / file)
         assert torch.equal(module.teacher.fc.weight, first.student.fc.weight)
-    with pytest.raises(FileNotFoundError, match="teacher_weights: there is no file"):
+    with pytest.raises(FileNotFoundError, match="weights: there is no file"):
         KD(TinyCNN(4), TinyCNN(8), teacher_weights=tmp_path / "nowhere.ckpt")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="does not fit TinyCNN"):
         KD(TinyCNN(4), TinyCNN(9), teacher_weights=tmp_path / "teacher.pt")
 
 
 def test_kd_step_is_kd_loss(data):
     module = KD(TinyCNN(4), TinyCNN(8), temperature=3.0, gamma=0.2, alpha=0.7).eval()
-    batch = next(iter(data.val_dataloader()))
+    batch = data.finish(next(iter(data.val_dataloader())))
     logits, losses = module.losses(batch)
     expected = kd_loss(logits, module.teacher(batch["image"]), batch["label"], 3.0, gamma=0.2, alpha=0.7)
     assert torch.allclose(sum(losses.values()), expected, rtol=1e-6)
@@ -73,95 +71,111 @@ def test_kd_step_is_kd_loss(data):
         KD(TinyCNN(4), TinyCNN(8), temperature=0)
 
 
-def test_resume_is_exact(data, tmp_path):
-    """Two epochs in one go, and one epoch, a new process's worth of fresh objects, and the other: the same weights to the bit."""
+def test_one_teacher_serves_several_methods(data, tmp_path):
     teacher = TinyCNN(8)
-
-    class StopAfterFirst(L.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            trainer.should_stop = True
-
-    def run(folder, start=None, stop=False):
-        L.seed_everything(3, verbose=False)
-        keep = L.pytorch.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)
-        trainer = _trainer(folder, max_epochs=2, enable_checkpointing=True, callbacks=[keep, *([StopAfterFirst()] if stop else [])])
-        module = KD(TinyCNN(4), teacher)
-        trainer.fit(module, ordered, ckpt_path=start, weights_only=True)
-        return module.student.state_dict()
-
-    class Ordered(L.LightningDataModule):  # the order of the images is not part of a checkpoint
-        def train_dataloader(self):
-            return data.val_dataloader()
-
-        def val_dataloader(self):
-            return data.val_dataloader()
-
-    ordered = Ordered()
-    whole = run(tmp_path / "whole")
-    half = run(tmp_path / "half", stop=True)
-    assert not torch.equal(half["fc.weight"], whole["fc.weight"])
-    resumed = run(tmp_path / "half", start=tmp_path / "half" / "last.ckpt")
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    methods = [KD(TinyCNN(4), teacher), KD(TinyCNN(2), teacher)]
+    assert methods[0].teacher is methods[1].teacher
+    before = copy.deepcopy(teacher.state_dict())
+    for method in methods:
+        _trainer(tmp_path).fit(method, data)
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before.items())
 
 
-def test_clutter_digits(data, tmp_path):
-    batch = next(iter(data.train_dataloader()))
-    assert batch["image"].shape == (16, 3, 32, 32)
-    assert batch["image"].dtype == torch.float32
-    assert batch["label"].dtype == torch.int64
-    assert batch["mask"].shape == (16, 32, 32)
-    assert batch["mask"].dtype == torch.bool
-    assert batch["mask"].flatten(1).any(1).all()  # a digit in every image
-    same = ClutterDigits(train_size=64, val_size=32, test_size=48, cache_dir=tmp_path)
-    same.setup()
-    other = ClutterDigits(train_size=64, val_size=32, test_size=48, seed=1, cache_dir=tmp_path)
-    other.setup()
-    for split in ("train", "val", "test"):
-        assert torch.equal(data.splits[split].image, same.splits[split].image)
-        assert not torch.equal(data.splits[split].image, other.splits[split].image)
-    assert not list(tmp_path.glob("*tmp*"))
-    # ink and background differ by the contrast that was asked for, less noise and clamping
-    images = same.splits["test"]
-    for image, mask in zip(images.image.float() / 255, images.mask, strict=True):
-        assert abs(image[:, mask].mean() - image[:, ~mask].mean()) > 0.1
-    pixel = images[0]["image"][0, 0, 0]
-    assert torch.allclose(pixel, (images.image[0, 0, 0, 0] / 255 - MEAN[0]) / STD[0])
+def test_a_batch_may_be_a_pair(tmp_path):
+    pairs = torch.utils.data.TensorDataset(torch.randn(12, 3, 32, 32), torch.randint(10, (12,)))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+    trainer = _trainer(tmp_path)
+    trainer.fit(KD(TinyCNN(2), TinyCNN(2)), loader, loader)
+    assert "val/accuracy" in trainer.callback_metrics
 
 
-def test_splits_share_no_digit():
-    """Each split is drawn from a pool of scans of its own."""
-    from kdkernels.data import clutter_digits
-
-    edges = sorted(clutter_digits._SPLITS.values())
-    assert edges[0][0] == 0
-    assert edges[-1][1] == 1
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
-
-
-def test_clutter_digits_refuses_nonsense():
-    with pytest.raises(ValueError, match="train_size must be at least 1"):
-        ClutterDigits(train_size=0)
-    with pytest.raises(ValueError, match=r"contrast must lie in \[0, 0.5\]"):
-        ClutterDigits(contrast=0.9)
+def test_cross_entropy_of_mixed_labels():
+    method = Supervised(TinyCNN(2))
+    logits, label, other = torch.randn(6, 10), torch.randint(10, (6,)), torch.randint(10, (6,))
+    mix = torch.rand(6)
+    target = mix[:, None] * nn.functional.one_hot(label, 10) + (1 - mix[:, None]) * nn.functional.one_hot(other, 10)
+    expected = nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(method.cross_entropy(logits, {"label": label, "mixed_label": other, "mix": mix}), expected)
 
 
-def test_taps():
-    model = TinyCNN(4)
-    taps = FeatureTaps(model, ["block1", "block3.0"])
-    logits, features = taps(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 10)
-    assert {k: tuple(v.shape) for k, v in features.items()} == {"block1": (2, 4, 16, 16), "block3.0": (2, 16, 8, 8)}
-    assert not any(m._forward_hooks for m in model.modules())
-    with pytest.raises(ValueError, match=r"no layer 'blok1'; did you mean one of \['block1'"):
-        FeatureTaps(model, ["blok1"])
+@pytest.mark.parametrize("method", ["mixup", "cutmix"])
+def test_training_with_mixed_images(data, tmp_path, method):
+    mixed = ClutterDigits(train_size=64, val_size=32, test_size=48, batch_size=16, augment=Augment(crop=2, **{method: 0.5}))
+    trainer = _trainer(tmp_path)
+    trainer.fit(KD(TinyCNN(2), TinyCNN(2)), mixed)
+    assert trainer.callback_metrics["train/kl"].isfinite()
 
-    class Unused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
 
-        def forward(self, x):
-            return self.used(x)
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_precisions(data, tmp_path, precision):
+    trainer = _trainer(tmp_path, precision=precision)
+    trainer.fit(KD(TinyCNN(2), TinyCNN(2)), data)
+    assert trainer.callback_metrics["train/kl"].isfinite()
 
-    with pytest.raises(RuntimeError, match="did not run"):
-        FeatureTaps(Unused(), ["unused"])(torch.zeros(1, 2))
+
+# Bad input: said before any work, by name.
+
+
+def test_wrong_number_of_classes(data, tmp_path):
+    with pytest.raises(ValueError, match=r"the data have 10 classes, but the student \(TinyCNN\) has 7"):
+        _trainer(tmp_path).fit(Supervised(TinyCNN(2, num_classes=7)), data)
+    with pytest.raises(ValueError, match=r"the data have 10 classes, but the teacher \(TinyCNN\) has 12"):
+        _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), data)
+    pairs = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.full((8,), 10))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)  # data that do not say how many classes they have
+    with pytest.raises(ValueError, match=r"student and teacher must have the same classes, they have 10 and 12"):
+        _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; the first batch has 10 to 10"):
+        _trainer(tmp_path).fit(Supervised(TinyCNN(2)), loader)
+
+
+def test_a_network_that_returns_no_logits(data, tmp_path):
+    with pytest.raises(ValueError, match=r"the student must return logits \[B, K\] for images \[2, 3, 32, 32\], it returned \[2, 4, 32, 32\]"):
+        _trainer(tmp_path).fit(Supervised(nn.Conv2d(3, 4, 3, padding=1)), data)
+
+
+class Hint(KD):
+    """A method that compares features, as small as can be."""
+
+    def check_features(self, student, teacher):
+        pair_features(student, teacher, channels=True)
+
+    def losses(self, batch):
+        teacher_logits, teacher_features = self.teacher_outputs(batch)
+        logits, features = self.student_outputs(batch)
+        return logits, {"hint": sum((s.mean((2, 3)) - t.mean((2, 3))).square().mean() for s, t in pair_features(features, teacher_features))}
+
+
+def test_taps_that_cannot_match(data, tmp_path):
+    with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] cannot match"):
+        _trainer(tmp_path).fit(Hint(TinyCNN(2), TinyCNN(4), student_taps=["block1"], teacher_taps=["block1"]), data)
+    trainer = _trainer(tmp_path)
+    trainer.fit(Hint(TinyCNN(2), TinyCNN(1), student_taps=["block1"], teacher_taps=["block2"], optimizer=torch.optim.AdamW), data)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path):
+    class Poisoned(KD):
+        def losses(self, batch):
+            logits, losses = super().losses(batch)
+            if self.global_step == 2 and self.training:
+                losses["kl"] = losses["kl"] / 0 * 0
+            return logits, losses
+
+    method = Poisoned(TinyCNN(2), TinyCNN(2))
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 2 \(epoch 0, batch 2\): cross_entropy = [\d.]+, kl = nan.*not_finite_step_2"
+    ) as error:
+        _trainer(tmp_path).fit(method, data)
+    assert all(p.isfinite().all() for p in method.parameters())
+    (path,) = tmp_path.glob("not_finite_step_2_rank_0.pt")
+    assert str(path) in str(error.value)
+    stored = torch.load(path, weights_only=True)
+    assert stored["batch"]["image"].shape == (16, 3, 32, 32)
+    again = KD(TinyCNN(2), method.teacher)
+    again.student.train()
+    torch.testing.assert_close(again.replay(path)["cross_entropy"].item(), stored["losses"]["cross_entropy"])
+
+
+def test_a_teacher_is_needed():
+    with pytest.raises(ValueError, match="need a teacher"):
+        Distiller(TinyCNN(2), teacher_weights="file.pt")

@@ -1,5 +1,11 @@
 """LightningDataModules. Needs the extra ``train``."""
 
+from .augment import Augment
+from .base import ImageData
+from .cifar import CIFAR10, CIFAR100
 from .clutter_digits import ClutterDigits
+from .digits import Digits
+from .from_datasets import FromDatasets
+from .image_folder import ImageFolder
 
-__all__ = ["ClutterDigits"]
+__all__ = ["CIFAR10", "CIFAR100", "Augment", "ClutterDigits", "Digits", "FromDatasets", "ImageData", "ImageFolder"]

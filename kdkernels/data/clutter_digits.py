@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-from pathlib import Path
+from functools import cached_property
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
-_SPLITS = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}  # of the 1,797 digits: no digit is in two splits
-_RECIPE = 1  # raised whenever the images of a seed change
-MEAN, STD = (0.45, 0.45, 0.42), (0.27, 0.27, 0.29)
+from .augment import Augment
+from .base import ImageData, TensorImages, require_at_least, with_draw
+from .digits import load_scans, split_scans
+from .keyed_random import normal, uniform
+from .loading import Draw
+
+_SIDE = 32
+_BYTES = _SIDE * _SIDE * 4  # of an image and its mask
+_WHICH, _ANGLE, _ZOOM, _SHIFT, _PHOTOGRAPH, _CORNER, _INK, _HUE, _NOISE = range(9)  # what a random number is for
 
 
-class ClutterDigits(L.LightningDataModule):
+class ClutterDigits(ImageData):
     """Digits (8x8 scans of scikit-learn) enlarged, rotated, shifted, coloured and pasted on crops of its two photographs.
 
-    A batch is a dict of ``image`` [B, 3, 32, 32] float32, normalised; ``label`` [B] int64; ``mask`` [B, 32, 32] bool, the pixels of the digit.
-    The images are a function of the seed and the sizes alone; they are made once and cached.
+    Batches hold, besides what :class:`ImageData` says, ``mask`` [B, 32, 32] bool, the pixels of the digit. Images are [3, 32, 32].
+    An image is a function of the seed, the split and its place in the split, so sizes can be any: what does not fit into ``max_memory`` is
+    made as it is asked for. The splits share no digit.
 
     Args:
-        train_size, val_size, test_size: images per split. The splits share no digit.
-        batch_size: images per batch.
-        seed: of the images, not of the order in which they are shown (that follows torch's generator).
+        train_size, val_size, test_size: images per split.
+        batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
+        seed: of the images.
         max_rotation: degrees.
         max_shift: in pixels.
         contrast: least distance between the grey of the ink and the grey of the crop behind it, in [0, 0.5].
         noise: standard deviation of the pixel noise, on a scale where white is 1.
-        cache_dir: where the images are kept; by default ``~/.cache/kdkernels``, or ``KDKERNELS_CACHE``.
+        max_memory: in GiB, for the images of a split; a split that needs more is not kept but made batch by batch, each epoch.
     """
 
     num_classes = 10
-    image_shape = (3, 32, 32)
+    image_shape = (3, _SIDE, _SIDE)
+    mean, std = (0.45, 0.45, 0.42), (0.27, 0.27, 0.29)
 
     def __init__(
         self,
@@ -45,141 +49,98 @@ class ClutterDigits(L.LightningDataModule):
         val_size: int = 1000,
         test_size: int = 4000,
         batch_size: int = 128,
+        augment: Augment | None = None,
+        order_seed: int = 0,
+        num_workers: int = 0,
         seed: int = 0,
         max_rotation: float = 12.0,
         max_shift: float = 1.5,
         contrast: float = 0.3,
         noise: float = 0.03,
-        cache_dir: str | os.PathLike | None = None,
+        max_memory: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(batch_size, augment, order_seed, num_workers)
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        for name, size in {**{f"{k}_size": v for k, v in self.sizes.items()}, "batch_size": batch_size}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        for split, size in self.sizes.items():
+            require_at_least(f"{split}_size", size, 1)
         if not 0 <= contrast <= 0.5:
             raise ValueError(f"contrast must lie in [0, 0.5], got {contrast}")
-        self.batch_size, self.seed = batch_size, seed
+        self.seed, self.max_memory = seed, max_memory
         self.look = {"max_rotation": max_rotation, "max_shift": max_shift, "contrast": contrast, "noise": noise}
-        self.cache_dir = Path(cache_dir or os.environ.get("KDKERNELS_CACHE") or Path.home() / ".cache" / "kdkernels")
-        self.splits: dict[str, ImageSet] = {}
 
-    def prepare_data(self) -> None:
-        for split in _SPLITS:
-            path = self._path(split)
-            if not path.exists():
-                _write_atomically(path, self._make(split))
-
-    def setup(self, stage: str | None = None) -> None:
-        self.prepare_data()
-        for split in _SPLITS:
-            if split not in self.splits:
-                self.splits[split] = ImageSet(**torch.load(self._path(split), weights_only=True))
-
-    def _path(self, split: str) -> Path:
-        recipe = json.dumps([_RECIPE, split, self.sizes[split], self.seed, self.look], sort_keys=True)
-        return self.cache_dir / f"clutter_digits_{split}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
-
-    def _make(self, split: str) -> dict[str, Tensor]:
-        digits, labels, photographs = _sources()
-        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(1797))
-        first, last = (round(edge * len(digits)) for edge in _SPLITS[split])
-        pool = order[first:last]
-        generator = torch.Generator().manual_seed(1000 * self.seed + list(_SPLITS).index(split))
-        return make_images(digits[pool], labels[pool], photographs, self.sizes[split], generator, **self.look)
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test")
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        """Whole batches by one index: an in-memory set needs no worker processes."""
-        images = self.splits[split]
-        order = RandomSampler(images) if shuffle else SequentialSampler(images)
-        return DataLoader(images, sampler=BatchSampler(order, self.batch_size, drop_last=False), batch_size=None)
+    def make_splits(self) -> dict[str, Dataset]:
+        splits: dict[str, Dataset] = {}
+        for number, (split, size) in enumerate(self.sizes.items()):
+            images = ClutterImages(split, size, 3 * self.seed + number, **self.look)
+            splits[split] = images.in_memory() if size * _BYTES <= self.max_memory * 2**30 else images
+        return splits
 
 
-class ImageSet(Dataset):
-    """Images in memory, indexed one at a time or by a list."""
+class ClutterImages(Dataset):
+    """The images of a split, made when asked for."""
 
-    def __init__(self, image: Tensor, label: Tensor, mask: Tensor):
-        self.image, self.label, self.mask = image, label, mask  # [N, 3, 32, 32] uint8, [N] int64, [N, 32, 32] bool
+    def __init__(self, split: str, size: int, seed: int, max_rotation: float, max_shift: float, contrast: float, noise: float):
+        self.split, self.size, self.seed = split, size, seed
+        self.max_rotation, self.max_shift, self.contrast, self.noise = max_rotation, max_shift, contrast, noise
 
     def __len__(self) -> int:
-        return len(self.label)
+        return self.size
 
-    def __getitem__(self, index: int | list[int]) -> dict[str, Tensor]:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-        return {"image": (self.image[index] / 255 - mean) / std, "label": self.label[index], "mask": self.mask[index]}
+    def __getitem__(self, draw: Draw | int | list[int]) -> dict:
+        if isinstance(draw, int):
+            return {name: field[0] for name, field in self[[draw]].items()}
+        return with_draw(self.make(torch.tensor(draw.index if isinstance(draw, Draw) else draw)), draw)
 
+    def in_memory(self) -> TensorImages:
+        parts = [self.make(index) for index in torch.arange(self.size).split(500)]
+        return TensorImages(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-def _sources() -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Digits [1797, 8, 8] in [0, 1], their labels, and photographs [3, H, W] in [0, 1]."""
-    from sklearn.datasets import load_digits, load_sample_images
+    def fingerprint(self) -> str:
+        recipe = (self.split, self.size, self.seed, self.max_rotation, self.max_shift, self.contrast, self.noise)
+        return hashlib.sha256(repr(recipe).encode()).hexdigest()
 
-    scans = load_digits()
-    digits = torch.from_numpy(scans.images).float() / 16
-    photographs = [torch.tensor(p.copy()).permute(2, 0, 1).float() / 255 for p in load_sample_images().images]
-    return digits, torch.from_numpy(scans.target).long(), photographs
+    @cached_property
+    def _sources(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The split's scans [D, 8, 8] in [0, 1], their labels [D], and photographs [2, 3, 427, 640] uint8."""
+        from sklearn.datasets import load_sample_images
 
+        scans, labels = load_scans()
+        part = split_scans(len(scans))[self.split]
+        photographs = [torch.tensor(photograph.copy()).permute(2, 0, 1) for photograph in load_sample_images().images]
+        return scans[part], labels[part], torch.stack(photographs)
 
-def make_images(
-    digits: Tensor,  # [D, 8, 8] in [0, 1]
-    labels: Tensor,  # [D]
-    photographs: list[Tensor],  # [3, H, W] in [0, 1]
-    count: int,
-    generator: torch.Generator,
-    *,
-    max_rotation: float,
-    max_shift: float,
-    contrast: float,
-    noise: float,
-) -> dict[str, Tensor]:
-    """``count`` images: image [count, 3, 32, 32] uint8, label [count] and mask [count, 32, 32] bool."""
+    def make(self, index: Tensor) -> dict[str, Tensor]:
+        """Images ``index`` [B]: image [B, 3, 32, 32] uint8, label [B], mask [B, 32, 32] bool."""
+        scans, labels, photographs = self._sources
 
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
+        def random(purpose: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:  # [B, *shape]
+            places = [torch.arange(n).view(-1, *[1] * (len(shape) - 1 - i)) for i, n in enumerate(shape)]
+            return low + (high - low) * uniform(self.seed, purpose, index.view(-1, *[1] * len(shape)), *places)
 
-    which = torch.randint(len(digits), (count,), generator=generator)
-    angle = uniform(count, low=-max_rotation, high=max_rotation).deg2rad()
-    zoom = uniform(count, low=0.95, high=1.2)
-    shift = uniform(count, 2, low=-max_shift, high=max_shift) / 16
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(theta, [count, 1, 32, 32], align_corners=False)
-    ink = F.grid_sample(digits[which].unsqueeze(1), grid, mode="bicubic", align_corners=False).clamp(0, 1)  # [count, 1, 32, 32]
+        which = (random(_WHICH) * len(scans)).long()
+        angle = random(_ANGLE, low=-self.max_rotation, high=self.max_rotation).deg2rad()
+        zoom = random(_ZOOM, low=0.95, high=1.2)
+        shift = random(_SHIFT, 2, low=-self.max_shift, high=self.max_shift) / (_SIDE / 2)
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+        grid = F.affine_grid(theta, [len(index), 1, _SIDE, _SIDE], align_corners=False)
+        ink = F.grid_sample(scans[which].unsqueeze(1), grid, mode="bicubic", align_corners=False).clamp(0, 1)  # [B, 1, 32, 32]
 
-    background = torch.empty(count, 3, 32, 32)
-    for i in range(count):
-        photograph = photographs[int(torch.randint(len(photographs), (1,), generator=generator))]
-        top, left = (int(torch.randint(extent - 32, (1,), generator=generator)) for extent in photograph.shape[1:])
-        background[i] = photograph[:, top : top + 32, left : left + 32]
+        photograph = (random(_PHOTOGRAPH) * len(photographs)).long()
+        corner = (random(_CORNER, 2) * (torch.tensor(photographs.shape[2:]) - _SIDE)).long()
+        rows, columns = (corner[:, i, None] + torch.arange(_SIDE) for i in (0, 1))
+        channels = torch.arange(3)[:, None, None]
+        background = photographs[photograph[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]] / 255
 
-    # Ink of a random hue, on the far side of the crop's grey by at least `contrast`.
-    grey = background.mean((1, 2, 3))
-    room = torch.where(grey < 0.5, 1 - contrast - grey, grey - contrast)
-    offset = contrast + uniform(count) * room.clamp(min=0)
-    target = grey + torch.where(grey < 0.5, offset, -offset)
-    hue = uniform(count, 3, low=-0.25, high=0.25)
-    colour = (target[:, None] + hue - hue.mean(1, keepdim=True)).clamp(0, 1)
-    image = ink * colour[:, :, None, None] + (1 - ink) * background
-    image = (image + noise * torch.randn(image.shape, generator=generator)).clamp(0, 1)
-    return {"image": (image * 255).round().to(torch.uint8), "label": labels[which], "mask": ink[:, 0] > 0.5}
-
-
-def _write_atomically(path: Path, images: dict[str, Tensor]) -> None:
-    """A reader sees the whole file or none, also when two processes make it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(images, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        # Ink of a random hue, on the far side of the crop's grey by at least `contrast`.
+        grey = background.mean((1, 2, 3))
+        room = torch.where(grey < 0.5, 1 - self.contrast - grey, grey - self.contrast)
+        offset = self.contrast + random(_INK) * room.clamp(min=0)
+        target = grey + torch.where(grey < 0.5, offset, -offset)
+        hue = random(_HUE, 3, low=-0.25, high=0.25)
+        colour = (target[:, None] + hue - hue.mean(1, keepdim=True)).clamp(0, 1)
+        image = ink * colour[:, :, None, None] + (1 - ink) * background
+        if self.noise:
+            pixels = torch.arange(image[0].numel()).view(image[0].shape)
+            image = image + self.noise * normal(self.seed, _NOISE, index[:, None, None, None], pixels)
+        return {"image": (image.clamp(0, 1) * 255).round().to(torch.uint8), "label": labels[which], "mask": ink[:, 0] > 0.5}

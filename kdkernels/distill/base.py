@@ -4,51 +4,72 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from .. import __version__
+from ..data.keyed_random import bits
+from ..engine import OutputCheck
 from ..models.taps import FeatureTaps
+from ..models.weights import CHECKPOINT_KEY, load_weights
+from .teacher_cache import TeacherCache
 
 
 class Distiller(L.LightningModule):
     """Trains ``student`` with the losses that a subclass returns from :meth:`losses`.
 
-    The teacher is frozen: in eval mode, without gradients, moved with the module, and in neither the checkpoint nor the optimizer.
+    The teacher is frozen: in eval mode, without gradients, moved with the module, and in neither the checkpoint nor the optimizer. One teacher
+    can serve several methods. A batch is a dict with ``image`` and ``label``, or a pair of them.
 
     Args:
-        student: maps images [B, 3, H, W] to logits [B, K].
+        student: maps images [B, C, H, W] to logits [B, K].
         teacher: likewise; ``None`` for methods that need none.
-        teacher_weights: file with the teacher's weights: a state dict, or a checkpoint of this package, whose student becomes the teacher.
-        student_taps, teacher_taps: names of layers whose outputs :meth:`losses` may want.
-        lr, momentum, weight_decay: of SGD with Nesterov momentum; the rate rises for a fifth of the steps, then falls by a half cosine to zero.
+        student_weights: file that the student starts from, see :func:`kdkernels.models.load_weights`.
+        teacher_weights: file with the teacher's weights: a state dict, ``.safetensors``, or a checkpoint of this package, whose student
+            becomes the teacher.
+        student_taps, teacher_taps: names of layers whose outputs :meth:`losses` wants.
+        teacher_cache: keeps what the teacher says of the training images on disk.
+        optimizer: makes the optimizer from the student's parameters.
+        scheduler: makes the schedule from the optimizer, one step an epoch. By default the rate rises for a fifth of all steps of the
+            optimizer, then falls by a half cosine to zero.
+        check_finite: stop before the update if the loss is NaN or infinite, and keep the batch (see :meth:`replay`). It waits for the loss
+            each step; on a GPU that costs a little.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | None = None,
+        student_weights: str | os.PathLike | None = None,
         teacher_weights: str | os.PathLike | None = None,
         student_taps: Iterable[str] = (),
         teacher_taps: Iterable[str] = (),
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        teacher_cache: TeacherCache | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
+        scheduler: LRSchedulerCallable | None = None,
+        check_finite: bool = True,
     ):
         super().__init__()
-        self.student = student
+        if teacher is None and (teacher_weights is not None or teacher_cache is not None or tuple(teacher_taps)):
+            raise ValueError("teacher_weights, teacher_taps and teacher_cache need a teacher")
+        self.student = student if student_weights is None else load_weights(student, student_weights)
         self._teacher: list[nn.Module] = []  # in a list: a submodule would be saved, and trained
         if teacher is not None:
-            if teacher_weights is not None:
-                teacher.load_state_dict(load_weights(teacher_weights))
+            teacher = teacher if teacher_weights is None else load_weights(teacher, teacher_weights)
             self._teacher = [teacher.eval().requires_grad_(False)]
-        elif teacher_weights is not None:
-            raise ValueError("teacher_weights were given, but no teacher to load them into")
         self.student_taps = FeatureTaps(student, student_taps)
         self.teacher_taps = FeatureTaps(teacher, teacher_taps) if teacher is not None else None
-        self.optimizer_options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.teacher_cache = teacher_cache
+        self.make_optimizer, self.make_scheduler, self.check_finite = optimizer, scheduler, check_finite
+        self.student_spec: dict | None = None  # how the student is made; the command line knows
+        self.image_shape: list[int] | None = None
+        self._seed: int | None = None
+        self._checked = False
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -59,67 +80,201 @@ class Distiller(L.LightningModule):
             self.teacher._apply(fn)
         return super()._apply(fn)
 
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits [B, K], and the named losses whose sum is minimised."""
+    # What a method writes, and what it writes it with.
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits [B, K], and the named losses, each a mean over the batch, whose sum is minimised."""
         raise NotImplementedError
 
+    def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+        """Raises ValueError where a method cannot compare the tapped features (:func:`kdkernels.models.pair_features`); called once."""
+
+    def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and tapped features of the student."""
+        return self.student_taps(batch["image"])
+
     @torch.no_grad()
-    def teacher_outputs(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and tapped features of the teacher."""
+    def teacher_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and tapped features of the teacher; from the cache where they are there."""
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
-        return self.teacher_taps(image)
+        if self.teacher_cache is not None and "view" in batch:
+            return self.teacher_cache.outputs(batch, self.teacher_taps)
+        return self.teacher_taps(batch["image"])
+
+    def cross_entropy(self, logits: Tensor, batch: dict) -> Tensor:
+        """Mean cross-entropy with the labels; with both labels of a mixed image by their weights."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if "mix" not in batch:
+            return F.cross_entropy(logits, batch["label"])
+        first, second = (F.cross_entropy(logits, batch[name], reduction="none") for name in ("label", "mixed_label"))
+        return (batch["mix"] * first + (1 - batch["mix"]) * second).mean()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.student(image)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    # What Lightning calls.
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [OutputCheck()]
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy: the student's children and the student are sharded (FSDP2)."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.student, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for child in self.student.children():
+                if any(True for _ in child.parameters()):
+                    fully_shard(child, mesh=mesh)
+            fully_shard(self.student, mesh=mesh)
+
+    def setup(self, stage: str) -> None:
+        if self._seed is None:
+            self._seed = torch.initial_seed() & 0x7FFFFFFFFFFFFFFF
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        if getattr(data, "image_shape", None) is not None:
+            self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=self.dtype), data.num_classes)
+        if self.teacher_cache is not None:
+            self.teacher_cache.open(self.teacher, self.teacher_taps.names, data, str(self.trainer.precision))
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        # Dropout and the like: what is drawn depends on the run's seed, the process and the step, not on what was drawn before.
+        torch.manual_seed(int(bits(self._seed, self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
+        if not self._checked or self.image_shape is None:
+            batch = as_batch(batch)
+            self.image_shape = list(batch["image"].shape[1:])
+            if not self._checked:
+                self._check_networks(batch["image"][:2].to(self.dtype), None)
+                self._check_labels(batch["label"])
+
+    @torch.no_grad()
+    def _check_networks(self, image: Tensor, classes: int | None) -> None:
+        """One look before any work at what student and teacher give for two images."""
+        training = [module for module in self.student.modules() if module.training]
+        self.student.eval()
+        with self.trainer.precision_plugin.forward_context():
+            student, student_features = self.student_taps(image)
+            teacher, teacher_features = self.teacher_taps(image) if self.teacher is not None else (None, {})
+        for module in training:
+            module.training = True
+        for name, logits in {"student": student, "teacher": teacher}.items():
+            if logits is None:
+                continue
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
+                shown = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"the {name} must return logits [B, K] for images {list(image.shape)}, it returned {shown}")
+            if classes is not None and logits.shape[1] != classes:
+                raise ValueError(f"the data have {classes} classes, but the {name} ({type(self._network(name)).__name__}) has {logits.shape[1]}")
+        if teacher is not None and student.shape != teacher.shape:
+            raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
+        if teacher is not None:
+            self.check_features(student_features, teacher_features)
+        self._classes, self._checked = student.shape[1], True
+
+    def _network(self, name: str) -> nn.Module:
+        return self.student if name == "student" else self.teacher
+
+    def _check_labels(self, label: Tensor) -> None:
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high >= self._classes:
+            raise ValueError(f"labels must lie in [0, {self._classes - 1}], the networks' classes; the first batch has {low} to {high}")
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
         logits, losses = self.losses(batch)
         total = sum(losses.values())
+        if self.check_finite and not torch.isfinite(total):
+            self._stop_for(batch, batch_idx, losses)
         size = len(batch["label"])
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, on_step=False, on_epoch=True, batch_size=size)
         self.log("train/accuracy", _accuracy(logits, batch), on_step=False, on_epoch=True, batch_size=size)
-        return total
+        return total * batch.get("share", 1.0)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def _stop_for(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:
+        folder = Path(self.trainer.default_root_dir)
+        path = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        torch.save({"batch": batch, "student": self.student.state_dict(), "losses": values}, path)
+        raise FloatingPointError(
+            f"the loss is not finite at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}): "
+            + ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+            + f". The batch and the student before the step are in {path}; replay() of this method computes its losses again"
+        )
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def replay(self, path: str | os.PathLike) -> dict[str, Tensor]:
+        """The losses of a step that was stopped because they were not finite, with the student as it was. ``path`` is in the error."""
+        stored = torch.load(path, map_location=self.device, weights_only=True)
+        self.student.load_state_dict(stored["student"])
+        return self.losses(stored["batch"])[1]
 
-    def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
+    def validation_step(self, batch: object, batch_idx: int) -> None:
+        self._evaluate("val", as_batch(batch))
+
+    def test_step(self, batch: object, batch_idx: int) -> None:
+        self._evaluate("test", as_batch(batch))
+
+    def _evaluate(self, stage: str, batch: dict) -> None:
         logits = self.student(batch["image"])
         size = len(batch["label"])
         self.log(f"{stage}/accuracy", _accuracy(logits, batch), prog_bar=True, batch_size=size, sync_dist=True)
-        self.log(f"{stage}/cross_entropy", F.cross_entropy(logits, batch["label"]), batch_size=size, sync_dist=True)
+        self.log(f"{stage}/cross_entropy", self.cross_entropy(logits, batch), batch_size=size, sync_dist=True)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.student.parameters(), nesterov=True, **self.optimizer_options)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.optimizer_options["lr"], total_steps=steps, pct_start=0.2)
+        optimizer = self.make_optimizer(self.student.parameters())
+        if self.make_scheduler is not None:
+            return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        steps, rate = int(self.trainer.estimated_stepping_batches), optimizer.param_groups[0]["lr"]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint[CHECKPOINT_KEY] = {
+            "version": __version__,
+            "student": self.student_spec,
+            "image_shape": self.image_shape,
+            "seed": self._seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._seed = checkpoint.get(CHECKPOINT_KEY, {}).get("seed", self._seed)
 
 
 class Supervised(Distiller):
-    """Cross-entropy on the labels alone: how teachers are trained, and what a distilled student is compared with."""
+    """Cross-entropy on the labels alone: how teachers are trained, and what a distilled student is compared with.
 
-    def __init__(self, student: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4):
-        super().__init__(student, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    Args:
+        student, student_weights, optimizer, scheduler, check_finite: see :class:`Distiller`.
+    """
 
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.student(batch["image"])
-        return logits, {"cross_entropy": F.cross_entropy(logits, batch["label"])}
+    def __init__(
+        self,
+        student: nn.Module,
+        student_weights: str | os.PathLike | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
+        scheduler: LRSchedulerCallable | None = None,
+        check_finite: bool = True,
+    ):
+        super().__init__(student, student_weights=student_weights, optimizer=optimizer, scheduler=scheduler, check_finite=check_finite)
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, _ = self.student_outputs(batch)
+        return logits, {"cross_entropy": self.cross_entropy(logits, batch)}
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A state dict from a file: one as such, or the student of a checkpoint of this package."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"teacher_weights: there is no file {os.fspath(path)!r}")
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    stored = stored.get("state_dict", stored)
-    student = {key.removeprefix("student."): value for key, value in stored.items() if key.startswith("student.")}
-    return student or stored
+def as_batch(batch: object) -> dict:
+    """A dict with ``image`` and ``label``, also from a pair of them."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return {"image": batch[0], "label": batch[1]}
+    if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
+        raise TypeError(f'a batch must be (image, label) or a dict with "image" and "label", got {type(batch).__name__}')
+    return batch
 
 
-def _accuracy(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def _accuracy(logits: Tensor, batch: dict) -> Tensor:
     return (logits.argmax(1) == batch["label"]).float().mean()

@@ -1,6 +1,66 @@
-"""Networks, and taps into any network's layers."""
+"""Networks, taps into any network's layers, and weights from files."""
 
-from .taps import FeatureTaps
+from .mobilenet import MobileNetV2, mobilenet_v2
+from .resnet import (
+    ResNet,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenet_v1, shufflenet_v2
+from .taps import FeatureTaps, pair_features
 from .tiny_cnn import TinyCNN
+from .vgg import VGG, vgg8, vgg11, vgg13
+from .weights import from_checkpoint, load_weights
+from .wrn import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
-__all__ = ["FeatureTaps", "TinyCNN"]
+# The layers whose outputs methods compare, from the first to the last, by family. docs/models.md has their shapes.
+TAPS: dict[type, tuple[str, ...]] = {
+    ResNet: ("relu", "layer1", "layer2", "layer3"),
+    WideResNet: ("conv1", "block1", "block2", "block3"),
+    VGG: ("relu0", "relu1", "relu2", "relu3", "relu4"),
+    MobileNetV2: ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
+    ShuffleNetV1: ("relu", "layer1", "layer2", "layer3"),
+    ShuffleNetV2: ("relu", "layer1", "layer2", "layer3"),
+    TinyCNN: ("block1", "block2", "block3"),
+}
+
+__all__ = [
+    "TAPS",
+    "VGG",
+    "FeatureTaps",
+    "MobileNetV2",
+    "ResNet",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
+    "TinyCNN",
+    "WideResNet",
+    "from_checkpoint",
+    "load_weights",
+    "mobilenet_v2",
+    "pair_features",
+    "resnet8",
+    "resnet8x4",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+]

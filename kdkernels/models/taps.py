@@ -20,6 +20,7 @@ class FeatureTaps:
 
     Raises:
         ValueError: a name that the module does not have; the nearest ones are given.
+        RuntimeError: when called: a layer did not run, or what it returned was overwritten by a layer that works in place.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]):
@@ -34,8 +35,15 @@ class FeatureTaps:
     def __call__(self, *args, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
         """The module's output, and the output of each tapped layer."""
         caught: dict[str, Tensor] = {}
+        versions: dict[str, int] = {}
+
+        def catch(name: str, output: object) -> None:
+            caught[name] = output
+            if isinstance(output, Tensor) and not output.is_inference():
+                versions[name] = output._version
+
         handles = [
-            self.module.get_submodule(name).register_forward_hook(lambda _module, _inputs, output, name=name: caught.__setitem__(name, output))
+            self.module.get_submodule(name).register_forward_hook(lambda _module, _inputs, output, name=name: catch(name, output))
             for name in self.names
         ]
         try:
@@ -46,4 +54,38 @@ class FeatureTaps:
         missing = [name for name in self.names if name not in caught]
         if missing:
             raise RuntimeError(f"layers {missing} of {type(self.module).__name__} did not run in its forward")
-        return output, caught
+        changed = [name for name, version in versions.items() if caught[name]._version != version]
+        if changed:
+            raise RuntimeError(
+                f"what layers {changed} of {type(self.module).__name__} returned was overwritten in place by a later layer, for example "
+                "ReLU(inplace=True); tap that layer instead, or set its inplace to False"
+            )
+        return output, {name: caught[name] for name in self.names}
+
+
+def pair_features(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], *, channels: bool = False, space: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Features of student and teacher, tap by tap in the order of their names' lists, after a look at whether they can be compared.
+
+    Args:
+        student, teacher: what :class:`FeatureTaps` caught: maps [B, C, *spatial].
+        channels: whether a pair must have as many channels.
+        space: whether a pair must have the same extents in space.
+
+    Raises:
+        ValueError: not as many taps on both sides, or a pair whose shapes cannot match; names both taps and their shapes.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"student_taps and teacher_taps must pair up: {len(student)} ({list(student)}) against {len(teacher)} ({list(teacher)})")
+    pairs = []
+    for (student_name, s), (teacher_name, t) in zip(student.items(), teacher.items(), strict=True):
+        shown = f"student tap {student_name!r} {list(s.shape)} and teacher tap {teacher_name!r} {list(t.shape)}"
+        if s.dim() < 3 or s.dim() != t.dim():
+            raise ValueError(f"{shown} must both be maps [B, C, *spatial] of as many dimensions")
+        if channels and s.shape[1] != t.shape[1]:
+            raise ValueError(f"{shown} cannot match: they need as many channels, got {s.shape[1]} and {t.shape[1]}")
+        if space and s.shape[2:] != t.shape[2:]:
+            raise ValueError(f"{shown} cannot match: they need the same extents in space, got {list(s.shape[2:])} and {list(t.shape[2:])}")
+        pairs.append((s, t))
+    return pairs

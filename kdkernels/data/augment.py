@@ -1,0 +1,141 @@
+"""Augmentation of whole batches, on the device where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .keyed_random import bits, uniform
+
+_CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _KIND = range(7)  # what a random number is for
+
+
+class Augment:
+    """Crop, flip, cutout, mixup and cutmix. What happens to a sample is a function of ``seed``, its index and the view (the epoch) alone.
+
+    Args:
+        crop: pixels of black border added on each side before a crop of the former size, as in the recipes for CIFAR (4).
+        flip: mirror left and right with probability 1/2.
+        cutout: side in pixels of a square set to the mean colour, its centre anywhere in the image (DeVries, Taylor 2017).
+        mixup: alpha of the Beta distribution of the weights of pairs of images (Zhang et al. 2018); 0 for none.
+        cutmix: alpha for pasting a box of one image into another (Yun et al. 2019); 0 for none. With both, each image gets either.
+        views: how many different augmentations a sample has: epoch e shows view ``e % views``. ``None``: a new one each epoch.
+        seed: of everything above.
+
+    mixup and cutmix pair the images of a batch, and add to it ``mixed_label`` [B] and ``mix`` [B], the weight of ``label`` against it.
+    """
+
+    def __init__(
+        self,
+        crop: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        views: int | None = None,
+        seed: int = 0,
+    ):
+        for name, value in {"crop": crop, "cutout": cutout, "mixup": mixup, "cutmix": cutmix}.items():
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
+        if views is not None and views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
+        self.crop, self.flip, self.cutout, self.mixup, self.cutmix, self.views, self.seed = crop, flip, cutout, mixup, cutmix, views, seed
+        self._beta = {alpha: _beta_quantiles(alpha) for alpha in (mixup, cutmix) if alpha}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an image depends on others of its batch."""
+        return bool(self.mixup or self.cutmix)
+
+    def __repr__(self) -> str:
+        names = ("crop", "flip", "cutout", "mixup", "cutmix", "views", "seed")
+        return f"Augment({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
+
+    def __call__(self, batch: dict, normalize: Callable[[Tensor], Tensor]) -> dict:
+        """The batch augmented and normalised. ``image`` [B, C, H, W] and, if there, ``mask`` [B, H, W] move together."""
+        index, view = batch["index"], batch["view"]
+        batch = dict(batch)
+        rows, columns = self._source_pixels(index, view, batch["image"].shape[-2:])
+        for name in ("image", "mask"):
+            if name in batch and (self.crop or self.flip):
+                batch[name] = _gather(batch[name], rows, columns, self.crop)
+        batch["image"] = normalize(batch["image"])
+        if self.cutout:
+            batch["image"] = self._cut_out(batch["image"], index, view)
+        if self.mixes:
+            batch = self._mix(batch, index, view)
+        return batch
+
+    def _random(self, purpose: int, view: int, index: Tensor, count: int) -> Tensor:  # [B, count]
+        return uniform(self.seed, purpose, view, index[:, None], torch.arange(count, device=index.device))
+
+    def _source_pixels(self, index: Tensor, view: int, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Rows [B, H] and columns [B, W] of the bordered image that each pixel comes from."""
+        height, width = size
+        offset = (self._random(_CROP, view, index, 2) * (2 * self.crop + 1)).long()
+        rows = offset[:, :1] + torch.arange(height, device=index.device)
+        columns = torch.arange(width, device=index.device).expand(len(index), width)
+        if self.flip:
+            columns = torch.where(self._random(_FLIP, view, index, 1) < 0.5, columns.flip(1), columns)
+        return rows, offset[:, 1:] + columns
+
+    def _cut_out(self, image: Tensor, index: Tensor, view: int) -> Tensor:
+        height, width = image.shape[-2:]
+        centre = self._random(_CUTOUT, view, index, 2)
+        inside = _box(centre[:, 0] * height, centre[:, 1] * width, self.cutout / 2, self.cutout / 2, height, width)
+        return image.masked_fill(inside[:, None], 0.0)
+
+    def _mix(self, batch: dict, index: Tensor, view: int) -> dict:
+        image, label = batch["image"], batch["label"]
+        partner = bits(self.seed, _PARTNER, view, index).argsort()
+        other, mixed_label = image[partner], label[partner]
+        draw = self._random(_MIX, view, index, 2)
+        mix = torch.ones_like(draw[:, 0])
+        by_box = torch.zeros_like(mix, dtype=torch.bool)
+        if self.cutmix:
+            by_box = self._random(_KIND, view, index, 1)[:, 0] < (0.5 if self.mixup else 1.0)
+            height, width = image.shape[-2:]
+            half = (1 - self._weights(self.cutmix, draw[:, 1])).sqrt() / 2  # of the side, as a fraction
+            centre = self._random(_BOX, view, index, 2)
+            inside = _box(centre[:, 0] * height, centre[:, 1] * width, half * height, half * width, height, width) & by_box[:, None, None]
+            image = torch.where(inside[:, None], other, image)
+            mix = 1 - inside.float().mean((1, 2))
+        if self.mixup:
+            weight = torch.where(by_box, 1.0, self._weights(self.mixup, draw[:, 0]))
+            image = torch.lerp(other, image, weight[:, None, None, None].to(image.dtype))
+            mix = torch.where(by_box, mix, weight)
+        return {**batch, "image": image, "mixed_label": mixed_label, "mix": mix}
+
+    def _weights(self, alpha: float, u: Tensor) -> Tensor:
+        """Quantiles at ``u`` of Beta(alpha, alpha), from a table."""
+        table = self._beta[alpha].to(u.device)
+        position = u * (len(table) - 1)
+        low = position.long()
+        return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], position - low)
+
+
+def _beta_quantiles(alpha: float) -> Tensor:
+    from scipy.special import betaincinv  # scikit-learn brings scipy
+
+    return torch.from_numpy(betaincinv(alpha, alpha, torch.linspace(0, 1, 4097, dtype=torch.float64).numpy())).float()
+
+
+def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int) -> Tensor:
+    """x [B, (C,) H, W] with zeros of width ``border`` around, read at rows [B, H] and columns [B, W]."""
+    channels = x if x.dim() == 4 else x[:, None]
+    channels = F.pad(channels, [border] * 4)
+    batch, channel = torch.arange(len(x), device=x.device), torch.arange(channels.shape[1], device=x.device)
+    out = channels[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return out if x.dim() == 4 else out[:, 0]
+
+
+def _box(y: Tensor, x: Tensor, half_height: float | Tensor, half_width: float | Tensor, height: int, width: int) -> Tensor:
+    """[B, H, W]: pixels whose centre is less than half a side from (y, x)."""
+    half_height, half_width = (torch.as_tensor(h, device=y.device).expand_as(y)[:, None, None] for h in (half_height, half_width))
+    rows = torch.arange(height, device=y.device)[:, None] + 0.5
+    columns = torch.arange(width, device=y.device)[None, :] + 0.5
+    return ((rows - y[:, None, None]).abs() < half_height) & ((columns - x[:, None, None]).abs() < half_width)

@@ -1,0 +1,186 @@
+"""What the data modules share: batches as dicts, order and augmentation from keys, normalisation on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augment import Augment
+from .keyed_random import seeded
+from .loading import Batches, Draw, Loader
+
+
+class ImageData(L.LightningDataModule):
+    """Data of images and labels. A subclass says what they are in :meth:`make_splits`.
+
+    A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of ``image`` [B, C, H, W] float32, normalised;
+    ``label`` [B] int64; ``index`` [B] int64, the samples' places in their split; in training also ``view``, which augmentation this is, and
+    ``share``, see :class:`Batches`. Outside Lightning: ``for batch in map(data.finish, data.train_dataloader())``.
+
+    Args:
+        batch_size: images per batch and process.
+        augment: of the training images.
+        order_seed: of the order in which training images are shown.
+        num_workers: processes that load images; 0 is best where images are in memory.
+    """
+
+    num_classes: int | None = None
+    image_shape: tuple[int, int, int] | None = None
+    mean: Sequence[float] | None = None  # per channel, on a scale where white is 1
+    std: Sequence[float] | None = None
+
+    def __init__(self, batch_size: int = 128, augment: Augment | None = None, order_seed: int = 0, num_workers: int = 0):
+        super().__init__()
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("num_workers", num_workers, 0)
+        self.batch_size, self.augment, self.order_seed, self.num_workers = batch_size, augment, order_seed, num_workers
+        self.splits: dict[str, Dataset] = {}
+
+    @property
+    def views(self) -> int | None:
+        """How many different images a training sample has; ``None``: one more each epoch."""
+        return self.augment.views if self.augment is not None else 1
+
+    def make_splits(self) -> dict[str, Dataset]:
+        """Datasets "train", "val" and perhaps "test" that take a :class:`Draw` and give a raw batch: uint8, or float in [0, 1]."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.splits:
+            self.splits = self.make_splits()
+
+    def train_dataloader(self) -> Loader:
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return self._loader("train", shuffle=True, seed=self.order_seed, views=self.views, accumulate=accumulate)
+
+    def val_dataloader(self) -> Loader:
+        return self._loader("val", shuffle=False)
+
+    def test_dataloader(self) -> Loader:
+        return self._loader("test", shuffle=False)
+
+    def _loader(self, split: str, **order) -> Loader:
+        if split not in self.splits:
+            raise ValueError(f"{type(self).__name__} has no {split!r} images" if self.splits else "call setup() before asking for batches")
+        process = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
+        dataset = self.splits[split]
+        return Loader(dataset, Batches(len(dataset), self.batch_size, **order, **process), self.num_workers)
+
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        batch = self.finish(batch)
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)  # float64, bfloat16 networks
+
+    def finish(self, batch: dict) -> dict:
+        """Augments (a training batch) and normalises, on the batch's device."""
+        if self.augment is not None and batch.get("view") is not None:
+            return self.augment(batch, self.normalize)
+        return {**batch, "image": self.normalize(batch["image"])}
+
+    def normalize(self, image: Tensor) -> Tensor:  # [..., C, H, W] uint8 or float -> float32
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        if self.mean is None:
+            return image
+        mean, std = (torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (image - mean) / std
+
+    def fingerprint(self, split: str = "train") -> str:
+        """Changes when the images that a network sees change: what caches are keyed with."""
+        look = f"{self.splits[split].fingerprint()} {self.augment!r} {self.mean} {self.std}"
+        return hashlib.sha256(look.encode()).hexdigest()
+
+
+class TensorImages(Dataset):
+    """Images in memory: fields [N, ...], among them ``image`` and ``label``."""
+
+    def __init__(self, **fields: Tensor):
+        self.fields = fields
+
+    def __len__(self) -> int:
+        return len(self.fields["label"])
+
+    def __getitem__(self, draw: Draw | int | list[int]) -> dict:
+        index = draw.index if isinstance(draw, Draw) else draw
+        return with_draw({name: field[index] for name, field in self.fields.items()}, draw)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, field in sorted(self.fields.items()):
+            digest.update(f"{name} {field.dtype} {tuple(field.shape)}".encode())
+            digest.update(field.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class ItemImages(Dataset):
+    """Batches from a dataset that gives one sample at a time: (image, label), or a dict with "image" and "label".
+
+    The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample).
+    """
+
+    def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None):
+        self.samples, self.seed, self._fingerprint = samples, seed, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: Draw | int | list[int]) -> dict:
+        if isinstance(draw, int):
+            return self._sample(draw, 0)
+        index, view = (draw.index, draw.view or 0) if isinstance(draw, Draw) else (draw, 0)
+        samples = [self._sample(i, view) for i in index]
+        shapes = {tuple(s["image"].shape) for s in samples}
+        if len(shapes) > 1:
+            odd = next(i for i, s in zip(index, samples, strict=True) if s["image"].shape != samples[0]["image"].shape)
+            raise ValueError(f"images of a batch must have one shape; sample {odd} differs from sample {index[0]}: {sorted(shapes)}")
+        return with_draw({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, draw)
+
+    def _sample(self, index: int, view: int) -> dict[str, Tensor]:
+        with seeded(self.seed, view, index):
+            return as_sample(self.samples[index], index)
+
+    def fingerprint(self) -> str:
+        """As given, or from the size and the bytes of 16 samples: a dataset that changes elsewhere needs one that is given."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        digest = hashlib.sha256(f"{type(self.samples).__qualname__} {len(self)}".encode())
+        for i in torch.linspace(0, len(self) - 1, min(16, len(self))).long().tolist():
+            sample = self._sample(i, 0)
+            digest.update(sample["image"].contiguous().numpy().data)
+            digest.update(str(int(sample["label"])).encode())
+        return digest.hexdigest()
+
+
+def with_draw(batch: dict, draw: Draw | int | list[int]) -> dict:
+    """The batch with the places of its samples and, if they are to be augmented, the view."""
+    if not isinstance(draw, Draw):
+        return {**batch, "index": torch.as_tensor(draw)}
+    batch = {**batch, "index": torch.tensor(draw.index)}
+    return batch if draw.view is None else {**batch, "view": draw.view, "share": draw.share}
+
+
+def as_sample(sample: object, index: int) -> dict[str, Tensor]:
+    """What a user's dataset gives, as tensors: image [C, H, W] and label [], and what else a dict holds."""
+    if isinstance(sample, (tuple, list)) and len(sample) >= 2:
+        sample = {"image": sample[0], "label": sample[1]}
+    if not isinstance(sample, dict) or not {"image", "label"} <= sample.keys():
+        raise TypeError(f'sample {index} must be (image, label) or a dict with "image" and "label", got {type(sample).__name__}')
+    image = sample["image"]
+    if not isinstance(image, Tensor):
+        image = torch.from_numpy(np.array(image))  # PIL images, arrays [H, W(, C)]
+        image = (image[..., None] if image.dim() == 2 else image).permute(2, 0, 1)
+    if image.dim() != 3:
+        raise ValueError(f"the image of sample {index} must have the shape [C, H, W], got {list(image.shape)}")
+    if image.dtype != torch.uint8:
+        image = image.float()
+    others = {name: torch.as_tensor(value) for name, value in sample.items() if name not in ("image", "label")}
+    return {"image": image, "label": torch.as_tensor(sample["label"]).long(), **others}
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,69 @@
+"""Any two torch Datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset, IterableDataset
+
+from .augment import Augment
+from .base import ImageData, ItemImages
+
+
+class FromDatasets(ImageData):
+    """Data from map-style datasets whose items are ``(image, label)``, or dicts with ``image`` and ``label``.
+
+    Images are tensors [C, H, W] (uint8, or float on any scale), arrays [H, W, C] or PIL images, all of one size; more fields of a dict are
+    stacked into the batch. Random transforms of the datasets draw from generators that are seeded by (``seed``, epoch, sample), so that a
+    resumed run, other processes and other batches see the same images.
+
+    Args:
+        train, val, test: the datasets; by import path in a config.
+        num_classes: classes; by default the length of ``train.classes``, if it has that, else unknown.
+        mean, std: per channel, on a scale where white is 1; the default leaves float images as they are, and divides uint8 by 255.
+        views: how many different images the datasets' own transforms give per sample: epoch e shows view ``e % views``. ``None``: a new one
+            each epoch.
+        fingerprint: a string that changes when the training images do: what a cache of a teacher's outputs is keyed with. By default a
+            hash of 16 samples.
+        batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
+        seed: of the datasets' own transforms.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        val: Dataset,
+        test: Dataset | None = None,
+        num_classes: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        views: int | None = None,
+        fingerprint: str | None = None,
+        batch_size: int = 128,
+        augment: Augment | None = None,
+        order_seed: int = 0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, augment, order_seed, num_workers)
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std go together: give both or neither")
+        self.datasets = {name: dataset for name, dataset in {"train": train, "val": val, "test": test}.items() if dataset is not None}
+        for name, dataset in self.datasets.items():
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+                raise TypeError(f"{name} must be a map-style dataset, with __len__ and __getitem__, got {type(dataset).__name__}")
+            if not len(dataset):
+                raise ValueError(f"{name} is empty")
+        if num_classes is None and hasattr(train, "classes"):
+            num_classes = len(train.classes)
+        self.num_classes, self.mean, self.std = num_classes, mean, std
+        self._views, self._fingerprint, self.seed = views, fingerprint, seed
+
+    @property
+    def views(self) -> int | None:
+        return self._views
+
+    def make_splits(self) -> dict[str, ItemImages]:
+        splits = {name: ItemImages(dataset, self.seed, self._fingerprint) for name, dataset in self.datasets.items()}
+        self.image_shape = tuple(splits["train"][0]["image"].shape)
+        return splits

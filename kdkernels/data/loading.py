@@ -1,0 +1,99 @@
+"""Which samples make a batch, and a loader that can start in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .keyed_random import permuted
+
+
+class Draw(NamedTuple):
+    """What a dataset is indexed with: a batch."""
+
+    index: list[int]
+    view: int | None  # which augmentation of the samples; None: as they are
+    share: float  # weight of this batch's mean loss, see Batches
+
+
+class Batches(DistributedSampler):  # so that Lightning leaves it as it is
+    """The batches of one process. All processes together take ``batch_size * world`` samples at a time, each sample once an epoch.
+
+    The order is a function of the seed and the epoch. The joint batches are the same for every number of processes with the same product
+    ``batch_size * world``. A remainder smaller than the number of processes joins the batch before it, so no process is without samples.
+
+    ``share`` makes means of uneven batches add up: with ``accumulate`` micro-batches of n_i samples in each of ``world`` processes, the mean
+    over processes and micro-batches of ``share_i * mean_i`` is the mean over all samples of the optimizer's step.
+
+    Args:
+        size: number of samples.
+        batch_size: samples per batch and process.
+        shuffle: a new order each epoch, or the order of the dataset.
+        seed: of the order.
+        views: see :class:`Augment`; 0 for batches that are not augmented.
+        accumulate: micro-batches per step of the optimizer.
+        rank, world: this process, and how many there are.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, shuffle: bool, seed: int = 0, views: int | None = 0, accumulate: int = 1, rank: int = 0, world: int = 1
+    ):
+        super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
+        self.size, self.batch_size, self.views, self.accumulate, self.world = size, batch_size, views, accumulate, world
+        if size < world:
+            raise ValueError(f"{size} samples cannot be split on {world} processes")
+        joint = batch_size * world
+        whole, rest = divmod(size, joint)
+        self.count = whole + (rest >= world or not whole)
+        self.start = 0  # batches to leave out at the next iteration
+
+    def __len__(self) -> int:
+        return self.count
+
+    def first(self, i: int) -> int:
+        """The place in the order of the first sample of the joint batch i."""
+        return self.size if i >= self.count else i * self.batch_size * self.world
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        view = None if self.views == 0 else self.epoch if self.views is None else self.epoch % self.views
+        together = max(1, 2**16 // (self.batch_size * self.world))  # batches whose order is computed at once
+        for i in range(start, self.count):
+            if (i - start) % together == 0:
+                offset = self.first(i)
+                order = torch.arange(offset, self.first(i + together))
+                if self.shuffle:
+                    order = permuted(order, self.size, self.seed, self.epoch)
+            joint = self.first(i + 1) - self.first(i)
+            low, high = (self.first(i) + joint * r // self.world for r in (self.rank, self.rank + 1))
+            window = i - i % self.accumulate
+            samples = self.first(window + self.accumulate) - self.first(window)
+            share = (high - low) * self.world * self.accumulate / samples
+            yield Draw(order[low - offset : high - offset].tolist(), view, share)
+
+
+class Loader(DataLoader):
+    """Batches as dicts; the place in the epoch is part of its state."""
+
+    def __init__(self, dataset: Dataset, batches: Batches, num_workers: int = 0):
+        super().__init__(dataset, sampler=batches, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+        self.given, self._resume = 0, None
+
+    def __iter__(self) -> Iterator[dict]:
+        # A generator: nothing runs before the first batch is asked for, when the epoch has been set.
+        epoch = self.sampler.epoch
+        state, self._resume = self._resume, None
+        self.given = state["given"] if state and state["epoch"] == epoch and state["given"] < len(self) else 0
+        self.sampler.start = self.given
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.sampler.epoch, "given": self.given}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._resume = dict(state)

@@ -1,0 +1,91 @@
+"""What Lightning's engine lacks for runs that must survive: checkpoints that are whole or not there, and a look at the disk before the work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, flushes it to the disk, then puts it in its place: what is there is whole at every moment.
+
+    Lightning's own goes by way of the folder for temporary files, from which a file on another disk is copied, not renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+class OutputCheck(L.Callback):
+    """Fails before training where a folder for checkpoints or logs cannot be made or written to, or its disk has no room for them."""
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+        checkpoint = 3 * weights + 2**20  # with two moments per weight, as of Adam
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                folder = callback.dirpath or trainer.default_root_dir
+                kept = callback.save_top_k if callback.save_top_k >= 0 else 1
+                # the ones that are there already are written beside, then over
+                self.check(folder, (kept + bool(callback.save_last) + 1) * checkpoint)
+        for logger in trainer.loggers:
+            if logger.save_dir is not None:
+                self.check(logger.save_dir, 2**20)
+
+    @staticmethod
+    def check(folder: str | os.PathLike, size: int) -> None:
+        """Reserves ``size`` bytes in a file in ``folder`` and gives them back.
+
+        Raises:
+            OSError: that cannot be done; names the folder, the reason and the room there is.
+        """
+        folder = Path(folder)
+        if "://" in str(folder) or ":/" in str(folder):
+            return
+        temporary = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".room.")
+            try:
+                os.posix_fallocate(handle, 0, size)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            room = f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free" if folder.is_dir() else ""
+            raise OSError(
+                error.errno, f"checkpoints and logs need {size / 2**20:.0f} MiB in {folder}, and cannot be written: {error.strerror}{room}"
+            ) from error
+        finally:
+            if temporary is not None:
+                os.unlink(temporary)
+
+
+def umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,61 @@
+"""VGG networks with batch norm (Simonyan, Zisserman 2015), cut to images of 32x32 pixels as distillation papers use them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class VGG(nn.Module):
+    """Five blocks of 3x3 convolutions with batch norm, a max pool after each of the first three, global mean, classifier.
+
+    Images of 64x64 pixels get a fourth max pool. Parameters are named as in RepDistiller's networks, so that files of weights trained with
+    those load.
+
+    Taps: ``relu0`` to ``relu4``, the blocks' outputs after the ReLU (widths as given, resolution 1, 1/2, 1/4, 1/8, 1/8), and ``block0`` to
+    ``block4``, the same before it.
+
+    Args:
+        widths: channels of each convolution, block by block.
+        num_classes: classes.
+    """
+
+    def __init__(self, widths: tuple[tuple[int, ...], ...] = ((64,), (128,), (256,), (512,), (512,)), num_classes: int = 100):
+        super().__init__()
+        if len(widths) != 5 or not all(widths):
+            raise ValueError(f"widths must hold five blocks of at least one convolution each, got {widths}")
+        inputs = 3
+        for i, block in enumerate(widths):
+            layers: list[nn.Module] = []
+            for outputs in block:
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+                inputs = outputs
+            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))
+            setattr(self, f"relu{i}", nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.classifier = nn.Linear(inputs, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, num_classes]
+        pools = 4 if x.shape[2] >= 64 else 3
+        for i in range(5):
+            x = getattr(self, f"relu{i}")(getattr(self, f"block{i}")(x))
+            if i < pools:
+                x = self.pool(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+def vgg8(num_classes: int = 100) -> VGG:
+    return VGG(num_classes=num_classes)
+
+
+def vgg11(num_classes: int = 100) -> VGG:
+    return VGG(((64,), (128,), (256, 256), (512, 512), (512, 512)), num_classes)
+
+
+def vgg13(num_classes: int = 100) -> VGG:
+    return VGG(((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)), num_classes)

@@ -1,0 +1,120 @@
+"""``kdkernels fit|validate|test``: LightningCLI over the methods and data of the package, or the user's own by import path."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from .distill import Distiller
+from .engine import AtomicCheckpointIO
+
+MONITOR = "val/accuracy"
+# What a user's mistake raises, with a message that says it all: shown without the stack, unless KDKERNELS_TRACEBACK=1.
+_MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with this package's defaults: where a config says nothing, the last and the best checkpoint, CSV and TensorBoard logs."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") in ("best", "last") and self.subcommand != "fit":  # fit finds its own last one
+            path = _root(config.trainer) / f"{config.ckpt_path}.ckpt"
+            if not path.exists():
+                raise FileNotFoundError(f"ckpt_path: there is no {path}; --trainer.default_root_dir says where the run is")
+            config.ckpt_path = str(path)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        spec = self._get(self.config, "model").init_args.student
+        self.model.student_spec = _plain(spec) if isinstance(spec, Namespace) and "class_path" in spec else None
+
+    def instantiate_trainer(self, **overrides) -> L.Trainer:
+        config = self._get(self.config_init, "trainer", default={})
+        root = _root(config)
+        overrides["default_root_dir"] = str(root)
+        if config.get("logger") in (None, True):
+            csv = CSVLogger(root, name="")
+            overrides["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            checkpoint = ModelCheckpoint(root, "best", monitor=MONITOR, mode="max", save_last=True, enable_version_counter=False)
+            overrides["callbacks"] = [*given, checkpoint]
+        if config.get("plugins") is None:
+            overrides["plugins"] = [AtomicCheckpointIO()]
+        return super().instantiate_trainer(**overrides)
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            print(report(self.trainer))
+
+
+def report(trainer: L.Trainer) -> str:
+    """The monitored number of the last epoch and of the best, each with its checkpoint."""
+    lines = []
+    last = trainer.callback_metrics.get(MONITOR)
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.last_model_path:
+            value = f"{MONITOR} {float(last):.4f}  " if last is not None else ""
+            lines.append(f"last  {value}{os.path.relpath(callback.last_model_path)}")
+        if callback.best_model_path and callback.monitor is not None and callback.best_model_score is not None:
+            lines.append(f"best  {callback.monitor} {float(callback.best_model_score):.4f}  {os.path.relpath(callback.best_model_path)}")
+    return "\n".join(lines)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; returns its exit status."""
+    _quiet()
+    arguments = ["--print_config=skip_null" if argument == "--print_config" else argument for argument in arguments]
+    sys.argv = [sys.argv[0], *arguments]  # with which Lightning starts the other processes of DDP
+    try:
+        CLI(
+            Distiller,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            args=arguments,
+        )
+    except _MISTAKES as error:
+        if os.environ.get("KDKERNELS_TRACEBACK") == "1":
+            raise
+        print(f"kdkernels {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet() -> None:
+    """Advertisements, and hints about what is meant so."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*isinstance.treespec.*",
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*weights_only. was not set.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _root(trainer_config: Namespace | dict) -> Path:
+    return Path(trainer_config.get("default_root_dir") or "runs/last")
+
+
+def _plain(value: object) -> object:
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, (Namespace, dict)) else value

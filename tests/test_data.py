@@ -1,0 +1,527 @@
+"""Data modules, the order of samples, augmentation: functions of keys, and nothing lost."""
+
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import struct
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, IterableDataset
+
+pytest.importorskip("lightning")
+from kdkernels.data import CIFAR10, CIFAR100, Augment, ClutterDigits, Digits, FromDatasets, ImageFolder  # noqa: E402
+from kdkernels.data import cifar as cifar_module  # noqa: E402
+from kdkernels.data import digits as digits_module  # noqa: E402
+from kdkernels.data.keyed_random import bits, normal, permuted, seeded, uniform  # noqa: E402
+from kdkernels.data.loading import Batches, Loader  # noqa: E402
+
+# Random numbers from keys.
+
+
+def test_random_numbers_have_the_distributions_they_claim():
+    index = torch.arange(200_000)
+    u, n = uniform(3, index), normal(3, index)
+    assert 0 <= u.min()
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12 / len(u)) ** 0.5  # five standard errors
+    counts = torch.histc(u, 100, 0, 1)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 99 + 5 * (2 * 99) ** 0.5  # chi square
+    assert abs(n.mean()) < 5 * len(n) ** -0.5
+    assert abs(n.var() - 1) < 5 * (2 / len(n)) ** 0.5
+    assert n.isfinite().all()
+    flips = sum(bin(int(a ^ b) & (2**64 - 1)).count("1") for a, b in zip(bits(3, index[:2000]), bits(3, index[:2000] ^ 1), strict=True))
+    assert abs(flips / 2000 - 32) < 5 * (16 / 2000) ** 0.5  # one bit of the key flips half of the outputs
+    neighbours = torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]
+    assert abs(neighbours) < 5 * len(u) ** -0.5
+
+
+def test_random_numbers_depend_on_the_whole_key():
+    index = torch.arange(64)
+    assert torch.equal(uniform(1, 2, index)[10:20], uniform(1, 2, index[10:20]))
+    for other in (uniform(2, 2, index), uniform(1, 3, index), uniform(2, 1, index)):
+        assert not torch.equal(uniform(1, 2, index), other)
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
+def test_permuted_is_a_permutation(size, seed, epoch):
+    assert sorted(permuted(torch.arange(size), size, seed, epoch).tolist()) == list(range(size))
+
+
+def test_permuted_reaches_every_place_evenly():
+    places = permuted(torch.arange(5).expand(4000, 5), 5, torch.arange(4000)[:, None])
+    for position in range(5):
+        counts = places[:, position].bincount(minlength=5)
+        assert ((counts - 800.0) ** 2 / 800).sum() < 4 + 5 * 8**0.5
+
+
+def test_seeded_leaves_the_generators_as_they_were():
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    with seeded(1, 2):
+        inside = torch.rand(3)
+    with seeded(1, 2):
+        assert torch.equal(torch.rand(3), inside)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (np.random.rand(3) == expected[1]).all()  # noqa: NPY002
+
+
+# Batches.
+
+
+@given(
+    size=st.integers(4, 400),
+    batch=st.integers(1, 40),
+    world=st.integers(1, 4),
+    accumulate=st.integers(1, 4),
+    shuffle=st.booleans(),
+)
+def test_batches_show_each_sample_once_and_weigh_them_alike(size, batch, world, accumulate, shuffle):
+    ranks = [list(Batches(size, batch, shuffle, seed=1, accumulate=accumulate, rank=r, world=world)) for r in range(world)]
+    assert len({len(draws) for draws in ranks}) == 1
+    assert sorted(i for draws in ranks for draw in draws for i in draw.index) == list(range(size))
+    assert all(draw.index for draws in ranks for draw in draws)
+    for start in range(0, len(ranks[0]), accumulate):
+        window = [draw for draws in ranks for draw in draws[start : start + accumulate]]
+        samples = sum(len(draw.index) for draw in window)
+        for draw in window:  # Lightning divides by accumulate, DDP by world
+            assert draw.share / accumulate / world / len(draw.index) == pytest.approx(1 / samples)
+
+
+def test_joint_batches_do_not_depend_on_the_number_of_processes():
+    alone = [draw.index for draw in Batches(100, 12, True, seed=3)]
+    ranks = [list(Batches(100, 4, True, seed=3, rank=r, world=3)) for r in range(3)]
+    assert alone == [sum((draws[i].index for draws in ranks), []) for i in range(len(alone))]
+
+
+def test_order_changes_with_the_epoch_and_the_seed():
+    def order(seed, epoch):
+        batches = Batches(50, 8, True, seed=seed)
+        batches.set_epoch(epoch)
+        return [i for draw in batches for i in draw.index]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_more_processes_than_samples():
+    with pytest.raises(ValueError, match="3 samples cannot be split on 4 processes"):
+        Batches(3, 8, False, world=4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_goes_on_in_the_middle_of_an_epoch(workers):
+    data = Digits(batch_size=100, augment=Augment(crop=1))
+    data.setup()
+
+    def loader():
+        fresh = Loader(data.splits["train"], Batches(len(data.splits["train"]), 100, True, views=None), workers)
+        fresh.sampler.set_epoch(4)
+        return fresh
+
+    whole = [batch["index"] for batch in loader()]
+    first = loader()
+    part = [batch["index"] for batch in itertools.islice(first, 3)]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    part += [batch["index"] for batch in second]
+    assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
+    assert [len(list(second)), len(whole)] == [11, 11]  # the next epoch starts at its beginning
+    other_epoch = loader()
+    other_epoch.load_state_dict({"epoch": 3, "given": 11})
+    assert len(list(other_epoch)) == 11
+
+
+# Augmentation.
+
+
+def _batch(count=64, size=8, channels=3, view=0):
+    image = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8)
+    return {"image": image, "label": torch.arange(count) % 10, "index": torch.arange(count), "view": view}
+
+
+def _float(image):
+    return image.float() / 255
+
+
+def test_crop_and_flip_move_pixels_and_mask_together():
+    batch = _batch(400)
+    batch["mask"] = batch["image"][:, 0] > 127
+    out = Augment(crop=2, flip=True)(batch, _float)
+    padded = torch.nn.functional.pad(batch["image"], [2] * 4)
+    seen = set()
+    for i, image in enumerate(out["image"]):
+        matches = [
+            (y, x, flip)
+            for y in range(5)
+            for x in range(5)
+            for flip in (False, True)
+            if torch.equal(_float(padded[i, :, y : y + 8, x : x + 8].flip(-1) if flip else padded[i, :, y : y + 8, x : x + 8]), image)
+        ]
+        assert len(matches) == 1
+        seen.add(matches[0])
+        assert torch.equal(out["mask"][i], (image[0] * 255 > 127.5))
+    assert len(seen) == 50  # every offset, mirrored and not
+
+
+def test_augmentation_is_a_function_of_seed_view_and_sample():
+    augment, batch = Augment(crop=2, flip=True, cutout=4, seed=7), _batch()
+    whole = augment(batch, _float)["image"]
+    some = torch.tensor([40, 3, 17])
+    part = {name: value[some] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    assert torch.equal(augment(part, _float)["image"], whole[some])
+    assert not torch.equal(augment({**batch, "view": 1}, _float)["image"], whole)
+    assert not torch.equal(Augment(crop=2, flip=True, cutout=4, seed=8)(batch, _float)["image"], whole)
+
+
+def test_cutout_is_a_square_of_the_mean():
+    batch = _batch(300, size=16)
+    batch["image"].fill_(255)
+    out = Augment(cutout=6)(batch, _float)["image"]
+    areas = (out == 0)[:, 0].flatten(1).sum(1)
+    assert areas.max() == 36
+    assert areas.min() >= 9 - 6  # a centre in a corner leaves at least a quarter, up to the half pixel of its place
+    inner = [(image[0] == 0).nonzero() for image in out if int((image[0] == 0).sum()) == 36]
+    assert all((hole.max(0).values - hole.min(0).values).tolist() == [5, 5] for hole in inner)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.2, 1.0)])
+def test_mixing_weights_say_how_much_of_each_image_there_is(mixup, cutmix):
+    count = 2000
+    batch = _batch(count, size=16)
+    batch["image"] = batch["label"][:, None, None, None].expand(count, 3, 16, 16).to(torch.uint8).contiguous()  # an image of its label
+    out = Augment(mixup=mixup, cutmix=cutmix)(batch, lambda image: image.float())
+    mean = out["image"].mean((1, 2, 3))
+    expected = out["mix"] * out["label"] + (1 - out["mix"]) * out["mixed_label"]
+    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-4)
+    assert 0 <= out["mix"].min()
+    assert out["mix"].max() <= 1
+    if not cutmix:  # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1))
+        assert abs(out["mix"].mean() - 0.5) < 5 * (0.25 / count) ** 0.5
+        assert abs(out["mix"].var() - 1 / (4 * (2 * mixup + 1))) < 0.02
+    else:
+        by_box = (out["image"] == out["image"].round()).flatten(1).all(1).float().mean()
+        assert by_box > 0.4 if mixup else by_box == 1
+
+
+def test_augment_refuses_nonsense():
+    with pytest.raises(ValueError, match="crop must be >= 0, got -1"):
+        Augment(crop=-1)
+    with pytest.raises(ValueError, match="views must be at least 1, got 0"):
+        Augment(views=0)
+
+
+def test_views_repeat():
+    data = Digits(augment=Augment(crop=1, views=3))
+    data.setup()
+    loader = data.train_dataloader()
+    views = []
+    for epoch in range(5):
+        loader.sampler.set_epoch(epoch)
+        views.append(next(iter(loader))["view"])
+    assert views == [0, 1, 2, 0, 1]
+    assert "view" not in next(iter(data.val_dataloader()))
+
+
+# Embedded data.
+
+
+@pytest.fixture(scope="module")
+def clutter():
+    data = ClutterDigits(train_size=64, val_size=32, test_size=48, batch_size=16)
+    data.setup()
+    return data
+
+
+def test_clutter_digits(clutter):
+    batch = clutter.finish(next(iter(clutter.train_dataloader())))
+    assert batch["image"].shape == (16, 3, 32, 32)
+    assert batch["image"].dtype == torch.float32
+    assert batch["label"].dtype == torch.int64
+    assert batch["mask"].shape == (16, 32, 32)
+    assert batch["mask"].dtype == torch.bool
+    assert batch["mask"].flatten(1).any(1).all()  # a digit in every image
+    fields = clutter.splits["test"].fields
+    # ink and background differ by the contrast that was asked for, less noise and clamping
+    for image, mask in zip(fields["image"].float() / 255, fields["mask"], strict=True):
+        assert abs(image[:, mask].mean() - image[:, ~mask].mean()) > 0.1
+    first = clutter.finish(clutter.splits["test"][[0]])["image"][0, 0, 0]
+    assert torch.allclose(first, (fields["image"][0, 0, 0] / 255 - clutter.mean[0]) / clutter.std[0])
+
+
+def test_clutter_digits_are_a_function_of_seed_and_place(clutter):
+    """However many there are, and whether they are kept or made when asked for."""
+    streamed = ClutterDigits(train_size=10**12, val_size=32, test_size=48, max_memory=0, batch_size=16)
+    streamed.setup()
+    other = ClutterDigits(train_size=64, val_size=32, test_size=48, seed=1)
+    other.setup()
+    for split in ("train", "val", "test"):
+        some = [3, 31, 7]
+        kept, made = clutter.splits[split][some], streamed.splits[split][some]
+        assert all(torch.equal(kept[name], made[name]) for name in kept)
+        assert not torch.equal(kept["image"], other.splits[split][some]["image"])
+    batch = next(iter(streamed.train_dataloader()))  # a shuffled batch out of 10^12
+    assert batch["image"].shape == (16, 3, 32, 32)
+    assert batch["index"].max() > 10**9
+
+
+def test_splits_share_no_digit():
+    parts = digits_module.split_scans(1797)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(1797))
+
+
+def test_clutter_digits_refuses_nonsense():
+    with pytest.raises(ValueError, match="train_size must be at least 1"):
+        ClutterDigits(train_size=0)
+    with pytest.raises(ValueError, match=r"contrast must lie in \[0, 0.5\]"):
+        ClutterDigits(contrast=0.9)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        ClutterDigits(batch_size=0)
+    with pytest.raises(ValueError, match="call setup"):
+        ClutterDigits().train_dataloader()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_digits(channels):
+    data = Digits(channels)
+    data.setup()
+    assert [len(data.splits[s]) for s in ("train", "val", "test")] == [1078, 270, 449]
+    image = torch.cat([data.finish(batch)["image"] for batch in data.train_dataloader()])
+    assert image.shape == (1078, channels, 8, 8)
+    assert abs(image.mean()) < 0.01
+    assert abs(image.std() - 1) < 0.01
+
+
+# CIFAR, from archives made here in the official layout.
+
+
+class Python2Pickler(pickle._Pickler):
+    """Strings as Python 2 wrote them, which is how the official files are."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    def _save(self, value):
+        value = value.encode() if isinstance(value, str) else value
+        self.write(b"U" + bytes([len(value)]) + value if len(value) < 256 else b"T" + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = dispatch[str] = _save
+
+
+def _pickled(count, label_key, labels):
+    generator = np.random.default_rng(0)
+    content = {b"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), label_key: generator.integers(0, labels, count).tolist()}
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"), content
+
+
+@pytest.fixture(params=[CIFAR10, CIFAR100])
+def archive(request, tmp_path, monkeypatch):
+    """(class, root, contents of the training files); checksums are those of the archive made here."""
+    kind = request.param
+    files, contents = {}, {}
+    for split, names in kind.files.items():
+        for name in names:
+            raw, contents[name] = _pickled(20, kind.label_key, kind.num_classes)
+            files[name] = raw
+    monkeypatch.setattr(kind, "files", {s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in kind.files.items()})
+    path = tmp_path / kind.archive
+    with tarfile.open(path, "w:gz") as tar:
+        for name, raw in files.items():
+            member = tarfile.TarInfo(f"{kind.folder}/{name}")
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    monkeypatch.setattr(kind, "archive_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    return kind, tmp_path, contents
+
+
+def test_cifar_from_the_archive_and_from_the_folder(archive):
+    kind, root, contents = archive
+    packed = kind(root, val_size=5)
+    packed.setup()
+    train = torch.cat([torch.from_numpy(contents[n][b"data"]) for n in kind.files["train"]]).view(-1, 3, 32, 32)
+    assert len(packed.splits["train"]) == len(train) - 5
+    assert len(packed.splits["val"]) == 5
+    assert len(packed.splits["test"]) == 20
+    with tarfile.open(root / kind.archive) as tar:
+        tar.extractall(root, filter="data")
+    os.unlink(root / kind.archive)
+    unpacked = kind(root)
+    unpacked.setup()
+    assert torch.equal(unpacked.splits["train"].fields["image"], train)
+    assert torch.equal(unpacked.splits["val"].fields["image"], packed.splits["test"].fields["image"])
+    batch = unpacked.finish(next(iter(unpacked.val_dataloader())))
+    expected = (unpacked.splits["val"].fields["image"][0, 1] / 255 - kind.mean[1]) / kind.std[1]
+    torch.testing.assert_close(batch["image"][0, 1], expected)
+
+
+def test_cifar_damaged(archive):
+    kind, root, _ = archive
+    raw = bytearray((root / kind.archive).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (root / kind.archive).write_bytes(raw)
+    with pytest.raises(ValueError, match=r"is damaged or not the official file: its MD5 is .* Download it again from https://www.cs.toronto.edu"):
+        kind(root).setup()
+
+
+def test_cifar_absent(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz .*'CIFAR100 python version'.* from https://www.cs.toronto.edu/~kriz"):
+        CIFAR100(tmp_path).setup()
+
+
+def test_cifar_unpickles_no_code():
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    with pytest.raises(pickle.UnpicklingError, match="has no place in a file of CIFAR"):
+        cifar_module._Unpickler(io.BytesIO(pickle.dumps({b"data": Evil()}))).load()
+
+
+# Folders of images.
+
+
+def _write_images(root, classes=("cat", "dog", "eel"), count=10):
+    from PIL import Image
+
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((20, 30, 3), 40 * label + i, np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("max_memory", [1.0, 0.0])
+def test_image_folder(tmp_path, max_memory):
+    data = ImageFolder(_write_images(tmp_path / "images"), size=16, val_fraction=0.3, batch_size=4, max_memory=max_memory)
+    data.setup()
+    assert data.classes == ["cat", "dog", "eel"]
+    assert [len(data.splits[s]) for s in ("train", "val")] == [21, 9]
+    seen = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert batch["image"].shape[1:] == (3, 16, 16)
+            assert batch["image"].dtype == torch.uint8
+            assert torch.equal(batch["image"][:, 0, 0, 0] // 40, batch["label"])
+            seen += batch["image"][:, 0, 0, 0].tolist()
+    assert sorted(seen) == sorted(40 * label + i for label in range(3) for i in range(10))  # nothing lost, nothing in both
+    assert sorted(b["label"].tolist().count(0) for b in [next(iter(data.val_dataloader()))]) == [3]
+
+
+def test_image_folder_with_folders_for_the_splits(tmp_path):
+    _write_images(tmp_path / "train")
+    _write_images(tmp_path / "val", count=2)
+    data = ImageFolder(tmp_path, size=8)
+    data.setup()
+    assert {s: len(d) for s, d in data.splits.items()} == {"train": 30, "val": 6}
+    _write_images(tmp_path / "test", classes=("cat", "fox"))
+    with pytest.raises(ValueError, match=r"classes that the training images do not have: \['fox'\]"):
+        ImageFolder(tmp_path, size=8).setup()
+
+
+@pytest.mark.parametrize("max_memory", [1.0, 0.0])
+def test_a_corrupt_image_is_named_and_skipped_or_fatal(tmp_path, max_memory):
+    root = _write_images(tmp_path / "images")
+    broken = root / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    (root / "eel" / "5.png").write_bytes(b"not an image")
+    (root / "eel" / "6.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read the image .*(3\.png|[56]\.(png|jpg))"):
+        data = ImageFolder(root, size=8, max_memory=max_memory)
+        data.setup()
+        list(data.train_dataloader())
+        list(data.val_dataloader())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = ImageFolder(root, size=8, on_error="skip", max_memory=max_memory)
+        data.setup()
+    named = "".join(str(w.message) for w in caught)
+    assert all(name in named for name in ("3.png", "5.png", "6.jpg"))
+    assert sum(len(batch["label"]) for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader) == 28
+
+
+def test_image_folder_refuses_nonsense(tmp_path):
+    with pytest.raises(FileNotFoundError, match="root: there is no folder"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a folder for each of at least 2 classes, found"):
+        ImageFolder(tmp_path)
+    root = _write_images(tmp_path / "images")
+    (root / "fox").mkdir()
+    with pytest.raises(ValueError, match="fox holds no image"):
+        ImageFolder(root).setup()
+    with pytest.raises(ValueError, match='on_error must be "fail" or "skip"'):
+        ImageFolder(root, on_error="ignore")
+
+
+# Any datasets.
+
+
+class Noisy(Dataset):
+    """A user's dataset, with a random transform."""
+
+    classes = ("a", "b")
+
+    def __init__(self, size=20, form="pair"):
+        self.size, self.form = size, form
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        image = torch.full((1, 4, 4), float(i)) + torch.rand(1) * np.random.rand()  # noqa: NPY002
+        return {"image": image, "label": i % 2, "weight": 0.5} if self.form == "dict" else (image, i % 2)
+
+
+@pytest.mark.parametrize("form", ["pair", "dict"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_from_datasets(form, workers):
+    data = FromDatasets(Noisy(form=form), Noisy(6, form), batch_size=4, num_workers=workers)
+    data.setup()
+    assert data.num_classes == 2
+    assert data.image_shape == (1, 4, 4)
+    loader = data.train_dataloader()
+    images = {}
+    for epoch in (0, 0, 1):
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            assert torch.equal(batch["image"][:, 0, 0, 0].long(), batch["index"])
+            for i, image in zip(batch["index"].tolist(), batch["image"], strict=True):
+                images.setdefault((epoch, i), []).append(image)
+    assert all(torch.equal(*images[0, i]) for i in range(20))  # an epoch's transforms are drawn again
+    assert not any(torch.equal(images[0, i][0], images[1, i][0]) for i in range(20))  # and others the next epoch
+    if form == "dict":
+        assert batch["weight"].tolist() == [0.5] * 4
+
+
+def test_from_datasets_refuses_what_it_cannot_read():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(TypeError, match="train must be a map-style dataset"):
+        FromDatasets(Stream(), Noisy())
+    with pytest.raises(ValueError, match="val is empty"):
+        FromDatasets(Noisy(), Noisy(0))
+    with pytest.raises(TypeError, match="sample 0 must be"):
+        FromDatasets([1, 2], Noisy()).setup()
+
+    class Uneven(Noisy):
+        def __getitem__(self, i):
+            return torch.zeros(1, 4 + (i == 3), 4), 0
+
+    data = FromDatasets(Uneven(), Uneven(), batch_size=20)
+    data.setup()
+    with pytest.raises(ValueError, match="images of a batch must have one shape"):
+        next(iter(data.train_dataloader()))

@@ -1,0 +1,205 @@
+"""Networks: as published; taps; weights from files."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning")
+from kdkernels import models  # noqa: E402
+from kdkernels.models import TAPS, FeatureTaps, TinyCNN, from_checkpoint, load_weights, pair_features  # noqa: E402
+from kdkernels.models.weights import CHECKPOINT_KEY, read_weights  # noqa: E402
+
+# Parameters with 100 classes. Exact where tables of the distillation literature give them so; else by the papers' own arithmetic:
+# a 3x3 convolution of c to d channels has 9 c d, batch norm 2 d.
+PARAMETERS = {
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg11": 9_277_284,
+    "vgg13": 9_462_180,
+    "mobilenet_v2": 812_836,
+    "shufflenet_v1": 949_258,
+    "shufflenet_v2": 1_355_528,
+}
+NAMES = [*PARAMETERS, "resnet8", "resnet14", "resnet44", "wrn_16_1"]
+
+
+def _parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameter_counts_are_the_published_ones(name, count):
+    assert _parameters(getattr(models, name)(num_classes=100)) == count
+
+
+def _resnet_parameters(depth):
+    """He et al. 2016, table 6, with 1x1 convolutions for the shortcuts that change shape."""
+    n = (depth - 2) // 6
+    conv = lambda c, d: 9 * c * d + 2 * d  # noqa: E731
+    stages = sum(conv(c, d) + (2 * n - 1) * conv(d, d) for c, d in ((16, 16), (16, 32), (32, 64)))
+    return conv(3, 16) + stages + sum(c * d + 2 * d for c, d in ((16, 32), (32, 64))) + 65 * 100
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
+def test_resnet_parameters_by_arithmetic(depth):
+    assert _parameters(getattr(models, f"resnet{depth}")()) == _resnet_parameters(depth)
+
+
+def test_wide_resnet_parameters_by_arithmetic():
+    """WRN-16-1: two blocks a stage, batch norm of the inputs, shortcuts without it."""
+    stages = 0
+    for c, d in ((16, 16), (16, 32), (32, 64)):
+        stages += 2 * c + 9 * c * d + 2 * d + 9 * d * d + (c * d if c != d else 0)  # the first block
+        stages += 2 * (2 * d + 9 * d * d)  # the second
+    assert _parameters(models.wrn_16_1()) == 27 * 16 + stages + 2 * 64 + 65 * 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_run_and_train_and_have_their_taps(name):
+    network = getattr(models, name)(num_classes=7)
+    taps = FeatureTaps(network, TAPS[type(network)])
+    logits, features = taps(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    assert list(features) == list(TAPS[type(network)])
+    sides = [feature.shape[2] for feature in features.values()]
+    assert sides == sorted(sides, reverse=True)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)  # other sizes too
+
+
+def test_vgg_at_64_pixels_pools_once_more():
+    """A fourth max pool, so the last map is as small as at 32 pixels."""
+    taps = FeatureTaps(models.vgg8().eval(), ["relu4"])
+    assert taps(torch.randn(1, 3, 32, 32))[1]["relu4"].shape == taps(torch.randn(1, 3, 64, 64))[1]["relu4"].shape == (1, 512, 4, 4)
+
+
+def test_depths_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2"):
+        models.ResNet(21)
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4"):
+        models.WideResNet(17)
+
+
+# Taps.
+
+
+def test_taps():
+    model = TinyCNN(4)
+    taps = FeatureTaps(model, ["block3.0", "block1"])
+    logits, features = taps(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    shapes = [(name, tuple(feature.shape)) for name, feature in features.items()]
+    assert shapes == [("block3.0", (2, 16, 8, 8)), ("block1", (2, 4, 16, 16))]  # in the order asked for
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ValueError, match=r"no layer 'blok1'; did you mean one of \['block1'"):
+        FeatureTaps(model, ["blok1"])
+
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(RuntimeError, match="did not run"):
+        FeatureTaps(Unused(), ["unused"])(torch.zeros(1, 2))
+
+
+def test_a_tap_that_a_later_layer_overwrites_is_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    with pytest.raises(RuntimeError, match=r"what layers \['0'\] of Sequential returned was overwritten in place"):
+        FeatureTaps(model, ["0"])(torch.randn(1, 3, 2, 2))
+    assert FeatureTaps(model, ["1"])(torch.randn(1, 3, 2, 2))[1]["1"].min() >= 0
+
+
+def test_features_that_cannot_match():
+    maps = {"a": torch.zeros(2, 4, 8, 8), "b": torch.zeros(2, 8, 4, 4)}
+    other = {"x": torch.zeros(2, 4, 8, 8), "y": torch.zeros(2, 6, 4, 2)}
+    assert pair_features(maps, maps, channels=True, space=True) == [(v, v) for v in maps.values()]
+    assert len(pair_features(maps, other)) == 2
+    with pytest.raises(ValueError, match=r"student tap 'b' \[2, 8, 4, 4\] and teacher tap 'y' \[2, 6, 4, 2\] cannot match: .* channels, got 8 and 6"):
+        pair_features(maps, other, channels=True)
+    with pytest.raises(ValueError, match=r"same extents in space, got \[4, 4\] and \[4, 2\]"):
+        pair_features(maps, other, space=True)
+    with pytest.raises(ValueError, match=r"must pair up: 2 \(\['a', 'b'\]\) against 1"):
+        pair_features(maps, {"x": maps["a"]})
+    with pytest.raises(ValueError, match="as many dimensions"):
+        pair_features({"a": maps["a"]}, {"x": torch.zeros(2, 4)})
+
+
+# Weights.
+
+
+def test_weights_from_files(tmp_path):
+    from safetensors.torch import save_file
+
+    network = TinyCNN(4)
+    state = network.state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save({"model": state, "best_acc": 0.5}, tmp_path / "model.pth")
+    torch.save({"state_dict": {f"student.{k}": v for k, v in state.items()}}, tmp_path / "run.ckpt")
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "parallel.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    for name in ("bare.pt", "model.pth", "run.ckpt", "parallel.pt", "weights.safetensors"):
+        loaded = load_weights(TinyCNN(4), tmp_path / name)
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save(TinyCNN(4).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(FileNotFoundError, match="weights: there is no file"):
+        read_weights(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match=r"does not fit TinyCNN: block1.0.weight is \[4, 3, 3, 3\], the network's \[5, 3, 3, 3\]"):
+        load_weights(TinyCNN(5), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"does not fit ResNet: conv1.weight is missing"):
+        load_weights(models.resnet8(), tmp_path / "w.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        read_weights(tmp_path / "broken.pt")
+    torch.save({"weights": 3}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_weights(tmp_path / "odd.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return subprocess.run, ([sys.executable, "-c", "open('ran', 'w')"],)
+
+
+def test_weights_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="nothing else is unpickled"):
+        read_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_from_checkpoint(tmp_path):
+    network = TinyCNN(3, 2, num_classes=4)
+    spec = {"class_path": "kdkernels.models.TinyCNN", "init_args": {"width": 3, "depth": 2, "num_classes": 4}}
+    state = {f"student.{k}": v for k, v in network.state_dict().items()}
+    torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": spec}}, tmp_path / "a.ckpt")
+    loaded = from_checkpoint(tmp_path / "a.ckpt")
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(image), network.eval()(image))
+    torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": None}}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="does not say how its student is made"):
+        from_checkpoint(tmp_path / "b.ckpt")
+    torch.save({"state_dict": state}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="is not a checkpoint of this package"):
+        from_checkpoint(tmp_path / "c.ckpt")
+    with pytest.raises(FileNotFoundError):
+        from_checkpoint(tmp_path / "d.ckpt")
