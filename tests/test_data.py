@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
 pytest.importorskip("lightning")
-from kdkernels.data import CIFAR10, CIFAR100, Augment, ClutterDigits, Digits, FromDatasets, ImageFolder  # noqa: E402
-from kdkernels.data import cifar as cifar_module  # noqa: E402
-from kdkernels.data import digits as digits_module  # noqa: E402
-from kdkernels.data.keyed_random import bits, normal, permuted, seeded, uniform  # noqa: E402
-from kdkernels.data.loading import Batches, Loader  # noqa: E402
+from kdkernels.data import CIFAR10, CIFAR100, Augment, ClutterDigits, Digits, FromDatasets, ImageFolder
+from kdkernels.data import cifar as cifar_module
+from kdkernels.data import digits as digits_module
+from kdkernels.data.keyed_random import bits, normal, permuted, seeded, uniform
+from kdkernels.data.loading import Batches, Loader
 
 # Random numbers from keys.
 
@@ -29,7 +29,7 @@ from kdkernels.data.loading import Batches, Loader  # noqa: E402
 def test_random_numbers_have_the_distributions_they_claim():
     index = torch.arange(200_000)
     u, n = uniform(3, index), normal(3, index)
-    assert 0 <= u.min()
+    assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 5 * (1 / 12 / len(u)) ** 0.5  # five standard errors
     counts = torch.histc(u, 100, 0, 1)
@@ -205,7 +205,7 @@ def test_mixing_weights_say_how_much_of_each_image_there_is(mixup, cutmix):
     mean = out["image"].mean((1, 2, 3))
     expected = out["mix"] * out["label"] + (1 - out["mix"]) * out["mixed_label"]
     torch.testing.assert_close(mean, expected, rtol=0, atol=1e-4)
-    assert 0 <= out["mix"].min()
+    assert out["mix"].min() >= 0
     assert out["mix"].max() <= 1
     if not cutmix:  # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1))
         assert abs(out["mix"].mean() - 0.5) < 5 * (0.25 / count) ** 0.5

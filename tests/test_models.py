@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("lightning")
-from kdkernels import models  # noqa: E402
-from kdkernels.models import TAPS, FeatureTaps, TinyCNN, from_checkpoint, load_weights, pair_features  # noqa: E402
-from kdkernels.models.weights import CHECKPOINT_KEY, read_weights  # noqa: E402
+from kdkernels import models
+from kdkernels.models import TAPS, FeatureTaps, TinyCNN, from_checkpoint, load_weights, pair_features
+from kdkernels.models.weights import CHECKPOINT_KEY, read_weights
 
 # Parameters with 100 classes. Exact where tables of the distillation literature give them so; else by the papers' own arithmetic:
 # a 3x3 convolution of c to d channels has 9 c d, batch norm 2 d.

@@ -1,0 +1,313 @@
+"""Runs that survive: exact resume, kill -9, several processes, micro-batches, full disks."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+L = pytest.importorskip("lightning")
+import train_processes
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from kdkernels import distill
+from kdkernels.data import Augment, ClutterDigits
+from kdkernels.distill import KD, Distiller
+from kdkernels.engine import AtomicCheckpointIO, OutputCheck
+from kdkernels.models import TinyCNN, load_weights
+
+HERE = Path(__file__).parent
+
+
+def _environment(**more):
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"} | more
+
+
+# Resume.
+
+
+class Student(nn.Module):
+    """With dropout: random numbers drawn in the forward must be the same after a resume."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop = TinyCNN(4), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.body(self.drop(x))
+
+
+class StopAfter(L.Callback):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.batches -= 1  # the last batch is trained, but its checkpoint is not written
+        if not self.batches:
+            raise KeyboardInterrupt
+
+
+def _run(folder, start=None, max_epochs=4, stop=None, accumulate=1, scheduler=None):
+    torch.manual_seed(3 if start is None else 99)  # the seed of the run comes from the checkpoint
+    method = KD(Student(), _teacher(), scheduler=scheduler)
+    data = ClutterDigits(train_size=90, val_size=16, test_size=16, batch_size=16, augment=Augment(crop=2, flip=True, mixup=0.2))
+    keep = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
+    trainer = L.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=[keep, *([StopAfter(stop)] if stop else [])],
+        plugins=[AtomicCheckpointIO()],
+    )
+    try:
+        trainer.fit(method, data, ckpt_path=start, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        assert stop
+    return method.student.state_dict(), trainer
+
+
+def _teacher():
+    generator = torch.Generator().manual_seed(8)
+    teacher = TinyCNN(6)
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four epochs of six batches in one go."""
+    return _run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stop", [13, 2, 8, 19, 24], ids=lambda n: f"after checkpoint {n - 1} of 24")
+def test_resume_is_exact(whole, tmp_path, stop):
+    half, _ = _run(tmp_path, stop=stop)
+    assert stop == 24 or not all(torch.equal(whole[0][k], half[k]) for k in half)
+    resumed, trainer = _run(tmp_path, start=tmp_path / "last.ckpt")
+    assert trainer.global_step == whole[1].global_step
+    assert trainer.current_epoch == 4
+    assert all(torch.equal(whole[0][k], resumed[k]) for k in resumed)
+    for name in ("train/kl", "train/accuracy", "val/accuracy"):
+        if stop % 6 == 1 or name == "val/accuracy":  # the mean of an epoch counts the batches since the resume
+            assert torch.equal(whole[1].callback_metrics[name], trainer.callback_metrics[name])
+
+
+def test_four_epochs_are_two_and_two(tmp_path):
+    """A run that ended, and is asked for more."""
+
+    def steps(optimizer):
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3])
+
+    at_once, _ = _run(tmp_path / "a", scheduler=steps)
+    _run(tmp_path / "b", max_epochs=2, scheduler=steps)
+    resumed, _ = _run(tmp_path / "b", start=tmp_path / "b" / "last.ckpt", scheduler=steps)
+    assert all(torch.equal(at_once[k], resumed[k]) for k in resumed)
+
+
+def test_a_run_that_ended_can_be_made_longer(tmp_path):
+    """With the default schedule too, which then falls to zero at the new end."""
+    _run(tmp_path, max_epochs=2)
+    _, trainer = _run(tmp_path, start=tmp_path / "last.ckpt", max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_resume_between_micro_batches_is_exact(tmp_path):
+    """Checkpoints are taken after steps of the optimizer; a run stopped between two goes back to the last."""
+    at_once, _ = _run(tmp_path / "a", accumulate=4)
+    _run(tmp_path / "b", accumulate=4, stop=15)
+    resumed, _ = _run(tmp_path / "b", start=tmp_path / "b" / "last.ckpt", accumulate=4)
+    assert all(torch.equal(at_once[k], resumed[k]) for k in resumed)
+
+
+INTERVAL = 3
+CONFIG = f"""
+    seed_everything: 1
+    model:
+      class_path: kdkernels.distill.KD
+      init_args:
+        student: {{class_path: kdkernels.models.TinyCNN, init_args: {{width: 2}}}}
+        teacher: {{class_path: kdkernels.models.TinyCNN, init_args: {{width: 3}}}}
+    data:
+      class_path: kdkernels.data.ClutterDigits
+      init_args:
+        train_size: 200
+        val_size: 20
+        test_size: 20
+        batch_size: 16
+        augment: {{class_path: kdkernels.data.Augment, init_args: {{crop: 2, flip: true}}}}
+    trainer:
+      max_epochs: 6
+      accelerator: cpu
+      enable_progress_bar: false
+      default_root_dir: out
+      callbacks:
+        - class_path: progress.Progress
+        - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+          init_args: {{dirpath: out, save_last: true, save_top_k: 0, every_n_train_steps: {INTERVAL}, enable_version_counter: false}}
+    """
+PROGRESS = """
+    import os, time, lightning as L
+
+    class Progress(L.Callback):
+        "Says how far the run is, and leaves time to kill it."
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            with open("steps.tmp", "w") as file:
+                file.write(str(trainer.global_step))
+            os.replace("steps.tmp", "steps")
+            time.sleep(0.02)
+    """
+
+
+def _fit(folder, *more, **options):
+    command = [sys.executable, "-m", "kdkernels", "fit", "--config", "config.yaml", *more]
+    return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_kill_9_at_a_random_moment(tmp_path):
+    weights = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(textwrap.dedent(CONFIG))
+        (folder / "progress.py").write_text(textwrap.dedent(PROGRESS))
+        process = _fit(folder)
+        if name == "killed":
+            moment = random.SystemRandom().randrange(INTERVAL, 70)
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                if (folder / "steps").exists() and int((folder / "steps").read_text()) >= moment:
+                    break
+                time.sleep(random.SystemRandom().random() * 0.02)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+            done = int((folder / "steps").read_text())
+            kept = torch.load(folder / "out" / "last.ckpt", weights_only=True)["global_step"]
+            assert done - kept <= INTERVAL
+            process = _fit(folder, "--ckpt_path", "last")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        weights[name] = torch.load(folder / "out" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, weights["killed"][k]) for k, v in weights["whole"].items()), f"killed at step {moment}"
+
+
+# Several processes, micro-batches.
+
+
+def _train(out, batch_size, accumulate=1, strategy="none"):
+    out.mkdir()
+    launcher = [] if strategy == "none" else ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
+    script = [str(HERE / "train_processes.py"), str(out), str(batch_size), str(accumulate), strategy]
+    run = subprocess.run([sys.executable, *launcher, *script], env=_environment(), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Two epochs of 43 samples in steps of 16."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    _train(out, 16)
+    return out
+
+
+def _load(folder, method):
+    return torch.load(folder / f"{method}.ckpt", weights_only=True)["state_dict"], torch.load(folder / f"{method}.metrics", weights_only=True)
+
+
+def test_all_methods_are_covered():
+    exported = {getattr(distill, name) for name in distill.__all__}
+    methods = {c.__name__ for c in exported if isinstance(c, type) and issubclass(c, Distiller) and c is not Distiller}
+    assert methods == set(train_processes.METHODS)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "strategy"), [(4, 4, "none"), (8, 1, "ddp"), (4, 2, "ddp")])
+def test_gradients_do_not_depend_on_the_split(one_process, tmp_path, batch_size, accumulate, strategy):
+    """Joint batches of 16, 16 and 11, split into micro-batches and on processes, evenly or not: float64, the same to rounding."""
+    _train(tmp_path / "out", batch_size, accumulate, strategy)
+    for method in train_processes.METHODS:
+        expected, metrics = _load(one_process, method)
+        actual, split_metrics = _load(tmp_path / "out", method)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-13)
+        for name in ("val/accuracy", "val/cross_entropy"):  # float32 sums
+            assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-6)
+
+
+def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tmp_path):
+    _train(tmp_path / "out", 8, strategy="fsdp")
+    for method in train_processes.METHODS:
+        expected, _ = _load(one_process, method)
+        actual, _ = _load(tmp_path / "out", method)
+        for name in expected:
+            torch.testing.assert_close(actual[name].double(), expected[name], rtol=2e-4, atol=2e-5)  # float32, six steps
+        student = load_weights(train_processes.network(4), tmp_path / "out" / f"{method}.ckpt")
+        assert torch.equal(student[0].weight, actual["student.0.weight"])
+
+
+# Disks.
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_checkpoint({"step": torch.tensor(2)}, path)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_fails_before_training(tmp_path, monkeypatch):
+    def full(handle, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, \d+ MiB are free") as error:
+        _run(tmp_path)
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_on_files_fails_before_training(tmp_path):
+    """A limit of the system's own, in a process of its own."""
+    (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG))
+    (tmp_path / "progress.py").write_text(textwrap.dedent(PROGRESS))
+    process = _fit(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "kdkernels fit: [Errno 27] checkpoints and logs need" in output
+    assert not (tmp_path / "steps").exists()
+
+
+def test_an_unwritable_folder_fails_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, and cannot be written: Not a directory"):
+        _run(tmp_path / "file" / "run")
+    OutputCheck.check(tmp_path / "new" / "folder", 2**20)
+    assert not list((tmp_path / "new" / "folder").iterdir())

@@ -1,0 +1,78 @@
+"""Trains each method a few steps and writes the student's weights: run by test_engine.py alone, and by torchrun in two processes.
+
+python train_processes.py OUT BATCH_SIZE ACCUMULATE ddp|fsdp|none
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from kdkernels.data import Augment, ClutterDigits
+from kdkernels.distill import KD, Supervised
+
+
+def network(width: int) -> nn.Module:
+    """Without batch norm, whose statistics are those of a process."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2),
+        nn.GroupNorm(2, width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+
+
+def plain_sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5)  # a step is the gradient
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+# Every method that exists; test_engine.py compares the names with kdkernels.distill.
+METHODS = {
+    "Supervised": lambda options: Supervised(network(4), **options),
+    "KD": lambda options: KD(network(4), network(6), **options),
+}
+
+
+def main(out: Path, batch_size: int, accumulate: int, strategy: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    for name, make in METHODS.items():
+        torch.manual_seed(0)
+        method = make({"optimizer": plain_sgd, "scheduler": constant})
+        data = ClutterDigits(train_size=43, val_size=10, test_size=2, batch_size=batch_size, augment=Augment(crop=2, flip=True))
+        processes = {"devices": 2, "strategy": "ddp"} if strategy == "ddp" else {"devices": 1}
+        if strategy == "fsdp":
+            sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+            processes = {"devices": 2, "strategy": sharded}
+        trainer = L.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            precision="32-true" if strategy == "fsdp" else "64-true",
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **processes,
+        )
+        trainer.fit(method, data)
+        trainer.save_checkpoint(out / f"{name}.ckpt")
+        if trainer.is_global_zero:
+            torch.save({k: float(v) for k, v in trainer.callback_metrics.items()}, out / f"{name}.metrics")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
