@@ -141,7 +141,7 @@ class Hint(KD):
         pair_features(student, teacher, channels=True)
 
     def losses(self, batch):
-        teacher_logits, teacher_features = self.teacher_outputs(batch)
+        _, teacher_features = self.teacher_outputs(batch)
         logits, features = self.student_outputs(batch)
         return logits, {"hint": sum((s.mean((2, 3)) - t.mean((2, 3))).square().mean() for s, t in pair_features(features, teacher_features))}
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-L = pytest.importorskip("lightning")
+pytest.importorskip("lightning")
+import lightning as L
 import train_processes
 from lightning.pytorch.callbacks import ModelCheckpoint
 

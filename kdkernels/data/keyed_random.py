@@ -71,9 +71,9 @@ def permuted(position: Tensor, size: int, *key: int | Tensor) -> Tensor:
 def seeded(*key: int) -> Iterator[None]:
     """Inside, the global generators of torch, numpy and random start from the key; afterwards they are as before."""
     seed = int(bits(*key)) & 0xFFFFFFFF
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - what users' transforms draw from
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what users' transforms draw from
+    np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
     try:
         yield
