@@ -6,12 +6,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = [
-    ("name", "op, logits"),
+    ("name", "what"),
     ("ms", "ms"),
     ("vs Inductor", "Inductor of the reference"),
     ("vs Inductor textbook", "Inductor of the textbook form"),
     ("vs eager", "eager reference"),
     ("vs textbook", "eager textbook form"),
+    ("vs the teacher run", "with the teacher run"),
     ("of copy limit", "of the copy limit"),
     ("error", "error"),
 ]
@@ -27,21 +28,35 @@ copy. The error is that of the loss relative to float64, on the benched inputs.
 """
 
 
-def table(file: Path) -> str:
+TITLES = {
+    "bench_temperature_kl": "temperature_kl of logits [rows, classes]",
+    "bench_teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
+}
+
+
+def section(file: Path) -> str:
+    """The tables of one machine."""
     result = json.loads(file.read_text())
-    rows = [b["extra_info"] for b in result["benchmarks"]]
-    about = rows[0]
-    columns = [(key, title) for key, title in COLUMNS if any(key in row for row in rows)]
+    about = result["benchmarks"][0]["extra_info"]
     lines = [
         f"## {file.parent.name}",
         "",
         f"{result['machine_info']['cpu'].get('brand_raw', about['machine'])}, {about['threads']} threads, torch {about['torch']}, commit "
         f"`{about['commit']}`, {result['datetime'][:10]}.",
-        "",
-        "| " + " | ".join(title for _, title in columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(cell(row.get(key), key) for key, _ in columns) + " |" for row in rows),
     ]
+    groups: dict[str, list[dict]] = {}
+    for benchmark in result["benchmarks"]:
+        groups.setdefault(Path(benchmark["fullname"].split("::")[0]).stem, []).append(benchmark["extra_info"])
+    for stem, rows in groups.items():
+        columns = [(key, title) for key, title in COLUMNS if any(key in row for row in rows)]
+        lines += [
+            "",
+            f"### {TITLES[stem]}",
+            "",
+            "| " + " | ".join(title for _, title in columns) + " |",
+            "|" + "---|" * len(columns),
+            *("| " + " | ".join(cell(row.get(key), key) for key, _ in columns) + " |" for row in rows),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +73,7 @@ def cell(value, key: str) -> str:
 def page() -> str:
     files = sorted((ROOT / "benches" / "results").glob("*/bench.json"))
     gpu = any(f.parent.name.startswith("nvidia") or f.parent.name.startswith("amd-instinct") for f in files)
-    parts = [HEAD, *(table(f) for f in files)]
+    parts = [HEAD, *(section(f) for f in files)]
     if not gpu:
         parts.append("## GPU\n\nNot measured yet.\n")
     return "\n".join(parts)

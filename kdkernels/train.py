@@ -92,9 +92,16 @@ def run(arguments: list[str]) -> int:
     except _MISTAKES as error:
         if os.environ.get("KDKERNELS_TRACEBACK") == "1":
             raise
-        print(f"kdkernels {arguments[0]}: {error}", file=sys.stderr)
+        print(f"kdkernels {arguments[0]}: {_cause(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a constructor raised, out of the parser's report of all that it tried."""
+    while str(error).startswith("Does not validate against any of") and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _quiet() -> None:

@@ -192,8 +192,8 @@ class Distiller(L.LightningModule):
         if self.check_finite and not torch.isfinite(total):
             self._stop_for(batch, batch_idx, losses)
         size = len(batch["label"])
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, on_step=False, on_epoch=True, batch_size=size)
-        self.log("train/accuracy", _accuracy(logits, batch), on_step=False, on_epoch=True, batch_size=size)
+        values = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/accuracy": _accuracy(logits, batch)}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return total * batch.get("share", 1.0)
 
     def _stop_for(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:

@@ -1,0 +1,36 @@
+"""The documents that are recipes, run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+ROOT = Path(__file__).parent.parent
+
+
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_own_model(tmp_path):
+    """docs/own_model.md in an empty folder: files are written, commands run."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    ran = 0
+    for language, text in _blocks(ROOT / "docs" / "own_model.md"):
+        if language == "bash":
+            run = subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
+            ran += 1
+            if "--config kd.yaml\n" in text:
+                best = float(re.search(r"best  val/accuracy ([\d.]+)", run.stdout).group(1))
+                assert best > 0.5  # of five classes
+        else:
+            name = re.match(r"# (\S+)\n", text).group(1)
+            (tmp_path / name).write_text(text)
+    assert ran == 8
+    assert {p.name for p in tmp_path.glob("student.*")} == {"student.onnx", "student.pt2", "student.safetensors"}
