@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -36,7 +37,8 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         spec = self._get(self.config, "model").init_args.student
-        self.model.student_spec = _plain(spec) if isinstance(spec, Namespace) and "class_path" in spec else None
+        if isinstance(spec, Namespace) and "class_path" in spec:
+            self.model.student_spec = json.loads(json.dumps(spec.as_dict(), default=str))  # plain values, which load without unpickling
 
     def instantiate_trainer(self, **overrides) -> L.Trainer:
         config = self._get(self.config_init, "trainer", default={})
@@ -121,7 +123,3 @@ def _quiet() -> None:
 
 def _root(trainer_config: Namespace | dict) -> Path:
     return Path(trainer_config.get("default_root_dir") or "runs/last")
-
-
-def _plain(value: object) -> object:
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, (Namespace, dict)) else value

@@ -1,0 +1,222 @@
+"""The command line: configs, reports, export, and what it says when something is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+pytest.importorskip("lightning")
+import lightning as L
+
+from kdkernels.cli import main
+from kdkernels.data import Digits
+from kdkernels.distill import Supervised
+from kdkernels.export import export
+from kdkernels.models import TinyCNN, from_checkpoint
+from kdkernels.models.weights import describe
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.train_size=64", "--data.val_size=32", "--data.test_size=32", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+TEACHER = ["fit", "--config", str(ROOT / "configs/teacher_clutter_digits.yaml"), *SMALL, "--model.student.width=4", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with runs/teacher, trained by the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(TEACHER) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def there(run, monkeypatch):
+    monkeypatch.chdir(run)
+    return run
+
+
+def test_a_run_leaves_checkpoints_logs_and_its_config(run):
+    folder = run / "runs" / "teacher"
+    logs = folder / "version_0"
+    assert {p.name for p in folder.iterdir()} >= {"best.ckpt", "last.ckpt", "version_0"}
+    assert yaml.safe_load((logs / "config.yaml").read_text())["model"]["init_args"]["student"]["init_args"]["width"] == 4
+    header = (logs / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/cross_entropy", "train/accuracy", "val/accuracy", "epoch", "step"} <= set(header)
+    assert list(logs.glob("events.out.tfevents*"))
+
+
+def test_last_and_best_are_reported(there, capsys):
+    assert main([*TEACHER, "--ckpt_path", "last", "--trainer.max_epochs=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    last, best = (next(line for line in lines if line.startswith(kind)) for kind in ("last", "best"))
+    assert last.endswith("runs/teacher/last.ckpt")
+    assert best.endswith("runs/teacher/best.ckpt")
+    last, best = (float(line.split()[2]) for line in (last, best))
+    assert best >= last
+    for kind, value in {"last": last, "best": best}.items():
+        command = ["validate", *TEACHER[1:], "--ckpt_path", kind]
+        assert main(command) == 0
+        assert f"{value:.4f}"[:5] in capsys.readouterr().out
+
+
+def test_print_config_is_short_and_gives_the_same_run(there, capsys):
+    with pytest.raises(SystemExit):
+        main([*TEACHER, "--print_config"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 80
+    assert "null" not in text
+    (there / "printed.yaml").write_text(text)
+    assert main(["fit", "--config", "printed.yaml", "--trainer.default_root_dir=runs/again"]) == 0
+    first, second = (torch.load(f"runs/{name}/last.ckpt", weights_only=True) for name in ("teacher", "again"))
+    if first["epoch"] == second["epoch"]:  # the other test may have gone on with the first
+        assert all(torch.equal(v, second["state_dict"][k]) for k, v in first["state_dict"].items())
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
+    """Its networks are built and its options are known; what it lacks here is data and a teacher, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    status = main(["fit", "--config", str(config), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    message = capsys.readouterr().err
+    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in config.read_text()]
+    if not needs:
+        assert status == 0
+    elif "teacher" in needs:
+        assert (status, "there is no file 'runs/" in message) == (1, True)
+    else:
+        assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
+
+
+def test_the_recipe_of_the_literature():
+    """RepDistiller's: resnet56 to resnet20, T = 4, 0.1 CE + 0.9 KL, 240 epochs, steps at 150, 180 and 210."""
+    config = yaml.safe_load((ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml").read_text())
+    method, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert method["student"]["class_path"].endswith("resnet20")
+    assert (method["temperature"], method["gamma"], method["alpha"]) == (4.0, 0.1, 0.9)
+    assert method["optimizer"]["init_args"] == {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005, "nesterov": False}
+    assert method["scheduler"]["init_args"]["milestones"] == [150, 180, 210]
+    assert (data["batch_size"], data["augment"]["init_args"], config["trainer"]["max_epochs"]) == (64, {"crop": 4, "flip": True}, 240)
+
+
+def test_two_processes_from_the_command_line(tmp_path):
+    """Lightning starts the second with the first one's arguments."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kdkernels", *TEACHER, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Starting with 2 processes" in run.stderr + run.stdout
+    assert run.stdout.count("runs/teacher/last.ckpt") == 1  # one process reports
+
+
+# Export.
+
+
+def test_export(there, capsys):
+    """Each file read back by a reader of its own."""
+    import onnxruntime
+    from safetensors.torch import load_file
+
+    formats = ["--onnx", "out/s.onnx", "--torch-export", "out/s.pt2", "--safetensors", "out/s.safetensors"]
+    assert main(["export", "--ckpt", "runs/teacher/best.ckpt", *formats]) == 0
+    assert capsys.readouterr().out.count("the logits differ by at most") == 3
+    student = from_checkpoint("runs/teacher/best.ckpt").eval()
+    image = torch.randn(5, 3, 32, 32)  # another batch size than the exported one
+    with torch.no_grad():
+        expected = student(image)
+        torch.testing.assert_close(torch.export.load("out/s.pt2").module()(image), expected)
+    onnx = onnxruntime.InferenceSession("out/s.onnx", providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.from_numpy(onnx.run(None, {"image": image.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+    weights = load_file("out/s.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in student.state_dict().items())
+    assert {p.name for p in Path("out").iterdir()} == {"s.onnx", "s.pt2", "s.safetensors"}
+
+
+def test_a_checkpoint_says_how_its_student_is_made(there):
+    description = describe("runs/teacher/best.ckpt")
+    assert description["student"] == {
+        "class_path": "kdkernels.models.TinyCNN",
+        "init_args": {"width": 4, "depth": 1, "num_classes": 10},
+    }
+    assert description["image_shape"] == [3, 32, 32]
+
+
+class Wrong(TinyCNN):
+    """Traced in another mode than it runs in: what an export can get wrong without a word."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.compiler.is_exporting() else 1)
+
+
+def test_an_export_that_differs_is_not_left(there):
+    spec = {"class_path": "test_cli.Wrong", "init_args": {"width": 4}}
+    with pytest.raises(ValueError, match=r"wrong.pt2 is not written: its logits differ from the student's by 1.0e\+00 of the largest"):
+        export("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
+    assert not list(there.glob("*wrong*"))
+
+
+def test_export_of_a_training_in_python(tmp_path, capsys):
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(Supervised(TinyCNN(3)), Digits())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    command = ["export", "--ckpt", str(tmp_path / "x.ckpt"), "--safetensors", str(tmp_path / "x.safetensors")]
+    assert main(command) == 1
+    assert "give --student CLASS --student.ARGUMENT" in capsys.readouterr().err
+    assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "3"]) == 0
+    assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "5"]) == 1
+    assert "does not fit TinyCNN" in capsys.readouterr().err
+
+
+def test_export_refuses_nonsense(tmp_path, capsys):
+    assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--onnx", "x.onnx"]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt", "x.ckpt"])
+    assert "nothing to write" in capsys.readouterr().err
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.student.num_classes=7"], "kdkernels fit: the data have 10 classes, but the student (TinyCNN) has 7"),
+        (["--model.student.width=0"], "kdkernels fit: width, depth and num_classes must be at least 1, got 0, 1 and 10"),
+        (["--data.batch_size=0"], "kdkernels fit: batch_size must be at least 1, got 0"),
+        (["--model.student_weights=nowhere.pt"], "kdkernels fit: weights: there is no file 'nowhere.pt'"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_mistakes_are_one_line(there, capsys, more, message):
+    assert main([*TEACHER, *more]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdkernels fit:")]
+    assert message in line
+
+
+def test_validate_without_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", *TEACHER[1:], "--ckpt_path", "best"]) == 1
+    assert "there is no runs/teacher/best.ckpt" in capsys.readouterr().err
+
+
+def test_a_network_of_the_users_own(tmp_path, monkeypatch):
+    """By import path from the current folder, through to the checkpoint and back."""
+    (tmp_path / "nets_of_mine.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self, width: int):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = [*TEACHER[:-2], "--trainer.accelerator=cpu", "--model.student=nets_of_mine.Net", "--model.student.width=6"]
+    assert main(command) == 0
+    network = from_checkpoint("runs/teacher/last.ckpt")
+    assert isinstance(network, nn.Sequential)
+    assert network[1].out_features == 6
