@@ -15,12 +15,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from .data import ClutterDigits
 from .distill import KD, Supervised
-from .engine import AtomicCheckpointIO
+from .engine import AtomicCheckpointIO, checkpoints
 from .models import TinyCNN
 
 
@@ -158,7 +158,7 @@ def train(stage: Stage, seed: int, data: ClutterDigits, options: argparse.Namesp
     module, curve = build(stage, options.out, seed).to(memory_format=torch.channels_last), Curve()  # the faster layout on a CPU
     trainer = L.Trainer(
         max_epochs=1 if options.quick else stage.epochs,
-        callbacks=[curve, ModelCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False), OneBar()],
+        callbacks=[curve, *checkpoints(folder), OneBar()],
         logger=False,
         accelerator="auto",
         devices=1,

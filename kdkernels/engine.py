@@ -38,6 +38,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
 
+def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: int | None = None) -> list[ModelCheckpoint]:
+    """Callbacks that keep ``last.ckpt`` after each epoch, and after every ``every`` steps; and ``best.ckpt``, of the highest ``monitor``.
+
+    Not ``save_last=True``: Lightning then writes the last checkpoint only where another one is written too (seen in 2.6.6).
+    """
+    options = {"enable_version_counter": False}
+    callbacks = [ModelCheckpoint(folder, "last", **options)]
+    if every is not None:
+        callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, **options))
+    if monitor is not None:
+        callbacks.append(ModelCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
+    return callbacks
+
+
 class OutputCheck(L.Callback):
     """Fails before training where a folder for checkpoints or logs cannot be made or written to, or its disk has no room for them."""
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from .distill import Distiller
-from .engine import AtomicCheckpointIO
+from .engine import AtomicCheckpointIO, checkpoints
 
 MONITOR = "val/accuracy"
 # What a user's mistake raises, with a message that says it all: shown without the stack, unless KDKERNELS_TRACEBACK=1.
@@ -26,8 +26,18 @@ _MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
 class CLI(LightningCLI):
     """LightningCLI with this package's defaults: where a config says nothing, the last and the best checkpoint, CSV and TensorBoard logs."""
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--checkpoint_every", type=int | None, default=None, help="steps between checkpoints besides those after each epoch")
+        parser.add_argument("--restart", type=bool, default=False, help="start anew in a folder that holds a run, and write over its checkpoints")
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        last = _root(config.trainer) / "last.ckpt"
+        if self.subcommand == "fit" and last.exists() and not (config.get("ckpt_path") or config.restart or config.trainer.fast_dev_run):
+            raise ValueError(
+                f"{last.parent} holds a run already: go on with it by --ckpt_path last, start anew by --restart true, or choose another folder "
+                "by --trainer.default_root_dir"
+            )
         if config.get("ckpt_path") in ("best", "last") and self.subcommand != "fit":  # fit finds its own last one
             path = _root(config.trainer) / f"{config.ckpt_path}.ckpt"
             if not path.exists():
@@ -50,8 +60,7 @@ class CLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            checkpoint = ModelCheckpoint(root, "best", monitor=MONITOR, mode="max", save_last=True, enable_version_counter=False)
-            overrides["callbacks"] = [*given, checkpoint]
+            overrides["callbacks"] = [*given, *checkpoints(root, MONITOR, self.config[self.subcommand].checkpoint_every)]
         if config.get("plugins") is None:
             overrides["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**overrides)
@@ -63,17 +72,14 @@ class CLI(LightningCLI):
 
 def report(trainer: L.Trainer) -> str:
     """The monitored number of the last epoch and of the best, each with its checkpoint."""
-    lines = []
-    last = trainer.callback_metrics.get(MONITOR)
+    lines = {}
     for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint):
-            continue
-        if callback.last_model_path:
-            value = f"{MONITOR} {float(last):.4f}  " if last is not None else ""
-            lines.append(f"last  {value}{os.path.relpath(callback.last_model_path)}")
-        if callback.best_model_path and callback.monitor is not None and callback.best_model_score is not None:
-            lines.append(f"best  {callback.monitor} {float(callback.best_model_score):.4f}  {os.path.relpath(callback.best_model_path)}")
-    return "\n".join(lines)
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            kind, name = ("last", MONITOR) if callback.monitor is None else ("best", callback.monitor)
+            value = trainer.callback_metrics.get(name) if kind == "last" else callback.best_model_score
+            shown = f"{name} {float(value):.4f}  " if value is not None else ""
+            lines[kind] = f"{kind}  {shown}{os.path.relpath(callback.best_model_path)}"
+    return "\n".join(lines.values())
 
 
 def run(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ import lightning as L
 from kdkernels.cli import main
 from kdkernels.data import Digits
 from kdkernels.distill import Supervised
+from kdkernels.engine import AtomicCheckpointIO
 from kdkernels.export import export
 from kdkernels.models import TinyCNN, from_checkpoint
 from kdkernels.models.weights import describe
@@ -197,9 +198,30 @@ def test_export_refuses_nonsense(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(there, capsys, more, message):
-    assert main([*TEACHER, *more]) == 1
+    assert main([*TEACHER, "--restart=true", *more]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdkernels fit:")]
     assert message in line
+
+
+def test_a_run_is_not_written_over(there, capsys):
+    before = Path("runs/teacher/best.ckpt").read_bytes()
+    assert main(TEACHER) == 1
+    assert "runs/teacher holds a run already: go on with it by --ckpt_path last, start anew by --restart true" in capsys.readouterr().err
+    assert Path("runs/teacher/best.ckpt").read_bytes() == before
+
+
+def test_checkpoints_between_epochs(tmp_path, monkeypatch):
+    """Every seven steps, and at the end."""
+    monkeypatch.chdir(tmp_path)
+    seen, save = [], AtomicCheckpointIO.save_checkpoint
+
+    def saved(self, checkpoint, path, storage_options=None):
+        seen.append(checkpoint["global_step"])
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
+    assert main([*TEACHER, "--data.batch_size=4", "--checkpoint_every=7"]) == 0
+    assert sorted(set(seen)) == [7, 14, 16, 21, 28, 32]
 
 
 def test_validate_without_a_run(tmp_path, monkeypatch, capsys):

@@ -15,8 +15,8 @@ pytest.importorskip("lightning")
 ROOT = Path(__file__).parent.parent
 
 
-def _environment(tmp_path: Path) -> dict:
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"KDKERNELS_CACHE": str(tmp_path / "cache")}
+def _environment() -> dict:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
 def _listen_to_ctrl_c() -> None:
@@ -26,9 +26,7 @@ def _listen_to_ctrl_c() -> None:
 
 def test_demo_is_interrupted_and_resumed(tmp_path):
     command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_listen_to_ctrl_c
-    )
+    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_listen_to_ctrl_c)
     results = tmp_path / "out" / "results.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -42,7 +40,7 @@ def test_demo_is_interrupted_and_resumed(tmp_path):
     before = json.loads(results.read_text())["stages"]
     assert 2 <= len(before) < 6
 
-    run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True)
+    run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     after = json.loads(results.read_text())
     assert len(after["stages"]) == 6
@@ -56,7 +54,7 @@ def test_demo_is_interrupted_and_resumed(tmp_path):
 def test_demo_refuses_a_folder_it_cannot_make(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
-    run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True)
+    run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert run.returncode == 2
     assert "--out: cannot make the folder" in run.stderr
 
@@ -66,10 +64,10 @@ def test_fit_from_the_configs(tmp_path):
     small = ["--data.train_size=64", "--data.val_size=32", "--data.test_size=32", "--trainer.max_epochs=1"]
     for name in ("teacher", "kd"):
         command = [sys.executable, "-m", "kdkernels", "fit", "--config", str(ROOT / f"configs/{name}_clutter_digits.yaml"), *small]
-        run = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, cwd=tmp_path)
+        run = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stdout + run.stderr
         assert (tmp_path / "runs" / name / "last.ckpt").exists()
     command = [sys.executable, "-m", "kdkernels", "test", "--config", str(ROOT / "configs/kd_clutter_digits.yaml"), *small]
-    run = subprocess.run([*command, "--ckpt_path", "runs/kd/last.ckpt"], env=_environment(tmp_path), capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run([*command, "--ckpt_path", "runs/kd/last.ckpt"], env=_environment(), capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "test/accuracy" in run.stdout

@@ -18,12 +18,11 @@ from torch import nn
 pytest.importorskip("lightning")
 import lightning as L
 import train_processes
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kdkernels import distill
 from kdkernels.data import Augment, ClutterDigits
-from kdkernels.distill import KD, Distiller
-from kdkernels.engine import AtomicCheckpointIO, OutputCheck
+from kdkernels.distill import KD, Distiller, Supervised
+from kdkernels.engine import AtomicCheckpointIO, OutputCheck, checkpoints
 from kdkernels.models import TinyCNN, load_weights
 
 HERE = Path(__file__).parent
@@ -61,7 +60,6 @@ def _run(folder, start=None, max_epochs=4, stop=None, accumulate=1, scheduler=No
     torch.manual_seed(3 if start is None else 99)  # the seed of the run comes from the checkpoint
     method = KD(Student(), _teacher(), scheduler=scheduler)
     data = ClutterDigits(train_size=90, val_size=16, test_size=16, batch_size=16, augment=Augment(crop=2, flip=True, mixup=0.2))
-    keep = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
     trainer = L.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
@@ -69,7 +67,7 @@ def _run(folder, start=None, max_epochs=4, stop=None, accumulate=1, scheduler=No
         enable_progress_bar=False,
         enable_model_summary=False,
         accumulate_grad_batches=accumulate,
-        callbacks=[keep, *([StopAfter(stop)] if stop else [])],
+        callbacks=[*checkpoints(folder, every=1), *([StopAfter(stop)] if stop else [])],
         plugins=[AtomicCheckpointIO()],
     )
     try:
@@ -134,6 +132,33 @@ def test_resume_between_micro_batches_is_exact(tmp_path):
     assert all(torch.equal(at_once[k], resumed[k]) for k in resumed)
 
 
+def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path):
+    """After each epoch, whether it was the best or not."""
+
+    class Look(L.Callback):
+        kept = []  # noqa: RUF012
+
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch:
+                steps = {k: torch.load(tmp_path / f"{k}.ckpt", weights_only=True)["global_step"] for k in ("last", "best")}
+                self.kept.append((trainer.global_step, *steps.values()))
+
+    class Falling(Supervised):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/accuracy", -float(self.current_epoch))
+
+    trainer = L.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[*checkpoints(tmp_path, "val/accuracy"), Look()],
+    )
+    trainer.fit(Falling(TinyCNN(2)), ClutterDigits(train_size=32, val_size=8, test_size=8, batch_size=16))
+    assert Look.kept == [(2, 2, 2), (4, 4, 2), (6, 6, 2)]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
 INTERVAL = 3
 CONFIG = f"""
     seed_everything: 1
@@ -157,8 +182,7 @@ CONFIG = f"""
       default_root_dir: out
       callbacks:
         - class_path: progress.Progress
-        - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-          init_args: {{dirpath: out, save_last: true, save_top_k: 0, every_n_train_steps: {INTERVAL}, enable_version_counter: false}}
+    checkpoint_every: {INTERVAL}
     """
 PROGRESS = """
     import os, time, lightning as L

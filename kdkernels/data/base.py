@@ -41,6 +41,7 @@ class ImageData(L.LightningDataModule):
         require_at_least("num_workers", num_workers, 0)
         self.batch_size, self.augment, self.order_seed, self.num_workers = batch_size, augment, order_seed, num_workers
         self.splits: dict[str, Dataset] = {}
+        self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std where the images are
 
     @property
     def views(self) -> int | None:
@@ -86,7 +87,9 @@ class ImageData(L.LightningDataModule):
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         if self.mean is None:
             return image
-        mean, std = (torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        if image.device not in self._scale:
+            self._scale[image.device] = tuple(torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = self._scale[image.device]
         return (image - mean) / std
 
     def fingerprint(self, split: str = "train") -> str:
