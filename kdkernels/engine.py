@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -72,7 +73,7 @@ class OutputCheck(L.Callback):
 
     @staticmethod
     def check(folder: str | os.PathLike, size: int) -> None:
-        """Reserves ``size`` bytes in a file in ``folder`` and gives them back.
+        """Whether ``folder`` is there, or can be made, and has room for ``size`` bytes, some of which are written and given back.
 
         Raises:
             OSError: that cannot be done; names the folder, the reason and the room there is.
@@ -83,9 +84,11 @@ class OutputCheck(L.Callback):
         temporary = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".room.")
             try:
-                os.posix_fallocate(handle, 0, size)
+                reserve(handle, min(size, 2**26))  # quotas and limits do not show in what is free
             finally:
                 os.close(handle)
         except OSError as error:
@@ -96,6 +99,14 @@ class OutputCheck(L.Callback):
         finally:
             if temporary is not None:
                 os.unlink(temporary)
+
+
+def reserve(handle: int, size: int) -> None:
+    """Takes the room for a file's first ``size`` bytes: a full disk is an error here, and not later while writing."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(handle, 0, size)
+    elif os.fstat(handle).st_size < size:
+        os.truncate(handle, size)
 
 
 def umask() -> int:

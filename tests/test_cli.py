@@ -123,7 +123,7 @@ def test_two_processes_from_the_command_line(tmp_path):
 
 def test_export(there, capsys):
     """Each file read back by a reader of its own."""
-    import onnxruntime
+    onnxruntime = pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
 
     formats = ["--onnx", "out/s.onnx", "--torch-export", "out/s.pt2", "--safetensors", "out/s.safetensors"]

@@ -232,6 +232,9 @@ def test_views_repeat():
         views.append(next(iter(loader))["view"])
     assert views == [0, 1, 2, 0, 1]
     assert "view" not in next(iter(data.val_dataloader()))
+    assert FromDatasets(Noisy(), Noisy(), augment=Augment(views=3)).views == 3
+    assert FromDatasets(Noisy(), Noisy(), augment=Augment(views=3), views=2).views == 2
+    assert FromDatasets(Noisy(), Noisy()).views is None
 
 
 # Embedded data.

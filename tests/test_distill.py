@@ -127,6 +127,8 @@ def test_wrong_number_of_classes(data, tmp_path):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; the first batch has 10 to 10"):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), loader)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\]"):  # already where validation is tried out
+        _trainer(tmp_path).fit(Supervised(TinyCNN(2)), torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, [])), loader)
 
 
 def test_a_network_that_returns_no_logits(data, tmp_path):

@@ -18,6 +18,7 @@ def _blocks(page: Path) -> list[tuple[str, str]]:
 
 def test_own_model(tmp_path):
     """docs/own_model.md in an empty folder: files are written, commands run."""
+    pytest.importorskip("onnxruntime")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     ran = 0

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,12 @@ def test_a_full_disk_fails_before_training(tmp_path, monkeypatch):
         _run(tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_with_too_little_room_fails_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, 1 MiB are free"):
+        _run(tmp_path)
 
 
 def test_a_limit_on_files_fails_before_training(tmp_path):

@@ -1,7 +1,9 @@
 """Networks: as published; taps; weights from files."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +205,15 @@ def test_from_checkpoint(tmp_path):
         from_checkpoint(tmp_path / "c.ckpt")
     with pytest.raises(FileNotFoundError):
         from_checkpoint(tmp_path / "d.ckpt")
+
+
+def test_the_table_of_sizes():
+    """docs/models.md: every network, its parameters and the maps at its taps."""
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (.*) \|$", page, flags=re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(NAMES)
+    for name, parameters, maps in rows:
+        network = getattr(models, name)().eval()
+        assert _parameters(network) == int(parameters.replace(",", ""))
+        features = FeatureTaps(network, TAPS[type(network)])(torch.zeros(1, 3, 32, 32))[1].values()
+        assert ", ".join(f"{feature.shape[1]} x {feature.shape[2]}" for feature in features) == maps

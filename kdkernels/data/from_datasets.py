@@ -21,8 +21,8 @@ class FromDatasets(ImageData):
         train, val, test: the datasets; by import path in a config.
         num_classes: classes; by default the length of ``train.classes``, if it has that, else unknown.
         mean, std: per channel, on a scale where white is 1; the default leaves float images as they are, and divides uint8 by 255.
-        views: how many different images the datasets' own transforms give per sample: epoch e shows view ``e % views``. ``None``: a new one
-            each epoch.
+        views: how many different images the datasets' own transforms give per sample: epoch e shows view ``e % views``. ``None``: as
+            many as ``augment`` says, else a new one each epoch.
         fingerprint: a string that changes when the training images do: what a cache of a teacher's outputs is keyed with. By default a
             hash of 16 samples.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
@@ -61,7 +61,7 @@ class FromDatasets(ImageData):
 
     @property
     def views(self) -> int | None:
-        return self._views
+        return self._views if self._views is not None or self.augment is None else self.augment.views
 
     def make_splits(self) -> dict[str, ItemImages]:
         splits = {name: ItemImages(dataset, self.seed, self._fingerprint) for name, dataset in self.datasets.items()}

@@ -2,5 +2,6 @@
 
 from .base import Distiller, Supervised
 from .kd import KD, kd_loss
+from .teacher_cache import TeacherCache
 
-__all__ = ["KD", "Distiller", "Supervised", "kd_loss"]
+__all__ = ["KD", "Distiller", "Supervised", "TeacherCache", "kd_loss"]

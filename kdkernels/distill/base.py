@@ -70,7 +70,7 @@ class Distiller(L.LightningModule):
         self.student_spec: dict | None = None  # how the student is made; the command line knows
         self.image_shape: list[int] | None = None
         self._seed: int | None = None
-        self._checked = False
+        self._networks_checked = self._labels_checked = False
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -146,12 +146,11 @@ class Distiller(L.LightningModule):
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         # Dropout and the like: what is drawn depends on the run's seed, the process and the step, not on what was drawn before.
         torch.manual_seed(int(bits(self._seed, self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
-        if not self._checked or self.image_shape is None:
+        if self.image_shape is None:
             batch = as_batch(batch)
             self.image_shape = list(batch["image"].shape[1:])
-            if not self._checked:
+            if not self._networks_checked:  # data that do not say what their images are
                 self._check_networks(batch["image"][:2].to(self.dtype), None)
-                self._check_labels(batch["label"])
 
     @torch.no_grad()
     def _check_networks(self, image: Tensor, classes: int | None) -> None:
@@ -175,18 +174,23 @@ class Distiller(L.LightningModule):
             raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
         if teacher is not None:
             self.check_features(student_features, teacher_features)
-        self._classes, self._checked = student.shape[1], True
+        self._networks_checked, self._classes = True, student.shape[1]
 
     def _network(self, name: str) -> nn.Module:
         return self.student if name == "student" else self.teacher
 
-    def _check_labels(self, label: Tensor) -> None:
+    def _check_labels(self, label: Tensor, classes: int) -> None:
+        """Once, as it waits for the labels; a GPU's own complaint would name neither labels nor classes."""
+        if self._labels_checked:
+            return
         low, high = int(label.min()), int(label.max())
-        if low < 0 or high >= self._classes:
-            raise ValueError(f"labels must lie in [0, {self._classes - 1}], the networks' classes; the first batch has {low} to {high}")
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must lie in [0, {classes - 1}], the networks' classes; the first batch has {low} to {high}")
+        self._labels_checked = True
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
+        self._check_labels(batch["label"], self._classes)
         logits, losses = self.losses(batch)
         total = sum(losses.values())
         if self.check_finite and not torch.isfinite(total):
@@ -222,6 +226,7 @@ class Distiller(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: dict) -> None:
         logits = self.student(batch["image"])
+        self._check_labels(batch["label"], logits.shape[1])
         size = len(batch["label"])
         self.log(f"{stage}/accuracy", _accuracy(logits, batch), prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}/cross_entropy", self.cross_entropy(logits, batch), batch_size=size, sync_dist=True)

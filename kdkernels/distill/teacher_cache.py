@@ -10,10 +10,13 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..engine import reserve
 
 Outputs = tuple[Tensor, dict[str, Tensor]]  # logits, tapped features
 
@@ -34,7 +37,7 @@ class TeacherCache:
         dtype: "float32", or "float16" for half the room and three digits.
     """
 
-    def __init__(self, folder: str | os.PathLike, dtype: str = "float32"):
+    def __init__(self, folder: str | os.PathLike, dtype: Literal["float32", "float16"] = "float32"):
         if dtype not in ("float16", "float32"):
             raise ValueError(f'dtype must be "float16" or "float32", got {dtype!r}')
         self.root, self.dtype = Path(folder), np.dtype(dtype)
@@ -146,11 +149,11 @@ class _View:
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The file as an array. Its room is taken at once: a full disk is an error here, not a signal while writing."""
+    """The file as an array. Its room is taken at once: where the disk is full, a write to a map is a signal that ends the process."""
     size = int(np.prod(shape)) * dtype.itemsize
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.posix_fallocate(handle, 0, size)
+        reserve(handle, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(error.errno, f"teacher_cache needs {size / 2**20:.0f} MiB for {path}, and the disk is full") from error
