@@ -24,7 +24,8 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	mkdir -p "$(OUT)"
-	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/bench.json" $(BENCH_FLAGS)
+	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
+	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
 
 bench-smoke: $(BUILT)
 	KDKERNELS_BENCH_SMOKE=1 $(PY) -m pytest benches -q
@@ -34,7 +35,8 @@ gpu: $(BUILT)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that torch sees'"
 	mkdir -p "$(OUT)"
 	$(PY) -m pytest --durations=15 -o junit_family=xunit2 --junitxml="$(OUT)/tests.xml"
-	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/bench.json" $(BENCH_FLAGS)
+	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
+	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
