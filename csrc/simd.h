@@ -5,6 +5,7 @@
 // instruction set; nothing here may be included by code that has to run on every CPU.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
@@ -89,6 +90,31 @@ KDKERNELS_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+KDKERNELS_INLINE Vec<float> sqrt(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+KDKERNELS_INLINE Vec<double> sqrt(Vec<double> v) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
 #endif
 }
 
@@ -242,6 +268,45 @@ KDKERNELS_INLINE Vec<T> log(Vec<T> u) {
   result = u == inf ? u : result;
   result = u == T(0) ? splat<T>(-inf) : result;
   return u >= T(0) ? result : splat<T>(std::numeric_limits<T>::quiet_NaN());
+}
+
+// u^p for u >= 0 and any p: 0^p is 0, and a NaN stays one. log2 u = n + log2 m as in log(); the integer part of n p leaves without
+// rounding, so what is lost does not grow with the size of n p.
+template <typename T>
+KDKERNELS_INLINE Vec<T> pow(Vec<T> u, T p) {
+  using C = Constants<T>;
+  using I = Mask<T>;
+  using Int = typename IntOf<T>::type;
+  constexpr int bits = C::mantissa_bits;
+  // Numbers below the normal ones are scaled up first.
+  const T up = T(int64_t(1) << (bits + 1));
+  const Mask<T> tiny = u < std::numeric_limits<T>::min();
+  const Vec<T> scaled = tiny ? u * up : u;
+  const T root_half = T(0.70710678118654752);
+  Int root_bits;
+  std::memcpy(&root_bits, &root_half, sizeof root_bits);
+  const I offset = (I)scaled - root_bits;
+  const Vec<T> n = __builtin_convertvector((offset >> bits) - (tiny & Int(bits + 1)), Vec<T>);
+  const Vec<T> m = (Vec<T>)((offset & ((Int(1) << bits) - 1)) + root_bits);
+  const Vec<T> z = (m - T(1)) / (m + T(1));
+  const Vec<T> z2 = z * z;
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;
+  Vec<T> poly = splat<T>(T(1.0 / (2 * terms + 1)));
+  for (int k = terms - 1; k >= 1; --k) poly = poly * z2 + T(1.0 / (2 * k + 1));
+  const Vec<T> log_m = T(2) * z + T(2) * z * z2 * poly;  // natural, |log_m| <= ln2 / 2
+  const Vec<T> whole_power = n * p;
+  const Vec<T> whole = (whole_power + C::round_magic) - C::round_magic;
+  const Vec<T> rest = (whole_power - whole) * C::ln2 + log_m * p;  // the fused products keep what n * p lost
+  const Vec<T> limit = splat<T>(T(2 * C::exponent_bias - 2));      // past either end of the range, and half of it a power that exists
+  const Vec<T> capped = whole > limit ? limit : whole < -limit ? -limit : whole;
+  // 2^capped in two halves, so that a result near the ends of the range is reached from within it.
+  const Vec<T> half = (capped * T(0.5) + C::round_magic) - C::round_magic;
+  auto power_of_two = [](Vec<T> k) { return (Vec<T>)((__builtin_convertvector(k, I) + C::exponent_bias) << bits); };
+  Vec<T> result = exp<T>(rest) * power_of_two(half) * power_of_two(capped - half);
+  result = u == T(0) ? Vec<T>{} : result;
+  const T inf = std::numeric_limits<T>::infinity();
+  result = u == inf ? splat<T>(p > 0 ? inf : T(0)) : result;
+  return u == u ? result : u;
 }
 
 // log(1 + x), accurate for small x: the rounding of 1 + x is given back to first order.

@@ -3,12 +3,11 @@
 // The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at
 // once and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
 // in Python because at 128 x 100 logits a Python derivative takes longer than the kernel, eager's forward and eager's backward together.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
+#include "temperature_kl.h"
+
 #include <torch/library.h>
 
-#include "temperature_kl.h"
+#include "saved_gradient.h"
 
 namespace kdkernels::temperature_kl {
 namespace {
@@ -23,18 +22,6 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
                                                              const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
                                                              double, c10::string_view, bool, bool, double, std::array<bool, 3>);
 using RescaleSignature = void(Tensor&, const Tensor&, int64_t);
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// A tensor that a tracer stands behind (torch.compile, export, functorch): its graph must not mutate what it saved.
-bool is_traced(const Tensor& x) {
-  return c10::impl::dispatch_mode_enabled() ||
-         x.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                                  c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
-}
 
 struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
@@ -76,12 +63,11 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     const int64_t dim = data["dim"].toInt();
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
       Tensor grad = saved[5];
-      // A graph that is kept, or traced, needs the saved gradient again; otherwise it is ours to change and to give away.
-      if (torch::autograd::get_current_graph_task_keep_graph() || is_traced(grad) || is_traced(grad_loss)) {
-        result[0] = grad * (grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss).to(grad.scalar_type());
-      } else {
+      if (may_give_away(grad, grad_loss)) {
         rescale.call(grad, grad_loss, dim);
         result[0] = grad;
+      } else {
+        result[0] = grad * (grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss).to(grad.scalar_type());
       }
       return result;
     }

@@ -15,6 +15,7 @@ except PackageNotFoundError:  # a source tree on the path that was built in plac
 CPU_ISA = load_cpu_kernels()
 
 from . import nn  # noqa: E402  needs the registered ops
+from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
 
-__all__ = ["nn", "reference", "show_config", "temperature_kl"]
+__all__ = ["attention_pool", "attention_transfer_loss", "nn", "reference", "show_config", "temperature_kl"]

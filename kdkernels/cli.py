@@ -10,6 +10,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
                            (--help lists every option, --print_config writes a config, --ckpt_path last goes on where a run stopped)
   export                   the student of a checkpoint, alone: kdkernels export --ckpt best.ckpt --onnx student.onnx
+  plot attention           images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   demo                     teacher, student alone, student distilled on the embedded images, and a report
   info                     what is built, and where each op runs
 """
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         show_config()
         return 0
-    if command not in ("demo", "export", "fit", "validate", "test"):
+    if command not in ("demo", "export", "fit", "plot", "test", "validate"):
         print(f"kdkernels: there is no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     sys.path.insert(0, os.getcwd())  # a network of the user's own, beside his config
@@ -43,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
             from .export import main as export
 
             return export(arguments[1:])
+        if command == "plot":
+            from .plot import main as plot
+
+            return plot(arguments[1:])
         from .train import run
 
         return run(arguments)

@@ -10,7 +10,7 @@ import torch
 
 from . import _C
 
-OPS = ("temperature_kl",)
+OPS = ("temperature_kl", "attention_pool")
 
 
 def load_cpu_kernels() -> str:

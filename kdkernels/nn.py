@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.attention_pool import attention_transfer_loss
 from .ops.temperature_kl import temperature_kl
 
 
@@ -68,3 +71,57 @@ def kd_loss(
         G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
     """
     return gamma * F.cross_entropy(student.float(), labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+
+
+class AttentionTransfer(nn.Module):
+    """Sum over pairs of layers of :func:`kdkernels.attention_transfer_loss`: ``AttentionTransfer()(student_features, teacher_features)``.
+
+    RepDistiller's ``Attention`` gives the list, mdistiller's ``at_loss`` the sum; both with ``p=2`` and ``variant="code"``.
+
+    Args:
+        p, reduce: see :func:`kdkernels.attention_transfer_loss`; one for all pairs, or one for each.
+        variant: "code" or "paper".
+    """
+
+    def __init__(self, p: float | Sequence[float] = 2.0, *, reduce: str | Sequence[str] = "mean", variant: str = "code"):
+        super().__init__()
+        probe = [torch.ones(1, 1, 1)] * max(len(v) if isinstance(v, (list, tuple)) else 1 for v in (p, reduce))
+        attention_transfer_losses(probe, probe, p, reduce=reduce, variant=variant)  # refuses here what cannot be
+        self.p, self.reduce, self.variant = p, reduce, variant
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],  # [B, C, *spatial], one or a list
+        teacher: Tensor | Sequence[Tensor],
+    ) -> Tensor:
+        student, teacher = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
+        return sum(attention_transfer_losses(student, teacher, self.p, reduce=self.reduce, variant=self.variant))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, reduce={self.reduce!r}, variant={self.variant!r}"
+
+
+def attention_transfer_losses(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    p: float | Sequence[float] = 2.0,
+    *,
+    reduce: str | Sequence[str] = "mean",
+    variant: str = "code",
+) -> list[Tensor]:
+    """:func:`kdkernels.attention_transfer_loss` of each pair of features. The teacher's are detached.
+
+    Raises:
+        ValueError: lists of different lengths, or no pair.
+    """
+    if len(student) != len(teacher) or not len(student):
+        raise ValueError(f"student and teacher must be lists of as many features, at least one, got {len(student)} and {len(teacher)}")
+    each = {}
+    for name, value in {"p": p, "reduce": reduce}.items():
+        each[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(student)
+        if len(each[name]) != len(student):
+            raise ValueError(f"{name} must be one value, or one for each of the {len(student)} pairs, got {len(each[name])}")
+    return [
+        attention_transfer_loss(s, t.detach(), power, reduce=how, variant=variant)
+        for s, t, power, how in zip(student, teacher, each["p"], each["reduce"], strict=True)
+    ]

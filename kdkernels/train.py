@@ -46,9 +46,10 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        spec = self._get(self.config, "model").init_args.student
-        if isinstance(spec, Namespace) and "class_path" in spec:
-            self.model.student_spec = json.loads(json.dumps(spec.as_dict(), default=str))  # plain values, which load without unpickling
+        config = {name: _plain(self._get(self.config, name)) for name in ("model", "data")}
+        self.model.run_config = config
+        spec = config["model"]["init_args"]["student"]
+        self.model.student_spec = spec if isinstance(spec, dict) else None
 
     def instantiate_trainer(self, **overrides) -> L.Trainer:
         config = self._get(self.config_init, "trainer", default={})
@@ -68,6 +69,23 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
             print(report(self.trainer))
+
+
+def instantiate(config: dict) -> tuple[Distiller, L.LightningDataModule]:
+    """Method and data from the ``model`` and ``data`` sections of a config."""
+    _quiet()
+    cli = LightningCLI(
+        Distiller,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=False,
+        save_config_callback=None,
+        trainer_defaults={"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1},
+        args=config,
+        run=False,
+    )
+    return cli.model, cli.datamodule
 
 
 def report(trainer: L.Trainer) -> str:
@@ -125,6 +143,11 @@ def _quiet() -> None:
         ".*weights_only. was not set.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _plain(config: Namespace) -> dict:
+    """Numbers, strings, lists and dicts, which load without unpickling."""
+    return json.loads(json.dumps(config.as_dict(), default=str))
 
 
 def _root(trainer_config: Namespace | dict) -> Path:

@@ -3,6 +3,7 @@
 Installed as ``kdkernels.reference``; each function has the signature of the fused op of the same name.
 """
 
+from .attention_pool import attention_pool, attention_transfer_loss
 from .temperature_kl import temperature_kl
 
-__all__ = ["temperature_kl"]
+__all__ = ["attention_pool", "attention_transfer_loss", "temperature_kl"]

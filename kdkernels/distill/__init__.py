@@ -1,7 +1,22 @@
 """Distillation methods. A method is a pure loss function and a small LightningModule. The modules need the extra ``train``."""
 
+from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention_loss, input_gradient
 from .base import Distiller, Supervised
+from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
 from .teacher_cache import TeacherCache
 
-__all__ = ["KD", "Distiller", "Supervised", "TeacherCache", "kd_loss"]
+__all__ = [
+    "FSP",
+    "KD",
+    "AttentionTransfer",
+    "Distiller",
+    "GradientAttentionTransfer",
+    "Supervised",
+    "TeacherCache",
+    "fsp_loss",
+    "fsp_matrix",
+    "gradient_attention_loss",
+    "input_gradient",
+    "kd_loss",
+]

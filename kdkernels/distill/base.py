@@ -68,6 +68,7 @@ class Distiller(L.LightningModule):
         self.teacher_cache = teacher_cache
         self.make_optimizer, self.make_scheduler, self.check_finite = optimizer, scheduler, check_finite
         self.student_spec: dict | None = None  # how the student is made; the command line knows
+        self.run_config: dict | None = None  # and how the method and its data are
         self.image_shape: list[int] | None = None
         self._seed: int | None = None
         self._networks_checked = self._labels_checked = False
@@ -89,6 +90,9 @@ class Distiller(L.LightningModule):
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         """Raises ValueError where a method cannot compare the tapped features (:func:`kdkernels.models.pair_features`); called once."""
+
+    def check_method(self, image: Tensor) -> None:
+        """Raises where a method cannot be used with these networks; called once before training, with two images."""
 
     def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and tapped features of the student."""
@@ -174,6 +178,7 @@ class Distiller(L.LightningModule):
             raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
         if teacher is not None:
             self.check_features(student_features, teacher_features)
+        self.check_method(image)
         self._networks_checked, self._classes = True, student.shape[1]
 
     def _network(self, name: str) -> nn.Module:
@@ -247,6 +252,7 @@ class Distiller(L.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "version": __version__,
             "student": self.student_spec,
+            "config": self.run_config,
             "image_shape": self.image_shape,
             "seed": self._seed,
         }

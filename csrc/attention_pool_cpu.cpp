@@ -1,0 +1,338 @@
+// CPU kernels of the attention_pool and attention_transfer_loss ops. Compiled once per instruction set.
+#include "attention_pool.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "attention_pool/maps.h"
+#include "attention_pool/scatter.h"
+#include "memory.h"
+
+namespace kdkernels::attention_pool {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // numbers below which a second thread costs more than it brings
+
+// Calls body(pointer-typed zero) with the type that features are stored in.
+template <typename T, typename Body>
+void with_storage(at::ScalarType stored, Body&& body) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
+    if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
+  }
+  body(static_cast<T*>(nullptr));
+}
+
+// The features of one net, and how a map is made of them.
+template <typename T>
+class Net {
+ public:
+  Net(const at::Tensor& x, const Options& options)
+      : original_(x), f(view(x.scalar_type() != at::kDouble && std::is_same_v<T, double> ? x.to(at::kDouble) : x)), options_(options) {}
+
+  bool maximum() const { return options_.reduce == Reduce::max; }
+  int64_t batch() const { return f.batch; }
+  int64_t places() const { return f.places; }
+  int64_t numbers() const { return f.channels * f.places; }  // of a sample
+  // dMap/dx is |x|^(p-1) sign(x) times this.
+  double factor() const { return options_.p / (options_.reduce == Reduce::mean ? static_cast<double>(f.channels) : 1); }
+
+  // The map of sample b at places [first, first + count).
+  void pool_part(int64_t b, int64_t first, int64_t count, T* map, int32_t* channel) const {
+    with_storage<T>(f.x.scalar_type(), [&](auto* type) {
+      using Storage = std::remove_pointer_t<decltype(type)>;
+      with_power<T>(options_.p, [&](const auto& power) {
+        pool(part(count), at<const Storage>(f, b, first), maximum(), options_.reduce == Reduce::mean, power, map, channel);
+      });
+    });
+  }
+
+  // A tensor for the gradient, in the layout of the features.
+  void make_gradient() {
+    gradient_ = recycled_empty_like(original_);
+    written_ = gradient_;
+    g = view(written_);
+    if (!f.x.is_same(original_) || !g.x.is_same(written_) || g.channels_adjacent != f.channels_adjacent) {
+      written_ = at::empty(f.x.sizes(), f.x.options());
+      if (f.channels_adjacent) written_ = at::empty({f.batch, f.places, f.channels}, f.x.options()).transpose(1, 2).view(f.x.sizes());
+      g = view(written_);
+    }
+    const int64_t row = f.channels_adjacent ? f.channels : f.places;
+    const bool aligned = row * f.x.element_size() % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(g.x.data_ptr()) % simd::kBytes == 0;
+    streamed_ = aligned && original_.nbytes() > (size_t(32) << 20);
+  }
+
+  void scatter_part(int64_t b, int64_t first, int64_t count, const T* weight, const int32_t* channel) const {
+    with_storage<T>(f.x.scalar_type(), [&](auto* type) {
+      using Storage = std::remove_pointer_t<decltype(type)>;
+      with_power<T>(options_.p, [&](const auto& power) {
+        Features to = g;
+        to.places = count;
+        const bool stream = streamed_ && (f.channels_adjacent || count == f.places);
+        scatter(part(count), at<const Storage>(f, b, first), to, maximum(), stream, power, weight, channel, at<Storage>(g, b, first));
+      });
+    });
+  }
+
+  at::Tensor finish_gradient() const {
+    simd::fence();
+    if (!written_.is_same(gradient_)) gradient_.copy_(written_);
+    return gradient_;
+  }
+
+ private:
+  Features part(int64_t count) const {
+    Features some = f;
+    some.places = count;
+    return some;
+  }
+  template <typename Storage>
+  static Storage* at(const Features& f, int64_t b, int64_t first) {
+    return f.template sample<std::remove_const_t<Storage>>(b) + first * (f.channels_adjacent ? f.stride : 1);
+  }
+
+  at::Tensor original_, gradient_, written_;
+  Features f, g;
+  Options options_;
+  bool streamed_ = false;
+};
+
+// Numbers of every sample that the stages hand on: for all samples, or for the one that a thread works on.
+template <typename T>
+struct Scratch {
+  Scratch(int64_t samples, int64_t places, int arrays, int channels)
+      : values(new T[samples * places * arrays + simd::kLanes<T>]), indices(new int32_t[samples * places * channels + 1]), stride(places) {}
+  T* array(int i, int64_t sample, int64_t samples) const { return values.get() + (i * samples + sample) * stride; }
+  int32_t* channel(int i, int64_t sample, int64_t samples) const { return indices.get() + (i * samples + sample) * stride; }
+  std::unique_ptr<T[]> values;
+  std::unique_ptr<int32_t[]> indices;
+  int64_t stride;
+};
+
+// Runs pool(b, first, count, slot), finish(b, slot) and scatter(b, first, count, slot) for all samples. A sample stays with one thread, so
+// that its features are still in a cache when the gradient reads them again; only where there are fewer samples than threads are its
+// places shared out, stage by stage. slot is the sample's number in `scratch`, of slots().
+class Schedule {
+ public:
+  Schedule(int64_t batch, int64_t places, int64_t numbers) : batch_(batch), places_(places), numbers_(numbers) {
+    const int64_t threads = at::get_num_threads();
+    shared_ = batch < threads && numbers >= 4 * kGrain && places >= 128;
+    parts_ = shared_ ? std::min<int64_t>((threads + batch - 1) / batch, places / 64) : 1;
+  }
+  int64_t slots() const { return shared_ ? batch_ : 1; }
+
+  template <typename MakeScratch, typename Pool, typename Finish, typename Scatter>
+  void run(MakeScratch&& make_scratch, Pool&& pool, Finish&& finish, Scatter&& scatter) const {
+    if (!shared_) {
+      at::parallel_for(0, batch_, std::max<int64_t>(1, kGrain / numbers_), [&](int64_t begin, int64_t end) {
+        const auto scratch = make_scratch();
+        for (int64_t b = begin; b < end; ++b) {
+          pool(scratch, b, 0, places_, 0);
+          finish(scratch, b, 0);
+          scatter(scratch, b, 0, places_, 0);
+        }
+        simd::fence();
+      });
+      return;
+    }
+    const auto scratch = make_scratch();
+    auto over_parts = [&](auto&& stage) {
+      at::parallel_for(0, batch_ * parts_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t b = i / parts_, k = i % parts_, first = boundary(k), count = boundary(k + 1) - first;
+          stage(scratch, b, first, count, b);
+        }
+        simd::fence();
+      });
+    };
+    over_parts(pool);
+    at::parallel_for(0, batch_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) finish(scratch, b, b);
+    });
+    over_parts(scatter);
+  }
+
+ private:
+  int64_t boundary(int64_t k) const { return k == parts_ ? places_ : places_ * k / parts_ / 16 * 16; }
+  int64_t batch_, places_, numbers_, parts_;
+  bool shared_;
+};
+
+template <typename T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pool_forward(const at::Tensor& x, const Options& o, Normalize normalize) {
+  const Net<T> net(x, o);
+  const at::Tensor maps =
+      at::empty(map_shape(x), x.options().dtype(c10::CppTypeToScalarType<T>::value).memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor norm = at::empty({normalize == Normalize::l2 ? net.batch() : 0}, x.options().dtype(at::kDouble));
+  const at::Tensor channel =
+      net.maximum() ? at::empty(map_shape(x), x.options().dtype(at::kInt)) : at::empty({0}, x.options().dtype(at::kInt));
+  T* map = maps.mutable_data_ptr<T>();
+  int32_t* from = net.maximum() ? channel.mutable_data_ptr<int32_t>() : nullptr;
+  const int64_t places = net.places();
+  Schedule(net.batch(), places, net.numbers())
+      .run([] { return 0; },
+           [&](int, int64_t b, int64_t first, int64_t count, int64_t) {
+             net.pool_part(b, first, count, map + b * places + first, from ? from + b * places + first : nullptr);
+           },
+           [&](int, int64_t b, int64_t) {
+             T* a = map + b * places;
+             if (normalize == Normalize::l2) {
+               const L2<T> l2(a, places, o.eps);
+               norm.mutable_data_ptr<double>()[b] = l2.norm;
+               l2.normalize(a, places, a);
+             } else if (normalize == Normalize::softmax) {
+               softmax(a, places, a);
+             }
+           },
+           [](int, int64_t, int64_t, int64_t, int64_t) {});
+  return {maps, norm, channel};
+}
+
+template <typename T>
+at::Tensor pool_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& maps, const at::Tensor& norm,
+                         const at::Tensor& channel, const Options& o, Normalize normalize) {
+  Net<T> net(x, o);
+  net.make_gradient();
+  const at::Tensor upstream = grad.to(c10::CppTypeToScalarType<T>::value).contiguous(), q = maps.contiguous();
+  const T *g = upstream.const_data_ptr<T>(), *map = q.const_data_ptr<T>();
+  const int32_t* from = net.maximum() ? channel.const_data_ptr<int32_t>() : nullptr;
+  const int64_t places = net.places();
+  const Schedule schedule(net.batch(), places, net.numbers());
+  const double factor = net.factor();
+  schedule.run([&] { return Scratch<T>(schedule.slots(), places, 1, 0); }, [](const Scratch<T>&, int64_t, int64_t, int64_t, int64_t) {},
+               [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
+                 T* weight = scratch.array(0, slot, schedule.slots());
+                 const T *own = map + b * places, *up = g + b * places;
+                 if (normalize == Normalize::l2)
+                   L2<T>(norm.const_data_ptr<double>()[b], o.eps).backward(own, up, places, factor, weight);
+                 else if (normalize == Normalize::softmax)
+                   softmax_backward(own, up, places, factor, weight);
+                 else
+                   for (int64_t s = 0; s < places; ++s) weight[s] = up[s] * static_cast<T>(factor);
+               },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+                 net.scatter_part(b, first, count, scratch.array(0, slot, schedule.slots()) + first,
+                                  from ? from + b * places + first : nullptr);
+               });
+  return net.finish_gradient();
+}
+
+// The loss times `upstream`, and the gradients that are wanted.
+template <typename T>
+double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant variant, double upstream, std::array<bool, 2> wanted) {
+  const int64_t batch = student.batch(), places = student.places();
+  Net<T>* const nets[2] = {&student, &teacher};
+  for (int i = 0; i < 2; ++i)
+    if (wanted[i]) nets[i]->make_gradient();
+  const Schedule schedule(batch, places, student.numbers() + teacher.numbers());
+  const int64_t slots = schedule.slots();
+  std::vector<double> losses(batch);
+  enum { kDifference = 2, kWeight, kArrays = kWeight + 2 };  // arrays 0 and 1 are the maps
+  schedule.run([&] { return Scratch<T>(slots, places, kArrays, student.maximum() ? 2 : 0); },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+                 for (int i = 1; i >= 0; --i)  // the student last: it is read again
+                   nets[i]->pool_part(b, first, count, scratch.array(i, slot, slots) + first,
+                                      student.maximum() ? scratch.channel(i, slot, slots) + first : nullptr);
+               },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
+                 T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
+                 const L2<T> s(qs, places, o.eps), t(qt, places, o.eps);
+                 s.normalize(qs, places, qs);
+                 t.normalize(qt, places, qt);
+                 for (int64_t i = 0; i < places; ++i) d[i] = qs[i] - qt[i];
+                 const double norm = L2<T>::norm_of(d, places);
+                 losses[b] = variant == Variant::code ? norm * norm / static_cast<double>(places) : norm;
+                 const double slope = variant == Variant::code ? 2 / static_cast<double>(places) : norm > 0 ? 1 / norm : norm;
+                 const double scale = upstream * slope / static_cast<double>(batch);
+                 if (wanted[0]) s.backward(qs, d, places, scale * student.factor(), scratch.array(kWeight, slot, slots));
+                 if (wanted[1]) t.backward(qt, d, places, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
+               },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+                 for (int i = 0; i < 2; ++i)
+                   if (wanted[i])
+                     nets[i]->scatter_part(b, first, count, scratch.array(kWeight + i, slot, slots) + first,
+                                           student.maximum() ? scratch.channel(i, slot, slots) + first : nullptr);
+               });
+  double total = 0;
+  for (double loss : losses) total += loss;
+  return batch > 0 ? total / static_cast<double>(batch) : 0;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_pool_cpu(const at::Tensor& x, double p, c10::string_view reduce,
+                                                                  c10::string_view normalize, double eps) {
+  check_features(x, "x");
+  const auto kernel = compute_dtype(x) == at::kDouble ? pool_forward<double> : pool_forward<float>;
+  return kernel(x, parse_options(p, reduce, eps), parse_normalize(normalize));
+}
+
+at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& maps, const at::Tensor& norm,
+                                       const at::Tensor& channel, double p, c10::string_view reduce, c10::string_view normalize,
+                                       double eps) {
+  check_features(x, "x");
+  const Options o = parse_options(p, reduce, eps);
+  const Normalize normalized = parse_normalize(normalize);
+  check_shape(grad, "grad", map_shape(x));
+  check_shape(maps, "maps", map_shape(x));
+  TORCH_CHECK_TYPE(maps.scalar_type() == compute_dtype(x), "maps must be ", compute_dtype(x), ", got ", maps.scalar_type());
+  if (normalized == Normalize::l2) {
+    check_shape(norm, "norm", {x.size(0)});
+    TORCH_CHECK_TYPE(norm.scalar_type() == at::kDouble && norm.is_contiguous(), "norm must be contiguous float64");
+  }
+  if (o.reduce == Reduce::max) {
+    check_shape(channel, "channel", map_shape(x));
+    TORCH_CHECK_TYPE(channel.scalar_type() == at::kInt && channel.is_contiguous(), "channel must be contiguous int32");
+    const int32_t* from = channel.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < channel.numel(); ++i)
+      TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < x.size(1), "channel must lie in [0, ", x.size(1), "), got ", from[i]);
+  }
+  const auto kernel = compute_dtype(x) == at::kDouble ? pool_backward<double> : pool_backward<float>;
+  return kernel(grad, x, maps, norm, channel, o, normalized);
+}
+
+template <typename T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(const at::Tensor& student, const at::Tensor& teacher, const Options& o,
+                                                                  Variant variant, double upstream, std::array<bool, 2> wanted) {
+  Net<T> s(student, o), t(teacher, o);
+  const double loss = transfer(s, t, o, variant, upstream, wanted);
+  const at::Tensor none = at::empty({0}, student.options());
+  return {at::empty({}, student.options().dtype(c10::CppTypeToScalarType<T>::value)).fill_(loss), wanted[0] ? s.finish_gradient() : none,
+          wanted[1] ? t.finish_gradient() : none};
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_cpu(const at::Tensor& student, const at::Tensor& teacher, double p,
+                                                               c10::string_view variant, c10::string_view reduce, double eps,
+                                                               bool save_grad) {
+  check_pair(student, teacher);
+  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_gradients<double> : loss_and_gradients<float>;
+  auto [loss, grad, unused] =
+      kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), 1, std::array<bool, 2>{save_grad, false});
+  return {loss, grad};
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at::Tensor& grad_loss, const at::Tensor& student,
+                                                                        const at::Tensor& teacher, double p, c10::string_view variant,
+                                                                        c10::string_view reduce, double eps, std::array<bool, 2> wanted) {
+  check_pair(student, teacher);
+  check_shape(grad_loss, "grad_loss", {});
+  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_gradients<double> : loss_and_gradients<float>;
+  auto [loss, to_student, to_teacher] =
+      kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
+  return {to_student, to_teacher};
+}
+
+// The gradient of a mean arrives as one number, nearly always 1: then nothing is to be done.
+void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& grad_loss) {
+  if (grad_loss.item().toDouble() != 1) grad.mul_(grad_loss);
+}
+
+}  // namespace
+}  // namespace kdkernels::attention_pool
+
+TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("attention_pool", kdkernels::attention_pool::attention_pool_cpu);
+  m.impl("attention_pool_backward", kdkernels::attention_pool::attention_pool_backward_cpu);
+  m.impl("attention_transfer_loss", kdkernels::attention_pool::attention_transfer_loss_cpu);
+  m.impl("attention_transfer_loss_backward", kdkernels::attention_pool::attention_transfer_loss_backward_cpu);
+  m.impl("attention_transfer_loss_rescale_", kdkernels::attention_pool::attention_transfer_loss_rescale_cpu);
+}

@@ -1,0 +1,168 @@
+"""Attention transfer (Zagoruyko, Komodakis, ICLR 2017): of activations, and of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.taps import pair_features
+from ..nn import attention_transfer_losses  # the loss itself needs no trainer
+from ..ops.temperature_kl import temperature_kl
+from .base import Distiller
+
+__all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer_losses", "gradient_attention_loss", "input_gradient"]
+
+
+class AttentionTransfer(Distiller):
+    """Matches the attention maps of student and teacher at pairs of layers, with the labels and, if asked for, KD.
+
+    The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2 KL``. With ``variant="code"`` and
+    ``beta=1000`` that is the authors' code; the paper's ``beta / 2`` on norms is ``variant="paper"`` with about 0.1.
+
+    Args:
+        student, teacher: networks from images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, pair by pair; their maps [B, C, *spatial] may have other channels and extents.
+        p: exponent of each pair, or one for all.
+        reduce: "mean", "sum" or "max" over channels, for each pair or all.
+        variant: "code" (mean square of the difference of normalised maps) or "paper" (its norm).
+        beta: weight of the attention losses.
+        gamma: weight of the cross-entropy.
+        alpha: weight of T^2 KL; 0 for none (AT + KD: 0.9 with gamma 0.1).
+        temperature: T.
+        **options: the other arguments of :class:`Distiller`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        student_taps: Iterable[str],
+        teacher_taps: Iterable[str],
+        p: float | list[float] = 2.0,
+        reduce: str | list[str] = "mean",
+        variant: Literal["code", "paper"] = "code",
+        beta: float = 1000.0,
+        gamma: float = 1.0,
+        alpha: float = 0.0,
+        temperature: float = 4.0,
+        **options,
+    ):
+        super().__init__(student, teacher, student_taps=student_taps, teacher_taps=teacher_taps, **options)
+        if not self.student_taps.names:
+            raise ValueError("student_taps and teacher_taps must name at least one pair of layers")
+        self.p, self.reduce, self.variant = p, reduce, variant
+        self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
+
+    def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+        pairs = pair_features(student, teacher)
+        attention_transfer_losses(*zip(*pairs, strict=True), p=self.p, reduce=self.reduce, variant=self.variant)
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher_logits, teacher_features = self.teacher_outputs(batch)
+        logits, features = self.student_outputs(batch)
+        pairs = pair_features(features, teacher_features)
+        attention = sum(attention_transfer_losses(*zip(*pairs, strict=True), p=self.p, reduce=self.reduce, variant=self.variant))
+        losses = {"cross_entropy": self.gamma * self.cross_entropy(logits, batch), "attention": self.beta * attention}
+        if self.alpha:
+            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
+        return logits, losses
+
+
+class GradientAttentionTransfer(Distiller):
+    """Matches where the loss of student and teacher is sensitive to the image: double backpropagation through the student.
+
+    The loss is ``CE + beta gradient_attention_loss``. Every operation of the student must be twice differentiable; one that is not is named.
+
+    Args:
+        student, teacher: networks from images [B, C, H, W] to logits [B, K].
+        beta: weight; the paper's beta, whose half multiplies the squared distance.
+        symmetry: instead of a teacher's, match the student's own gradient at the mirrored image, mirrored back (section 3.2 of the paper).
+        **options: the other arguments of :class:`Distiller`.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, beta: float = 1.0, symmetry: bool = False, **options):
+        super().__init__(student, teacher, **options)
+        if not symmetry and teacher is None:
+            raise ValueError("GradientAttentionTransfer needs a teacher, or symmetry=True")
+        self.beta, self.symmetry = beta, symmetry
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        image, label = batch["image"], batch["label"]
+        gradient, logits = input_gradient(self.student, image, label, create_graph=True)
+        if self.symmetry:
+            mirrored, _ = input_gradient(self.student, image.flip(-1), label, create_graph=True)
+            target = mirrored.flip(-1)
+        else:
+            target, _ = input_gradient(self.teacher, image, label)
+        attention = gradient_attention_loss(gradient, target)
+        return logits, {"cross_entropy": self.cross_entropy(logits, batch), "gradient": self.beta * attention}
+
+    def check_method(self, image: Tensor) -> None:
+        """Differentiates the student twice, once, before training."""
+        label = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        gradient, _ = input_gradient(self.student, image, label, create_graph=True)
+        try:
+            torch.autograd.grad(gradient.square().sum(), list(self.student.parameters()), allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"{type(self.student).__name__} cannot be differentiated twice: {error}") from error
+
+
+def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """The gradient of each sample's cross-entropy with respect to its image, and the logits.
+
+    Args:
+        network: from images to logits [B, K]. Batch norm in training mode makes a sample's loss depend on the other images; their share is
+            in the gradient.
+        image: [B, C, *spatial].
+        label: [B].
+        create_graph: for a loss of the gradient.
+
+    Returns:
+        J [B, C, *spatial], and the logits.
+
+    Raises:
+        RuntimeError: an operation of the network cannot be differentiated twice; it is named.
+    """
+    with torch.enable_grad():
+        image = image.detach().requires_grad_()
+        logits = network(image)
+        loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, label, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, image, create_graph=create_graph)
+        if create_graph and not gradient.requires_grad:
+            raise RuntimeError(
+                f"{type(network).__name__} gives no gradient of its gradient: an operation in it has no double backward, "
+                f"or its loss is linear in the image (operations: {', '.join(_operations(loss))})"
+            )
+    return gradient if create_graph else gradient.detach(), logits
+
+
+def gradient_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Half of the squared distance of two input gradients, mean over the samples: :math:`\frac{1}{2B} \sum_b \|J_s - J_t\|_2^2`
+    (Zagoruyko, Komodakis 2017, equation 4, without its beta).
+
+    Args:
+        student, teacher: gradients [B, C, *spatial] of each sample's own loss, see :func:`input_gradient`.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    return (student - teacher).square().flatten(1).sum(1).mean() / 2
+
+
+def _operations(output: Tensor) -> list[str]:
+    """Names of the backward nodes behind a tensor, each once."""
+    names, seen, queue = {}, set(), [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names[node.name()] = None
+        queue += [following for following, _ in node.next_functions]
+    return list(names)

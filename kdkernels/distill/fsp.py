@@ -1,0 +1,168 @@
+"""FSP: the flow of the solution procedure (Yim, Joo, Bae, Kim, CVPR 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.taps import pair_features
+from ..ops.temperature_kl import temperature_kl
+from .base import Distiller
+
+__all__ = ["FSP", "fsp_loss", "fsp_matrix"]
+
+_POOLING = {"paper": "max", "sskd": "max", "torchdistill": "max", "repdistiller": "avg"}
+_POOLS = {
+    "max": {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d},
+    "avg": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
+}
+
+
+def fsp_matrix(
+    first: Tensor,  # [B, C1, *spatial]
+    second: Tensor,  # [B, C2, *spatial]
+    *,
+    pooling: Literal["max", "avg"] = "max",
+) -> Tensor:  # [B, C1, C2]
+    r"""Inner products over the places of the channels of two layers, :math:`G_{ij} = \frac{1}{hw} \sum_{s} F^1_{i,s} F^2_{j,s}`
+    (equation 1 of the paper). Where extents differ, the larger map is pooled to the smaller ones first: by maximum in the paper, by mean
+    in RepDistiller.
+
+    Raises:
+        ValueError: batches or numbers of dimensions that differ, or an unknown pooling.
+    """
+    if pooling not in _POOLS:
+        raise ValueError(f"pooling must be 'max' or 'avg', got {pooling!r}")
+    if first.dim() != second.dim() or first.dim() < 3 or len(first) != len(second):
+        raise ValueError(f"first and second must be features [B, C, *spatial] of one batch, got {tuple(first.shape)} and {tuple(second.shape)}")
+    if first.shape[2:] != second.shape[2:]:
+        extents = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
+        pool = _POOLS[pooling][len(extents)]
+        first, second = (x if list(x.shape[2:]) == extents else pool(x, extents) for x in (first, second))
+    first, second = first.flatten(2), second.flatten(2)
+    if first.dtype in (torch.float16, torch.bfloat16):
+        first, second = first.float(), second.float()
+    return (first / first.shape[2]) @ second.mT
+
+
+def fsp_loss(
+    student: Sequence[tuple[Tensor, Tensor]],
+    teacher: Sequence[tuple[Tensor, Tensor]],
+    *,
+    variant: Literal["paper", "repdistiller", "sskd", "torchdistill"] = "paper",
+) -> Tensor:
+    r"""Distance of the FSP matrices of pairs of layers. The teacher's are detached.
+
+    ================  ========  ===============================================================================================
+    ``variant``       pooling   loss, with :math:`\Delta = G^T - G^S` of shape [B, C1, C2]
+    ================  ========  ===============================================================================================
+    "paper"           max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2` (equation 2, equal weights)
+    "repdistiller"    average   sum over pairs of the mean of :math:`\Delta^2` over B, C1 and C2
+    "sskd"            max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2 / 2`, over the sum of all C1 C2 (SSKD_SVD)
+    "torchdistill"    max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \sum_j \|\Delta_{b,:,j}\|_2`
+    ================  ========  ===============================================================================================
+
+    Args:
+        student, teacher: for each pair the features [B, C1, *spatial] and [B, C2, *spatial] of two layers.
+
+    Raises:
+        ValueError: not as many pairs, channels that differ between student and teacher, or an unknown variant.
+    """
+    if variant not in _POOLING:
+        raise ValueError(f"variant must be one of {tuple(_POOLING)}, got {variant!r}")
+    if len(student) != len(teacher) or not len(student):
+        raise ValueError(f"student and teacher must be lists of as many pairs, at least one, got {len(student)} and {len(teacher)}")
+    total, elements = 0.0, 0
+    for i, (own, other) in enumerate(zip(student, teacher, strict=True)):
+        s, t = (fsp_matrix(*pair, pooling=_POOLING[variant]) for pair in (own, other))
+        if s.shape != t.shape:
+            raise ValueError(f"pair {i}: FSP needs as many channels in student and teacher, got {tuple(s.shape[1:])} and {tuple(t.shape[1:])}")
+        difference = t.detach() - s
+        elements += s[0].numel()
+        if variant == "torchdistill":
+            total = total + torch.linalg.vector_norm(difference, dim=1).sum() / len(s)
+        elif variant == "repdistiller":
+            total = total + difference.square().mean()
+        else:
+            total = total + difference.square().sum() / len(s)
+    return total / (2 * elements) if variant == "sskd" else total
+
+
+class FSP(Distiller):
+    """Matches the FSP matrices of student and teacher.
+
+    In two stages (the paper): ``first_stage_epochs`` epochs on the FSP loss alone, which trains the layers up to the last tap and leaves the
+    others, also their weight decay and momentum, alone; then the labels, and KD if asked for. In one stage
+    (``first_stage_epochs=0``): all terms at once.
+
+    Args:
+        student, teacher: networks from images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, in order; each two neighbours are a pair. As many channels in student and teacher.
+        first_stage_epochs: epochs of the first stage.
+        variant: see :func:`fsp_loss`.
+        beta: weight of the FSP loss.
+        gamma: weight of the cross-entropy.
+        alpha: weight of T^2 KL; 0 for none.
+        temperature: T.
+        **options: the other arguments of :class:`Distiller`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        student_taps: Iterable[str],
+        teacher_taps: Iterable[str],
+        first_stage_epochs: int = 0,
+        variant: Literal["paper", "repdistiller", "sskd", "torchdistill"] = "paper",
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        alpha: float = 0.0,
+        temperature: float = 4.0,
+        **options,
+    ):
+        super().__init__(student, teacher, student_taps=student_taps, teacher_taps=teacher_taps, **options)
+        if len(self.student_taps.names) < 2:
+            raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
+        if first_stage_epochs < 0:
+            raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
+        self.first_stage_epochs, self.variant = first_stage_epochs, variant
+        self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
+        self._idle: list[nn.Parameter] = []  # parameters that the first stage does not train
+
+    @property
+    def first_stage(self) -> bool:
+        return self.current_epoch < self.first_stage_epochs
+
+    def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+        pair_features(student, teacher, channels=True)
+
+    def check_method(self, image: Tensor) -> None:
+        """Finds the parameters that lie behind the last tap."""
+        with torch.enable_grad():
+            _, features = self.student_outputs({"image": image})
+            parameters = [p for p in self.student.parameters() if p.requires_grad]
+            reached = torch.autograd.grad(sum(f.square().sum() for f in features.values()), parameters, allow_unused=True)
+        self._idle = [p for p, g in zip(parameters, reached, strict=True) if g is None]
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher_logits, teacher_features = self.teacher_outputs(batch)
+        logits, features = self.student_outputs(batch)
+        own, other = (list(zip(list(f.values())[:-1], list(f.values())[1:], strict=True)) for f in (features, teacher_features))
+        losses = {}
+        if self.first_stage or not self.first_stage_epochs:
+            losses["fsp"] = self.beta * fsp_loss(own, other, variant=self.variant)
+        # In the first stage with weight 0: DDP waits for a gradient of every parameter.
+        losses["cross_entropy"] = (0.0 if self.first_stage else self.gamma) * self.cross_entropy(logits, batch)
+        if self.alpha and not self.first_stage:
+            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
+        return logits, losses
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.first_stage:
+            for parameter in self._idle:
+                parameter.grad = None  # no step, not even one of weight decay

@@ -1,0 +1,47 @@
+"""Attention maps of features and the attention-transfer loss, in plain PyTorch: the definitions that the fused ops are tested against.
+
+S. Zagoruyko, N. Komodakis. Paying More Attention to Attention. ICLR 2017. https://arxiv.org/abs/1612.03928 (section 3.1)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_pool(
+    x: Tensor,  # [B, C, *spatial]
+    p: float = 2.0,
+    *,
+    reduce: str = "mean",
+    normalize: str | None = None,
+    eps: float = 1e-12,
+) -> Tensor:  # [B, *spatial]
+    """Sum, mean or maximum over the channels of |x|^p; "l2" or "softmax" over space of it. See :func:`kdkernels.attention_pool`."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if reduce == "max":  # the lowest index of a tie takes the gradient
+        x = x.gather(1, x.abs().argmax(1, keepdim=True))
+    if p in (2, 4):
+        powers = x**p
+    else:  # at 0 the value is 0 and so is the gradient, also where p < 1
+        size = x.abs()
+        powers = torch.where(size == 0, size, torch.where(size == 0, torch.ones_like(size), size) ** p)
+    maps = powers.mean(1) if reduce == "mean" else powers.sum(1)
+    if normalize == "l2":
+        return F.normalize(maps.flatten(1), eps=eps).view_as(maps)
+    return maps.flatten(1).softmax(1).view_as(maps) if normalize == "softmax" else maps
+
+
+def attention_transfer_loss(
+    student: Tensor,  # [B, C, *spatial]
+    teacher: Tensor,  # [B, D, *spatial]
+    p: float = 2.0,
+    *,
+    variant: str = "code",
+    reduce: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """Distance of the normalised maps: mean square over samples and places, or mean norm over samples. See :func:`kdkernels.attention_transfer_loss`."""
+    maps = [attention_pool(x, p, reduce=reduce, normalize="l2", eps=eps).flatten(1) for x in (student, teacher)]
+    difference = maps[0] - maps[1]
+    per_sample = difference.square().mean(1) if variant == "code" else torch.linalg.vector_norm(difference, dim=1)
+    return per_sample.sum() / max(len(per_sample), 1)
