@@ -40,7 +40,7 @@ def attention_transfer_loss(
     reduce: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """Distance of the normalised maps: mean square over samples and places, or mean norm over samples. See :func:`kdkernels.attention_transfer_loss`."""
+    """Distance of the normalised maps: mean square, or mean norm of a sample's. See :func:`kdkernels.attention_transfer_loss`."""
     maps = [attention_pool(x, p, reduce=reduce, normalize="l2", eps=eps).flatten(1) for x in (student, teacher)]
     difference = maps[0] - maps[1]
     per_sample = difference.square().mean(1) if variant == "code" else torch.linalg.vector_norm(difference, dim=1)

@@ -3,6 +3,7 @@
 Writes OUT/<variant>.cubin and prints the names of the variants.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdkernels.triton import attention_pool as at
 from kdkernels.triton import temperature_kl as kl
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -84,9 +86,58 @@ def rescale_variant():
     return "rescale", kl._rescale_kernel, signature, {"BLOCK": 4096}, 4
 
 
+def attention_variants():
+    """Every kernel of attention_pool, over the layouts and tiles that its launchers choose."""
+    # name, channels, places, stride of a place
+    layouts = [
+        ("map8", 256, 64, 1),
+        ("map56", 256, 3136, 1),
+        ("map2", 512, 4, 1),
+        ("last8", 64, 64, 64),
+        ("last56", 256, 3136, 256),
+        ("last3", 3, 9, 3),
+    ]
+    forms = [(torch.float32, 2.0, False), (torch.bfloat16, 0.0, False), (torch.float16, 1.5, True), (torch.float64, 0.0, True)]
+    for (i, (layout, channels, places, stride)), (j, (dtype, power, maximum)) in itertools.product(enumerate(layouts), enumerate(forms)):
+        if j and i % 3 != j - 1:
+            continue  # other forms on two layouts each, one of either kind
+        sizes = at.block_sizes(channels, places, stride, dtype == torch.float64)
+        flags = dict(MEAN=True, MAX=maximum, POWER=power, BLOCK_C=sizes["BLOCK_C"], BLOCK_S=sizes["BLOCK_S"])
+        for kernel in (at._pool_kernel, at._scatter_kernel):
+            name = f"{kernel.__name__}_{layout}_{NAMES[dtype]}"
+            yield attention_variant(name, kernel, dtype, flags, sizes["num_warps"], "_place" if stride == 1 else "_channel")
+    for places, dtype in ((64, torch.float32), (3136, torch.float32), (3136, torch.float64)):
+        block, name = at._row_block(places), f"{places}_{NAMES[dtype]}"
+        flags = dict(BLOCK=block["BLOCK"])
+        both = flags | dict(HAS_UPSTREAM=True, WANT_STUDENT=True, WANT_TEACHER=True)
+        for i in range(2):
+            yield attention_variant(f"normalize{i}_{name}", at._normalize_kernel, dtype, flags | dict(SOFTMAX=bool(i)), block["num_warps"])
+            yield attention_variant(f"transfer{i}_{name}", at._transfer_kernel, dtype, both | dict(PAPER=bool(i)), block["num_warps"])
+        yield attention_variant(f"weight1_{name}", at._weight_kernel, dtype, flags | dict(KIND=1), block["num_warps"])
+        yield attention_variant(f"weight2_{name}", at._weight_kernel, dtype, flags | dict(KIND=2), block["num_warps"])
+
+
+def attention_variant(name, kernel, dtype, flags, num_warps, unit_stride=""):
+    """Pointers to features have their dtype, most others that of the computation; strides that end in ``unit_stride`` are 1."""
+    compute = "fp64" if dtype == torch.float64 else "fp32"
+    flags = flags | dict(COMPUTE=getattr(triton.language, "float64" if compute == "fp64" else "float32"))
+    pointer = {"x_ptr": NAMES[dtype], "grad_ptr": NAMES[dtype], "channel_ptr": "i32", "loss_ptr": "fp64", "norm_ptr": "fp64"}
+    signature, constants = {}, {}
+    for argument in kernel.arg_names:
+        if argument in flags:
+            signature[argument], constants[argument] = "constexpr", flags[argument]
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*" + pointer.get(argument, compute)
+        elif unit_stride and argument.endswith(unit_stride):
+            signature[argument], constants[argument] = "constexpr", 1
+        else:
+            signature[argument] = "fp32" if argument.endswith(("_hi", "_lo")) else "i64" if argument.startswith(("x_", "g_")) else "i32"
+    return name, kernel, signature, constants, num_warps
+
+
 def main() -> None:
     target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
-    for name, kernel, signature, constants, num_warps in [*kl_variants(), rescale_variant()]:
+    for name, kernel, signature, constants, num_warps in [*kl_variants(), rescale_variant(), *attention_variants()]:
         attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
         options = kl.compile_options(num_warps, target.backend == "cuda")
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)

@@ -106,11 +106,10 @@ def test_pool(backend, case, p, reduce, normalize):
 
 
 PAIRS = [c for c in FEATURE_CASES if c.edit not in ("inf sample",)]
+TRANSFERS = [(2.0, "code", "mean"), (2.0, "paper", "sum"), (1.5, "code", "max"), (2.7, "paper", "mean")]
 
 
-@pytest.mark.parametrize(
-    ("p", "variant", "reduce"), [(2.0, "code", "mean"), (2.0, "paper", "sum"), (1.5, "code", "max"), (2.7, "paper", "mean")], ids=str
-)
+@pytest.mark.parametrize(("p", "variant", "reduce"), TRANSFERS, ids=str)
 @pytest.mark.parametrize("case", PAIRS, ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transfer_loss(case, p, variant, reduce, backend):

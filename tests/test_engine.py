@@ -283,7 +283,13 @@ def test_gradients_do_not_depend_on_the_split(one_process, tmp_path, batch_size,
 
 def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tmp_path):
     _train(tmp_path / "out", 8, strategy="fsdp")
-    for method in train_processes.METHODS:
+    methods = {path.stem for path in (tmp_path / "out").glob("*.ckpt")}
+    assert methods == set(train_processes.METHODS) - {"GradientAttentionTransfer"}
+    with pytest.raises(ValueError, match="GradientAttentionTransfer differentiates twice, and FSDP"):
+        refused = train_processes.METHODS["GradientAttentionTransfer"]({})
+        refused._device_mesh = object()
+        refused.configure_model()
+    for method in methods:
         expected, _ = _load(one_process, method)
         actual, _ = _load(tmp_path / "out", method)
         for name in expected:

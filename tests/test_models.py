@@ -107,6 +107,8 @@ def test_taps():
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"no layer 'blok1'; did you mean one of \['block1'"):
         FeatureTaps(model, ["blok1"])
+    with pytest.raises(ValueError, match=r"named once each, got \['block1'\] more than once"):
+        FeatureTaps(model, ["block1", "block1"])
 
     class Unused(nn.Module):
         def __init__(self):

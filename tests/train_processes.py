@@ -44,7 +44,7 @@ METHODS = {
     "KD": lambda options: KD(network(4), network(6), **options),
     "AttentionTransfer": lambda options: AttentionTransfer(network(4), network(6), ["2", "4"], ["2", "4"], alpha=0.9, beta=10.0, **options),
     "GradientAttentionTransfer": lambda options: GradientAttentionTransfer(network(4), network(6), **options),
-    "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, **options),
+    "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
 }
 
 
@@ -54,6 +54,8 @@ def main(out: Path, batch_size: int, accumulate: int, strategy: str) -> None:
     for name, make in METHODS.items():
         torch.manual_seed(0)
         method = make({"optimizer": plain_sgd, "scheduler": constant})
+        if strategy == "fsdp" and not method.can_be_sharded:
+            continue
         data = ClutterDigits(train_size=43, val_size=10, test_size=2, batch_size=batch_size, augment=Augment(crop=2, flip=True))
         processes = {"devices": 2, "strategy": "ddp"} if strategy == "ddp" else {"devices": 1}
         if strategy == "fsdp":

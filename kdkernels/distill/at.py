@@ -84,6 +84,8 @@ class GradientAttentionTransfer(Distiller):
         **options: the other arguments of :class:`Distiller`.
     """
 
+    can_be_sharded = False
+
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, beta: float = 1.0, symmetry: bool = False, **options):
         super().__init__(student, teacher, **options)
         if not symmetry and teacher is None:
@@ -104,11 +106,16 @@ class GradientAttentionTransfer(Distiller):
     def check_method(self, image: Tensor) -> None:
         """Differentiates the student twice, once, before training."""
         label = torch.zeros(len(image), dtype=torch.int64, device=image.device)
-        gradient, _ = input_gradient(self.student, image, label, create_graph=True)
         try:
+            gradient, _ = input_gradient(self.student, image, label, create_graph=True)
+            if any(name.endswith(("Error", "NotImplemented")) for name in _operations(gradient)):  # raise only in a backward through them
+                raise RuntimeError("an operation is marked as once differentiable")
             torch.autograd.grad(gradient.square().sum(), list(self.student.parameters()), allow_unused=True)
         except RuntimeError as error:
-            raise RuntimeError(f"{type(self.student).__name__} cannot be differentiated twice: {error}") from error
+            operations = ", ".join(_operations(self.student(image.detach().requires_grad_())))
+            raise RuntimeError(
+                f"{type(self.student).__name__} cannot be differentiated twice: {error}. One of its operations has no double backward: {operations}"
+            ) from error
 
 
 def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,7 @@ def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_g
         J [B, C, *spatial], and the logits.
 
     Raises:
-        RuntimeError: an operation of the network cannot be differentiated twice; it is named.
+        RuntimeError: an operation of the network cannot be differentiated twice.
     """
     with torch.enable_grad():
         image = image.detach().requires_grad_()
@@ -133,10 +140,7 @@ def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_g
         loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, label, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, image, create_graph=create_graph)
         if create_graph and not gradient.requires_grad:
-            raise RuntimeError(
-                f"{type(network).__name__} gives no gradient of its gradient: an operation in it has no double backward, "
-                f"or its loss is linear in the image (operations: {', '.join(_operations(loss))})"
-            )
+            raise RuntimeError(f"{type(network).__name__} gives no gradient of its gradient: an operation in it has no double backward")
     return gradient if create_graph else gradient.detach(), logits
 
 

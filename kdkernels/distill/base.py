@@ -42,6 +42,8 @@ class Distiller(L.LightningModule):
             each step; on a GPU that costs a little.
     """
 
+    can_be_sharded = True
+
     def __init__(
         self,
         student: nn.Module,
@@ -127,6 +129,8 @@ class Distiller(L.LightningModule):
         """Under ModelParallelStrategy: the student's children and the student are sharded (FSDP2)."""
         if self.device_mesh is None:
             return
+        if not self.can_be_sharded:
+            raise ValueError(f"{type(self).__name__} differentiates twice, and FSDP gives up the weights after the first time: use DDP")
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if not isinstance(self.student, FSDPModule):
@@ -178,7 +182,8 @@ class Distiller(L.LightningModule):
             raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
         if teacher is not None:
             self.check_features(student_features, teacher_features)
-        self.check_method(image)
+        with torch.enable_grad():
+            self.check_method(image)
         self._networks_checked, self._classes = True, student.shape[1]
 
     def _network(self, name: str) -> nn.Module:

@@ -132,7 +132,7 @@ class FSP(Distiller):
             raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
         self.first_stage_epochs, self.variant = first_stage_epochs, variant
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
-        self._idle: list[nn.Parameter] = []  # parameters that the first stage does not train
+        self._idle: list[nn.Parameter] | None = None  # parameters that the first stage does not train, once it has begun
 
     @property
     def first_stage(self) -> bool:
@@ -140,14 +140,6 @@ class FSP(Distiller):
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         pair_features(student, teacher, channels=True)
-
-    def check_method(self, image: Tensor) -> None:
-        """Finds the parameters that lie behind the last tap."""
-        with torch.enable_grad():
-            _, features = self.student_outputs({"image": image})
-            parameters = [p for p in self.student.parameters() if p.requires_grad]
-            reached = torch.autograd.grad(sum(f.square().sum() for f in features.values()), parameters, allow_unused=True)
-        self._idle = [p for p, g in zip(parameters, reached, strict=True) if g is None]
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits, teacher_features = self.teacher_outputs(batch)
@@ -163,6 +155,9 @@ class FSP(Distiller):
         return logits, losses
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.first_stage:
-            for parameter in self._idle:
-                parameter.grad = None  # no step, not even one of weight decay
+        if not self.first_stage:
+            return
+        if self._idle is None:  # behind the last tap the cross-entropy of weight 0 has left zeros, and nothing else has left anything
+            self._idle = [p for p in self.student.parameters() if p.grad is not None and not bool(p.grad.any())]
+        for parameter in self._idle:
+            parameter.grad = None  # no step, not even one of weight decay

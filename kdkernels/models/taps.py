@@ -19,13 +19,16 @@ class FeatureTaps:
         names: layer names as in ``module.named_modules()``.
 
     Raises:
-        ValueError: a name that the module does not have; the nearest ones are given.
+        ValueError: a name that the module does not have; the nearest ones are given. A name given twice.
         RuntimeError: when called: a layer did not run, or what it returned was overwritten by a layer that works in place.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]):
         self.module = module
         self.names = list(names)
+        twice = {name for name in self.names if self.names.count(name) > 1}
+        if twice:
+            raise ValueError(f"layers must be named once each, got {sorted(twice)} more than once")
         layers = dict(module.named_modules())
         for name in self.names:
             if name not in layers or name == "":

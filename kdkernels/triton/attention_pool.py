@@ -286,16 +286,16 @@ def _scatter_kernel(
     tl.store(grad_ptr + sample * g_sample + c64 * g_channel + s64 * g_place, g.to(grad_ptr.dtype.element_ty), inside)
 
 
-def block_sizes(channels: int, places: int, place_stride: int) -> dict[str, int]:
-    """BLOCK_C, BLOCK_S and num_warps of a tile of features: long where memory is adjacent, 4096 numbers at most."""
-    most = 4096
+def block_sizes(channels: int, places: int, place_stride: int, double: bool = False) -> dict[str, int]:
+    """BLOCK_C, BLOCK_S and num_warps of a tile of features: long where memory is adjacent, 4096 numbers (1024 doubles) at most."""
+    most = 1024 if double else 4096
     if place_stride == 1:
         block_s = min(256, max(16, triton.next_power_of_2(places)))
         block_c = min(max(1, triton.next_power_of_2(channels)), most // block_s, 32)
     else:
         block_c = min(256, max(16, triton.next_power_of_2(channels)))
         block_s = min(max(1, triton.next_power_of_2(places)), most // block_c, 16)
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": max(1, min(8, block_c * block_s // 512))}
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": max(1, min(8, block_c * block_s // (128 if double else 512)))}
 
 
 def _row_block(places: int) -> dict[str, int]:
@@ -347,7 +347,7 @@ def _pool(x: Tensor, p: float, reduce: str, compute: torch.dtype) -> tuple[Tenso
     x = _readable(x)
     channels, places = x.shape[1], maps[0].numel()
     strides = _strides(x)
-    sizes = block_sizes(channels, places, strides[2])
+    sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with _device_of(x):
         _pool_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]),)](
             x, maps, channel if reduce == "max" else maps, *strides, channels, places, *split(p),
@@ -365,7 +365,7 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: str, 
     out = grad if _strides(grad) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
     channels, places = x.shape[1], weight[0].numel()
     strides = _strides(x)
-    sizes = block_sizes(channels, places, strides[2])
+    sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with _device_of(x):
         _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]), triton.cdiv(channels, sizes["BLOCK_C"]))](
             x, out, weight, channel if reduce == "max" else weight, *strides, *_strides(out), channels, places, *split(p),

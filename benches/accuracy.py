@@ -1,0 +1,93 @@
+"""Test accuracy of each method on the embedded images, over seeds: python benches/accuracy.py [--seeds 3] [--out FILE.json]
+
+The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (FSP: two more for its first stage). The teacher is of width 32; that of
+FSP, which needs as many channels as the student, of width 8 and three times as deep. Finished runs are kept in the file and not repeated.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from kdkernels.data import ClutterDigits
+from kdkernels.distill import FSP, KD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.models import TinyCNN, load_weights
+
+BLOCKS = ["block1", "block2", "block3"]
+# name: (epochs, teacher, method of a student and a teacher)
+METHODS = {
+    "student alone": (6, None, lambda s, t: Supervised(s)),
+    "KD": (6, "wide", lambda s, t: KD(s, t)),
+    "AT": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS)),
+    "AT + KD": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS, gamma=0.1, alpha=0.9)),
+    "gradient AT": (6, "wide", lambda s, t: GradientAttentionTransfer(s, t)),
+    "gradient AT, symmetry": (6, None, lambda s, t: GradientAttentionTransfer(s, symmetry=True)),
+    "FSP, two stages": (8, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, first_stage_epochs=2)),
+    "FSP, one stage": (6, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS)),
+    "KD, deep teacher": (6, "deep", lambda s, t: KD(s, t)),
+}
+TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
+
+
+def train(method, data, epochs: int, seed: int) -> float:
+    L.seed_everything(seed, verbose=False)
+    data.order_seed = seed
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+        )
+        trainer.fit(method.to(memory_format=torch.channels_last), data)
+        (tested,) = trainer.test(method, data, verbose=False)
+    return 100 * tested["test/accuracy"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy.json"))
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    data = ClutterDigits()
+    for seed in range(options.seeds):
+        for name, (epochs, teacher, make) in METHODS.items():
+            if f"{name}/{seed}" in results:
+                continue
+            network = None
+            if teacher is not None:
+                weights = options.out.with_name(f"{teacher}_{seed}.pt")
+                if not weights.exists():
+                    L.seed_everything(seed, verbose=False)
+                    method = Supervised(TEACHERS[teacher]())
+                    results[f"teacher, {teacher}/{seed}"] = train(method, data, 8, seed)
+                    torch.save(method.student.state_dict(), weights)
+                network = load_weights(TEACHERS[teacher](), weights)
+            L.seed_everything(seed, verbose=False)
+            results[f"{name}/{seed}"] = train(make(TinyCNN(8), network), data, epochs, seed)
+            options.out.write_text(json.dumps(results, indent=1))
+            print(f"{name:<24}seed {seed}: {results[f'{name}/{seed}']:.2f}", flush=True)
+    print()
+    for name in dict.fromkeys(key.split("/")[0] for key in results):
+        values = [value for key, value in results.items() if key.split("/")[0] == name]
+        spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        print(f"{name:<24}{statistics.mean(values):6.2f}{spread}")
+
+
+if __name__ == "__main__":
+    main()
