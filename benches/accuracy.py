@@ -1,7 +1,7 @@
 """Test accuracy of each method on the embedded images, over seeds: python benches/accuracy.py [--seeds 3] [--out FILE.json]
 
-The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (FSP: two more for its first stage). The teacher is of width 32; that of
-FSP, which needs as many channels as the student, of width 8 and three times as deep. Finished runs are kept in the file and not repeated.
+The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (FSP: two more for its first stage). The teacher is of width 32;
+that of FSP, which needs as many channels as the student, of width 8 and three times as deep. Finished runs are kept in the file and not repeated.
 """
 
 import argparse
@@ -25,11 +25,12 @@ METHODS = {
     "student alone": (6, None, lambda s, t: Supervised(s)),
     "KD": (6, "wide", lambda s, t: KD(s, t)),
     "AT": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS)),
+    "AT, beta = 100": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS, beta=100.0)),
     "AT + KD": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS, gamma=0.1, alpha=0.9)),
     "gradient AT": (6, "wide", lambda s, t: GradientAttentionTransfer(s, t)),
     "gradient AT, symmetry": (6, None, lambda s, t: GradientAttentionTransfer(s, symmetry=True)),
-    "FSP, two stages": (8, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, first_stage_epochs=2)),
-    "FSP, one stage": (6, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS)),
+    "FSP, two stages": (8, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, first_stage_epochs=2, variant="repdistiller")),
+    "FSP, one stage": (6, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, variant="repdistiller")),
     "KD, deep teacher": (6, "deep", lambda s, t: KD(s, t)),
 }
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}

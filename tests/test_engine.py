@@ -285,9 +285,9 @@ def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tm
     _train(tmp_path / "out", 8, strategy="fsdp")
     methods = {path.stem for path in (tmp_path / "out").glob("*.ckpt")}
     assert methods == set(train_processes.METHODS) - {"GradientAttentionTransfer"}
+    refused = train_processes.METHODS["GradientAttentionTransfer"]({})
+    refused._device_mesh = object()
     with pytest.raises(ValueError, match="GradientAttentionTransfer differentiates twice, and FSDP"):
-        refused = train_processes.METHODS["GradientAttentionTransfer"]({})
-        refused._device_mesh = object()
         refused.configure_model()
     for method in methods:
         expected, _ = _load(one_process, method)
