@@ -58,7 +58,7 @@ def bench_attention_pool(name, shape, p, dtype, last, options, seconds, report):
 
 
 def gate(fused, eager, inputs, p) -> float:
-    """No speed without a right answer: loss and gradient against float64 on the first samples of the very inputs. Returns the loss's relative error."""
+    """No speed without a right answer: loss and gradient against float64 on the first samples of the inputs. Returns the relative error."""
     few = [x.detach()[:2].clone() for x in inputs]
     exact = [x.double() for x in few]
     few[0].requires_grad_()

@@ -24,8 +24,9 @@ Forward + backward through the public function, as a training step calls it: Pyt
 run in one process, interleaved round by round in random order; a ratio is the median over the rounds of the contender's time over the fused
 op's, so 2 means that the contender takes twice as long. The copy limit is the time to move the bytes that must move (temperature_kl: both
 logits read, the gradient written; attention_transfer_loss: the student's features read twice, the teacher's once, the gradient written;
-attention_pool: features read twice, the gradient written) at the rate of `Tensor.copy_` on tensors of the same size, measured in the same run; where they fit the caches, so does the
-copy, and where a second reading finds them in a cache, more than 100 % is possible. The error is that of the loss relative to float64, on the benched inputs.
+attention_pool: features read twice, the gradient written) at the rate of `Tensor.copy_` on tensors of the same size, measured in the same
+run; where they fit the caches, so does the copy, and where a second reading finds them in a cache, more than 100 % is possible. The error
+is that of the loss relative to float64, on the benched inputs.
 """
 
 
