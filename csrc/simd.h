@@ -294,10 +294,16 @@ KDKERNELS_INLINE Vec<T> pow(Vec<T> u, T p) {
   Vec<T> poly = splat<T>(T(1.0 / (2 * terms + 1)));
   for (int k = terms - 1; k >= 1; --k) poly = poly * z2 + T(1.0 / (2 * k + 1));
   const Vec<T> log_m = T(2) * z + T(2) * z * z2 * poly;  // natural, |log_m| <= ln2 / 2
-  const Vec<T> whole_power = n * p;
-  const Vec<T> whole = (whole_power + C::round_magic) - C::round_magic;
-  const Vec<T> rest = (whole_power - whole) * C::ln2 + log_m * p;  // the fused products keep what n * p lost
-  const Vec<T> limit = splat<T>(T(2 * C::exponent_bias - 2));      // past either end of the range, and half of it a power that exists
+  // p in two parts, of which n times the first is exact.
+  Int p_bits;
+  std::memcpy(&p_bits, &p, sizeof p);
+  p_bits &= ~((Int(1) << (bits / 2)) - 1);
+  T p_high;
+  std::memcpy(&p_high, &p_bits, sizeof p);
+  const Vec<T> most = n * p_high;
+  const Vec<T> whole = (most + C::round_magic) - C::round_magic;
+  const Vec<T> rest = ((most - whole) + n * (p - p_high)) * C::ln2 + log_m * p;
+  const Vec<T> limit = splat<T>(T(2 * C::exponent_bias - 2));  // past either end of the range, and half of it a power that exists
   const Vec<T> capped = whole > limit ? limit : whole < -limit ? -limit : whole;
   // 2^capped in two halves, so that a result near the ends of the range is reached from within it.
   const Vec<T> half = (capped * T(0.5) + C::round_magic) - C::round_magic;

@@ -4,6 +4,8 @@ Writes OUT/<variant>.cubin and prints the names of the variants.
 """
 
 import itertools
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -135,15 +137,31 @@ def attention_variant(name, kernel, dtype, flags, num_warps, unit_stride=""):
     return name, kernel, signature, constants, num_warps
 
 
-def main() -> None:
-    target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
-    for name, kernel, signature, constants, num_warps in [*kl_variants(), rescale_variant(), *attention_variants()]:
+def compile_part(part: int, parts: int, target: GPUTarget, out: Path) -> None:
+    for name, kernel, signature, constants, num_warps in variants()[part::parts]:
         attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
         options = kl.compile_options(num_warps, target.backend == "cuda")
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
         if "cubin" in compiled.asm:
             (out / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
-        print(name)
+
+
+def variants() -> list:
+    return [*kl_variants(), rescale_variant(), *attention_variants()]
+
+
+def main() -> None:
+    target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
+    parts = min(4, os.cpu_count() or 1)
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=compile_part, args=(part, parts, target, out)) for part in range(parts)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit("a variant did not compile")
+    print(*[name for name, *_ in variants()], sep="\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from kdkernels.data import Digits
 from kdkernels.distill import Supervised
 from kdkernels.engine import AtomicCheckpointIO
 from kdkernels.export import export
-from kdkernels.models import TinyCNN, from_checkpoint
+from kdkernels.models import FeatureTaps, TinyCNN, from_checkpoint
 from kdkernels.models.weights import describe
 
 ROOT = Path(__file__).parent.parent
@@ -242,3 +242,43 @@ def test_a_network_of_the_users_own(tmp_path, monkeypatch):
     network = from_checkpoint("runs/teacher/last.ckpt")
     assert isinstance(network, nn.Sequential)
     assert network[1].out_features == 6
+
+
+# Pictures.
+
+
+def test_plot_attention(there, capsys):
+    """A method with a teacher, and a run without one; files are whole or not there."""
+    at = ["fit", "--config", str(ROOT / "configs/at_clutter_digits.yaml"), *SMALL, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main([*at, "--model.teacher.path=runs/teacher/best.ckpt"]) == 0
+    assert main(["plot", "attention", "--ckpt", "runs/at/best.ckpt", "--out", "pictures/a.png", "--images", "3"]) == 0
+    assert main(["plot", "attention", "--ckpt", "runs/teacher/best.ckpt", "--out", "pictures/t.svg", "--layers", "[block2,block1.0]"]) == 0
+    assert {p.name for p in Path("pictures").iterdir()} == {"a.png", "t.svg"}
+    assert Path("pictures/a.png").read_bytes().startswith(b"\x89PNG")
+    text = Path("pictures/t.svg").read_text()
+    assert "</svg>" in text
+    capsys.readouterr()
+    for more, message in {
+        "--out=a.gif": "out must end in .png, .svg or .pdf, got 'a.gif'",
+        "--layers=[blok1]": "no layer 'blok1'; did you mean",
+        "--layers=[block1]": "must pair up",
+        "--images=0": "images must be at least 1",
+    }.items():
+        assert main(["plot", "attention", "--ckpt", "runs/at/best.ckpt", more]) == 1
+        assert message in capsys.readouterr().err
+    assert not list(there.glob("attention*"))
+
+
+def test_plot_shows_the_maps_of_the_networks(there):
+    """What is drawn is attention_pool of the trained student, at the layers asked for."""
+    from kdkernels import attention_pool, plot
+
+    method, data = plot.restore("runs/teacher/best.ckpt")
+    raw, batch = plot._batch(data, 2)
+    with torch.no_grad():
+        found = {"student": FeatureTaps(method.student.eval(), ["block1"])(batch["image"])}
+    figure = plot._draw(raw, batch, found, 2.0, data)
+    drawn = torch.from_numpy(figure.axes[1].images[1].get_array().data)
+    expected = attention_pool(found["student"][1]["block1"], 2.0)[0]
+    torch.testing.assert_close(drawn[::2, ::2], expected / expected.max())
+    assert "block1" in figure.axes[1].get_title()
