@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // numbers below which a second thread costs more than it brings
 
-// Calls body(pointer-typed zero) with the type that features are stored in.
+// Calls body with a null pointer of the type that features are stored in.
 template <typename T, typename Body>
 void with_storage(at::ScalarType stored, Body&& body) {
   if constexpr (std::is_same_v<T, float>) {
@@ -54,8 +54,8 @@ class Net {
     written_ = gradient_;
     g = view(written_);
     if (!f.x.is_same(original_) || !g.x.is_same(written_) || g.channels_adjacent != f.channels_adjacent) {
-      written_ = at::empty(f.x.sizes(), f.x.options());
-      if (f.channels_adjacent) written_ = at::empty({f.batch, f.places, f.channels}, f.x.options()).transpose(1, 2).view(f.x.sizes());
+      written_ = f.channels_adjacent ? at::empty({f.batch, f.places, f.channels}, f.x.options()).transpose(1, 2).view(f.x.sizes())
+                                     : at::empty(f.x.sizes(), f.x.options());
       g = view(written_);
     }
     const int64_t row = f.channels_adjacent ? f.channels : f.places;

@@ -148,6 +148,26 @@ def test_gradient_at_trains(data, tmp_path, symmetry):
     assert _fit(method, data, tmp_path).callback_metrics["train/gradient"] > 0
 
 
+def test_the_look_before_training_leaves_no_trace(data, tmp_path):
+    """Statistics of batch norm, modes and gradients are as they were; random numbers too."""
+    student = TinyCNN(2)
+    student.block1[1].eval()  # frozen by its owner
+    before = copy.deepcopy(student.state_dict())
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 0:
+                seen.append((copy.deepcopy(student.state_dict()), student.block1[1].training, student.block2[1].training))
+                seen.append([p.grad for p in student.parameters()])
+
+    _fit(GradientAttentionTransfer(student, TinyCNN(3)), data, tmp_path, callbacks=[Look()], num_sanity_val_steps=0)
+    (state, frozen, other), gradients = seen
+    assert all(torch.equal(v, before[k]) for k, v in state.items())
+    assert (frozen, other) == (False, True)
+    assert gradients == [None] * len(gradients)
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -164,12 +164,20 @@ class Distiller(L.LightningModule):
     def _check_networks(self, image: Tensor, classes: int | None) -> None:
         """One look before any work at what student and teacher give for two images."""
         training = [module for module in self.student.modules() if module.training]
-        self.student.eval()
-        with self.trainer.precision_plugin.forward_context():
-            student, student_features = self.student_taps(image)
-            teacher, teacher_features = self.teacher_taps(image) if self.teacher is not None else (None, {})
-        for module in training:
-            module.training = True
+        self.student.eval()  # statistics of batch norm stay as they are
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                self._compare_networks(image, classes)
+                with torch.enable_grad():
+                    self.check_method(image)
+        finally:
+            for module in training:
+                module.training = True
+        self._networks_checked = True
+
+    def _compare_networks(self, image: Tensor, classes: int | None) -> None:
+        student, student_features = self.student_taps(image)
+        teacher, teacher_features = self.teacher_taps(image) if self.teacher is not None else (None, {})
         for name, logits in {"student": student, "teacher": teacher}.items():
             if logits is None:
                 continue
@@ -182,9 +190,7 @@ class Distiller(L.LightningModule):
             raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
         if teacher is not None:
             self.check_features(student_features, teacher_features)
-        with torch.enable_grad():
-            self.check_method(image)
-        self._networks_checked, self._classes = True, student.shape[1]
+        self._classes = student.shape[1]
 
     def _network(self, name: str) -> nn.Module:
         return self.student if name == "student" else self.teacher
