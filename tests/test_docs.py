@@ -1,7 +1,9 @@
 """The documents that are recipes, run as they stand."""
 
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +37,13 @@ def test_own_model(tmp_path):
             (tmp_path / name).write_text(text)
     assert ran == 8
     assert {p.name for p in tmp_path.glob("student.*")} == {"student.onnx", "student.pt2", "student.safetensors"}
+
+
+def test_the_table_of_accuracies_is_what_the_results_say():
+    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/accuracy.json").read_text())
+    rows = re.findall(r"^\| ([^|`]+) \| ([\d.]+) ± ([\d.]+) \|$", (ROOT / "docs/training.md").read_text(), flags=re.MULTILINE)
+    assert {name for name, *_ in rows} == {key.split("/")[0] for key in results}
+    for name, mean, spread in rows:
+        values = [value for key, value in results.items() if key.split("/")[0] == name]
+        assert len(values) == 3
+        assert (f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}") == (mean, spread)
