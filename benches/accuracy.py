@@ -78,6 +78,7 @@ def main() -> None:
                     method = Supervised(TEACHERS[teacher]())
                     results[f"teacher, {teacher}/{seed}"] = train(method, data, 8, seed)
                     torch.save(method.student.state_dict(), weights)
+                    options.out.write_text(json.dumps(results, indent=1))
                 network = load_weights(TEACHERS[teacher](), weights)
             L.seed_everything(seed, verbose=False)
             results[f"{name}/{seed}"] = train(make(TinyCNN(8), network), data, epochs, seed)
