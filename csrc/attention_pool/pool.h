@@ -27,6 +27,13 @@ KDKERNELS_INLINE Vec<T> load_some(const Storage* p, int64_t count) {
   return v;
 }
 
+// How many of the first rows of `places` numbers can be read as whole vectors without leaving the sample.
+template <typename T>
+int64_t rows_of_whole_vectors(int64_t channels, int64_t stride, int64_t places) {
+  const int64_t room = (channels - 1) * stride + places - simd::kLanes<T>;
+  return room < 0 || stride == 0 ? 0 : std::min(channels, room / stride + 1);
+}
+
 // Places [0, V * lanes) but for the last vector, which starts at `last`.
 template <int V, typename T, typename Storage, typename Power>
 void sum_columns(const Storage* x, int64_t channels, int64_t stride, int64_t last, const Power& power, T* out) {
@@ -56,9 +63,11 @@ void add_rows(const Storage* x, int64_t stride, int64_t whole, bool first, const
 template <typename T, typename Storage, typename Power>
 void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, const Power& power, T* out) {
   constexpr int64_t lanes = simd::kLanes<T>, most = 8, rows = 8;
-  if (places < lanes) {
+  if (places < lanes) {  // what a vector holds of the next channels does no harm; the last ones end with the features
+    const int64_t whole = rows_of_whole_vectors<T>(channels, stride, places);
     Vec<T> total{};
-    for (int64_t c = 0; c < channels; ++c) total += power.value(load_some<T>(x + c * stride, places));
+    for (int64_t c = 0; c < whole; ++c) total += power.value(load<T>(x + c * stride));
+    for (int64_t c = whole; c < channels; ++c) total += power.value(load_some<T>(x + c * stride, places));
     std::memcpy(out, &total, places * sizeof(T));
     return;
   }

@@ -38,6 +38,14 @@ void scatter_sum(const Features& f, const Storage* x, const Features& g, const P
       const Vec<T> w = simd::splat<T>(weight[s]);
       scale_row<T, streamed>(x + s * f.stride, f.channels, power, [&](int64_t, int64_t) { return w; }, out + s * g.stride);
     }
+  } else if (f.places < simd::kLanes<T> && g.stride == g.places) {
+    // Whole vectors from the first channel to the last: what one writes past its row the next one writes anew.
+    const int64_t whole =
+        std::min(rows_of_whole_vectors<T>(f.channels, f.stride, f.places), rows_of_whole_vectors<T>(g.channels, g.stride, g.places));
+    const Vec<T> w = load_some<T>(weight, f.places);
+    for (int64_t c = 0; c < whole; ++c) put<T, false>(out + c * g.stride, power.slope(load<T>(x + c * f.stride)) * w);
+    for (int64_t c = whole; c < f.channels; ++c)
+      put_some<T>(out + c * g.stride, power.slope(load_some<T>(x + c * f.stride, f.places)) * w, f.places);
   } else {
     auto at = [&](int64_t s, int64_t count) {
       return count == simd::kLanes<T> ? simd::load<T>(weight + s) : load_some<T>(weight + s, count);
