@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..reference import attention_pool as pool_reference
 from ..reference import attention_transfer_loss as loss_reference
+from .functorch import takes_the_reference
 
 _REDUCES = ("mean", "sum", "max")
 _NORMALIZES = (None, "l2", "softmax")
@@ -60,7 +61,7 @@ def attention_pool(
     _check_options(p, reduce, eps)
     if normalize not in _NORMALIZES:
         raise ValueError(f"normalize must be one of {_NORMALIZES}, got {normalize!r}")
-    if _under_functorch():
+    if takes_the_reference():
         return pool_reference(x, p, reduce=reduce, normalize=normalize, eps=eps)
     return _pool_op(x, p, reduce, normalize or "", eps)[0]
 
@@ -122,7 +123,7 @@ def attention_transfer_loss(
     if student.shape[2:] != teacher.shape[2:]:
         extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = average_to(student, extents), average_to(teacher, extents)
-    if _under_functorch():
+    if takes_the_reference():
         return loss_reference(student, teacher, p, variant=variant, reduce=reduce, eps=eps)
     return _loss_op(student, teacher, p, variant, reduce, eps, False)[0]
 
@@ -153,14 +154,6 @@ def _check_options(p, reduce, eps) -> None:
         raise ValueError(f"eps must be a finite number > 0, got {eps}")
     if reduce not in _REDUCES:
         raise ValueError(f"reduce must be one of {_REDUCES}, got {reduce!r}")
-
-
-def _under_functorch() -> bool:
-    """vmap has its rules below; torch.func.grad and the like see no derivative that is registered in C++ and take the reference."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap
 
 
 def _map_dtype(*features: Tensor) -> torch.dtype:
@@ -252,7 +245,7 @@ def _(info, in_dims, x, p, reduce, normalize, eps):
     """The examples are more samples of one batch."""
     x = x.movedim(in_dims[0], 0)
     flat = x.flatten(0, 1)
-    if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see _under_functorch
+    if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see takes_the_reference
         maps = pool_reference(flat, p, reduce=reduce, normalize=normalize or None, eps=eps)
         return (maps.unflatten(0, x.shape[:2]), x.new_empty(info.batch_size, 0), x.new_empty(info.batch_size, 0)), (0, 0, 0)
     outputs = _pool_op(flat, p, reduce, normalize, eps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import temperature_kl as reference
+from .functorch import takes_the_reference
 
 _DIRECTIONS = ("forward", "reverse", "jsd")
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -95,15 +96,9 @@ def temperature_kl(
 
 
 def _dispatch(student, teacher, temperature, row_temperature, mask, normalizer, *options):
-    if torch._C._are_functorch_transforms_active() and not _innermost_is_vmap():
+    if takes_the_reference():
         return _reference(student, teacher, temperature, row_temperature, mask, normalizer, *options), None
     return _forward_op(student, teacher, temperature, row_temperature, mask, normalizer, *options, False)
-
-
-def _innermost_is_vmap() -> bool:
-    """vmap has its rule below; torch.func.grad and the like see no derivative that is registered in C++ and take the reference."""
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Vmap
 
 
 def _reference(

@@ -7,13 +7,12 @@ normalisation makes of its maps [places], down to the weight of each place in th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import device_of
 from .math import join, split
 
 _SHORT_POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -303,11 +302,6 @@ def _row_block(places: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x. In the interpreter there is none."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
     """Strides of sample, channel and place, if the places lie at one step."""
     step, following = None, None
@@ -348,7 +342,7 @@ def _pool(x: Tensor, p: float, reduce: str, compute: torch.dtype) -> tuple[Tenso
     channels, places = x.shape[1], maps[0].numel()
     strides = _strides(x)
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
-    with _device_of(x):
+    with device_of(x):
         _pool_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]),)](
             x, maps, channel if reduce == "max" else maps, *strides, channels, places, *split(p),
             MEAN=reduce == "mean", MAX=reduce == "max", POWER=_power(p), COMPUTE=_tl(compute), **sizes,
@@ -366,7 +360,7 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: str, 
     channels, places = x.shape[1], weight[0].numel()
     strides = _strides(x)
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
-    with _device_of(x):
+    with device_of(x):
         _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]), triton.cdiv(channels, sizes["BLOCK_C"]))](
             x, out, weight, channel if reduce == "max" else weight, *strides, *_strides(out), channels, places, *split(p),
             MAX=reduce == "max", POWER=_power(p), COMPUTE=_tl(compute), **sizes,
@@ -385,7 +379,7 @@ def attention_pool(x: Tensor, p: float, reduce: str, normalize: str, eps: float)
     norm = torch.empty(x.shape[0] if normalize == "l2" else 0, dtype=torch.float64, device=x.device)
     if normalize and maps.numel():
         places = maps[0].numel()
-        with _device_of(x):
+        with device_of(x):
             _normalize_kernel[(x.shape[0],)](
                 maps, norm, places, *split(eps), SOFTMAX=normalize == "softmax", COMPUTE=_tl(compute), **_row_block(places)
             )
@@ -400,7 +394,7 @@ def attention_pool_backward(
         return torch.empty_like(x)
     compute = _compute(x)
     weight, places = torch.empty_like(maps), maps[0].numel()
-    with _device_of(x):
+    with device_of(x):
         _weight_kernel[(x.shape[0],)](
             maps, grad.contiguous(), weight, norm if normalize == "l2" else maps, *split(_factor(x, p, reduce)), *split(eps), places,
             KIND={"": 0, "l2": 1, "softmax": 2}[normalize], COMPUTE=_tl(compute), **_row_block(places),
@@ -419,7 +413,7 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted) -> tu
     weights = [torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True)]
     numbers = (*split(eps), *split(_factor(student, p, reduce)), *split(_factor(teacher, p, reduce)))
     places = s_map[0].numel()
-    with _device_of(student):
+    with device_of(student):
         _transfer_kernel[(batch,)](
             s_map, t_map, losses, *(s_map if w is None else w for w in weights), s_map if upstream is None else upstream, *numbers, batch, places,
             PAPER=variant == "paper", HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],

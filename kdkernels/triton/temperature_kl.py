@@ -6,13 +6,12 @@ block by block, and once more for the gradients. A row that fits one block is re
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import device_of
 from .math import centred_kl, exp_falling, exp_parts, log, log1p
 
 _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
@@ -395,7 +394,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
     ]
     sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
     sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
-    with _device_of(student):
+    with device_of(student):
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             student, teacher, *(student if p is None else p for p in pointers), float(temperature), float(weight), rows, classes, inner,
             *(s for operand in strides for s in operand),
@@ -406,11 +405,6 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
             WANT_TEMPERATURE=to_temperature is not None, COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
         )  # fmt: skip
     return result
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x. In the interpreter there is none."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _row_weight(reduction, classes, rows, mask, normalizer) -> tuple[float, Tensor | None]:
@@ -465,5 +459,5 @@ def temperature_kl_rescale_(grad: Tensor, grad_loss: Tensor, dim: int) -> None:
     elif not torch._prims_common.is_non_overlapping_and_dense(grad):
         grad.mul_(grad_loss)
     elif grad.numel():
-        with _device_of(grad):
+        with device_of(grad):
             _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096)
