@@ -1,0 +1,131 @@
+// Several matrices side by side: lane l of every vector belongs to matrix l of a group. What is written as if for one scalar matrix then
+// runs for as many as a vector holds, with nothing to pad and no sums across lanes. This file has the ways in and out of that layout.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+
+#include "../simd.h"
+
+namespace kdkernels::truncated_svd {
+
+using simd::kLanes;
+using simd::Mask;
+using simd::Vec;
+
+// Uninitialised numbers, aligned for vectors.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count = 0)
+      : data_(static_cast<T*>(count > 0 ? std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64) : nullptr), &std::free) {
+    if (count > 0 && !data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<T, decltype(&std::free)> data_;
+};
+
+template <typename T>
+constexpr int64_t padded(int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <typename T>
+KDKERNELS_INLINE Vec<T> abs(Vec<T> v) {
+  using Int = typename simd::IntOf<T>::type;
+  return (Vec<T>)((Mask<T>)v & std::numeric_limits<Int>::max());
+}
+
+// One step of a transposition: lanes whose number has the bit `Step` change places with those of the partner that have not.
+template <typename T, int Step, size_t... I>
+KDKERNELS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (int(I) & Step ? lanes + int(I) - Step : int(I))...);
+  const Vec<T> high = __builtin_shufflevector(a, b, (int(I) & Step ? lanes + int(I) : int(I) + Step)...);
+  a = low;
+  b = high;
+}
+
+template <typename T, int Step>
+KDKERNELS_INLINE void transpose_step(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i & Step)) exchange<T, Step>(v[i], v[i | Step], std::make_index_sequence<kLanes<T>>{});
+  if constexpr (Step > 1) transpose_step<T, Step / 2>(v);
+}
+
+// kLanes vectors as the rows of a square, transposed.
+template <typename T>
+KDKERNELS_INLINE void transpose(Vec<T>* v) {
+  transpose_step<T, kLanes<T> / 2>(v);
+}
+
+template <typename T, int Step>
+KDKERNELS_INLINE void fold(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Step; ++i) {
+    exchange<T, Step>(v[i], v[i + Step], std::make_index_sequence<kLanes<T>>{});
+    v[i] += v[i + Step];
+  }
+  if constexpr (Step > 1) fold<T, Step / 2>(v);
+}
+
+// out[i] = the sum over the lanes of v[i], for N vectors; `out` is written in whole vectors.
+template <typename T, int N>
+KDKERNELS_INLINE void sums(const Vec<T>* v, T* out) {
+#pragma GCC unroll 4
+  for (int first = 0; first < N; first += kLanes<T>) {
+    Vec<T> some[kLanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) some[i] = first + i < N ? v[first + i] : Vec<T>{};
+    fold<T, kLanes<T> / 2>(some);
+    simd::store<T>(out + first, some[0]);
+  }
+}
+
+// Row by row of a lower triangle: the matrices of a group, [lanes][p][stride], into lanes, packed: element (i, j <= i) at i (i + 1) / 2 +
+// j. Each is scaled by its lane of `scale`.
+template <typename T>
+void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T> scale, Vec<T>* packed) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < p; ++i) {
+    for (int64_t j = 0; j <= i; j += lanes) {
+      Vec<T> block[lanes];
+      for (int l = 0; l < lanes; ++l) block[l] = simd::load<T>(matrices + (l * p + i) * stride + j);
+      transpose<T>(block);
+      const int64_t count = std::min<int64_t>(lanes, i + 1 - j);
+      for (int64_t c = 0; c < count; ++c) packed[j + c] = block[c] * scale;
+    }
+    packed += i + 1;
+  }
+}
+
+// Vectors of `count` numbers: [count] in lanes to [lanes][stride].
+template <typename T>
+void separate(const Vec<T>* in, int64_t count, T* out, int64_t stride) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < count; i += lanes) {
+    Vec<T> block[lanes];
+    for (int l = 0; l < lanes; ++l) block[l] = i + l < count ? in[i + l] : Vec<T>{};
+    transpose<T>(block);
+    for (int l = 0; l < lanes; ++l) simd::store<T>(out + l * stride + i, block[l]);
+  }
+}
+
+// And back.
+template <typename T>
+void interleave(const T* in, int64_t stride, int64_t count, Vec<T>* out) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < count; i += lanes) {
+    Vec<T> block[lanes];
+    for (int l = 0; l < lanes; ++l) block[l] = simd::load<T>(in + l * stride + i);
+    transpose<T>(block);
+    for (int l = 0; l < lanes && i + l < count; ++l) out[i + l] = block[l];
+  }
+}
+
+}  // namespace kdkernels::truncated_svd

@@ -1,0 +1,141 @@
+// A batch of matrices with any strides, seen with the small side first: M is p x q with p <= q, and stands for x (wide: M >= N fails) or
+// its transpose (tall). M = sum_j sigma_j a_j b_j^T; the singular vectors "a" live on the small side, "b" on the large one.
+//
+// Kernels read M in blocks of columns. A block is rows of contiguous numbers of the type they compute in: the p rows of M over some
+// columns where numbers of a row are adjacent in memory ("along q"), else those columns, each of p numbers ("along p").
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "../convert.h"
+#include "lanes.h"
+
+namespace kdkernels::truncated_svd {
+
+template <typename T>
+struct Block {
+  const T* data;
+  int64_t stride;  // from row to row
+  int64_t rows;
+  int64_t length;  // of a row; what a row holds from there to a whole vector is 0, or does not matter (along p)
+};
+
+class Matrices {
+ public:
+  explicit Matrices(const at::Tensor& x) : x_(x) {
+    const int64_t m = x.size(-2), n = x.size(-1);
+    tall = m >= n;
+    p = std::min(m, n);
+    q = std::max(m, n);
+    stride_p = x.stride(tall ? -1 : -2);
+    stride_q = x.stride(tall ? -2 : -1);
+    along_p = stride_p == 1 && stride_q != 1;
+    for (int64_t d = 0; d + 2 < x.dim(); ++d) batch *= x.size(d);
+  }
+
+  int64_t offset(int64_t b) const {
+    int64_t result = 0;
+    for (int64_t d = x_.dim() - 3; d >= 0; --d) {
+      result += b % x_.size(d) * x_.stride(d);
+      b /= x_.size(d);
+    }
+    return result;
+  }
+
+  // Matrix b as a tensor of its own.
+  at::Tensor one(int64_t b) const {
+    return x_.as_strided({x_.size(-2), x_.size(-1)}, {x_.stride(-2), x_.stride(-1)}, x_.storage_offset() + offset(b));
+  }
+
+  const at::Tensor& tensor() const { return x_; }
+  int64_t row_length(int64_t columns) const { return along_p ? p : columns; }
+  int64_t block_rows(int64_t columns) const { return along_p ? columns : p; }
+
+  int64_t p, q, stride_p, stride_q, batch = 1;
+  bool tall, along_p;
+
+ private:
+  at::Tensor x_;
+};
+
+// Calls body with a null pointer of the type that x is stored in.
+template <typename T, typename Body>
+void with_storage(at::ScalarType stored, Body&& body) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
+    if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
+  }
+  body(static_cast<T*>(nullptr));
+}
+
+// Reads blocks of one matrix after another; owns the memory that a block is copied to where it cannot be read in place.
+template <typename T>
+class Reader {
+ public:
+  Reader(const Matrices& m, int64_t columns) : m_(m), columns_(std::min(columns, padded<T>(m.q))) {
+    // Rows a power of two apart fall into the same few places of a cache: one vector more sets them apart.
+    stride_ = padded<T>(m.row_length(columns_)) + (m.along_p ? 0 : kLanes<T>);
+    copy_ = Buffer<T>(m.block_rows(columns_) * stride_ + kLanes<T>);
+  }
+
+  int64_t columns() const { return columns_; }
+
+  // Columns [first, first + columns()) of matrix b, as far as there are any, times `scale`.
+  Block<T> read(int64_t b, int64_t first, T scale = 1) {
+    const int64_t count = std::min(columns_, m_.q - first);
+    const int64_t offset = m_.offset(b) + first * m_.stride_q;
+    Block<T> block{copy_.get(), stride_, m_.block_rows(count), m_.row_length(count)};
+    with_storage<T>(m_.tensor().scalar_type(), [&](auto* type) {
+      using Storage = std::remove_pointer_t<decltype(type)>;
+      const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
+      const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
+      if constexpr (std::is_same_v<Storage, T>) {
+        const bool whole = column == 1 && block.length % kLanes<T> == 0 && row % kLanes<T> == 0;
+        const bool few = m_.along_p || block.rows <= 16 || row % 256 != 0;
+        if (whole && few && scale == T(1) && reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0) {
+          block.data = from;
+          block.stride = row;
+          return;
+        }
+      }
+      const int64_t end = padded<T>(block.length);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        T* to = copy_.get() + r * stride_;
+        const Storage* source = from + r * row;
+        if (column == 1)
+          convert(source, to, block.length);
+        else
+          for (int64_t c = 0; c < block.length; ++c) to[c] = static_cast<T>(source[c * column]);
+        for (int64_t c = block.length; c < end; ++c) to[c] = 0;
+        if (scale != T(1))
+          for (int64_t c = 0; c < block.length; ++c) to[c] *= scale;
+      }
+    });
+    return block;
+  }
+
+  // The largest magnitude of matrix b; NaN if a number of it is not finite.
+  T largest(int64_t b) {
+    T result = 0;
+    bool finite = true;
+    for (int64_t first = 0; first < m_.q; first += columns_) {
+      const Block<T> block = read(b, first);
+      for (int64_t r = 0; r < block.rows; ++r)
+        for (int64_t c = 0; c < block.length; ++c) {
+          const T value = std::abs(block.data[r * block.stride + c]);
+          finite &= value <= std::numeric_limits<T>::max();
+          result = std::max(result, value);
+        }
+    }
+    return finite ? result : std::numeric_limits<T>::quiet_NaN();
+  }
+
+ private:
+  const Matrices& m_;
+  int64_t columns_, stride_;
+  Buffer<T> copy_;
+};
+
+}  // namespace kdkernels::truncated_svd

@@ -1,0 +1,147 @@
+// Products of a block with a few vectors, and the outer products that make a gradient: each reads or writes the block once.
+#pragma once
+
+#include "matrices.h"
+
+namespace kdkernels::truncated_svd {
+
+// out[j][s] (+)= sum over the rows r of coefficient[j][r] * block[r][s], for J vectors. Whole vectors of `out` are written.
+template <typename T, int J, int C>
+KDKERNELS_INLINE void combine_columns(const Block<T>& block, int64_t s, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
+                                      int64_t out_stride) {
+  Vec<T> acc[J * C] = {};
+  const T* row = block.data + s;
+  for (int64_t r = 0; r < block.rows; ++r, row += block.stride) {
+    Vec<T> numbers[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) numbers[c] = simd::load<T>(row + c * kLanes<T>);
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      const Vec<T> factor = simd::splat<T>(coefficient[j * coefficient_stride + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[j * C + c] += factor * numbers[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      T* to = out + j * out_stride + s + c * kLanes<T>;
+      simd::store<T>(to, add ? simd::load<T>(to) + acc[j * C + c] : acc[j * C + c]);
+    }
+}
+
+template <typename T, int J>
+void combine_some(const Block<T>& block, const T* coefficient, int64_t coefficient_stride, bool add, T* out, int64_t out_stride) {
+  constexpr int C = sizeof(Vec<T>) == 64 ? (J <= 4 ? 4 : 2) : 2;
+  int64_t s = 0;
+  for (; s + (C - 1) * kLanes<T> < block.length; s += C * kLanes<T>)
+    combine_columns<T, J, C>(block, s, coefficient, coefficient_stride, add, out, out_stride);
+  for (; s < block.length; s += kLanes<T>) combine_columns<T, J, 1>(block, s, coefficient, coefficient_stride, add, out, out_stride);
+}
+
+template <typename T>
+void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
+                  int64_t out_stride) {
+  constexpr int most = sizeof(Vec<T>) == 64 ? 8 : 4;
+  int64_t j = 0;
+  auto some = [&](auto count) {
+    for (; j + count() <= k; j += count())
+      combine_some<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride, out_stride);
+  };
+  some(std::integral_constant<int, most>{});
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 2>{});
+  some(std::integral_constant<int, 1>{});
+}
+
+// out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors.
+template <typename T, int R, int J>
+KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, const T* vectors, int64_t vector_stride, bool add, T* out,
+                                int64_t out_stride) {
+  Vec<T> acc[R * J] = {};
+  for (int64_t s = 0; s < length; s += kLanes<T>) {
+    Vec<T> other[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) other[j] = simd::load<T>(vectors + j * vector_stride + s);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> row = simd::load<T>(rows + r * stride + s);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) acc[r * J + j] += row * other[j];
+    }
+  }
+  T total[padded<T>(R * J)];
+  sums<T, R * J>(acc, total);
+  for (int j = 0; j < J; ++j)
+    for (int r = 0; r < R; ++r) out[j * out_stride + r] = (add ? out[j * out_stride + r] : T(0)) + total[r * J + j];
+}
+
+// The vectors must be 0 from block.length to the end of their last whole vector.
+template <typename T>
+void dot_rows_with(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out, int64_t out_stride) {
+  auto some = [&](int64_t first, auto count) {
+    int64_t r = 0;
+    auto rows = [&](auto tile) {
+      for (; r + tile() <= block.rows; r += tile())
+        dots_tile<T, tile(), count()>(block.data + r * block.stride, block.stride, block.length, vectors + first * vector_stride,
+                                      vector_stride, add, out + first * out_stride + r, out_stride);
+    };
+    rows(std::integral_constant<int, 4>{});
+    rows(std::integral_constant<int, 1>{});
+  };
+  int64_t j = 0;
+  for (; j + 4 <= k; j += 4) some(j, std::integral_constant<int, 4>{});
+  for (; j + 2 <= k; j += 2) some(j, std::integral_constant<int, 2>{});
+  for (; j < k; ++j) some(j, std::integral_constant<int, 1>{});
+}
+
+// M^T a: out[j] gets the numbers of the block's columns. a [k, stride], 0 from p to the end of the last whole vector.
+template <typename T>
+void project_block(const Matrices& m, const Block<T>& block, int64_t k, const T* a, int64_t a_stride, T* out, int64_t out_stride) {
+  if (m.along_p)
+    dot_rows_with<T>(block, k, a, a_stride, false, out, out_stride);
+  else
+    combine_rows<T>(block, k, a, a_stride, false, out, out_stride);
+}
+
+// out[j] += M b_j over the block's columns; b points at the first of them, and is 0 from the last column to the end of a whole vector.
+template <typename T>
+void multiply_block(const Matrices& m, const Block<T>& block, int64_t k, const T* b, int64_t b_stride, T* out, int64_t out_stride) {
+  if (m.along_p)
+    combine_rows<T>(block, k, b, b_stride, true, out, out_stride);
+  else
+    dot_rows_with<T>(block, k, b, b_stride, true, out, out_stride);
+}
+
+// out = sum_j coefficient[j] * vector[j], plus what `out` holds if `add`, for J terms over whole vectors.
+template <typename T, int J>
+KDKERNELS_INLINE void sum_of_vectors(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                                     int64_t length, bool add, T* out) {
+  Vec<T> factor[J];
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j) factor[j] = simd::splat<T>(coefficient[j * coefficient_stride]);
+  for (int64_t s = 0; s < length; s += kLanes<T>) {
+    Vec<T> even = add ? simd::load<T>(out + s) : Vec<T>{}, odd{};
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) (j % 2 ? odd : even) += factor[j] * simd::load<T>(vectors + j * vector_stride + s);
+    simd::store<T>(out + s, even + odd);
+  }
+}
+
+template <typename T>
+void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                    int64_t length, T* out) {
+  int64_t j = 0;
+  auto some = [&](auto terms) {
+    for (; j + terms() <= count; j += terms())
+      sum_of_vectors<T, terms()>(coefficient + j * coefficient_stride, coefficient_stride, vectors + j * vector_stride, vector_stride,
+                                 length, j > 0, out);
+  };
+  some(std::integral_constant<int, 8>{});
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 2>{});
+  some(std::integral_constant<int, 1>{});
+}
+
+}  // namespace kdkernels::truncated_svd

@@ -1,0 +1,148 @@
+// G = Q T Q^T with T tridiagonal, by Householder reflections, for a group of matrices in lanes.
+//
+// Row i (from the last to the second) is reduced to its diagonal and one neighbour by the reflection I - tau v v^T, v in the coordinates
+// below i. What that leaves to do on the leading i x i block is A -= v w^T + w v^T, with y = A v, w = tau y - (tau^2 v'y / 2) v. The update
+// of one step and the product y of the next read the same triangle, so one sweep does both. v takes the place of its row.
+//
+// G. H. Golub, C. F. Van Loan. Matrix Computations, 4th ed., section 8.3.1.
+#pragma once
+
+#include "lanes.h"
+
+namespace kdkernels::truncated_svd {
+
+constexpr int64_t triangle(int64_t p) {
+  return p * (p + 1) / 2;
+}
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kSweepRows = 4;
+#else
+constexpr int kSweepRows = 2;
+#endif
+
+// The rank-two update that a sweep owes the triangle, and the vector it multiplies with.
+template <typename T>
+struct Sweep {
+  const Vec<T>*v, *w;  // A -= v w^T + w v^T
+  const Vec<T>* x;     // y = A x
+  Vec<T>* y;
+};
+
+// Rows [r, r + R): their columns left of r, then the small triangle at the diagonal.
+template <typename T, int R>
+KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
+  Vec<T>* row[R];
+  Vec<T> v[R], w[R], x[R], y[R];
+#pragma GCC unroll 4
+  for (int t = 0; t < R; ++t) {
+    row[t] = a + triangle(r + t);
+    v[t] = s.v[r + t], w[t] = s.w[r + t], x[t] = s.x[r + t];
+    y[t] = Vec<T>{};
+  }
+  for (int64_t c = 0; c < r; ++c) {
+    const Vec<T> vc = s.v[c], wc = s.w[c], xc = s.x[c];
+    Vec<T> yc = s.y[c];
+#pragma GCC unroll 4
+    for (int t = 0; t < R; ++t) {
+      const Vec<T> updated = row[t][c] - v[t] * wc - w[t] * vc;
+      row[t][c] = updated;
+      y[t] += updated * xc;
+      yc += updated * x[t];
+    }
+    s.y[c] = yc;
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < R; ++t) {
+#pragma GCC unroll 4
+    for (int c = 0; c < t; ++c) {
+      const Vec<T> updated = row[t][r + c] - v[t] * w[c] - w[t] * v[c];
+      row[t][r + c] = updated;
+      y[t] += updated * x[c];
+      y[c] += updated * x[t];
+    }
+    const Vec<T> diagonal = row[t][r + t] - T(2) * v[t] * w[t];
+    row[t][r + t] = diagonal;
+    y[t] += diagonal * x[t];
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < R; ++t) s.y[r + t] = y[t];
+}
+
+// a: the lower triangles, packed, of size about 1. On return row i >= 2 holds its v, the diagonals of T are d [p] and e [p - 1], and
+// tau [p] the factors (0: no reflection). work: 3 p vectors.
+template <typename T>
+void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec<T>* work) {
+  // What is smaller than the square of a rounding of G is not worth a reflection, and its square would leave the range.
+  constexpr T eps = std::numeric_limits<T>::epsilon();
+  constexpr T negligible = eps * eps * eps * eps;
+  Vec<T>*y = work, *w = work + p, *none = work + 2 * p;
+  std::fill(w, w + p, Vec<T>{});
+  std::fill(none, none + p, Vec<T>{});
+  tau[0] = Vec<T>{};
+  if (p > 1) tau[1] = Vec<T>{};
+  const Vec<T>* v = none;  // of the update that is owed
+  for (int64_t i = p - 1; i >= 0; --i) {
+    Vec<T>* row = a + triangle(i);
+    for (int64_t c = 0; c <= i; ++c) row[c] -= v[i] * w[c] + w[i] * v[c];
+    d[i] = row[i];
+    if (i == 0) break;
+    const Vec<T> last = row[i - 1];
+    if (i == 1) {
+      e[0] = last;
+      continue;
+    }
+    Vec<T> squares{};
+    for (int64_t c = 0; c + 1 < i; ++c) squares += row[c] * row[c];
+    const Mask<T> reflect = squares > negligible;
+    const Vec<T> norm = simd::sqrt(squares + last * last);
+    const Vec<T> kept = last > T(0) ? -norm : norm;  // of the other sign: last - kept does not cancel
+    const Vec<T> pivot = last - kept;
+    e[i - 1] = reflect ? kept : last;
+    tau[i] = reflect ? T(2) / (squares + pivot * pivot) : Vec<T>{};
+    row[i - 1] = pivot;
+
+    std::fill(y, y + i, Vec<T>{});
+    const Sweep<T> sweep{v, w, row, y};
+    int64_t r = 0;
+    for (; r + kSweepRows <= i; r += kSweepRows) sweep_rows<T, kSweepRows>(sweep, r, a);
+    for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
+    Vec<T> vy{};
+    for (int64_t c = 0; c < i; ++c) vy += row[c] * y[c];
+    const Vec<T> along = tau[i] * tau[i] * T(0.5) * vy;
+    for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - along * row[c];
+    v = row;
+  }
+}
+
+// x = (I - tau v v^T) x for N vectors x at z, z + stride, ...
+template <typename T, int N>
+KDKERNELS_INLINE void reflect(const Vec<T>* v, int64_t count, Vec<T> tau, Vec<T>* z, int64_t stride) {
+  Vec<T> dot[N] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    const Vec<T> vc = v[c];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) dot[j] += vc * z[j * stride + c];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) dot[j] *= tau;
+  for (int64_t c = 0; c < count; ++c) {
+    const Vec<T> vc = v[c];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) z[j * stride + c] -= dot[j] * vc;
+  }
+}
+
+// z = Q z, or Q^T z, for k vectors [k][p].
+template <typename T>
+void apply_q(int64_t p, const Vec<T>* a, const Vec<T>* tau, bool transposed, int64_t k, Vec<T>* z) {
+  for (int64_t step = 2; step < p; ++step) {
+    const int64_t i = transposed ? p + 1 - step : step;
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) reflect<T, 4>(a + triangle(i), i, tau[i], z + j * p, p);
+    for (; j + 2 <= k; j += 2) reflect<T, 2>(a + triangle(i), i, tau[i], z + j * p, p);
+    for (; j < k; ++j) reflect<T, 1>(a + triangle(i), i, tau[i], z + j * p, p);
+  }
+}
+
+}  // namespace kdkernels::truncated_svd
