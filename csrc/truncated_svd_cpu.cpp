@@ -177,10 +177,11 @@ class Decomposition {
 
   // out [k, q] = (scale M)^T a
   void project(int64_t b, const T* a, double scale, Reader<T>& reader, T* out) {
-    Buffer<T> line(k_ * padded<T>(reader.columns()));
-    const int64_t stride = padded<T>(reader.columns());
+    const int64_t rows = k_ * direct_.vector_stride(), stride = padded<T>(reader.columns());
+    Buffer<T> scaled(rows), line(k_ * stride);
+    for (int64_t i = 0; i < rows; ++i) scaled.get()[i] = static_cast<T>(scale) * a[i];
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
-      project_block<T>(m_, reader.read(b, first, static_cast<T>(scale)), k_, a, direct_.vector_stride(), line.get(), stride);
+      project_block<T>(m_, reader.read(b, first), k_, scaled.get(), direct_.vector_stride(), line.get(), stride);
       const int64_t count = std::min(reader.columns(), m_.q - first);
       for (int64_t j = 0; j < k_; ++j) std::copy_n(line.get() + j * stride, count, out + j * m_.q + first);
     }

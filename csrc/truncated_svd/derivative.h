@@ -46,11 +46,11 @@ class Derivative {
     std::fill(mg_.get(), mg_.get() + k_ * stride_, T(0));
     if (in.gb) {
       for (int64_t first = 0; first < m_.q; first += reader.columns()) {
-        const Block<T> block = reader.read(b, first, static_cast<T>(scale));
+        const Block<T> block = reader.read(b, first);
         const int64_t count = std::min(reader.columns(), m_.q - first);
         for (int64_t j = 0; j < k_; ++j) {
           T* to = wy_.get() + j * lines_;
-          std::copy_n(in.gb + j * m_.q + first, count, to);
+          for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(scale) * in.gb[j * m_.q + first + c];
           std::fill(to + count, to + lines_, T(0));
         }
         multiply_block<T>(m_, block, k_, wy_.get(), lines_, mg_.get(), stride_);

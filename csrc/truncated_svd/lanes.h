@@ -40,6 +40,14 @@ KDKERNELS_INLINE Vec<T> abs(Vec<T> v) {
   return (Vec<T>)((Mask<T>)v & std::numeric_limits<Int>::max());
 }
 
+// The lanes below `count`.
+template <typename T>
+KDKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
+  Mask<T> number;
+  for (int l = 0; l < kLanes<T>; ++l) number[l] = l;
+  return number < static_cast<typename simd::IntOf<T>::type>(count);
+}
+
 // One step of a transposition: lanes whose number has the bit `Step` change places with those of the partner that have not.
 template <typename T, int Step, size_t... I>
 KDKERNELS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {

@@ -19,7 +19,17 @@ struct Block {
   const T* data;
   int64_t stride;  // from row to row
   int64_t rows;
-  int64_t length;  // of a row; what a row holds from there to a whole vector is 0, or does not matter (along p)
+  int64_t length;  // of a row; numbers from there to the end of a whole vector can be read: along q they are 0, along p anything
+};
+
+// Where the rows of the block after this one lie in memory: a kernel asks for a row of them at each tile, so that they are near when their
+// turn comes.
+template <typename T>
+struct Ahead {
+  const T* data = nullptr;
+  int64_t stride = 0, rows = 0;
+  // Row `tile`, or what is in the cache anyway.
+  const T* row(int64_t tile, const T* otherwise) const { return tile < rows ? data + tile * stride : otherwise; }
 };
 
 class Matrices {
@@ -74,7 +84,10 @@ void with_storage(at::ScalarType stored, Body&& body) {
 template <typename T>
 class Reader {
  public:
-  Reader(const Matrices& m, int64_t columns) : m_(m), columns_(std::min(columns, padded<T>(m.q))) {
+  Reader(const Matrices& m, int64_t columns)
+      : m_(m),
+        columns_(std::min(columns, padded<T>(m.q))),
+        numbers_(static_cast<int64_t>(m.tensor().storage().nbytes() / m.tensor().element_size()) - m.tensor().storage_offset()) {
     // Rows a power of two apart fall into the same few places of a cache: one vector more sets them apart.
     stride_ = padded<T>(m.row_length(columns_)) + (m.along_p ? 0 : kLanes<T>);
     copy_ = Buffer<T>(m.block_rows(columns_) * stride_ + kLanes<T>);
@@ -92,9 +105,12 @@ class Reader {
       const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
       const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
       if constexpr (std::is_same_v<Storage, T>) {
-        const bool whole = column == 1 && block.length % kLanes<T> == 0 && row % kLanes<T> == 0;
-        const bool few = m_.along_p || block.rows <= 16 || row % 256 != 0;
-        if (whole && few && scale == T(1) && reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0) {
+        // Along q rows must end with whole vectors, and rows that are a power of two apart would share a few places of a cache. Along p
+        // what lies behind a row is not used, but it must be there to be read.
+        const bool fits = m_.along_p ? offset + (block.rows - 1) * row + padded<T>(block.length) <= numbers_
+                                     : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 && (block.rows <= 16 || row % 256 != 0) &&
+                                           reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
+        if (column == 1 && fits && scale == T(1)) {
           block.data = from;
           block.stride = row;
           return;
@@ -116,6 +132,15 @@ class Reader {
     return block;
   }
 
+  // The block after the one of matrix b that starts at column `first`.
+  Ahead<T> ahead(int64_t b, int64_t first) const {
+    first += columns_;
+    if (first >= m_.q) first = 0, ++b;
+    const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
+    if (b >= m_.batch || column != 1 || m_.tensor().scalar_type() != c10::CppTypeToScalarType<T>::value) return {};
+    return {m_.tensor().const_data_ptr<T>() + m_.offset(b) + first * m_.stride_q, row, m_.block_rows(std::min(columns_, m_.q - first))};
+  }
+
   // The largest magnitude of matrix b; NaN if a number of it is not finite.
   T largest(int64_t b) {
     T result = 0;
@@ -134,7 +159,7 @@ class Reader {
 
  private:
   const Matrices& m_;
-  int64_t columns_, stride_;
+  int64_t columns_, numbers_, stride_;
   Buffer<T> copy_;
 };
 

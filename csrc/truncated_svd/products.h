@@ -55,21 +55,27 @@ void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_
   some(std::integral_constant<int, 1>{});
 }
 
-// out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors.
+// out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors. What a row holds past its end is left out.
 template <typename T, int R, int J>
 KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, const T* vectors, int64_t vector_stride, bool add, T* out,
                                 int64_t out_stride) {
   Vec<T> acc[R * J] = {};
-  for (int64_t s = 0; s < length; s += kLanes<T>) {
+  auto step = [&](int64_t s, auto&& clean) {
     Vec<T> other[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) other[j] = simd::load<T>(vectors + j * vector_stride + s);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> row = simd::load<T>(rows + r * stride + s);
+      const Vec<T> row = clean(simd::load<T>(rows + r * stride + s));
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) acc[r * J + j] += row * other[j];
     }
+  };
+  int64_t s = 0;
+  for (; s + kLanes<T> <= length; s += kLanes<T>) step(s, [](Vec<T> v) { return v; });
+  if (s < length) {
+    const Mask<T> inside = first_lanes<T>(length - s);
+    step(s, [&](Vec<T> v) { return inside ? v : Vec<T>{}; });
   }
   T total[padded<T>(R * J)];
   sums<T, R * J>(acc, total);
@@ -77,7 +83,7 @@ KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, c
     for (int r = 0; r < R; ++r) out[j * out_stride + r] = (add ? out[j * out_stride + r] : T(0)) + total[r * J + j];
 }
 
-// The vectors must be 0 from block.length to the end of their last whole vector.
+// The vectors must be finite up to the end of their last whole vector.
 template <typename T>
 void dot_rows_with(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out, int64_t out_stride) {
   auto some = [&](int64_t first, auto count) {

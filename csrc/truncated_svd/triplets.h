@@ -10,16 +10,21 @@ namespace kdkernels::truncated_svd {
 // positive.
 template <typename T>
 void fix_signs(int64_t k, T* v, int64_t n, T* u, int64_t m) {
+  auto flip = [](T* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) x[i] = -x[i];
+  };
   for (int64_t j = 0; j < k; ++j) {
     T* own = v + j * n;
-    T largest = 0;
-    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(own[i]));
+    Vec<T> largest{};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) largest = simd::max(largest, abs<T>(simd::load<T>(own + i)));
+    T most = simd::largest<T>(largest);
+    for (; i < n; ++i) most = std::max(most, std::abs(own[i]));
     int64_t first = 0;
-    while (first < n && std::abs(own[first]) != largest) ++first;
+    while (first < n && std::abs(own[first]) != most) ++first;
     if (first == n || own[first] > 0) continue;
-    for (int64_t i = 0; i < n; ++i) own[i] = -own[i];
-    if (u)
-      for (int64_t i = 0; i < m; ++i) u[j * m + i] = -u[j * m + i];
+    flip(own, n);
+    if (u) flip(u + j * m, m);
   }
 }
 
