@@ -17,5 +17,16 @@ CPU_ISA = load_cpu_kernels()
 from . import nn  # noqa: E402  needs the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
+from .ops.truncated_svd import align_singular_vectors, feature_svd, truncated_svd  # noqa: E402
 
-__all__ = ["attention_pool", "attention_transfer_loss", "nn", "reference", "show_config", "temperature_kl"]
+__all__ = [
+    "align_singular_vectors",
+    "attention_pool",
+    "attention_transfer_loss",
+    "feature_svd",
+    "nn",
+    "reference",
+    "show_config",
+    "temperature_kl",
+    "truncated_svd",
+]

@@ -10,7 +10,8 @@ import torch
 
 from . import _C
 
-OPS = ("temperature_kl", "attention_pool")
+OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vectors")
+ON_GPUS = {op: "plain torch on the device: its kernels for GPUs are not written yet" for op in ("truncated_svd", "align_singular_vectors")}
 
 
 def load_cpu_kernels() -> str:
@@ -46,7 +47,7 @@ def build_info() -> dict:
         "cpu_isa": CPU_ISA,
         "cuda_kernels": info["cuda_archs"] or "none built",
         "triton": triton_version() if triton else "not installed",
-        "ops": {op: dict(backends) for op in OPS},
+        "ops": {op: backends | ({"cuda": ON_GPUS[op]} if op in ON_GPUS else {}) for op in OPS},
     }
 
 

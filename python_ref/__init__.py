@@ -5,5 +5,6 @@ Installed as ``kdkernels.reference``; each function has the signature of the fus
 
 from .attention_pool import attention_pool, attention_transfer_loss
 from .temperature_kl import temperature_kl
+from .truncated_svd import align_singular_vectors, truncated_svd
 
-__all__ = ["attention_pool", "attention_transfer_loss", "temperature_kl"]
+__all__ = ["align_singular_vectors", "attention_pool", "attention_transfer_loss", "temperature_kl", "truncated_svd"]

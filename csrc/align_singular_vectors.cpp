@@ -1,0 +1,80 @@
+// align_singular_vectors: the schema of its ops, and its derivative.
+#include <torch/library.h>
+
+#include "check.h"
+#include "saved_gradient.h"
+
+namespace kdkernels::align_singular_vectors {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+                                                             const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                                                             bool, std::array<bool, 3>);
+
+std::optional<Tensor> optional(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
+
+struct Align : torch::autograd::Function<Align> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const Tensor& weight,
+                               bool flip_teacher) {
+    static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [s, t, match, flips] = op.call(student, teacher, optional(weight), flip_teacher);
+    ctx->mark_non_differentiable({match, flips});
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({student, teacher, weight, match, flips});
+    ctx->saved_data["flip_teacher"] = flip_teacher;
+    ctx->saved_data["needs"] =
+        std::vector<bool>{student.requires_grad(), teacher.requires_grad(), weight.defined() && weight.requires_grad()};
+    return {s, t, match, flips};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto op = find_op<BackwardSignature>("kdkernels::align_singular_vectors_backward");
+    variable_list result(4);  // one for each argument of forward
+    if (!grads[0].defined() && !grads[1].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto needs = ctx->saved_data["needs"].toBoolList();
+    auto [s, t, w] = op.call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
+                             ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
+    if (needs[0]) result[0] = s;
+    if (needs[1]) result[1] = t;
+    if (needs[2]) result[2] = w;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
+                                                    bool flip_teacher) {
+  const bool any = student.requires_grad() || teacher.requires_grad() || (weight && weight->requires_grad());
+  if (!at::GradMode::is_enabled() || !any) {
+    static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(student, teacher, weight, flip_teacher);
+  }
+  const auto out = Align::apply(student, teacher, weight.value_or(Tensor()), flip_teacher);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+}  // namespace
+}  // namespace kdkernels::align_singular_vectors
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // match [..., k], int64: the student's vector for each of the teacher's; flips [..., k]: 1 or -1.
+  m.def(
+      "align_singular_vectors(Tensor student, Tensor teacher, Tensor? weight, bool flip_teacher) "
+      "-> (Tensor aligned_student, Tensor aligned_teacher, Tensor match, Tensor flips)");
+  m.def(
+      "align_singular_vectors_backward(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, "
+      "Tensor match, Tensor flips, bool flip_teacher, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("align_singular_vectors", kdkernels::align_singular_vectors::autograd);
+}

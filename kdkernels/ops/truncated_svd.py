@@ -1,0 +1,285 @@
+"""truncated_svd, feature_svd and align_singular_vectors: the main directions of features, and those of a student against a teacher's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..reference import align_singular_vectors as align_reference
+from ..reference import truncated_svd as svd_reference
+from . import truncated_svd_torch as plain
+from .functorch import takes_the_reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SIGNS = ("max_abs", None)
+_FLIPS = ("teacher", "student")
+
+_svd_op = torch.ops.kdkernels.truncated_svd.default
+_align_op = torch.ops.kdkernels.align_singular_vectors.default
+
+
+def truncated_svd(
+    x: Tensor,  # [..., M, N]
+    k: int,
+    *,
+    sign: str | None = "max_abs",
+    return_u: bool = False,
+    gap_eps: float | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # [..., M, k] or None, [..., k], [..., N, k]
+    r"""The k largest singular triplets of every matrix of a batch: exact, differentiable everywhere, with fixed signs.
+
+    .. math:: x = \sum_j \sigma_j u_j v_j^T, \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge \sigma_k
+
+    Args:
+        x: matrices, float64, float32, bfloat16 or float16 (computed in float32), with any number of batch dimensions and any strides: a
+            feature map seen as [B, H*W, C] is not copied (see :func:`feature_svd`).
+        k: how many triplets, 1 to min(M, N).
+        sign: "max_abs": the entry of largest magnitude of every v, the lowest index of equals, is positive, and u follows. It is the same on
+            every device and for any batch. ``None`` leaves signs as they come.
+        return_u: also the left singular vectors.
+        gap_eps: where the derivative divides by a difference of squared singular values, d, it takes :math:`d / (d^2 + \epsilon^2)` with
+            :math:`\epsilon` = gap_eps :math:`\sigma_1^2`: continuous, and 0 at d = 0. Default: 1e-6 (the noise of float32), 1e-12 for
+            float64. 1e-4 to 1e-3 damps the gradients of close values. 0 is the exact derivative, and finite unless d is 0.
+
+    Returns:
+        (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular
+        values are 0 or equal (any basis of the subspace is right then; this one is deterministic). A matrix that holds a NaN or an infinity
+        gives NaN, and nothing to the others. v and u are transposed views of contiguous [..., k, N] and [..., k, M].
+
+    Raises:
+        TypeError: x of a wrong type.
+        ValueError: no matrix, or an option out of its range.
+
+    The gradient of any function of u, s and v comes from the kept triplets and a projected solve, whatever the discarded singular values
+    are: it is finite for every finite matrix and upstream gradient, and exact for a function of span(v) alone even where kept values are
+    equal. The sign is a constant to it. The backward is an op of its own; double backward and ``torch.func`` transforms go through
+    :func:`kdkernels.reference.truncated_svd`, and are undefined where singular values are equal. docs/truncated_svd.md has the algorithm.
+
+    References:
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
+        https://arxiv.org/abs/1807.06819
+    """
+    _check_matrices("x", x)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(x.shape[-2:]):
+        raise ValueError(f"k must be an int in [1, min(M, N)] = [1, {min(x.shape[-2:])}], got {k!r}")
+    if sign not in _SIGNS:
+        raise ValueError(f"sign must be one of {_SIGNS}, got {sign!r}")
+    if gap_eps is None:
+        gap_eps = 1e-12 if x.dtype == torch.float64 else 1e-6
+    if not 0 <= gap_eps < math.inf:
+        raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
+    if takes_the_reference():
+        return svd_reference(x, k, sign=sign, return_u=return_u)
+    u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False)
+    return u if return_u else None, s, v
+
+
+def feature_svd(
+    features: Tensor,  # [B, C, *spatial]
+    k: int,
+    *,
+    sign: str | None = "max_abs",
+    return_u: bool = False,
+    gap_eps: float | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # [B, S, k] or None, [B, k], [B, C, k]
+    """:func:`truncated_svd` of a feature map as SVD-KD sees it: rows are the S places, columns the C channels, so v lives on the channels.
+
+    Contiguous (NCHW) and channels_last maps are read where they lie, and the gradient has their layout.
+
+    Raises:
+        TypeError: features of a wrong type.
+        ValueError: fewer than three dimensions, no channel or no place, or an option out of its range.
+    """
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+    if features.dim() < 3 or 0 in features.shape[1:]:
+        raise ValueError(f"features must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(features.shape)}")
+    return truncated_svd(features.flatten(2).transpose(1, 2), k, sign=sign, return_u=return_u, gap_eps=gap_eps)
+
+
+def align_singular_vectors(
+    student: Tensor,  # [..., N, K]
+    teacher: Tensor,  # [..., N, k]
+    weight: Tensor | None = None,  # [..., k]
+    *,
+    flip: str = "teacher",
+) -> tuple[Tensor, Tensor]:  # [..., N, k] each
+    r"""Orders and flips singular vectors so that a student's can be compared with a teacher's, one by one.
+
+    For teacher vector i, :math:`m(i) = \arg\max_j |\langle s_j, t_i \rangle|` (the first of equals) is the student's vector that is nearest to its
+    line; the results are :math:`w_i s_{m(i)}` and :math:`w_i t_i`, one of the two flipped so that their product is not negative. Two
+    teacher vectors may find the same student vector, as in the authors' code.
+
+    Args:
+        student: K vectors as columns, float64, float32, bfloat16 or float16. SVD-KD takes K = k + 1: order may change from one network to another.
+        teacher: k vectors.
+        weight: a factor for each pair (SVD-KD: the teacher's :math:`\sigma_i / \|\sigma\|_2`). Default: 1.
+        flip: which side is flipped: "teacher" (the authors') leaves the student as it is, "student" the teacher.
+
+    Returns:
+        (student, teacher), [..., N, k] each, float64 if either is, else float32. Gradients flow to every input that requires one; choice and
+        sign are constants to them.
+
+    Raises:
+        TypeError: an input of a wrong type.
+        ValueError: shapes or devices that do not fit, or an unknown flip.
+
+    References:
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
+        https://arxiv.org/abs/1807.06819
+    """
+    _check_matrices("student", student)
+    _check_matrices("teacher", teacher)
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(f"student and teacher must agree but in their last dimension, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
+            raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        if weight.shape != teacher.shape[:-2] + teacher.shape[-1:] or weight.device != teacher.device:
+            expected = (*teacher.shape[:-2], teacher.shape[-1])
+            raise ValueError(f"weight must have the shape {expected} on {teacher.device}, got {tuple(weight.shape)} on {weight.device}")
+    if flip not in _FLIPS:
+        raise ValueError(f"flip must be one of {_FLIPS}, got {flip!r}")
+    if takes_the_reference():
+        return align_reference(student, teacher, weight, flip=flip)
+    return _align_op(student, teacher, weight, flip == "teacher")[:2]
+
+
+def _check_matrices(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"{name} must be matrices [..., M, N] with M, N >= 1, got {tuple(x.shape)}")
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def _vectors(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-2], k, n), dtype=dtype).mT
+
+
+@torch.library.register_fake("kdkernels::truncated_svd")
+def _(x, k, sign, return_u, gap_eps, save_state):
+    dtype = _compute_dtype(x)
+    m, n = x.shape[-2:]
+    u = _vectors(x, m, k, dtype) if return_u or m < n else x.new_empty(0, dtype=dtype)
+    # How large the state is depends on the machine that will run this; what reads it takes any.
+    state = x.new_empty(torch.library.get_ctx().new_dynamic_size() if save_state else 0, dtype=dtype)
+    return u, x.new_empty((*x.shape[:-2], k), dtype=dtype), _vectors(x, n, k, dtype), state
+
+
+@torch.library.register_fake("kdkernels::truncated_svd_backward")
+def _(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("kdkernels::align_singular_vectors")
+def _(student, teacher, weight, flip_teacher):
+    n, k = teacher.shape[-2:]
+    dtype = _compute_dtype(student, teacher)
+    small = (*teacher.shape[:-2], k)
+    return (
+        _vectors(student, n, k, dtype),
+        _vectors(teacher, n, k, dtype),
+        student.new_empty(small, dtype=torch.int64),
+        student.new_empty(small, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("kdkernels::align_singular_vectors_backward")
+def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted):
+    inputs = (student, teacher, weight)
+    return tuple(torch.empty_like(t) if w and t is not None else student.new_empty(0) for t, w in zip(inputs, wanted, strict=True))
+
+
+# Double backward: the vector-Jacobian products of the backwards, through the references.
+
+
+def _setup_svd(ctx, inputs, output) -> None:
+    *grads, x, u, s, v, _state, _gap_eps = inputs
+    ctx.has_u = u.numel() > 0 or u.dim() == x.dim()
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*grads, x, v)
+
+
+def _double_svd(ctx, grad_x):
+    *grads, x, v = ctx.saved_tensors
+    if grad_x is None:
+        return (None,) * 9
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        outputs = svd_reference(x, v.shape[-1], return_u=True)
+        flip = torch.where((outputs[2].detach() * v.detach()).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(v.dtype)
+        outputs = (outputs[0] * flip, outputs[1], outputs[2] * flip)
+        chosen = [i for i in range(3) if grads[i] is not None and grads[i].dim() == outputs[i].dim()]
+        upstream = [grads[i] if grads[i].requires_grad else grads[i].detach().requires_grad_() for i in chosen]
+        first = torch.autograd.grad([outputs[i] for i in chosen], x, upstream, create_graph=True)
+        second = torch.autograd.grad(first, [*upstream, x], [grad_x], create_graph=torch.is_grad_enabled(), allow_unused=True)
+    result = dict(zip(chosen, second, strict=False))
+    return result.get(0), result.get(1), result.get(2), second[-1], *(None,) * 5
+
+
+torch.library.register_autograd("kdkernels::truncated_svd_backward", _double_svd, setup_context=_setup_svd)
+
+
+def _setup_align(ctx, inputs, output) -> None:
+    *tensors, _match, _flips, ctx.flip_teacher, ctx.wanted = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _double_align(ctx, *grads):
+    to_student, to_teacher, *inputs = ctx.saved_tensors
+    chosen = [i for i in range(3) if ctx.wanted[i] and inputs[i] is not None and grads[i] is not None]
+    if not chosen:
+        return (None,) * 9
+    with torch.enable_grad():
+        leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (to_student, to_teacher, *inputs)]
+        given = [t for t in leaves if t is not None]
+        outputs = align_reference(*leaves[2:], flip="teacher" if ctx.flip_teacher else "student")
+        used = [(o, g) for o, g in zip(outputs, leaves[:2], strict=True) if g is not None]
+        first = torch.autograd.grad(
+            [o for o, _ in used], [leaves[2 + i] for i in chosen], [g.to(o.dtype) for o, g in used], create_graph=True, allow_unused=True
+        )
+        pairs = [(f, grads[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
+        second = torch.autograd.grad([f for f, _ in pairs], given, [g for _, g in pairs], create_graph=torch.is_grad_enabled(), allow_unused=True)
+    found = iter(second)
+    return *(None if t is None else next(found) for t in leaves), *(None,) * 4
+
+
+torch.library.register_autograd("kdkernels::align_singular_vectors_backward", _double_align, setup_context=_setup_align)
+
+
+@torch.library.register_vmap("kdkernels::truncated_svd")
+def _(info, in_dims, x, k, sign, return_u, gap_eps, save_state):
+    """The examples are one more batch dimension."""
+    x = x.movedim(in_dims[0], 0)
+    if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see takes_the_reference
+        u, s, v = svd_reference(x, k, sign=sign or None, return_u=True)
+        return (u, s, v, x.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
+    u, s, v, _state = _svd_op(x, k, sign, return_u, gap_eps, False)
+    return (u if u.dim() == x.dim() else u.new_empty(info.batch_size, 0), s, v, s.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
+
+
+@torch.library.register_vmap("kdkernels::align_singular_vectors")
+def _(info, in_dims, student, teacher, weight, flip_teacher):
+    given = [
+        None if t is None else t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
+        for t, d in zip((student, teacher, weight), in_dims[:3], strict=True)
+    ]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        outputs = align_reference(*given, flip="teacher" if flip_teacher else "student")
+        return (*outputs, student.new_empty(info.batch_size, 0), student.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
+    return _align_op(*given, flip_teacher), (0, 0, 0, 0)
+
+
+for _name in ("truncated_svd", "truncated_svd_backward", "align_singular_vectors", "align_singular_vectors_backward"):
+    torch.library.impl(f"kdkernels::{_name}", "CUDA")(getattr(plain, _name))

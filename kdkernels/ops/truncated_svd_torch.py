@@ -1,0 +1,113 @@
+"""The ops of truncated_svd in plain PyTorch, for devices that have no kernel of ours yet: same schemas, same results, no host round trip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import align_singular_vectors as align_reference
+from ..reference import truncated_svd as svd_reference
+
+
+def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        u, s, v = svd_reference(x, k, sign=sign or None, return_u=True)
+    m, n = x.shape[-2:]
+    u = u.mT.contiguous().mT if return_u or m < n else u.new_empty(0)
+    return u, s.contiguous(), v.mT.contiguous().mT, s.new_empty(0)
+
+
+def truncated_svd_backward(
+    grad_u: Tensor | None,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    state: Tensor,
+    gap_eps: float,
+) -> Tensor:
+    """The formula of csrc/truncated_svd/derivative.h, in float64, with all eigenvectors of the smaller Gram matrix for its solve."""
+    with torch.no_grad():
+        return _gradient(grad_u, grad_s, grad_v, x, s, v, u if u.dim() == x.dim() else None, gap_eps)
+
+
+def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor | None, gap_eps: float) -> Tensor:
+    broken = ~x.isfinite().flatten(-2).all(-1)[..., None, None]
+    tall = x.shape[-2] >= x.shape[-1]
+    wide = x.double().masked_fill(broken, 0)
+    m = wide.mT if tall else wide  # [..., p, q]
+    a = (v if tall else u).double().nan_to_num()
+    ga, gb = (grad_v, grad_u) if tall else (grad_u, grad_v)
+    if u is None or gb is None or gb.dim() != x.dim():
+        gb = None
+    # Units in which the largest singular value is about 1, so that no square leaves its range.
+    largest = s[..., :1].double().nan_to_num()
+    unit = torch.where(largest > 0, 1 / largest, torch.ones_like(largest))[..., None]  # [..., 1, 1]
+    m = m * unit
+    sigma = (s.double().nan_to_num() * unit[..., 0]).unsqueeze(-2)  # [..., 1, k]
+    null = 1e-6 if s.dtype == torch.float32 else 1e-13
+    inverse = torch.where(sigma > null, 1 / sigma, torch.zeros_like(sigma))
+    mg = m @ gb.double() if gb is not None else torch.zeros_like(a)
+    h = -(a * mg).sum(-2, keepdim=True) * inverse**2
+    if grad_s is not None:
+        h = h + grad_s.double().unsqueeze(-2) / unit
+    g = mg * inverse + (ga.double() if ga is not None and ga.dim() == x.dim() else 0)
+    c = a.mT @ g  # c[i, j] = <a_i, g_j>
+    mu, q = torch.linalg.eigh(m @ m.mT)
+    lam = sigma**2
+    eps = gap_eps * lam[..., :1]
+
+    def lorentzian(gap):
+        norm = gap**2 + eps**2
+        return torch.where(norm > 0, gap / norm, torch.zeros_like(gap))
+
+    def project(t):
+        return t - a @ (a.mT @ t)
+
+    z = project(q @ (lorentzian(lam - mu.unsqueeze(-1)) * (q.mT @ project(g))))
+    between = 0.5 * (c - c.mT) * lorentzian(lam - lam.mT)
+    z = z + a @ between
+    w = m.mT @ a
+    y = m.mT @ z + h * inverse * w + (gb.double() * inverse if gb is not None else 0)
+    gradient = (z @ w.mT + a @ y.mT) * unit
+    gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan")).to(x.dtype)
+    return torch.empty_like(x).copy_(gradient)
+
+
+def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | None, flip_teacher: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        outputs = align_reference(
+            student.to(dtype), teacher.to(dtype), None if weight is None else weight.to(dtype), flip="teacher" if flip_teacher else "student"
+        )
+        cosine = student.to(dtype).mT @ teacher.to(dtype)
+        match = cosine.abs().argmax(-2)
+        flips = torch.where(cosine.gather(-2, match.unsqueeze(-2)).squeeze(-2) < 0, -1.0, 1.0).to(dtype)
+    return *(t.mT.contiguous().mT for t in outputs), match, flips
+
+
+def align_singular_vectors_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted):
+    with torch.no_grad():
+        dtype = flips.dtype
+        to_student, to_teacher = (None if g is None else g.to(dtype) for g in (grad_student, grad_teacher))
+        index = match.unsqueeze(-2).expand(*teacher.shape[:-2], teacher.shape[-2], -1)
+        sign_s, sign_t = (1.0, flips.unsqueeze(-2)) if flip_teacher else (flips.unsqueeze(-2), 1.0)
+        factor = 1.0 if weight is None else weight.to(dtype).unsqueeze(-2)
+        results = [student.new_empty(0)] * 3
+        if wanted[0]:
+            full = torch.zeros(student.shape, dtype=dtype, device=student.device)
+            if to_student is not None:
+                full.scatter_add_(-1, index, to_student * sign_s * factor)
+            results[0] = torch.empty_like(student).copy_(full)
+        if wanted[1]:
+            results[1] = torch.zeros_like(teacher) if to_teacher is None else torch.empty_like(teacher).copy_(to_teacher * sign_t * factor)
+        if wanted[2] and weight is not None:
+            total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            if to_student is not None:
+                total += (to_student * student.to(dtype).gather(-1, index) * sign_s).sum(-2)
+            if to_teacher is not None:
+                total += (to_teacher * teacher.to(dtype) * sign_t).sum(-2)
+            results[2] = torch.empty_like(weight).copy_(total)
+    return tuple(results)
