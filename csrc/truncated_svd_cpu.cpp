@@ -10,6 +10,8 @@
 #include "memory.h"
 #include "truncated_svd/derivative.h"
 #include "truncated_svd/direct.h"
+#include "truncated_svd/krylov.h"
+#include "truncated_svd/tiers.h"
 #include "truncated_svd/triplets.h"
 
 namespace kdkernels::truncated_svd {
@@ -72,7 +74,7 @@ template <typename T>
 struct Local {
   Local(const Matrices& m, int64_t k, int64_t state_size) : reader(m, gram_columns<T>(m)), work(m.p, k), state(state_size) {}
   Reader<T> reader;
-  typename Direct<T>::Workspace work;
+  typename Eigen<T>::Workspace work;
   Buffer<Vec<T>> state;
 };
 
@@ -89,27 +91,31 @@ Tensor some_matrices(const Matrices& m, const std::vector<int64_t>& which, at::S
 template <typename T>
 class Decomposition {
  public:
-  // lapack: whether matrices that squaring hurts go there, which needs x in double precision.
-  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool lapack)
-      : m_(x), k_(k), sign_(sign), lapack_(lapack), direct_(m_, k), ill_(m_.batch, 0) {
+  // lapack: whether matrices of double that squaring hurts go there.
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool lapack, Tier tier)
+      : m_(x), k_(k), sign_(sign), lapack_(lapack), tier_(tier), direct_(m_, k), fate_(m_.batch, Fate::fine) {
     const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
     wants_b_ = return_u || !m_.tall;
     out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
     out_.s = at::empty({m_.batch, k}, options);
     out_.u = at::empty({wants_b_ ? m_.batch : 0, k, x.size(-2)}, options);
     state_size_ = GroupState<T>::size(m_.p, k);
-    out_.state = at::empty({save_state ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
+    out_.state = at::empty({save_state && tier == Tier::direct ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
     Tensor &a = m_.tall ? out_.v : out_.u, &b = m_.tall ? out_.u : out_.v;
     a_ = a.mutable_data_ptr<T>();
     b_ = wants_b_ ? b.mutable_data_ptr<T>() : nullptr;
   }
 
   Triplets run() {
-    stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
-      finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_, slots.scalings[slot],
-             local.reader);
-    });
-    redo_ill();
+    if (tier_ == Tier::krylov)
+      krylov();
+    else
+      stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
+        finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_, slots.scalings[slot],
+               local.reader);
+      });
+    redo(Fate::open);
+    redo(Fate::ill);
     return std::move(out_);
   }
 
@@ -120,6 +126,29 @@ class Decomposition {
   }
 
  private:
+  enum class Fate : uint8_t { fine, open, ill };  // open: the Krylov tier gave it up
+
+  void krylov() {
+    constexpr int64_t group = Krylov<T>::kGroup;
+    at::parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+      Krylov<T> krylov(m_, k_);
+      Reader<T> reader(m_, gram_columns<T>(m_));
+      Buffer<T> vectors(group * k_ * krylov.stride());
+      std::vector<double> lambda(group * k_);
+      bool converged[group];
+      for (int64_t first = begin * group; first < std::min(end * group, m_.batch); first += group) {
+        const int64_t count = std::min(group, m_.batch - first);
+        krylov.run(first, count, vectors.get(), lambda.data(), converged);
+        for (int64_t i = 0; i < count; ++i) {
+          if (converged[i])
+            finish(first + i, vectors.get() + i * k_ * krylov.stride(), lambda.data() + i * k_, Scaling{}, reader);
+          else
+            fate_[first + i] = Fate::open;
+        }
+      }
+    });
+  }
+
   template <typename Finish>
   void stages(Finish&& finish) {
     const bool save = out_.state.numel() > 0;
@@ -136,8 +165,8 @@ class Decomposition {
           const int64_t first = group * Direct<T>::kGroup;
           T* grams = slots.grams.get() + first * direct_.gram_size();
           std::fill(grams + count * direct_.gram_size(), grams + Direct<T>::kGroup * direct_.gram_size(), T(0));
-          direct_.eigen(grams, slots.scales.data() + first, GroupState<T>(memory, m_.p, k_),
-                        slots.vectors.get() + first * k_ * direct_.vector_stride(), slots.lambda.data() + first * k_, local.work);
+          direct_.eigen.top(grams, slots.scales.data() + first, GroupState<T>(memory, m_.p, k_),
+                            slots.vectors.get() + first * k_ * direct_.vector_stride(), slots.lambda.data() + first * k_, local.work);
         },
         finish);
   }
@@ -151,12 +180,13 @@ class Decomposition {
       std::fill(s, s + k_, nan);
       return;
     }
-    ill_[b] = lambda[k_ - 1] < kIllConditioned<T> * kIllConditioned<T> * lambda[0];
+    const bool ill = lambda[k_ - 1] < kIllConditioned<T> * kIllConditioned<T> * lambda[0];
+    if (ill) fate_[b] = Fate::ill;
     for (int64_t j = 0; j < k_; ++j) {
       std::copy_n(a + j * direct_.vector_stride(), m_.p, small + j * m_.p);
       s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
     }
-    if (ill_[b] && (lapack_ || sizeof(T) == 4)) return;
+    if (ill && (lapack_ || sizeof(T) == 4)) return;
     if (large) {
       project(b, a, scaling.scale, reader, large);
       std::vector<double> sigma(k_);
@@ -187,26 +217,28 @@ class Decomposition {
     }
   }
 
-  // Squaring a matrix of float costs digits where the kept values span orders of magnitude: those are done again in double, where
-  // squaring leaves more than float has. Double has nothing better than LAPACK's.
-  void redo_ill() {
+  // Matrices that the Krylov tier gave up go to the direct one. Squaring a matrix of float costs digits where the kept values span orders
+  // of magnitude: those are done again in double, where squaring leaves more than float has. Double has nothing better than LAPACK's.
+  void redo(Fate fate) {
     std::vector<int64_t> which;
     for (int64_t b = 0; b < m_.batch; ++b)
-      if (ill_[b]) which.push_back(b);
-    if (which.empty() || (sizeof(T) == 8 && !lapack_)) return;
-    const Tensor x = some_matrices(m_, which, at::kDouble);
-    Triplets exact;
-    if (sizeof(T) == 4) {
-      exact = Decomposition<double>(x, k_, sign_, wants_b_, false, false).run();
+      if (fate_[b] == fate) which.push_back(b);
+    if (which.empty() || (fate == Fate::ill && sizeof(T) == 8 && !lapack_)) return;
+    const Tensor x = some_matrices(m_, which, fate == Fate::ill ? at::kDouble : m_.tensor().scalar_type());
+    Triplets again;
+    if (fate == Fate::open) {
+      again = Decomposition<T>(x, k_, sign_, wants_b_, false, lapack_, Tier::direct).run();
+    } else if (sizeof(T) == 4) {
+      again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
     } else {
       const auto [u, s, vh] = at::linalg_svd(x, false);
-      exact = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
+      again = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
     }
     for (size_t i = 0; i < which.size(); ++i) {
       const int64_t row = static_cast<int64_t>(i);
-      out_.s.select(0, which[i]).copy_(exact.s.select(0, row));
-      out_.v.select(0, which[i]).copy_(exact.v.select(0, row));
-      if (wants_b_) out_.u.select(0, which[i]).copy_(exact.u.select(0, row));
+      out_.s.select(0, which[i]).copy_(again.s.select(0, row));
+      out_.v.select(0, which[i]).copy_(again.v.select(0, row));
+      if (wants_b_) out_.u.select(0, which[i]).copy_(again.u.select(0, row));
       if (sign_) signs(which[i]);
     }
   }
@@ -214,8 +246,9 @@ class Decomposition {
   const Matrices m_;
   int64_t k_;
   bool sign_, lapack_, wants_b_;
+  Tier tier_;
   Direct<T> direct_;
-  std::vector<uint8_t> ill_;
+  std::vector<Fate> fate_;
   int64_t state_size_;
   Triplets out_;
   T *a_, *b_;
@@ -235,7 +268,7 @@ class Backward {
         direct_(m_, k_),
         a_(m_.tall ? t.v : t.u),
         s_(t.s),
-        state_(t.state.numel() > 0 ? t.state : Decomposition<T>(x, k_, false, false, true, false).state()),
+        state_(t.state.numel() > 0 ? t.state : Decomposition<T>(x, k_, false, false, true, false, Tier::direct).state()),
         ga_(m_.tall ? grads.v : grads.u),
         gs_(grads.s),
         gb_(m_.tall ? grads.u : grads.v) {}
@@ -258,7 +291,7 @@ class Backward {
         [&](Room& room, Own& own, int64_t g, int64_t group, int64_t count) {
           T* r = room.vectors.get() + group * Direct<T>::kGroup * k_ * stride;
           std::fill(r + count * k_ * stride, r + Direct<T>::kGroup * k_ * stride, T(0));
-          direct_.solve(state_of(g * Direct<T>::kGroup), gap_eps_, r, own.work);
+          direct_.eigen.solve(state_of(g * Direct<T>::kGroup), gap_eps_, r, own.work);
         },
         [&](Room& room, Own& own, int64_t b, int64_t slot) {
           const GroupState<T> state = state_of(b);
@@ -286,7 +319,7 @@ class Backward {
     Own(const Matrices& m, int64_t k, int64_t stride)
         : reader(m, gram_columns<T>(m)), work(m.p, k), derivative(m, k, stride, reader.columns()), a(k * stride), lambda(k) {}
     Reader<T> reader;
-    typename Direct<T>::Workspace work;
+    typename Eigen<T>::Workspace work;
     Derivative<T> derivative;
     Buffer<T> a;
     std::vector<double> lambda;
@@ -346,7 +379,7 @@ void redo_ill_gradients(const Cotangents& grads, const Matrices& m, const Triple
     if (s[b * k + k - 1] < kIllConditioned<float> * s[b * k]) which.push_back(b);
   if (which.empty()) return;
   const Tensor x = some_matrices(m, which, at::kDouble);
-  const Triplets exact = Decomposition<double>(x, k, false, !m.tall || t.u.defined(), true, false).run();
+  const Triplets exact = Decomposition<double>(x, k, false, !m.tall || t.u.defined(), true, false, Tier::direct).run();
   // The signs that were given out.
   auto aligned = [&](const Tensor& mine, const Tensor& given) {
     const Tensor theirs = rows(given, which, at::kDouble);
@@ -370,8 +403,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, in
                                                              bool save_state) {
   check_matrices(x, k);
   const bool fix = parse_sign(sign), is_double = compute_dtype(x) == at::kDouble;
-  Triplets t = is_double ? Decomposition<double>(x, k, fix, return_u, save_state, true).run()
-                         : Decomposition<float>(x, k, fix, return_u, save_state, true).run();
+  Triplets t = is_double ? Decomposition<double>(x, k, fix, return_u, save_state, true, Tier::direct).run()
+                         : Decomposition<float>(x, k, fix, return_u, save_state, true, tier_for<float>(Matrices(x), k)).run();
   auto sizes = x.sizes().vec();
   sizes.resize(sizes.size() - 2);
   auto shaped = [&](const Tensor& rows, bool vectors) {

@@ -1,15 +1,20 @@
 // The derivative of the triplets (a_j, sigma_j, b_j) of M, from the kept ones alone and one projected solve.
 //
-// With cotangents ga, gs, gb, G = M M^T, lambda_j = sigma_j^2 and f(x) = x / (x^2 + eps^2), eps = gap_eps lambda_1:
+// With cotangents ga, gs, gb, G = M M^T, lambda_j = sigma_j^2 and f(x) = x / (x^2 + eps^2):
 //
 //   h_j  = gs_j - <b_j, gb_j> / sigma_j             g_j = ga_j + M gb_j / sigma_j
 //   C_ij = <a_i, g_j>                               r_j = g_j - sum_i a_i C_ij
 //   z_j  = P f(lambda_j I - G) r_j + sum_{i != j} a_i (C_ij - C_ji) / 2 f(lambda_j - lambda_i)
 //   dM   = sum_j z_j (M^T a_j)^T + a_j (M^T z_j + h_j b_j + gb_j / sigma_j)^T
 //
+// What a noise of gap_eps sigma_1 in M does to sigma_j^2 is eps = gap_eps sigma_1 sigma_j, with no sigma_j below gap_eps sigma_1, and the
+// larger one between two kept values: so no gap makes more of an upstream gradient than 1 / (gap_eps sigma_1) of it.
+//
 // P removes the kept a. Only C_ij - C_ji enters: a loss of the span alone has none of it, whatever the gap. All of it is in units of M
 // scaled by `scale`, a power of two, so that no number leaves its range; 1 / sigma of a vanishing sigma is 0.
 #pragma once
+
+#include <cmath>
 
 #include "products.h"
 
@@ -55,6 +60,7 @@ class Derivative {
         }
         multiply_block<T>(m_, block, k_, wy_.get(), lines_, mg_.get(), stride_);
       }
+      for (int64_t j = 0; j < k_; ++j) std::fill(mg_.get() + j * stride_ + p, mg_.get() + (j + 1) * stride_, T(0));
     }
     for (int64_t j = 0; j < k_; ++j) {
       const T* mg = mg_.get() + j * stride_;
@@ -74,12 +80,13 @@ class Derivative {
              Storage* out, int64_t out_row, bool stream) {
     prepare(in, scale);
     const double *coefficients = kept, *h = kept + k_ * k_;
-    const double eps = gap_eps * lambda[0];
+    const double first = std::sqrt(lambda[0]);
     T *za = za_.get(), *az = scaled_.get();  // [z; a] as they enter the result, and scale [a; z], which M^T is multiplied with
     for (int64_t j = 0; j < k_; ++j) {
       T* own = z + j * stride_;
       remove(in.a, own);
       for (int64_t i = 0; i < k_; ++i) {
+        const double eps = gap_eps * first * std::max(std::sqrt(std::max(lambda[i], lambda[j])), gap_eps * first);
         const double gap = lambda[j] - lambda[i], norm = gap * gap + eps * eps;
         const double factor = i == j || norm == 0 ? 0 : 0.5 * (coefficients[i * k_ + j] - coefficients[j * k_ + i]) * gap / norm;
         if (factor != 0)

@@ -39,9 +39,11 @@ def truncated_svd(
         sign: "max_abs": the entry of largest magnitude of every v, the lowest index of equals, is positive, and u follows. It is the same on
             every device and for any batch. ``None`` leaves signs as they come.
         return_u: also the left singular vectors.
-        gap_eps: where the derivative divides by a difference of squared singular values, d, it takes :math:`d / (d^2 + \epsilon^2)` with
-            :math:`\epsilon` = gap_eps :math:`\sigma_1^2`: continuous, and 0 at d = 0. Default: 1e-6 (the noise of float32), 1e-12 for
-            float64. 1e-4 to 1e-3 damps the gradients of close values. 0 is the exact derivative, and finite unless d is 0.
+        gap_eps: the noise of x, as a share of :math:`\sigma_1`. Where the derivative of triplet j divides by a difference d of squared singular
+            values, it takes :math:`d / (d^2 + \epsilon_j^2)` with :math:`\epsilon_j` = gap_eps :math:`\sigma_1 \sigma_j`, what that noise does to
+            :math:`\sigma_j^2`: continuous, 0 at d = 0, and never more than 1 / (gap_eps :math:`\sigma_1`) of the upstream gradient. Default: 1e-6
+            (float32's rounding), 1e-12 for float64. 1e-4 to 1e-3 damps the gradients of close values; 0 is the exact derivative, and
+            finite unless a d is 0.
 
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular

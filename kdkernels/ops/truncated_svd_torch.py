@@ -57,17 +57,19 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     c = a.mT @ g  # c[i, j] = <a_i, g_j>
     mu, q = torch.linalg.eigh(m @ m.mT)
     lam = sigma**2
-    eps = gap_eps * lam[..., :1]
+    first = sigma[..., :1]
+    floor = torch.maximum(sigma, gap_eps * first)  # [..., 1, k]
 
-    def lorentzian(gap):
+    def lorentzian(gap, own):
+        eps = gap_eps * first * own
         norm = gap**2 + eps**2
         return torch.where(norm > 0, gap / norm, torch.zeros_like(gap))
 
     def project(t):
         return t - a @ (a.mT @ t)
 
-    z = project(q @ (lorentzian(lam - mu.unsqueeze(-1)) * (q.mT @ project(g))))
-    between = 0.5 * (c - c.mT) * lorentzian(lam - lam.mT)
+    z = project(q @ (lorentzian(lam - mu.unsqueeze(-1), floor) * (q.mT @ project(g))))
+    between = 0.5 * (c - c.mT) * lorentzian(lam - lam.mT, torch.maximum(floor, floor.mT))
     z = z + a @ between
     w = m.mT @ a
     y = m.mT @ z + h * inverse * w + (gb.double() * inverse if gb is not None else 0)
