@@ -150,4 +150,21 @@ void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_str
   some(std::integral_constant<int, 1>{});
 }
 
+// <x, y> and y += factor x of padded vectors.
+template <typename T>
+double product(const T* x, const T* y, int64_t count) {
+  Vec<T> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>)
+    for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
+  for (; i < count; i += kLanes<T>) sum[0] += simd::load<T>(x + i) * simd::load<T>(y + i);
+  return simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <typename T>
+void add_multiple(T factor, const T* x, int64_t count, T* y) {
+  const Vec<T> f = simd::splat<T>(factor);
+  for (int64_t i = 0; i < count; i += kLanes<T>) simd::store<T>(y + i, simd::load<T>(y + i) + f * simd::load<T>(x + i));
+}
+
 }  // namespace kdkernels::truncated_svd

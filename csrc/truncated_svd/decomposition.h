@@ -1,0 +1,254 @@
+// The forward: which matrices go through which stages on which thread, and what is done again where squaring or convergence failed.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_svd.h>
+#include <ATen/ops/stack.h>
+
+#include "../truncated_svd.h"
+#include "direct.h"
+#include "krylov.h"
+#include "tiers.h"
+#include "triplets.h"
+
+namespace kdkernels::truncated_svd {
+
+using at::Tensor;
+
+template <typename T>
+constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
+
+// What the stages hand on for some groups: those that a thread works on, or all of them.
+template <typename T>
+struct Slots {
+  Slots(int64_t groups, const Direct<T>& direct, int64_t k)
+      : grams(groups * Direct<T>::kGroup * direct.gram_size()),
+        vectors(groups * Direct<T>::kGroup * k * direct.vector_stride()),
+        lambda(groups * Direct<T>::kGroup * k),
+        scalings(groups * Direct<T>::kGroup),
+        scales(groups * Direct<T>::kGroup, 1) {}
+  Buffer<T> grams, vectors;
+  std::vector<double> lambda;
+  std::vector<Scaling> scalings;
+  std::vector<double> scales;
+};
+
+// Runs sample stages and group stages in turn over a batch. A group stays with one thread and in its cache from stage to stage where there
+// are groups enough; else every stage is shared out by itself. make() gives what a thread works with, slots(n) room for n groups.
+template <typename MakeSlots, typename MakeLocal, typename Before, typename Group, typename After>
+void over_groups(int64_t batch, int64_t group, MakeSlots&& slots, MakeLocal&& make, Before&& before, Group&& solve, After&& after) {
+  const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
+  if (groups >= 4 * threads || groups % threads == 0) {
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      auto room = slots(1);
+      auto local = make();
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t last = std::min((g + 1) * group, batch);
+        for (int64_t b = g * group; b < last; ++b) before(room, local, b, b - g * group);
+        solve(room, local, g, 0, last - g * group);
+        for (int64_t b = g * group; b < last; ++b) after(room, local, b, b - g * group);
+      }
+    });
+    return;
+  }
+  auto room = slots(groups);
+  auto each_sample = [&](auto&& stage) {
+    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      auto local = make();
+      for (int64_t b = begin; b < end; ++b) stage(room, local, b, b);
+    });
+  };
+  each_sample(before);
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    auto local = make();
+    for (int64_t g = begin; g < end; ++g) solve(room, local, g, g, std::min(group, batch - g * group));
+  });
+  each_sample(after);
+}
+
+template <typename T>
+struct Local {
+  Local(const Matrices& m, int64_t k, int64_t state_size) : reader(m, gram_columns<T>(m)), work(m.p, k), state(state_size) {}
+  Reader<T> reader;
+  typename Eigen<T>::Workspace work;
+  Buffer<Vec<T>> state;
+};
+
+struct Triplets {
+  Tensor u, s, v, state;  // u [B, k, M] or empty, s [B, k], v [B, k, N]
+};
+
+inline Tensor some_matrices(const Matrices& m, const std::vector<int64_t>& which, at::ScalarType dtype) {
+  std::vector<Tensor> each;
+  for (int64_t b : which) each.push_back(m.one(b).to(dtype));
+  return at::stack(each);
+}
+
+template <typename T>
+class Decomposition {
+ public:
+  // lapack: whether matrices of double that squaring hurts go there.
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool lapack, Tier tier)
+      : m_(x), k_(k), sign_(sign), lapack_(lapack), tier_(tier), direct_(m_, k), fate_(m_.batch, Fate::fine) {
+    const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
+    wants_b_ = return_u || !m_.tall;
+    out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
+    out_.s = at::empty({m_.batch, k}, options);
+    out_.u = at::empty({wants_b_ ? m_.batch : 0, k, x.size(-2)}, options);
+    state_size_ = GroupState<T>::size(m_.p, k);
+    out_.state = at::empty({save_state && tier == Tier::direct ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
+    Tensor &a = m_.tall ? out_.v : out_.u, &b = m_.tall ? out_.u : out_.v;
+    a_ = a.mutable_data_ptr<T>();
+    b_ = wants_b_ ? b.mutable_data_ptr<T>() : nullptr;
+  }
+
+  Triplets run() {
+    if (tier_ == Tier::krylov)
+      krylov();
+    else
+      stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
+        finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_, slots.scalings[slot],
+               local.reader);
+      });
+    redo(Fate::open);
+    redo(Fate::ill);
+    return std::move(out_);
+  }
+
+  // What the derivative needs, alone.
+  Tensor state() {
+    stages([](Slots<T>&, Local<T>&, int64_t, int64_t) {});
+    return out_.state;
+  }
+
+ private:
+  enum class Fate : uint8_t { fine, open, ill };  // open: the Krylov tier gave it up
+
+  void krylov() {
+    constexpr int64_t group = Krylov<T>::kGroup;
+    at::parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+      Krylov<T> krylov(m_, k_);
+      Reader<T> reader(m_, gram_columns<T>(m_));
+      Buffer<T> vectors(group * k_ * krylov.stride());
+      std::vector<double> lambda(group * k_);
+      bool converged[group];
+      for (int64_t first = begin * group; first < std::min(end * group, m_.batch); first += group) {
+        const int64_t count = std::min(group, m_.batch - first);
+        krylov.run(first, count, vectors.get(), lambda.data(), converged);
+        for (int64_t i = 0; i < count; ++i) {
+          if (converged[i])
+            finish(first + i, vectors.get() + i * k_ * krylov.stride(), lambda.data() + i * k_, Scaling{}, reader);
+          else
+            fate_[first + i] = Fate::open;
+        }
+      }
+    });
+  }
+
+  template <typename Finish>
+  void stages(Finish&& finish) {
+    const bool save = out_.state.numel() > 0;
+    over_groups(
+        m_.batch, Direct<T>::kGroup, [&](int64_t groups) { return Slots<T>(groups, direct_, k_); },
+        [&] { return Local<T>(m_, k_, save ? 0 : state_size_); },
+        [&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
+          slots.scalings[slot] = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
+          slots.scales[slot] = slots.scalings[slot].scale;
+        },
+        [&](Slots<T>& slots, Local<T>& local, int64_t g, int64_t group, int64_t count) {
+          Vec<T>* memory =
+              save ? reinterpret_cast<Vec<T>*>(out_.state.template mutable_data_ptr<T>()) + g * state_size_ : local.state.get();
+          const int64_t first = group * Direct<T>::kGroup;
+          T* grams = slots.grams.get() + first * direct_.gram_size();
+          std::fill(grams + count * direct_.gram_size(), grams + Direct<T>::kGroup * direct_.gram_size(), T(0));
+          direct_.eigen.top(grams, slots.scales.data() + first, GroupState<T>(memory, m_.p, k_),
+                            slots.vectors.get() + first * k_ * direct_.vector_stride(), slots.lambda.data() + first * k_, local.work);
+        },
+        finish);
+  }
+
+  void finish(int64_t b, const T* a, const double* lambda, const Scaling& scaling, Reader<T>& reader) {
+    T *small = a_ + b * k_ * m_.p, *large = wants_b_ ? b_ + b * k_ * m_.q : nullptr, *s = out_.s.template mutable_data_ptr<T>() + b * k_;
+    if (!scaling.finite) {
+      constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+      std::fill(small, small + k_ * m_.p, nan);
+      if (large) std::fill(large, large + k_ * m_.q, nan);
+      std::fill(s, s + k_, nan);
+      return;
+    }
+    const bool ill = lambda[k_ - 1] < kIllConditioned<T> * kIllConditioned<T> * lambda[0];
+    if (ill) fate_[b] = Fate::ill;
+    for (int64_t j = 0; j < k_; ++j) {
+      std::copy_n(a + j * direct_.vector_stride(), m_.p, small + j * m_.p);
+      s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
+    }
+    if (ill && (lapack_ || sizeof(T) == 4)) return;
+    if (large) {
+      project(b, a, scaling.scale, reader, large);
+      std::vector<double> sigma(k_);
+      normalize_triplets<T>(k_, large, m_.q, m_.q, sigma.data());
+      for (int64_t j = 0; j < k_; ++j) s[j] = static_cast<T>(sigma[j] / scaling.scale);
+      std::sort(s, s + k_, std::greater<T>());
+    }
+    if (sign_) signs(b);
+  }
+
+  void signs(int64_t b) {
+    T *small = a_ + b * k_ * m_.p, *large = wants_b_ ? b_ + b * k_ * m_.q : nullptr;
+    if (m_.tall)
+      fix_signs<T>(k_, small, m_.p, large, m_.q);
+    else
+      fix_signs<T>(k_, large, m_.q, small, m_.p);
+  }
+
+  // out [k, q] = (scale M)^T a
+  void project(int64_t b, const T* a, double scale, Reader<T>& reader, T* out) {
+    const int64_t rows = k_ * direct_.vector_stride(), stride = padded<T>(reader.columns());
+    Buffer<T> scaled(rows), line(k_ * stride);
+    for (int64_t i = 0; i < rows; ++i) scaled.get()[i] = static_cast<T>(scale) * a[i];
+    for (int64_t first = 0; first < m_.q; first += reader.columns()) {
+      project_block<T>(m_, reader.read(b, first), k_, scaled.get(), direct_.vector_stride(), line.get(), stride);
+      const int64_t count = std::min(reader.columns(), m_.q - first);
+      for (int64_t j = 0; j < k_; ++j) std::copy_n(line.get() + j * stride, count, out + j * m_.q + first);
+    }
+  }
+
+  // Matrices that the Krylov tier gave up go to the direct one. Squaring a matrix of float costs digits where the kept values span orders
+  // of magnitude: those are done again in double, where squaring leaves more than float has. Double has nothing better than LAPACK's.
+  void redo(Fate fate) {
+    std::vector<int64_t> which;
+    for (int64_t b = 0; b < m_.batch; ++b)
+      if (fate_[b] == fate) which.push_back(b);
+    if (which.empty() || (fate == Fate::ill && sizeof(T) == 8 && !lapack_)) return;
+    const Tensor x = some_matrices(m_, which, fate == Fate::ill ? at::kDouble : m_.tensor().scalar_type());
+    Triplets again;
+    if (fate == Fate::open) {
+      again = Decomposition<T>(x, k_, sign_, wants_b_, false, lapack_, Tier::direct).run();
+    } else if (sizeof(T) == 4) {
+      again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
+    } else {
+      const auto [u, s, vh] = at::linalg_svd(x, false);
+      again = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
+    }
+    for (size_t i = 0; i < which.size(); ++i) {
+      const int64_t row = static_cast<int64_t>(i);
+      out_.s.select(0, which[i]).copy_(again.s.select(0, row));
+      out_.v.select(0, which[i]).copy_(again.v.select(0, row));
+      if (wants_b_) out_.u.select(0, which[i]).copy_(again.u.select(0, row));
+      if (sign_) signs(which[i]);
+    }
+  }
+
+  const Matrices m_;
+  int64_t k_;
+  bool sign_, lapack_, wants_b_;
+  Tier tier_;
+  Direct<T> direct_;
+  std::vector<Fate> fate_;
+  int64_t state_size_;
+  Triplets out_;
+  T *a_, *b_;
+};
+
+}  // namespace kdkernels::truncated_svd
