@@ -9,9 +9,8 @@
 
 namespace kdkernels::truncated_svd {
 
-// Gram matrices square the condition: below this share of the largest singular value a result of T is taken from a more exact method.
-template <typename T>
-constexpr double kIllConditioned = sizeof(T) == 4 ? 0.1 : 0.01;
+// Gram matrices square the condition: below this share of the largest singular value a result is taken from a more exact method.
+constexpr double kIllConditioned = 0.1;
 
 // Singular values below this share of the largest are zero to the derivative: 1 / sigma is left out.
 template <typename T>

@@ -79,7 +79,7 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   check_shape(v, "v", shape({columns, k}));
   if (has_u) check_shape(u, "u", shape({rows, k}));
   TORCH_CHECK_VALUE(has_u || rows >= columns, "u is needed where M < N");
-  TORCH_CHECK_VALUE(gap_eps >= 0, "gap_eps must be >= 0, got ", gap_eps);
+  TORCH_CHECK_VALUE(gap_eps > 0, "gap_eps must be > 0, got ", gap_eps);
   auto given = [&](const std::optional<Tensor>& g, const char* name, at::IntArrayRef sizes) {
     if (!g || !g->defined()) return Tensor();
     check_shape(*g, name, sizes);
@@ -90,8 +90,16 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   Cotangents grads{gu.defined() && has_u ? vectors_first(gu, dtype) : Tensor(),
                    gs.defined() ? gs.to(dtype).contiguous().view({-1, k}) : Tensor(), gv.defined() ? vectors_first(gv, dtype) : Tensor()};
   const Triplets t{has_u ? vectors_first(u, dtype) : Tensor(), s.to(dtype).contiguous().view({-1, k}), vectors_first(v, dtype), state};
-  if (dtype == at::kDouble) return Backward<double>(grads, x, t, gap_eps, Tier::direct).run();
   const Matrices m(x);
+  if (state.numel() > 0) {
+    const int64_t lanes = simd::kBytes / static_cast<int64_t>(dtype == at::kDouble ? sizeof(double) : sizeof(float));
+    const int64_t numbers =
+        (m.batch + lanes - 1) / lanes * lanes * (dtype == at::kDouble ? GroupState<double>::size(m.p, k) : GroupState<float>::size(m.p, k));
+    TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.is_contiguous() && state.numel() == numbers &&
+                          reinterpret_cast<uintptr_t>(state.const_data_ptr()) % simd::kBytes == 0,
+                      "state must be that of the forward, or empty");
+  }
+  if (dtype == at::kDouble) return Backward<double>(grads, x, t, gap_eps, Tier::direct).run();
   // Conjugate gradients know no regularisation: they are for that of rounding, which they never meet.
   const Tier tier = gap_eps <= 1e-4 && state.numel() == 0 ? tier_for<float>(m, k) : Tier::direct;
   std::vector<int64_t> unsolved, ill;
@@ -100,7 +108,7 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   // Matrices whose forward was done again in double have their derivative from there too.
   const float* sigma = t.s.const_data_ptr<float>();
   for (int64_t b = 0; b < m.batch; ++b)
-    if (sigma[b * k + k - 1] < kIllConditioned<float> * sigma[b * k]) ill.push_back(b);
+    if (sigma[b * k + k - 1] < kIllConditioned * sigma[b * k]) ill.push_back(b);
   redo_gradients<double>(ill, grads, m, t, gap_eps, gradient);
   return gradient;
 }

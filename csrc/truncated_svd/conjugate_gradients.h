@@ -5,6 +5,8 @@
 // M. R. Hestenes, E. Stiefel. Methods of Conjugate Gradients for Solving Linear Systems. J. Res. Natl. Bur. Stand. 49, 1952.
 #pragma once
 
+#include <cmath>
+
 #include "gram_product.h"
 
 namespace kdkernels::truncated_svd {
@@ -20,7 +22,8 @@ class ConjugateGradients {
 
   // a [k, stride], lambda [k]; r [k, stride], replaced by z. False: not solved.
   bool solve(int64_t b, const T* a, const double* lambda, T* r) {
-    product_.choose(b);
+    const T factor = static_cast<T>(std::ldexp(1.0, -std::ilogb(lambda[0])));
+    product_.choose(b, factor);
     std::fill(z_.get(), z_.get() + k_ * stride_, T(0));
     std::copy_n(r, k_ * stride_, direction_.get());
     std::vector<double> start(k_), norm(k_);
@@ -33,14 +36,14 @@ class ConjugateGradients {
         any |= open(j);
       }
       if (!any) {
-        std::copy_n(z_.get(), k_ * stride_, r);
+        for (int64_t c = 0; c < k_ * stride_; ++c) r[c] = factor * z_.get()[c];
         return true;
       }
       product_.apply(k_, direction_.get(), image_.get());
       for (int64_t j = 0; j < k_; ++j) {
         if (!open(j)) continue;
         T *own = r + j * stride_, *d = direction_.get() + j * stride_, *image = image_.get() + j * stride_;
-        const T shift = static_cast<T>(lambda[j]);
+        const T shift = static_cast<T>(lambda[j] * factor);
         for (int64_t c = 0; c < stride_; ++c) image[c] = shift * d[c] - image[c];
         for (int64_t i = 0; i < k_; ++i)
           add_multiple<T>(static_cast<T>(-product<T>(a + i * stride_, image, stride_)), a + i * stride_, stride_, image);

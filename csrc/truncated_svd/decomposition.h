@@ -177,7 +177,7 @@ class Decomposition {
       std::fill(s, s + k_, nan);
       return;
     }
-    const bool ill = lambda[k_ - 1] < kIllConditioned<T> * kIllConditioned<T> * lambda[0];
+    const bool ill = lambda[k_ - 1] < kIllConditioned * kIllConditioned * lambda[0];
     if (ill) fate_[b] = Fate::ill;
     for (int64_t j = 0; j < k_; ++j) {
       std::copy_n(a + j * direct_.vector_stride(), m_.p, small + j * m_.p);
@@ -187,7 +187,7 @@ class Decomposition {
     if (large) {
       project(b, a, scaling.scale, reader, large);
       std::vector<double> sigma(k_);
-      normalize_triplets<T>(k_, large, m_.q, m_.q, sigma.data());
+      normalize_triplets<T>(k_, large, m_.q, sigma.data());
       for (int64_t j = 0; j < k_; ++j) s[j] = static_cast<T>(sigma[j] / scaling.scale);
       std::sort(s, s + k_, std::greater<T>());
     }

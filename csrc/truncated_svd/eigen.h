@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "bisection.h"
+#include "products.h"
 #include "resolvent.h"
 #include "tridiagonal.h"
 
@@ -131,9 +132,7 @@ class Eigen {
     for (int64_t j = 0; j < k_; ++j) {
       lambda[j] = std::max(lambda[j], 0.0);
       T* v = a + j * stride_;
-      double squares = 0;
-      for (int64_t i = 0; i < p_; ++i) squares += static_cast<double>(v[i]) * v[i];
-      const T factor = static_cast<T>(1 / std::sqrt(squares));
+      const T factor = static_cast<T>(1 / std::sqrt(product<T>(v, v, stride_)));
       for (int64_t i = 0; i < p_; ++i) v[i] *= factor;
     }
   }

@@ -12,20 +12,24 @@ class GramProduct {
   GramProduct(const Matrices& m, int64_t k, int64_t stride)
       : m_(m), stride_(stride), reader_(m, columns(m)), line_(padded<T>(reader_.columns())), half_(k * line_) {}
 
-  // Makes b the matrix of the products that follow.
-  void choose(int64_t b) {
+  // Makes factor G of matrix b that of the products that follow; a factor near 1 / |G| keeps squares of what they give in range.
+  void choose(int64_t b, T factor) {
     b_ = b;
+    factor_ = factor;
     if (reader_.columns() >= m_.q) whole_ = reader_.read(b, 0);
   }
 
-  // y = G x for k vectors [k, stride]; both are 0 from p on.
+  // y = factor G x for k vectors [k, stride]; both are 0 from p on.
   void apply(int64_t k, const T* x, T* y) {
     std::fill(y, y + k * stride_, T(0));
     each_block([&](const Block<T>& block, int64_t) {
       project_block<T>(m_, block, k, x, stride_, half_.get(), line_);
       multiply_block<T>(m_, block, k, half_.get(), line_, y, stride_);
     });
-    for (int64_t j = 0; j < k; ++j) std::fill(y + j * stride_ + m_.p, y + (j + 1) * stride_, T(0));
+    for (int64_t j = 0; j < k; ++j) {
+      for (int64_t c = 0; c < m_.p; ++c) y[j * stride_ + c] *= factor_;
+      std::fill(y + j * stride_ + m_.p, y + (j + 1) * stride_, T(0));
+    }
   }
 
   // y = M 1, the sums of the rows.
@@ -53,6 +57,7 @@ class GramProduct {
   int64_t stride_;
   Reader<T> reader_;
   int64_t line_, b_ = 0;
+  T factor_ = 1;
   Buffer<T> half_;
   Block<T> whole_{};
 };

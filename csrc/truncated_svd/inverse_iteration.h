@@ -83,18 +83,22 @@ inline void eigenvectors(int64_t p, const Doubles* d, const Doubles* e, int64_t 
       seed = seed * 6364136223846793005ull + 1442695040888963407ull;
       own[i] = simd::splat<double>(0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
     }
-    TridiagonalLU::factor(p, d, e, lambda[j], rows);
+    // A little off: exactly at a multiple eigenvalue the solution is the vector that was found first, whatever the start.
+    TridiagonalLU::factor(p, d, e, lambda[j] + (j > 0 ? 1e-15 : 0.0), rows);
     for (int solve = 0; solve < kSolves; ++solve) {
       TridiagonalLU::solve(p, rows, own);
       // The solution may be as long as 1 / 1e-16: scaled first, so that squares stay in range.
       Doubles longest{};
       for (int64_t i = 0; i < p; ++i) longest = simd::max(longest, abs<double>(own[i]));
       scale_to(p, 1.0 / longest, own);
-      for (int64_t other = 0; other < j; ++other) {
-        const Doubles along = dot(p, x + other * p, own);
-        for (int64_t i = 0; i < p; ++i) own[i] -= along * x[other * p + i];
+      // Twice: of a cluster little may be left the first time.
+      for (int pass = 0; pass < 2 && (j > 0 || pass == 0); ++pass) {
+        for (int64_t other = 0; other < j; ++other) {
+          const Doubles along = dot(p, x + other * p, own);
+          for (int64_t i = 0; i < p; ++i) own[i] -= along * x[other * p + i];
+        }
+        scale_to(p, 1.0 / simd::sqrt(dot(p, own, own)), own);
       }
-      scale_to(p, 1.0 / simd::sqrt(dot(p, own, own)), own);
     }
     Doubles quotient{};
     for (int64_t i = 0; i < p; ++i) quotient += own[i] * (d[i] * own[i] + (i + 1 < p ? 2.0 * e[i] * own[i + 1] : Doubles{}));

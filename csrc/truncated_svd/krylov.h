@@ -42,6 +42,7 @@ class Krylov {
       samples_[i].open = true;
       samples_[i].columns = 0;
       samples_[i].residual = 1;
+      samples_[i].factor = 1;
       converged[i] = false;
     }
     for (int64_t done = 0; steps * k_ <= most_; steps += k_ == 1 ? 2 : 4) {
@@ -49,8 +50,8 @@ class Krylov {
       for (int64_t i = 0; i < count; ++i) {
         if (!samples_[i].open) continue;
         any = true;
-        product_.choose(first + i);
-        if (samples_[i].columns == 0) start(samples_[i]);
+        product_.choose(first + i, samples_[i].factor);
+        if (samples_[i].columns == 0) start(samples_[i], first + i);
         for (int64_t step = done; step < steps; ++step) advance(samples_[i], step * k_);
       }
       if (!any) return;
@@ -66,6 +67,7 @@ class Krylov {
     Buffer<double> rest;  // R [k, k]: of the last product, along the block that it added
     int64_t columns = 0;
     double residual = 1;
+    T factor = 1;  // of G: a power of two that brings its products near 1
     bool open = false;
   };
 
@@ -79,15 +81,19 @@ class Krylov {
   }
 
   // Random vectors, the first of them near the sums of the rows: of features that are not negative that is nearly a_1.
-  void start(Sample& s) {
+  void start(Sample& s, int64_t b) {
     T* basis = s.basis.get();
     for (int64_t j = 0; j < k_; ++j) random(0x9e3779b97f4a7c15ull * static_cast<uint64_t>(j + 1), basis + j * stride_);
     Buffer<T> sums(stride_);
     product_.row_sums(sums.get());
     const double norm = std::sqrt(product<T>(sums.get(), sums.get(), stride_));
+    T largest = 0;
+    for (int64_t c = 0; c < m_.p; ++c) largest = std::max(largest, std::abs(sums.get()[c]));
+    if (largest > T(1e-15) && largest < T(1e15)) s.factor = static_cast<T>(std::ldexp(1.0, -2 * std::ilogb(largest)));
+    product_.choose(b, s.factor);
     if (norm > 0 && norm < std::numeric_limits<T>::max())
       add_multiple<T>(static_cast<T>(4 * std::sqrt(static_cast<double>(m_.p) / 3) / norm), sums.get(), stride_, basis);
-    for (int64_t j = 0; j < k_; ++j) orthonormalize(s, j, nullptr);
+    for (int64_t j = 0; j < k_; ++j) orthonormalize(s, j, length(basis + j * stride_), nullptr);
   }
 
   void remove(const T* basis, int64_t from, int64_t to, T* own, double* coefficient) const {
@@ -98,20 +104,26 @@ class Krylov {
     }
   }
 
+  double length(const T* v) const { return std::sqrt(product<T>(v, v, stride_)); }
+
   // Row `row` of the basis, orthogonal to the blocks before its own, against the rows of its block, and to length 1; coefficient (null: not
-  // wanted) [k] gets its part along those rows and its length. What cancellation makes short is made orthogonal to everything again, and
-  // replaced by a random row where nothing is left.
-  void orthonormalize(Sample& s, int64_t row, double* coefficient) {
+  // wanted) [k] gets its part along those rows and its length. `before`: how long it was at first. Where little is left of that, roundings
+  // count, so it is made orthogonal to everything again; where nothing is left, a random row takes its place.
+  void orthonormalize(Sample& s, int64_t row, double before, double* coefficient) {
     T *basis = s.basis.get(), *own = basis + row * stride_;
     const int64_t block = row / k_ * k_;
-    const double before = std::sqrt(product<T>(own, own, stride_));
     for (int pass = 0; pass < 2; ++pass) remove(basis, block, row, own, coefficient);
-    double norm = std::sqrt(product<T>(own, own, stride_));
-    if (coefficient) coefficient[row - block] = norm > 1e-6 * before ? norm : 0;
-    if (!(norm > 1e-6 * before)) random(static_cast<uint64_t>(row + 1000), own);
-    if (!(norm > 0.1 * before)) {
-      for (int pass = 0; pass < 2; ++pass) remove(basis, 0, row, own, nullptr);
-      norm = std::sqrt(product<T>(own, own, stride_));
+    double norm = length(own);
+    const bool nothing = !(norm > 1e-6 * before);
+    if (coefficient) coefficient[row - block] = nothing ? 0 : norm;
+    if (nothing) random(static_cast<uint64_t>(row + 1000), own);
+    if (nothing || norm < 0.03 * before) {
+      for (int pass = 0; pass < 2; ++pass) {
+        const T factor = static_cast<T>(1 / length(own));
+        for (int64_t c = 0; c < stride_; ++c) own[c] *= factor;
+        remove(basis, 0, row, own, nullptr);
+      }
+      norm = length(own);
     }
     const T factor = static_cast<T>(1 / norm);
     for (int64_t c = 0; c < stride_; ++c) own[c] *= factor;
@@ -125,6 +137,8 @@ class Krylov {
     product_.apply(k_, basis + last * stride_, next);
     const Block<T> rows{basis, stride_, columns, m_.p};
     Buffer<T> along(k_ * h_stride);
+    std::vector<double> before(k_);
+    for (int64_t j = 0; j < k_; ++j) before[j] = length(next + j * stride_);
     for (int pass = 0; pass < 2; ++pass) {
       dot_rows_with<T>(rows, k_, next, stride_, false, along.get(), h_stride);
       for (int64_t j = 0; j < k_; ++j)
@@ -136,7 +150,7 @@ class Krylov {
       combine_rows<T>(rows, k_, along.get(), h_stride, true, next, stride_);
     }
     std::fill(s.rest.get(), s.rest.get() + k_ * k_, 0.0);
-    for (int64_t j = 0; j < k_; ++j) orthonormalize(s, columns + j, s.rest.get() + j * k_);
+    for (int64_t j = 0; j < k_; ++j) orthonormalize(s, columns + j, before[j], s.rest.get() + j * k_);
     s.columns = columns;
   }
 
@@ -153,7 +167,7 @@ class Krylov {
     for (int64_t i = 0; i < count; ++i) {
       const T* h = samples_[i].projected.get();
       for (int64_t c = 0; c < columns && samples_[i].open; ++c) traces[i] += h[c * h_stride + c];
-      if (!(traces[i] > 1e-24 && traces[i] < 1e34)) samples_[i].open = false;  // out of range, or broken
+      if (!(traces[i] > 1e-6 && traces[i] < 1e30)) samples_[i].open = false;  // out of range, or broken
       for (int64_t c = 0; c < columns && samples_[i].open; ++c)
         for (int64_t d = 0; d <= c; ++d)
           matrices.get()[(i * columns + c) * eigen.stride() + d] = static_cast<T>(h[c * h_stride + d] / traces[i]);
@@ -179,7 +193,7 @@ class Krylov {
         converged[i] = true;
         const Block<T> rows{sample.basis.get(), stride_, columns, m_.p};
         combine_rows<T>(rows, k_, own, eigen.stride(), false, vectors + i * k_ * stride_, stride_);
-        for (int64_t j = 0; j < k_; ++j) lambda[i * k_ + j] = theta[i * k_ + j] * traces[i];
+        for (int64_t j = 0; j < k_; ++j) lambda[i * k_ + j] = theta[i * k_ + j] * traces[i] / sample.factor;
       }
       // At the pace of the last steps, how many more are needed?
       const double pace = std::log(sample.residual / residual) / static_cast<double>(steps - before);

@@ -109,7 +109,7 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
     Vec<T> vy{};
     for (int64_t c = 0; c < i; ++c) vy += row[c] * y[c];
-    const Vec<T> along = tau[i] * tau[i] * T(0.5) * vy;
+    const Vec<T> along = tau[i] * (tau[i] * (T(0.5) * vy));  // in this order: tau is large where v is small
     for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - along * row[c];
     v = row;
   }

@@ -28,53 +28,51 @@ void fix_signs(int64_t k, T* v, int64_t n, T* u, int64_t m) {
   }
 }
 
-// b[j] [k, n]: W_j = M^T a_j comes in, W_j / |W_j| goes out, and |W_j| to sigma. Where that is nothing beside the largest, its direction
-// is rounding: the part that is orthogonal to the vectors before it is taken, or else that of the first unit vector that has one.
+// b[j] [k, n]: W_j = M^T a_j comes in, W_j / |W_j| goes out, and |W_j| to sigma. The W_j are orthogonal but for roundings of sigma_1^2,
+// which count where sigma_j is small: there they are made orthogonal to the vectors before. What that leaves little of was rounding only,
+// and the first unit vector that has a part of its own takes its place.
 template <typename T>
-void normalize_triplets(int64_t k, T* b, int64_t n, int64_t length, double* sigma) {
+void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
   auto dot = [&](const T* x, const T* y) {
     Vec<T> sum[4] = {};
     int64_t i = 0;
-    for (; i + 4 * kLanes<T> <= length; i += 4 * kLanes<T>)
+    for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
       for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
     double total = simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; i < length; ++i) total += static_cast<double>(x[i]) * y[i];
+    for (; i < n; ++i) total += static_cast<double>(x[i]) * y[i];
     return total;
   };
   auto scale = [&](T* x, double factor) {
-    for (int64_t i = 0; i < length; ++i) x[i] = static_cast<T>(x[i] * factor);
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(x[i] * factor);
   };
-  auto orthogonalize = [&](int64_t j) {  // twice, and to length 1; returns the length that was left the first time
+  // To length 1; returns how much of a vector of length 1 was left.
+  auto orthogonalize = [&](int64_t j) {
     T* own = b + j * n;
-    double left = 0;
-    for (int pass = 0; pass < 2; ++pass) {
+    double left = 1;
+    for (int pass = 0; pass < 3; ++pass) {
       for (int64_t other = 0; other < j; ++other) {
-        const double along = dot(own, b + other * n);
-        for (int64_t i = 0; i < length; ++i) own[i] -= static_cast<T>(along * b[other * n + i]);
+        const T along = static_cast<T>(dot(own, b + other * n));
+        for (int64_t i = 0; i < n; ++i) own[i] -= along * b[other * n + i];
       }
       const double norm = std::sqrt(dot(own, own));
-      if (pass == 0) left = norm;
-      if (!(norm > 0)) return 0.0;
+      left *= norm;
+      if (!(left > 1e-4)) return 0.0;
       scale(own, 1 / norm);
+      if (norm > 0.9) break;
     }
     return left;
   };
-  constexpr double null = sizeof(T) == 4 ? 1e-5 : 1e-12;
   for (int64_t j = 0; j < k; ++j) {
     T* own = b + j * n;
     sigma[j] = std::sqrt(dot(own, own));
-    if (sigma[j] > null * sigma[0]) {
-      scale(own, 1 / sigma[j]);
-      continue;
-    }
-    if (sigma[j] > std::numeric_limits<T>::min()) {
-      scale(own, 1 / sigma[j]);
-      if (orthogonalize(j) > 0.5) continue;
-    }
-    for (int64_t unit = 0; unit < length; ++unit) {
-      std::fill(own, own + length, T(0));
+    const bool vanishes = !(sigma[j] > 1e3 * std::numeric_limits<T>::min());
+    if (!vanishes) scale(own, 1 / sigma[j]);
+    if (!vanishes && (sigma[j] > 0.5 * sigma[0] || orthogonalize(j) > 0.5)) continue;
+    const double enough = 0.5 / std::sqrt(static_cast<double>(n));
+    for (int64_t unit = 0; unit < n; ++unit) {
+      std::fill(own, own + n, T(0));
       own[unit] = 1;
-      if (orthogonalize(j) > 1 / (2 * std::sqrt(static_cast<double>(length)))) break;
+      if (orthogonalize(j) > enough) break;
     }
   }
 }

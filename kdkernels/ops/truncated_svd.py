@@ -42,8 +42,8 @@ def truncated_svd(
         gap_eps: the noise of x, as a share of :math:`\sigma_1`. Where the derivative of triplet j divides by a difference d of squared singular
             values, it takes :math:`d / (d^2 + \epsilon_j^2)` with :math:`\epsilon_j` = gap_eps :math:`\sigma_1 \sigma_j`, what that noise does to
             :math:`\sigma_j^2`: continuous, 0 at d = 0, and never more than 1 / (gap_eps :math:`\sigma_1`) of the upstream gradient. Default: 1e-6
-            (float32's rounding), 1e-12 for float64. 1e-4 to 1e-3 damps the gradients of close values; 0 is the exact derivative, and
-            finite unless a d is 0.
+            (float32's rounding), 1e-12 for float64. 1e-4 to 1e-3 damps the gradients of close values. Below the unit roundoff of the
+            computing type it counts as that.
 
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular
@@ -72,6 +72,7 @@ def truncated_svd(
         gap_eps = 1e-12 if x.dtype == torch.float64 else 1e-6
     if not 0 <= gap_eps < math.inf:
         raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
+    gap_eps = max(gap_eps, torch.finfo(_compute_dtype(x)).eps / 2)
     if takes_the_reference():
         return svd_reference(x, k, sign=sign, return_u=return_u)
     u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False)

@@ -1,0 +1,296 @@
+"""truncated_svd forward: against LAPACK in float64, known answers and properties."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrix_cases import LAYOUTS, SHAPES, kinds, laid_out, with_singular_values
+from tolerances import rounding
+
+from kdkernels import feature_svd, reference, truncated_svd
+
+DTYPES = [torch.float32, torch.float64]
+
+
+def check(x, k, u, s, v):
+    """u [..., M, k], s and v of x, in float32 or float64, against LAPACK's in float64."""
+    m, n = x.shape[-2:]
+    eps = rounding(s.dtype)
+    if s.dtype == torch.float64:
+        eps *= 8  # LAPACK rounds as we do
+    exact = x.double()
+    all_s = torch.linalg.svdvals(exact)
+    true_u, true_s, true_v = reference.truncated_svd(exact, k, return_u=True)
+    largest = true_s[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
+    u, s, v = u.double(), s.double(), v.double()
+    length = (m + n) ** 0.5
+    assert ((s - true_s).abs() <= eps * (6 + length / 2) * largest).all(), f"sigma off by {((s - true_s).abs() / largest).max() / eps:.1f} roundings"
+    assert (s >= 0).all()
+    assert (s[..., :-1] >= s[..., 1:]).all()
+    eye = torch.eye(k, dtype=torch.float64, device=x.device)
+    for vectors in (u, v):
+        assert ((vectors.mT @ vectors - eye).abs() <= eps * (8 + length)).all(), "vectors are not orthonormal"
+    # The triplets belong together: x v = s u, x^T u = s v, up to the rounding of x, whatever the gaps.
+    units = exact / largest[..., None]
+    for a, left, right in ((units, u, v), (units.mT, v, u)):
+        off = (a @ right - left * (s / largest)[..., None, :]).norm(dim=-2)
+        assert (off <= eps * (16 + length)).all(), f"triplets are off by {off.max() / eps:.1f} roundings"
+    # A vector that a gap sets apart is LAPACK's; the span of all of them likewise. The larger side has a null space too.
+    squares = (all_s / largest) ** 2
+    distance = (squares[..., None, :] - squares[..., :k, None]).abs()
+    distance[..., torch.arange(k), torch.arange(k)] = 1.0
+    distance = distance.amin(-1)  # [..., k]
+    for own, true, larger in ((u, true_u, m > n), (v, true_v, n > m)):
+        gap = torch.minimum(distance, squares[..., :k]) if larger else distance
+        off = (own - true * (own * true).sum(-2, keepdim=True)).norm(dim=-2)
+        noise = eps * (16 + length) / gap.clamp_min(1e-300)
+        assert (off <= noise.clamp(max=2)).all(), f"a vector is off by {(off / noise).max():.1f} of what its gap allows"
+        after = squares[..., k] if k < all_s.shape[-1] else torch.zeros_like(squares[..., 0])
+        if k < own.shape[-2]:
+            gap = (squares[..., k - 1] - after).clamp_min(1e-300)
+            outside = torch.linalg.matrix_norm(own - true @ (true.mT @ own))
+            assert (outside <= (eps * (16 + length) * k**0.5 / gap).clamp(max=2 * k**0.5)).all()
+
+
+def check_signs(v):
+    """The first entry of largest magnitude of every column is positive."""
+    largest = v.gather(-2, v.abs().argmax(-2, keepdim=True))
+    assert (largest > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_lapack(shape, dtype, device):
+    for name, exact in kinds(*shape).items():
+        x = exact.to(dtype).to(device)
+        for k in sorted({1, min(2, *shape), min(5, *shape), min(*shape)} if max(shape) < 60 else {1, 4}):
+            for layout in LAYOUTS if name == "relu" else LAYOUTS[:2]:
+                given = laid_out(x, layout)
+                u, s, v = truncated_svd(given, k, return_u=True)
+                assert (u.dtype, s.dtype, v.dtype) == (dtype,) * 3
+                try:
+                    check(x, k, u, s, v)
+                    check_signs(v)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, k = {k}, {layout}: {error}") from error
+                none, s2, v2 = truncated_svd(given, k)
+                assert none is None
+                assert ((s2 - s).abs() <= 16 * rounding(dtype) * s.amax(-1, keepdim=True)).all()
+                assert v2.shape == v.shape
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(300, 280, 8), (200, 196, 4), (130, 500, 2), (290, 300, 12), (700, 130, 1)])
+def test_large(m, n, k, device):
+    """The Krylov tier where it works, where it gives up, and sizes past it."""
+    g = torch.Generator().manual_seed(3)
+    near = torch.cat([torch.linspace(1, 0.999, 12), torch.full((min(m, n) - 12,), 0.998)])
+    copies = torch.cat([torch.ones(3), torch.linspace(0.6, 0.1, min(m, n) - 3)])
+    batch = [torch.randn(m, n, generator=g).double(), torch.randn(m, n, generator=g).relu().double()]
+    batch += [with_singular_values(near, m, n), with_singular_values(copies, m, n), torch.eye(m, n).double(), 1e30 * torch.ones(m, n).double()]
+    x = torch.stack(batch).float().to(device)
+    for layout in ("rows", "columns"):
+        u, s, v = truncated_svd(laid_out(x, layout), k, return_u=True)
+        check(x, k, u, s, v)
+        check_signs(v)
+
+
+def test_known_answers(device):
+    x = torch.tensor([[3.0, 0], [0, 2], [0, 0]], device=device)
+    u, s, v = truncated_svd(x, 2, return_u=True)
+    torch.testing.assert_close(s, torch.tensor([3.0, 2.0], device=device))
+    torch.testing.assert_close(v, torch.eye(2, device=device))
+    torch.testing.assert_close(u, torch.eye(3, 2, device=device))
+    _, s, v = truncated_svd(-x.mT, 1)
+    torch.testing.assert_close(s, torch.tensor([3.0], device=device))
+    torch.testing.assert_close(v, torch.eye(3, 1, device=device))
+
+
+def test_sign_follows_the_lowest_of_equals(device):
+    v = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, device=device)
+    for flipped in (v, -v):
+        x = torch.arange(1.0, 7, dtype=torch.float64, device=device)[:, None] * flipped
+        u, _, got = truncated_svd(x, 1, return_u=True)
+        assert abs(got[0, 0].item()) == pytest.approx(0.5)
+        check_signs(got)
+        torch.testing.assert_close(u @ torch.linalg.svdvals(x)[:1, None] @ got.mT, x)
+    _, _, free = truncated_svd(x, 1, sign=None)
+    torch.testing.assert_close(free.abs(), got.abs())
+
+
+@given(m=st.integers(1, 40), n=st.integers(1, 40), data=st.data())
+def test_any_matrix(m, n, data):
+    """Entries of any size, many of them equal or zero."""
+    k = data.draw(st.integers(1, min(m, n)))
+    exponent = data.draw(st.integers(-30, 30))
+    pool = data.draw(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=6))
+    seed = data.draw(st.integers(0, 1000))
+    choice = torch.randint(len(pool), (2, m, n), generator=torch.Generator().manual_seed(seed))
+    x = (torch.tensor(pool, dtype=torch.float64)[choice] * 10.0**exponent).float()
+    u, s, v = truncated_svd(x, k, return_u=True)
+    check(x, k, u, s, v)
+    check_signs(v)
+
+
+@given(seed=st.integers(0, 1000), m=st.integers(2, 30), n=st.integers(2, 30), scale=st.floats(0.01, 100))
+def test_invariances(seed, m, n, scale):
+    """Rotated or permuted rows leave v; permuted columns permute it; scale goes to s; u and v change places with the sides."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, n, generator=g, dtype=torch.float64)
+    k = min(2, m, n)
+    squares = torch.linalg.svdvals(x) ** 2
+    tol = 1e-12 * float(squares[0] / (squares[:-1] - squares[1:]).min()) + 1e-12 * float(squares[0] / squares[k - 1])
+    u, s, v = truncated_svd(x, k, return_u=True)
+    rows, columns = torch.randperm(m, generator=g), torch.randperm(n, generator=g)
+    turn = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
+    close = {"rtol": 0, "atol": min(tol, 0.5)}
+    torch.testing.assert_close(truncated_svd(x[rows], k)[2], v, **close)
+    torch.testing.assert_close(truncated_svd(turn @ x, k)[2].abs(), v.abs(), **close)
+    torch.testing.assert_close(truncated_svd(x[:, columns], k)[2], v[columns], **close)
+    torch.testing.assert_close(truncated_svd(scale * x, k)[1], scale * s, rtol=1e-12, atol=0)
+    torch.testing.assert_close(truncated_svd(x.mT, k)[2].abs(), u.abs(), **close)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (140, 130)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, device):
+    x = torch.randn(37, *shape, dtype=dtype, device=device)
+    broken = x.clone()
+    broken[3, 2, 1], broken[18, -1, -1], broken[36, 0, 0] = float("nan"), float("inf"), -float("inf")
+    broken[7] = 0
+    bad = [3, 18, 36]
+    good = [i for i in range(37) if i not in (*bad, 7)]
+    for layout in ("rows", "columns"):
+        clean = truncated_svd(laid_out(x, layout), 2, return_u=True)
+        got = truncated_svd(laid_out(broken, layout), 2, return_u=True)
+        for a, b in zip(clean, got, strict=True):
+            assert torch.equal(a[good], b[good])
+            assert b[bad].isnan().all()
+            assert b[7].isfinite().all()
+        given = laid_out(broken, layout).detach().requires_grad_()
+        u, s, v = truncated_svd(given, 2, return_u=True)
+        sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
+        assert given.grad[bad].isnan().flatten(1).any(1).all()
+        whole = laid_out(x, layout).detach().requires_grad_()
+        u, s, v = truncated_svd(whole, 2, return_u=True)
+        sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
+        assert torch.equal(given.grad[good], whole.grad[good])
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 40), (150, 120)], ids=str)
+def test_same_bits_for_any_batch_and_threads(shape):
+    x = torch.randn(41, *shape).relu()
+    threads = torch.get_num_threads()
+
+    def run(x):
+        given = x.clone().requires_grad_()
+        u, s, v = truncated_svd(given, 2, return_u=True)
+        (v[..., 0, :] ** 2 + u[..., 1, :] * s).sum().backward()
+        return [t.detach() for t in (u, s, v)] + [given.grad]
+
+    whole = run(x)
+    parts = [run(x[i : i + 7]) for i in range(0, 41, 7)]
+    try:
+        torch.set_num_threads(1)
+        single = run(x)
+    finally:
+        torch.set_num_threads(threads)
+    for i, t in enumerate(whole):
+        assert torch.equal(t, torch.cat([part[i] for part in parts]))
+        assert torch.equal(t, single[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_is_computed_in_float(dtype, device):
+    x = torch.randn(5, 40, 24, device=device).relu().to(dtype)
+    for layout in ("rows", "columns", "part"):
+        given = laid_out(x, layout).detach().requires_grad_()
+        u, s, v = truncated_svd(given, 3, return_u=True)
+        assert (u.dtype, s.dtype, v.dtype) == (torch.float32,) * 3
+        check(x, 3, u, s, v)
+        wide = x.double().requires_grad_()
+        (v[..., 0, :].sum() + s.sum()).backward()
+        _, true_s, true_v = reference.truncated_svd(wide, 3)
+        (true_v[..., 0, :].sum() + true_s.sum()).backward()
+        assert given.grad.dtype == dtype
+        error = (given.grad.double() - wide.grad).abs().max() / wide.grad.abs().max()
+        assert error <= rounding(dtype) + 1e-3 * (dtype == torch.float16)
+
+
+def test_many_batch_dimensions_and_none(device):
+    x = torch.randn(2, 3, 4, 9, 6, device=device)
+    u, s, v = truncated_svd(x, 2, return_u=True)
+    assert (u.shape, s.shape, v.shape) == ((2, 3, 4, 9, 2), (2, 3, 4, 2), (2, 3, 4, 6, 2))
+    check(x, 2, u, s, v)
+    swapped = x.transpose(0, 2)
+    check(swapped, 2, *truncated_svd(swapped, 2, return_u=True))
+    expanded = x[:1].expand(5, 3, 4, 9, 6)
+    check(expanded, 2, *truncated_svd(expanded, 2, return_u=True))
+    single = truncated_svd(x[0, 0, 0], 2)
+    torch.testing.assert_close(single[2], v[0, 0, 0])
+    for shape in ((0, 5, 3), (2, 0, 3, 5)):
+        empty = torch.randn(shape, device=device, requires_grad=True)
+        u, s, v = truncated_svd(empty, 2, return_u=True)
+        assert (u.shape, s.shape, v.shape) == ((*shape[:-1], 2), (*shape[:-2], 2), (*shape[:-2], shape[-1], 2))
+        (s.sum() + v.sum()).backward()
+        assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_feature_svd(channels_last, device):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(4, 24, 6, 5, device=device).relu().to(memory_format=layout).requires_grad_()
+    u, s, v = feature_svd(features, 3, return_u=True)
+    matrix = features.detach().flatten(2).transpose(1, 2)
+    assert (u.shape, v.shape) == ((4, 30, 3), (4, 24, 3))
+    check(matrix, 3, u, s, v)
+    v.square().sum(1).mul(torch.arange(3, device=device)).sum().backward()
+    assert features.grad.stride() == features.stride()
+    if device == "cpu":  # nothing as large as the features is made: the matrices are read where they lie
+        with torch.profiler.profile(profile_memory=True) as profile:
+            feature_svd(features.detach(), 1)
+        assert not any(event.key in ("aten::copy_", "aten::clone", "aten::contiguous") for event in profile.key_averages())
+
+
+def test_result_layout(device):
+    """Each vector is contiguous, so that what comes next reads it without a copy."""
+    u, _, v = truncated_svd(torch.randn(3, 9, 5, device=device), 2, return_u=True)
+    assert u.mT.is_contiguous()
+    assert v.mT.is_contiguous()
+
+
+def test_errors():
+    x = torch.randn(2, 5, 3)
+    for error, match, args, options in [
+        (TypeError, "x must be a tensor", ([1, 2], 1), {}),
+        (TypeError, "x must be float64, float32", (torch.ones(3, 3, dtype=torch.int64), 1), {}),
+        (TypeError, "x must be float64, float32", (torch.ones(3, 3, dtype=torch.complex64), 1), {}),
+        (ValueError, r"x must be matrices \[..., M, N\]", (torch.ones(3), 1), {}),
+        (ValueError, r"x must be matrices \[..., M, N\]", (torch.ones(3, 0), 1), {}),
+        (ValueError, r"k must be an int in \[1, min\(M, N\)\] = \[1, 3\], got 4", (x, 4), {}),
+        (ValueError, "k must be an int", (x, 0), {}),
+        (ValueError, "k must be an int", (x, 1.0), {}),
+        (ValueError, "k must be an int", (x, True), {}),
+        (ValueError, "sign must be one of", (x, 1), {"sign": "plus"}),
+        (ValueError, "gap_eps must be a finite number >= 0", (x, 1), {"gap_eps": -1.0}),
+        (ValueError, "gap_eps must be a finite number >= 0", (x, 1), {"gap_eps": float("nan")}),
+    ]:
+        with pytest.raises(error, match=match):
+            truncated_svd(*args, **options)
+    with pytest.raises(TypeError, match="features must be a tensor"):
+        feature_svd(None, 1)
+    with pytest.raises(ValueError, match=r"features must have the shape \[B, C, \*spatial\]"):
+        feature_svd(torch.ones(2, 3), 1)
+    op = torch.ops.kdkernels
+    with pytest.raises(ValueError, match="k must lie in"):
+        op.truncated_svd(x, 9, "", False, 1e-6, False)
+    with pytest.raises(ValueError, match="sign must be"):
+        op.truncated_svd(x, 1, "no", False, 1e-6, False)
+    u, s, v, state = op.truncated_svd(x, 2, "", True, 1e-6, True)
+    with pytest.raises(ValueError, match="grad_v must have shape"):
+        op.truncated_svd_backward(None, None, v[:1], x, u, s, v, state, 1e-6)
+    with pytest.raises(ValueError, match="s must have shape"):
+        op.truncated_svd_backward(None, s, None, x, u, s[:1], v, state, 1e-6)
+    with pytest.raises(ValueError, match="u is needed where M < N"):
+        op.truncated_svd_backward(None, s, None, x.mT, u.new_empty(0), s, u, state, 1e-6)
+    with pytest.raises(ValueError, match="state must be"):
+        op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)

@@ -1,0 +1,102 @@
+"""The stages of the CPU kernel, each by itself, against float64."""
+
+import pytest
+import torch
+from matrix_cases import LAYOUTS, laid_out
+from tolerances import rounding
+
+import kdkernels  # noqa: F401  registers the ops
+
+OPS = torch.ops.kdkernels
+SIZES = [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 49, 64, 100]
+DTYPES = [torch.float32, torch.float64]
+
+
+def _psd(batch: int, p: int, dtype: torch.dtype) -> torch.Tensor:
+    """Symmetric positive semi-definite, of trace 1: Gram matrices, one of rank 1, one of zeros, one diagonal, one identity."""
+    g = torch.randn(batch, p, p + 1, dtype=torch.float64)
+    g = g @ g.mT
+    v = torch.randn(p, 1, dtype=torch.float64)
+    g[0] = v @ v.mT
+    g[-1] = 0
+    if batch > 3:
+        g[1] = torch.diag(torch.arange(1.0, p + 1))
+        g[2] = torch.eye(p)
+    trace = g.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
+    return (g / trace[:, None, None]).to(dtype)
+
+
+def _tridiagonal(d, e):
+    return torch.diag_embed(d) + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", SIZES)
+def test_gram(p, dtype):
+    for q in (p, p + 1, 3 * p + 5, 2100 if p == 17 else p + 16):
+        x = torch.randn(3, p, q, dtype=dtype)
+        for given in [laid_out(x, layout) for layout in LAYOUTS] + [laid_out(x, layout).mT for layout in LAYOUTS]:
+            got = OPS._svd_gram(given)
+            small = (given.mT if given.shape[1] >= given.shape[2] else given).double()  # small side first
+            exact = (small @ small.mT).tril()
+            scale = small.norm(dim=2)[:, :, None] * small.norm(dim=2)[:, None]
+            assert ((got.double() - exact).abs() <= rounding(dtype) * (8 + q**0.5 / 2) * scale).all()
+    if dtype == torch.float32:
+        half = x.bfloat16()
+        torch.testing.assert_close(OPS._svd_gram(half), (half.double() @ half.double().mT).tril().float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", SIZES)
+def test_tridiagonal(p, dtype):
+    """G = Q T Q^T with an orthogonal Q."""
+    g = _psd(19, p, dtype)
+    d, e, q = OPS._svd_tridiagonal(g)
+    d, e, q = d.double(), e.double(), q.double()
+    limit = rounding(dtype) * (8 + 2 * p)
+    assert ((q @ q.mT - torch.eye(p, dtype=torch.float64)).abs() <= limit).all()
+    assert ((q @ _tridiagonal(d, e) @ q.mT - g.double()).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", SIZES)
+def test_bisection(p, dtype):
+    d, e, _ = OPS._svd_tridiagonal(_psd(19, p, torch.float64))
+    d, e = d.to(dtype), e.to(dtype)
+    for k in sorted({1, min(2, p), min(7, p), p}):
+        got = OPS._svd_bisection(d, e, k).double()
+        exact = torch.linalg.eigvalsh(_tridiagonal(d.double(), e.double())).flip(-1)[:, :k]
+        # Double: a pivot's division rounds, so counts are those of a matrix that differs by roundings of its norm, about 1.
+        assert ((got - exact.clamp_min(0)).abs() <= 8 * rounding(dtype)).all()
+
+
+@pytest.mark.parametrize("p", SIZES)
+def test_inverse_iteration(p):
+    """Orthonormal, and T x = lambda x to rounding, whatever the gaps."""
+    d, e, _ = OPS._svd_tridiagonal(_psd(19, p, torch.float64))
+    t = _tridiagonal(d, e)
+    k = min(p, 9)
+    exact = torch.linalg.eigvalsh(t).flip(-1)[:, :k].contiguous()
+    for noise in (0.0, 6e-8):  # eigenvalues as bisection leaves them in double, and in float
+        values, x = OPS._svd_inverse_iteration(d, e, exact * (1 + noise))
+        assert ((x @ x.mT - torch.eye(k, dtype=torch.float64)).abs() <= 1e-13 * p).all()
+        assert ((x @ t - values[..., None] * x).norm(dim=-1) <= (1e-14 if noise == 0 else 2e-8) * p).all()
+        assert ((values - exact).abs() <= (1e-14 if noise == 0 else 1e-9) * p).all()
+
+
+@pytest.mark.parametrize("p", SIZES)
+@pytest.mark.parametrize("eps", [1e-2, 1e-6])
+def test_resolvent(p, eps):
+    """Re[(lambda + i eps - T)^-1] is x / (x^2 + eps^2) on every eigenvector, at, near and far from an eigenvalue."""
+    d, e, _ = OPS._svd_tridiagonal(_psd(19, p, torch.float64))
+    mu, q = torch.linalg.eigh(_tridiagonal(d, e))
+    r = torch.randn(19, p, dtype=torch.float64)
+    for shift in (mu[:, -1], mu[:, -1] + 1e-4, mu[:, 0] - 0.3):
+        x = shift[:, None] - mu
+        factor = x / (x**2 + eps**2)
+        expected = (q @ (factor * (q.mT @ r[..., None])[..., 0])[..., None])[..., 0]
+        got = OPS._svd_resolvent(d, e, shift.contiguous(), eps, r)
+        # A rounding of T moves x by 1e-16, and the factor by that over eps^2.
+        assert ((got - expected).norm(dim=1) <= (1e-13 + 4e-16 * p / eps) * expected.norm(dim=1) + 1e-15 * p / eps**2 * r.norm(dim=1)).all()
+    zeros = torch.zeros(1, p, dtype=torch.float64)
+    assert torch.equal(OPS._svd_resolvent(zeros, zeros[:, 1:], zeros[:, 0].contiguous(), 0.0, r[:1]), zeros)
