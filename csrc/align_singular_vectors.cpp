@@ -19,19 +19,24 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const std::optional
 std::optional<Tensor> optional(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
 }
+bool needs_grad(const std::optional<Tensor>& t) {
+  return t && t->defined() && t->requires_grad();
+}
 
 struct Align : torch::autograd::Function<Align> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const Tensor& weight,
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                bool flip_teacher) {
     static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [s, t, match, flips] = op.call(student, teacher, optional(weight), flip_teacher);
-    ctx->mark_non_differentiable({match, flips});
+    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher);
+    variable_list constants{match, flips};
+    if (!student.requires_grad() && !needs_grad(weight)) constants.push_back(s);
+    if (!teacher.requires_grad() && !needs_grad(weight)) constants.push_back(t);
+    ctx->mark_non_differentiable(constants);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({student, teacher, weight, match, flips});
+    ctx->save_for_backward({student, teacher, weight.value_or(Tensor()), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
-    ctx->saved_data["needs"] =
-        std::vector<bool>{student.requires_grad(), teacher.requires_grad(), weight.defined() && weight.requires_grad()};
+    ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
     return {s, t, match, flips};
   }
 
@@ -52,13 +57,13 @@ struct Align : torch::autograd::Function<Align> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                     bool flip_teacher) {
-  const bool any = student.requires_grad() || teacher.requires_grad() || (weight && weight->requires_grad());
+  const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
   if (!at::GradMode::is_enabled() || !any) {
     static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(student, teacher, weight, flip_teacher);
   }
-  const auto out = Align::apply(student, teacher, weight.value_or(Tensor()), flip_teacher);
+  const auto out = Align::apply(student, teacher, weight, flip_teacher);
   return {out[0], out[1], out[2], out[3]};
 }
 

@@ -1,4 +1,5 @@
 // CPU kernels of the truncated_svd ops. Compiled once per instruction set.
+#include <ATen/ops/clamp.h>
 #include <torch/library.h>
 
 #include "truncated_svd/backward.h"
@@ -31,6 +32,8 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   }
   const Cotangents given{rows(grads.u, which, type), rows(grads.s, which, type), rows(grads.v, which, type)};
   const Tensor result = Backward<T>(given, x, exact, gap_eps, Tier::direct).run();
+  // Double reaches further than float does; half types say so with an infinity, which is what scalers of gradients look for.
+  if (gradient.scalar_type() == at::kFloat) result.clamp_(-std::numeric_limits<float>::max(), std::numeric_limits<float>::max());
   const Matrices to(gradient);
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
 }

@@ -22,6 +22,7 @@ class Backward {
         k_(t.s.size(-1)),
         direct_(m_, k_),
         a_(m_.tall ? t.v : t.u),
+        b_(m_.tall ? t.u : t.v),
         s_(t.s),
         state_(tier == Tier::krylov || t.state.numel() > 0 ? t.state
                                                            : Decomposition<T>(x, k_, false, false, true, false, Tier::direct).state()),
@@ -150,7 +151,8 @@ class Backward {
       std::fill(padded_a + j * stride + m_.p, padded_a + (j + 1) * stride, T(0));
     }
     auto of = [&](const Tensor& t, int64_t size) { return t.defined() ? t.template const_data_ptr<T>() + b * size : nullptr; };
-    return {padded_a, s_.template const_data_ptr<T>() + b * k_, of(ga_, k_ * m_.p), of(gs_, k_), of(gb_, k_ * m_.q)};
+    const T* vectors = gb_.defined() ? b_.template const_data_ptr<T>() + b * k_ * m_.q : nullptr;
+    return {padded_a, vectors, s_.template const_data_ptr<T>() + b * k_, of(ga_, k_ * m_.p), of(gs_, k_), of(gb_, k_ * m_.q)};
   }
 
   Tier tier_;
@@ -158,7 +160,7 @@ class Backward {
   double gap_eps_;
   int64_t k_;
   Direct<T> direct_;
-  Tensor a_, s_, state_, ga_, gs_, gb_;
+  Tensor a_, b_, s_, state_, ga_, gs_, gb_;
 };
 
 }  // namespace kdkernels::truncated_svd

@@ -207,8 +207,7 @@ def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_t
 
 
 def _setup_svd(ctx, inputs, output) -> None:
-    *grads, x, u, s, v, _state, _gap_eps = inputs
-    ctx.has_u = u.numel() > 0 or u.dim() == x.dim()
+    *grads, x, _u, _s, v, _state, _gap_eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads, x, v)
 

@@ -50,11 +50,7 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     null = 1e-6 if s.dtype == torch.float32 else 1e-13
     inverse = torch.where(sigma > null, 1 / sigma, torch.zeros_like(sigma))
     mg = m @ gb.double() if gb is not None else torch.zeros_like(a)
-    h = -(a * mg).sum(-2, keepdim=True) * inverse**2
-    if grad_s is not None:
-        h = h + grad_s.double().unsqueeze(-2) / unit
     g = mg * inverse + (ga.double() if ga is not None and ga.dim() == x.dim() else 0)
-    c = a.mT @ g  # c[i, j] = <a_i, g_j>
     mu, q = torch.linalg.eigh(m @ m.mT)
     lam = sigma**2
     first = sigma[..., :1]
@@ -69,10 +65,24 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         return t - a @ (a.mT @ t)
 
     z = project(q @ (lorentzian(lam - mu.unsqueeze(-1), floor) * (q.mT @ project(g))))
-    between = 0.5 * (c - c.mT) * lorentzian(lam - lam.mT, torch.maximum(floor, floor.mT))
-    z = z + a @ between
+    turn = lorentzian(lam - lam.mT, torch.maximum(floor, floor.mT))  # [i, j]: of lambda_j - lambda_i
+
+    def differences(x, cotangent):
+        """<x_i, g_j> - <x_j, g_i>; that of a function of the span is rounding, which a small gap would blow up."""
+        c = x.mT @ cotangent
+        size = cotangent.norm(dim=-2, keepdim=True)
+        noise = (8 * torch.finfo(s.dtype).eps * torch.maximum(size, size.mT)).clamp_min(1e-300)
+        return torch.nn.functional.softshrink((c - c.mT) / noise, 1.0) * noise
+
+    if ga is not None and ga.dim() == x.dim():
+        z = z + a @ (0.5 * differences(a, ga.double()) * turn)
     w = m.mT @ a
-    y = m.mT @ z + h * inverse * w + (gb.double() * inverse if gb is not None else 0)
+    y = m.mT @ z
+    if grad_s is not None:
+        y = y + (grad_s.double().unsqueeze(-2) / unit) * inverse * w
+    if gb is not None:
+        b = (u if tall else v).double().nan_to_num()
+        y = y + (gb.double() - b @ (b.mT @ gb.double())) * inverse + b @ (sigma.mT * differences(b, gb.double()) * turn).mT
     gradient = (z @ w.mT + a @ y.mT) * unit
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan")).to(x.dtype)
     return torch.empty_like(x).copy_(gradient)

@@ -1,0 +1,168 @@
+"""align_singular_vectors: against its reference, brute force and known answers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_close, of_sum
+
+from kdkernels import align_singular_vectors, reference, truncated_svd
+from kdkernels.ops import truncated_svd_torch as plain
+
+OP = torch.ops.kdkernels
+DTYPES = [(torch.float32,) * 2, (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2]
+SHAPES = [((), 1, 1, 1), ((5,), 7, 3, 2), ((2, 3), 64, 5, 4), ((4,), 130, 2, 3), ((0,), 5, 3, 2)]
+
+
+def _vectors(*shape, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(*shape, generator=g, dtype=torch.float64))[0].to(dtype)
+
+
+def test_known_answer(device):
+    """The student's vectors are the teacher's in another order, one of them with the other sign."""
+    teacher = torch.eye(4, 2, device=device)
+    student = torch.stack([-teacher[:, 1], torch.eye(4, device=device)[:, 3], teacher[:, 0]], 1)
+    s, t = align_singular_vectors(student, teacher)
+    torch.testing.assert_close(s, torch.stack([teacher[:, 0], -teacher[:, 1]], 1))
+    torch.testing.assert_close(t, s)
+    s, t = align_singular_vectors(student, teacher, torch.tensor([2.0, 3.0], device=device), flip="student")
+    torch.testing.assert_close(s, teacher * torch.tensor([2.0, 3.0], device=device))
+    torch.testing.assert_close(t, s)
+
+
+def test_ties_take_the_first_and_zero_is_not_flipped(device):
+    teacher = torch.tensor([[1.0], [0.0], [0.0]], device=device)
+    student = torch.tensor([[0.0, 0.6, -0.6], [1.0, 0.8, 0.8], [0.0, 0.0, 0.0]], device=device)
+    s, t = align_singular_vectors(student, teacher)
+    torch.testing.assert_close(s, student[:, 1:2])
+    s, t = align_singular_vectors(student[:, :1], teacher)  # orthogonal: the sign of 0 is +
+    torch.testing.assert_close(s, student[:, :1])
+    torch.testing.assert_close(t, teacher)
+
+
+@pytest.mark.parametrize("flip", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2], ids=str
+)
+@pytest.mark.parametrize(("batch", "n", "many", "k"), SHAPES)
+def test_against_reference(batch, n, many, k, dtypes, flip, device):
+    many, k = min(many, n), min(k, n)
+    student = _vectors(*batch, n, n)[..., :many].to(dtypes[0]).to(device)
+    teacher = _vectors(*batch, n, n, seed=1)[..., :k].to(dtypes[1]).to(device)
+    weight = torch.rand(*batch, k, device=device)
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    for w in (None, weight):
+        for layout in (lambda t: t, lambda t: t.mT.contiguous().mT, lambda t: t.repeat_interleave(2, -1)[..., ::2]):
+            inputs = [
+                layout(student).detach().requires_grad_(),
+                layout(teacher).detach().requires_grad_(),
+                w if w is None else w.clone().requires_grad_(),
+            ]
+            wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+            got, expected = align_singular_vectors(*inputs, flip=flip), reference.align_singular_vectors(*wide, flip=flip)
+            upstream = [torch.cos(torch.arange(t.numel(), device=device).double()).view(t.shape) for t in expected]
+            for name, a, b in zip(("student", "teacher"), got, expected, strict=True):
+                assert a.dtype == dtype
+                assert_close(name, a, b, rtol=of_sum(dtype, 1))
+            torch.autograd.backward(got, [g.to(dtype) for g in upstream])
+            torch.autograd.backward(expected, upstream)
+            for a, b in zip(inputs, wide, strict=True):
+                if a is not None:
+                    assert_close("gradient", a.grad, b.grad, rtol=of_sum(dtype, n), scale=1.0)
+                    assert a.grad.dtype == a.dtype
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(1, 20), many=st.integers(1, 6), k=st.integers(1, 6))
+def test_against_brute_force(seed, n, many, k):
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(n, many, generator=g), torch.randn(n, k, generator=g)
+    s, t = align_singular_vectors(student, teacher)
+    for i in range(k):
+        products = [sum(float(student[r, j]) * float(teacher[r, i]) for r in range(n)) for j in range(many)]
+        j = max(range(many), key=lambda j: abs(products[j]))
+        if sorted(map(abs, products))[-1] - (sorted(map(abs, products))[-2] if many > 1 else 0) < 1e-5:
+            continue  # rounding decides
+        torch.testing.assert_close(s[:, i], student[:, j])
+        torch.testing.assert_close(t[:, i], teacher[:, i] * (-1 if products[j] < 0 else 1))
+
+
+@pytest.mark.parametrize("flip", ["teacher", "student"])
+def test_gradcheck(flip, device):
+    student, teacher = _vectors(3, 6, 4).to(device).requires_grad_(), _vectors(3, 6, 2, seed=1).to(device).requires_grad_()
+    weight = torch.rand(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    for inputs in ((student, teacher, weight), (student, teacher), (student, teacher.detach(), weight.detach())):
+        assert torch.autograd.gradcheck(lambda *a: align_singular_vectors(*a, flip=flip), inputs)
+        assert torch.autograd.gradgradcheck(lambda *a: align_singular_vectors(*a, flip=flip), inputs)
+
+
+def test_after_a_decomposition(device):
+    """As SVD-KD calls it: one more student vector, the teacher without a gradient, its share as the weight."""
+    features = torch.randn(4, 30, 12, device=device).relu().requires_grad_()
+    _, _, v = truncated_svd(features, 3)
+    _, ts, tv = truncated_svd(torch.randn(4, 30, 12, device=device).relu(), 2)
+    weight = ts / ts.norm(dim=-1, keepdim=True)
+    x, y = align_singular_vectors(v, tv, weight)
+    assert not y.requires_grad
+    assert ((x * y).sum(1) >= 0).all()
+    torch.testing.assert_close(x.norm(dim=1), weight)
+    (x - y).square().sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_opcheck_compile_and_functorch(device):
+    student, teacher, weight = (
+        torch.randn(3, 6, 4, device=device, requires_grad=True),
+        torch.randn(3, 6, 2, device=device, requires_grad=True),
+        torch.rand(3, 2, device=device, requires_grad=True),
+    )
+    for w in (weight, None):
+        torch.library.opcheck(OP.align_singular_vectors.default, (student, teacher, w, True))
+    s, t, match, flips = OP.align_singular_vectors(student.detach(), teacher.detach(), None, True)
+    torch.library.opcheck(
+        OP.align_singular_vectors_backward.default,
+        (s, t, student.detach(), teacher.detach(), None, match, flips, True, [True, True, False]),
+    )
+
+    def loss(student, teacher):
+        s, t = align_singular_vectors(student, teacher, weight)
+        return (s * t).square().sum()
+
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(student, teacher), loss(student, teacher))
+    (expected,) = torch.autograd.grad(loss(student, teacher), student)
+    torch.testing.assert_close(torch.func.grad(loss)(student, teacher), expected)
+    mapped = torch.func.vmap(align_singular_vectors)(student, teacher, weight)
+    for a, b in zip(mapped, align_singular_vectors(student, teacher, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("flip_teacher", [True, False])
+def test_the_route_in_plain_torch(flip_teacher):
+    student, teacher, weight = _vectors(3, 6, 4), _vectors(3, 6, 2, seed=1), torch.rand(3, 2, dtype=torch.float64)
+    for w in (None, weight):
+        got, expected = plain.align_singular_vectors(student, teacher, w, flip_teacher), OP.align_singular_vectors(student, teacher, w, flip_teacher)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+            assert a.stride() == b.stride()
+        args = (got[0], got[1], student, teacher, w, got[2], got[3], flip_teacher, [True, True, w is not None])
+        for a, b in zip(plain.align_singular_vectors_backward(*args), OP.align_singular_vectors_backward(*args), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_errors():
+    s, t = torch.randn(2, 5, 3), torch.randn(2, 5, 2)
+    for error, match, args, options in [
+        (TypeError, "student must be a tensor", (None, t), {}),
+        (TypeError, "teacher must be float64, float32", (s, t.int()), {}),
+        (ValueError, "must agree but in their last dimension", (s, torch.randn(2, 4, 2)), {}),
+        (ValueError, "must agree but in their last dimension", (s[0], t), {}),
+        (ValueError, r"weight must have the shape \(2, 2\)", (s, t, torch.ones(2)), {}),
+        (TypeError, "weight must be a floating-point tensor", (s, t, 1.0), {}),
+        (ValueError, "flip must be one of", (s, t), {"flip": "both"}),
+        (ValueError, "student must be matrices", (torch.ones(3), t), {}),
+    ]:
+        with pytest.raises(error, match=match):
+            align_singular_vectors(*args, **options)
+    out = OP.align_singular_vectors(s, t, None, True)
+    with pytest.raises(ValueError, match="match must lie in"):
+        OP.align_singular_vectors_backward(out[0], out[1], s, t, None, out[2] + 9, out[3], True, [True, True, False])
