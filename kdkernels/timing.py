@@ -11,13 +11,14 @@ import torch
 
 
 def time_interleaved(
-    contenders: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 200, seed: int = 0
+    contenders: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 200, seed: int = 0, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each call. All contenders run once per round, in random order, for at most ``seconds`` in all, and at least five rounds."""
+    """Seconds of each call. All contenders run once per round, in random order, for at most ``seconds`` in all, and at least five rounds,
+    after ``warmup`` calls of each."""
     order = list(contenders)
     shuffle = random.Random(seed).shuffle
     for run in contenders.values():  # warm-up, compilation
-        for _ in range(3):
+        for _ in range(warmup):
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds

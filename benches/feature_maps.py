@@ -1,0 +1,60 @@
+"""Feature maps as networks make them, to decompose: [B, C, H, W]."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+
+def natural_images(batch: int, height: int, width: int) -> Tensor:
+    """Noise with the 1/f spectrum of photographs, [batch, 3, height, width]."""
+    frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.fftfreq(width) ** 2).sqrt()
+    frequency[0, 0] = 1 / max(height, width)
+    image = torch.fft.ifft2(torch.fft.fft2(torch.randn(batch, 3, height, width)) / frequency).real
+    return (image - image.mean((1, 2, 3), keepdim=True)) / image.std((1, 2, 3), keepdim=True)
+
+
+@torch.no_grad()
+def relu_maps(batch: int, channels: int, side: int) -> Tensor:
+    """Of a random network: three 3 x 3 convolutions with batch norm and ReLU, on natural images."""
+    x = natural_images(batch, side, side)
+    for width in (max(16, channels // 4), max(16, channels // 2), channels):
+        x = nn.BatchNorm2d(width)(nn.Conv2d(x.shape[1], width, 3, padding=1)(x)).relu()
+    return x
+
+
+@functools.cache
+def trained_network() -> nn.Module:
+    """TinyCNN(width=64) after one pass over 4,000 images of ClutterDigits."""
+    from kdkernels.data import ClutterDigits
+    from kdkernels.models import TinyCNN
+
+    data = ClutterDigits(train=4000, val=256, test=256, batch_size=64)
+    data.prepare_data()
+    data.setup()
+    net = TinyCNN(width=64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for batch in data.train_dataloader():
+        batch = data.finish(batch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(batch["image"]), batch["label"]).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def trained_maps(batch: int, block: str) -> Tensor:
+    """Of the trained network, on images it was not trained on."""
+    from kdkernels.data import ClutterDigits
+
+    data = ClutterDigits(train=64, val=64, test=max(64, batch), batch_size=batch)
+    data.prepare_data()
+    data.setup()
+    found = {}
+    net = trained_network()
+    handle = net.get_submodule(block).register_forward_hook(lambda *args: found.update(x=args[2]))
+    net(data.finish(next(iter(data.test_dataloader())))["image"])
+    handle.remove()
+    return found["x"]
