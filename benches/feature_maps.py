@@ -31,7 +31,7 @@ def trained_network() -> nn.Module:
     from kdkernels.data import ClutterDigits
     from kdkernels.models import TinyCNN
 
-    data = ClutterDigits(train=4000, val=256, test=256, batch_size=64)
+    data = ClutterDigits(train_size=4000, val_size=256, test_size=256, batch_size=64)
     data.prepare_data()
     data.setup()
     net = TinyCNN(width=64)
@@ -49,7 +49,7 @@ def trained_maps(batch: int, block: str) -> Tensor:
     """Of the trained network, on images it was not trained on."""
     from kdkernels.data import ClutterDigits
 
-    data = ClutterDigits(train=64, val=64, test=max(64, batch), batch_size=batch)
+    data = ClutterDigits(train_size=64, val_size=64, test_size=max(64, batch), batch_size=batch)
     data.prepare_data()
     data.setup()
     found = {}

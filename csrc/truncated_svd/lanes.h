@@ -4,8 +4,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <new>
 #include <utility>
+#include <vector>
 
 #include "../simd.h"
 
@@ -15,18 +16,71 @@ using simd::kLanes;
 using simd::Mask;
 using simd::Vec;
 
-// Uninitialised numbers, aligned for vectors.
+// What a thread worked with stays with it for the next call: fresh memory costs page faults, which took as long as the arithmetic.
+class Scratch {
+ public:
+  static void* take(size_t bytes, size_t& got) {
+    std::vector<Block>& kept = pool().kept;
+    size_t best = kept.size();
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (kept[i].bytes >= bytes && kept[i].bytes <= 4 * bytes + 4096 && (best == kept.size() || kept[i].bytes < kept[best].bytes)) best = i;
+    if (best < kept.size()) {
+      void* data = kept[best].data;
+      got = kept[best].bytes;
+      pool().bytes -= got;
+      kept.erase(kept.begin() + static_cast<ptrdiff_t>(best));
+      return data;
+    }
+    got = (bytes + 4095) / 4096 * 4096;
+    void* data = std::aligned_alloc(64, got);
+    if (!data) throw std::bad_alloc();
+    return data;
+  }
+  static void give_back(void* data, size_t bytes) {
+    Pool& own = pool();
+    if (own.bytes + bytes > kMost) return std::free(data);
+    own.kept.push_back({data, bytes});
+    own.bytes += bytes;
+  }
+
+ private:
+  static constexpr size_t kMost = size_t(32) << 20;  // of a thread
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  struct Pool {
+    ~Pool() {
+      for (const Block& block : kept) std::free(block.data);
+    }
+    std::vector<Block> kept;
+    size_t bytes = 0;
+  };
+  static Pool& pool() {
+    static thread_local Pool own;
+    return own;
+  }
+};
+
+// Uninitialised numbers, aligned for vectors. It is given back by the thread that asked for it.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count = 0)
-      : data_(static_cast<T*>(count > 0 ? std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64) : nullptr), &std::free) {
-    if (count > 0 && !data_) throw std::bad_alloc();
+  explicit Buffer(int64_t count = 0) : data_(count > 0 ? static_cast<T*>(Scratch::take(count * sizeof(T), bytes_)) : nullptr) {}
+  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
   }
-  T* get() const { return data_.get(); }
+  ~Buffer() {
+    if (data_) Scratch::give_back(data_, bytes_);
+  }
+  T* get() const { return data_; }
 
  private:
-  std::unique_ptr<T, decltype(&std::free)> data_;
+  size_t bytes_ = 0;
+  T* data_;
 };
 
 template <typename T>
