@@ -90,8 +90,9 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   };
   const Tensor gu = given(grad_u, "grad_u", has_u ? at::IntArrayRef(shape({rows, k})) : at::IntArrayRef{0});
   const Tensor gs = given(grad_s, "grad_s", shape({k})), gv = given(grad_v, "grad_v", shape({columns, k}));
-  Cotangents grads{gu.defined() && has_u ? vectors_first(gu, dtype) : Tensor(),
-                   gs.defined() ? gs.to(dtype).contiguous().view({-1, k}) : Tensor(), gv.defined() ? vectors_first(gv, dtype) : Tensor()};
+  auto cotangent = [&](const Tensor& g) { return g.to(dtype).transpose(-1, -2).reshape({-1, k, g.size(-2)}); };
+  Cotangents grads{gu.defined() && has_u ? cotangent(gu) : Tensor(), gs.defined() ? gs.to(dtype).contiguous().view({-1, k}) : Tensor(),
+                   gv.defined() ? cotangent(gv) : Tensor()};
   const Triplets t{has_u ? vectors_first(u, dtype) : Tensor(), s.to(dtype).contiguous().view({-1, k}), vectors_first(v, dtype), state};
   const Matrices m(x);
   if (state.numel() > 0) {

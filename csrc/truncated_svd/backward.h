@@ -63,7 +63,7 @@ class Backward {
       ConjugateGradients<T> solver(m_, k_, stride);
       Room room(1, k_, stride);
       for (int64_t b = begin; b < end; ++b) {
-        const auto in = inputs(b, own.a.get());
+        const auto in = inputs(b, own);
         for (int64_t j = 0; j < k_; ++j) own.lambda[j] = static_cast<double>(in.sigma[j]) * in.sigma[j];
         if (!(own.lambda[0] > 1e-24 && own.lambda[0] < 1e34)) continue;
         own.derivative.before(in, own.reader, b, 1, room.vectors.get(), room.kept.data());
@@ -84,8 +84,8 @@ class Backward {
         m_.batch, Direct<T>::kGroup, [&](int64_t groups) { return Room(groups * Direct<T>::kGroup, k_, stride); },
         [&] { return Own(m_, k_, stride); },
         [&](Room& room, Own& own, int64_t b, int64_t slot) {
-          own.derivative.before(inputs(b, own.a.get()), own.reader, b, state_of(b).scale[0][lane(b)],
-                                room.vectors.get() + slot * k_ * stride, room.kept.data() + slot * numbers);
+          own.derivative.before(inputs(b, own), own.reader, b, state_of(b).scale[0][lane(b)], room.vectors.get() + slot * k_ * stride,
+                                room.kept.data() + slot * numbers);
         },
         [&](Room& room, Own& own, int64_t g, int64_t group, int64_t count) {
           T* r = room.vectors.get() + group * Direct<T>::kGroup * k_ * stride;
@@ -112,14 +112,14 @@ class Backward {
     Reader<T> reader;
     typename Eigen<T>::Workspace work;
     Derivative<T> derivative;
-    Buffer<T> a;
+    Buffer<T> a, ga, gb;
     std::vector<double> lambda;
   };
 
   void finish(const Target& target, Own& own, int64_t b, double scale, const double* kept, T* z) const {
     with_storage<T>(target.tensor.scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
-      own.derivative.after(inputs(b, own.a.get()), own.lambda.data(), gap_eps_, own.reader, b, scale, kept, z,
+      own.derivative.after(inputs(b, own), own.lambda.data(), gap_eps_, own.reader, b, scale, kept, z,
                            target.tensor.template mutable_data_ptr<Storage>() + target.to.offset(b), target.row, target.stream);
     });
   }
@@ -143,16 +143,33 @@ class Backward {
     return m_.along_p == m_.tall ? result : result.transpose(-1, -2);
   }
 
-  typename Derivative<T>::Inputs inputs(int64_t b, T* padded_a) const {
+  typename Derivative<T>::Inputs inputs(int64_t b, Own& own) const {
     const int64_t stride = direct_.vector_stride();
     const T* a = a_.template const_data_ptr<T>() + b * k_ * m_.p;
     for (int64_t j = 0; j < k_; ++j) {
-      std::copy_n(a + j * m_.p, m_.p, padded_a + j * stride);
-      std::fill(padded_a + j * stride + m_.p, padded_a + (j + 1) * stride, T(0));
+      std::copy_n(a + j * m_.p, m_.p, own.a.get() + j * stride);
+      std::fill(own.a.get() + j * stride + m_.p, own.a.get() + (j + 1) * stride, T(0));
     }
-    auto of = [&](const Tensor& t, int64_t size) { return t.defined() ? t.template const_data_ptr<T>() + b * size : nullptr; };
     const T* vectors = gb_.defined() ? b_.template const_data_ptr<T>() + b * k_ * m_.q : nullptr;
-    return {padded_a, vectors, s_.template const_data_ptr<T>() + b * k_, of(ga_, k_ * m_.p), of(gs_, k_), of(gb_, k_ * m_.q)};
+    const T* sigma = s_.template const_data_ptr<T>() + b * k_;
+    return {own.a.get(),
+            vectors,
+            sigma,
+            cotangent(ga_, b, own.ga),
+            gs_.defined() ? gs_.template const_data_ptr<T>() + b * k_ : nullptr,
+            cotangent(gb_, b, own.gb)};
+  }
+
+  // Cotangents come with the strides of what made them: a matrix at a time is brought into rows.
+  static const T* cotangent(const Tensor& t, int64_t b, Buffer<T>& rows) {
+    if (!t.defined()) return nullptr;
+    const int64_t k = t.size(1), n = t.size(2), next_row = t.stride(1), next = t.stride(2);
+    const T* from = t.template const_data_ptr<T>() + b * t.stride(0);
+    if (next == 1 && next_row == n) return from;
+    if (!rows.get()) rows = Buffer<T>(k * n);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < k; ++j) rows.get()[j * n + i] = from[j * next_row + i * next];
+    return rows.get();
   }
 
   Tier tier_;

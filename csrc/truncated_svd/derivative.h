@@ -132,9 +132,19 @@ class Derivative {
         Storage* to = m_.along_p ? out + (first + r) * out_row : out + r * out_row + first;
         const T *coefficient = m_.along_p ? wy + r : za + r, *vectors = m_.along_p ? za : wy;
         const int64_t coefficient_stride = m_.along_p ? lines_ : stride_, vector_stride = m_.along_p ? stride_ : lines_;
-        sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, line_.get());
+        // Straight to where it belongs, if it is made of whole vectors, or if what is written too much is overwritten by the rows that
+        // follow.
+        if constexpr (std::is_same_v<Storage, T>) {
+          const bool whole = block.length % kLanes<T> == 0;
+          const bool followed = m_.along_p && out_row == m_.p && (m_.q - first - r) * out_row >= padded<T>(m_.p);
+          if (moderate && (whole || followed)) {
+            sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, stream, to);
+            continue;
+          }
+        }
+        sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, false, line_.get());
         if (!moderate) multiply(back, block.length, line_.get());
-        put(line_.get(), block.length, to, stream);
+        convert(line_.get(), to, block.length);
       }
     }
   }
@@ -175,14 +185,18 @@ class Derivative {
 
   // <x, unit y>, in double: a function of the span is told by roundings.
   static double dot(const T* x, const T* y, int64_t count, double unit) {
-    Vec<double> sum[2] = {};
     constexpr int lanes = kLanes<double>;
+    typedef T Part __attribute__((vector_size(lanes * sizeof(T))));
+    auto widened = [](const T* from) {
+      Part part;
+      std::memcpy(&part, from, sizeof part);
+      return __builtin_convertvector(part, Vec<double>);
+    };
+    Vec<double> sum[4] = {};
     int64_t i = 0;
-    for (; i + 2 * lanes <= count; i += 2 * lanes)
-      for (int part = 0; part < 2; ++part)
-        for (int l = 0; l < lanes; ++l)
-          sum[part][l] += static_cast<double>(x[i + part * lanes + l]) * (static_cast<double>(y[i + part * lanes + l]) * unit);
-    double total = simd::sum<double>(sum[0] + sum[1]);
+    for (; i + 4 * lanes <= count; i += 4 * lanes)
+      for (int c = 0; c < 4; ++c) sum[c] += widened(x + i + c * lanes) * (widened(y + i + c * lanes) * unit);
+    double total = simd::sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; i < count; ++i) total += static_cast<double>(x[i]) * (static_cast<double>(y[i]) * unit);
     return total;
   }
@@ -217,17 +231,6 @@ class Derivative {
   // x minus its parts along the kept vectors
   void remove(const T* a, T* x) const {
     for (int64_t i = 0; i < k_; ++i) add_multiple<T>(static_cast<T>(-product<T>(a + i * stride_, x, stride_)), a + i * stride_, stride_, x);
-  }
-
-  template <typename Storage>
-  static void put(const T* line, int64_t count, Storage* to, bool stream) {
-    if constexpr (std::is_same_v<Storage, T>) {
-      if (stream) {
-        for (int64_t c = 0; c < count; c += kLanes<T>) simd::stream<T>(to + c, simd::load<T>(line + c));
-        return;
-      }
-    }
-    convert(line, to, count);
   }
 
   const Matrices& m_;

@@ -16,10 +16,11 @@ constexpr int kDotRows = 2, kDotColumns = 5, kOuterRows = 6, kOuterVectors = 2; 
 #endif
 
 template <typename T, int R, int C>
-void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* ahead, T* gram, int64_t gram_stride) {
+void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* ahead, const T* further, T* gram, int64_t gram_stride) {
   Vec<T> acc[R * C] = {};
   for (int64_t s = 0; s < length; s += kLanes<T>) {
     __builtin_prefetch(ahead + s, 0, 2);
+    __builtin_prefetch(further + s, 0, 2);
     Vec<T> row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row[r] = simd::load<T>(a + r * stride + s);
@@ -49,8 +50,9 @@ template <typename T, int R, int C>
 void dot_columns(Tiles<T>& t, int64_t i, int64_t j, int64_t end) {
   for (; j + C <= end; j += C) {
     const T* row = t.m.data + i * t.m.stride;
-    dot_tile<T, R, C>(row, t.m.data + j * t.m.stride, t.m.stride, t.m.length, t.ahead.row(t.done++, row), t.gram + i * t.stride + j,
-                      t.stride);
+    const int64_t first = 2 * t.done++;
+    dot_tile<T, R, C>(row, t.m.data + j * t.m.stride, t.m.stride, t.m.length, t.ahead.row(first, row), t.ahead.row(first + 1, row),
+                      t.gram + i * t.stride + j, t.stride);
   }
   if constexpr (C > 1)
     if (j < end) dot_columns<T, R, C == 6 || C == 5 ? 3 : C - 1>(t, i, j, end);

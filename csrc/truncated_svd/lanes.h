@@ -23,7 +23,8 @@ class Scratch {
     std::vector<Block>& kept = pool().kept;
     size_t best = kept.size();
     for (size_t i = 0; i < kept.size(); ++i)
-      if (kept[i].bytes >= bytes && kept[i].bytes <= 4 * bytes + 4096 && (best == kept.size() || kept[i].bytes < kept[best].bytes)) best = i;
+      if (kept[i].bytes >= bytes && kept[i].bytes <= 4 * bytes + 4096 && (best == kept.size() || kept[i].bytes < kept[best].bytes))
+        best = i;
     if (best < kept.size()) {
       void* data = kept[best].data;
       got = kept[best].bytes;

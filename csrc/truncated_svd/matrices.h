@@ -22,14 +22,14 @@ struct Block {
   int64_t length;  // of a row; numbers from there to the end of a whole vector can be read: along q they are 0, along p anything
 };
 
-// Where the rows of the block after this one lie in memory: a kernel asks for a row of them at each tile, so that they are near when their
+// Where the rows of the block after this one lie in memory: a kernel asks for some of them at each tile, so that they are near when their
 // turn comes.
 template <typename T>
 struct Ahead {
   const T* data = nullptr;
   int64_t stride = 0, rows = 0;
-  // Row `tile`, or what is in the cache anyway.
-  const T* row(int64_t tile, const T* otherwise) const { return tile < rows ? data + tile * stride : otherwise; }
+  // Row i, or what is in the cache anyway.
+  const T* row(int64_t i, const T* otherwise) const { return i < rows ? data + i * stride : otherwise; }
 };
 
 class Matrices {
@@ -105,11 +105,10 @@ class Reader {
       const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
       const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
       if constexpr (std::is_same_v<Storage, T>) {
-        // Along q rows must end with whole vectors, and rows that are a power of two apart would share a few places of a cache. Along p
-        // what lies behind a row is not used, but it must be there to be read.
-        const bool fits = m_.along_p ? offset + (block.rows - 1) * row + padded<T>(block.length) <= numbers_
-                                     : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 && (block.rows <= 16 || row % 256 != 0) &&
-                                           reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
+        // Along q rows must end with whole vectors. Along p what lies behind a row is not used, but it must be there to be read.
+        const bool fits =
+            m_.along_p ? offset + (block.rows - 1) * row + padded<T>(block.length) <= numbers_
+                       : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
         if (column == 1 && fits && scale == T(1)) {
           block.data = from;
           block.stride = row;

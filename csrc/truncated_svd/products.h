@@ -120,10 +120,10 @@ void multiply_block(const Matrices& m, const Block<T>& block, int64_t k, const T
     dot_rows_with<T>(block, k, b, b_stride, true, out, out_stride);
 }
 
-// out = sum_j coefficient[j] * vector[j], plus what `out` holds if `add`, for J terms over whole vectors.
-template <typename T, int J>
-KDKERNELS_INLINE void sum_of_vectors(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
-                                     int64_t length, bool add, T* out) {
+// out = sum_j coefficient[j] * vector[j], plus what `out` holds if `add`, for J terms over whole vectors. Stream: past the caches.
+template <typename T, int J, bool Stream>
+KDKERNELS_INLINE void some_vectors(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                                   int64_t length, bool add, T* out) {
   Vec<T> factor[J];
 #pragma GCC unroll 8
   for (int j = 0; j < J; ++j) factor[j] = simd::splat<T>(coefficient[j * coefficient_stride]);
@@ -131,18 +131,26 @@ KDKERNELS_INLINE void sum_of_vectors(const T* coefficient, int64_t coefficient_s
     Vec<T> even = add ? simd::load<T>(out + s) : Vec<T>{}, odd{};
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) (j % 2 ? odd : even) += factor[j] * simd::load<T>(vectors + j * vector_stride + s);
-    simd::store<T>(out + s, even + odd);
+    if constexpr (Stream)
+      simd::stream<T>(out + s, even + odd);
+    else
+      simd::store<T>(out + s, even + odd);
   }
 }
 
+// stream: for at most 8 terms.
 template <typename T>
 void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
-                    int64_t length, T* out) {
+                    int64_t length, bool stream, T* out) {
   int64_t j = 0;
   auto some = [&](auto terms) {
-    for (; j + terms() <= count; j += terms())
-      sum_of_vectors<T, terms()>(coefficient + j * coefficient_stride, coefficient_stride, vectors + j * vector_stride, vector_stride,
-                                 length, j > 0, out);
+    for (; j + terms() <= count; j += terms()) {
+      const T *factors = coefficient + j * coefficient_stride, *from = vectors + j * vector_stride;
+      if (stream && count == terms())
+        some_vectors<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
+      else
+        some_vectors<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, out);
+    }
   };
   some(std::integral_constant<int, 8>{});
   some(std::integral_constant<int, 4>{});
