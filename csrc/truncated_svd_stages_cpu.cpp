@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "truncated_svd/direct.h"
+#include "truncated_svd/decomposition.h"
 
 namespace kdkernels::truncated_svd {
 namespace {
@@ -140,10 +140,17 @@ Tensor resolvent_stage(const Tensor& d, const Tensor& e, const Tensor& lambda, d
   return out;
 }
 
+// A float decomposition by the tier that is named, whatever the shape: s [B, k], v [B, k, N].
+std::tuple<Tensor, Tensor> tier_stage(const Tensor& x, int64_t k, bool krylov) {
+  Triplets t = Decomposition<float>(x, k, true, false, false, true, krylov ? Tier::krylov : Tier::direct).run();
+  return {t.s, t.v};
+}
+
 }  // namespace
 }  // namespace kdkernels::truncated_svd
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def("_svd_tier(Tensor x, int k, bool krylov) -> (Tensor s, Tensor v)");
   m.def("_svd_gram(Tensor x) -> Tensor");
   m.def("_svd_tridiagonal(Tensor g) -> (Tensor d, Tensor e, Tensor q)");
   m.def("_svd_bisection(Tensor d, Tensor e, int k) -> Tensor");
@@ -152,6 +159,7 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("_svd_tier", kdkernels::truncated_svd::tier_stage);
   m.impl("_svd_gram", kdkernels::truncated_svd::gram_stage);
   m.impl("_svd_tridiagonal", kdkernels::truncated_svd::tridiagonal_stage);
   m.impl("_svd_bisection", kdkernels::truncated_svd::bisection_stage);

@@ -75,7 +75,7 @@ def test_against_lapack(shape, dtype, device):
                     raise AssertionError(f"{name}, k = {k}, {layout}: {error}") from error
                 none, s2, v2 = truncated_svd(given, k)
                 assert none is None
-                assert ((s2 - s).abs() <= 16 * rounding(dtype) * s.amax(-1, keepdim=True)).all()
+                assert ((s2 - s).abs() <= (16 + sum(shape) ** 0.5) * rounding(dtype) * s.amax(-1, keepdim=True)).all()
                 assert v2.shape == v.shape
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matrix_cases import LAYOUTS, laid_out
+from matrix_cases import LAYOUTS, kinds, laid_out
 from tolerances import rounding
 
 import kdkernels  # noqa: F401  registers the ops
@@ -82,6 +82,21 @@ def test_inverse_iteration(p):
         assert ((x @ x.mT - torch.eye(k, dtype=torch.float64)).abs() <= 1e-13 * p).all()
         assert ((x @ t - values[..., None] * x).norm(dim=-1) <= (1e-14 if noise == 0 else 2e-8) * p).all()
         assert ((values - exact).abs() <= (1e-14 if noise == 0 else 1e-9) * p).all()
+
+
+@pytest.mark.parametrize(("m", "n"), [(9, 5), (24, 24), (40, 130), (130, 60)])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_tiers_agree(m, n, k):
+    """The Krylov tier on matrices that are not large: converged, given up, out of range and broken ones."""
+    for name, exact in kinds(m, n).items():
+        x = exact.float()
+        s, _ = OPS._svd_tier(x, k, True)
+        expected = torch.linalg.svdvals(exact.float().double())[:, :k]
+        assert ((s - expected).abs() <= rounding(torch.float32) * (12 + (m + n) ** 0.5) * expected[:, :1]).all(), name
+    x[1, 0, 0] = float("nan")
+    s, v = OPS._svd_tier(x, k, True)
+    assert s[1].isnan().all()
+    assert v[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("p", SIZES)
