@@ -15,6 +15,15 @@ COLUMNS = [
     ("vs the teacher run", "with the teacher run"),
     ("of copy limit", "of the copy limit"),
     ("error", "error"),
+    ("vs linalg.svd", "`linalg.svd`"),
+    ("vs eigh", "`eigh` of the Gram matrix"),
+    ("vs power iteration", "power iteration"),
+    ("vs svd_lowrank", "`svd_lowrank`"),
+    ("error of s", "error of s"),
+    ("sine", "sine"),
+    ("sine of linalg.svd", "`linalg.svd`'s"),
+    ("sine of eigh", "`eigh`'s"),
+    ("sine of svd_lowrank", "`svd_lowrank`'s"),
 ]
 HEAD = """# Performance
 
@@ -27,12 +36,16 @@ logits read, the gradient written; attention_transfer_loss: the student's featur
 attention_pool: features read twice, the gradient written) at the rate of `Tensor.copy_` on tensors of the same size, measured in the same
 run; where they fit the caches, so does the copy, and where a second reading finds them in a cache, more than 100 % is possible. The error
 is that of the loss relative to float64, on the benched inputs.
+
+truncated_svd: the forward alone without a graph, or with the backward of a function of s and v. Its errors are the largest of s, relative to
+the largest singular value, and the sine of the angle of the worst vector, against float64; the peers' beside it: a fast wrong answer would show.
 """
 
 
 TITLES = {
     "bench_temperature_kl": "temperature_kl of logits [rows, classes]",
     "bench_attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
+    "bench_truncated_svd": "truncated_svd of maps seen as matrices [places, channels], batch 128, of a random network with ReLU where nothing else is said",
     "bench_teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
 }
 
