@@ -78,7 +78,7 @@ def bench_truncated_svd(side, channels, batch, k, way, kind, report):
     if way == "forward":
         with torch.no_grad():
             calls = {"fused": lambda: feature_svd(features, k)} | {p: (lambda f=f: f(x, k)) for p, f in peers.items()}
-            times = time_interleaved(calls, seconds=0.01 if SMOKE else 2, warmup=1)
+            times = time_interleaved(calls, seconds=0.01 if SMOKE else 2 if k == 4 else 1, warmup=1)
     else:
         features.requires_grad_()
         target = torch.randn(batch, channels, k, device=DEVICE)
@@ -92,12 +92,12 @@ def bench_truncated_svd(side, channels, batch, k, way, kind, report):
 
         calls = {"fused": forward_backward(loss_of(lambda x, k: truncated_svd(x, k)[1:]), features)}
         calls |= {p: forward_backward(loss_of(f), features) for p, f in peers.items()}
-        times = time_interleaved(calls, seconds=0.01 if SMOKE else 2, warmup=1)
+        times = time_interleaved(calls, seconds=0.01 if SMOKE else 2 if k == 4 else 1, warmup=1)
     report(name, calls["fused"], times, **errors)
 
 
 def gate(features, x, k, peers) -> dict[str, float]:
-    """Errors against float64: of s relative to the largest, of v as the sine of the worst angle, of vectors that are set apart. Ours must be small."""
+    """Errors against float64: of s relative to the largest, and the sine of the angle of the worst v. Ours must be small."""
     x = x[:16]
     all_s = torch.linalg.svdvals(x.double())
     true_s, true_v = svd(x.double(), k)

@@ -45,7 +45,7 @@ the largest singular value, and the sine of the angle of the worst vector, again
 TITLES = {
     "bench_temperature_kl": "temperature_kl of logits [rows, classes]",
     "bench_attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
-    "bench_truncated_svd": "truncated_svd of maps seen as matrices [places, channels], batch 128, of a random network with ReLU where nothing else is said",
+    "bench_truncated_svd": "truncated_svd of maps seen as matrices [places, channels]; batch 128, maps of a random network with ReLU, if not said",
     "bench_teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
 }
 

@@ -218,6 +218,16 @@ def test_the_route_in_plain_torch(m, n, k, dtype):
     assert got[[0, 2]].isfinite().all()
 
 
+def test_expanded_and_shared_matrices(device):
+    """One matrix seen as several: each view has its own gradient, and the matrix the sum."""
+    x = _distinct(9, 6)[:1].float().to(device).requires_grad_()
+    upstream = torch.randn(5, 6, 2, device=device)
+    (truncated_svd(x.expand(5, 9, 6), 2)[2] * upstream).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    (reference.truncated_svd(wide, 2)[2] * upstream.double()).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_only_what_is_asked(device):
     x = torch.randn(3, 8, 5, device=device, requires_grad=True)
     u, s, v = truncated_svd(x, 2, return_u=True)

@@ -81,8 +81,8 @@ class Backward {
   void direct(const Target& target) const {
     const int64_t stride = direct_.vector_stride(), numbers = Derivative<T>::kept_size(k_);
     over_groups(
-        m_.batch, Direct<T>::kGroup, [&](int64_t groups) { return Room(groups * Direct<T>::kGroup, k_, stride); },
-        [&] { return Own(m_, k_, stride); },
+        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * numbers * static_cast<int64_t>(sizeof(double)),
+        [&](int64_t groups) { return Room(groups * Direct<T>::kGroup, k_, stride); }, [&] { return Own(m_, k_, stride); },
         [&](Room& room, Own& own, int64_t b, int64_t slot) {
           own.derivative.before(inputs(b, own), own.reader, b, state_of(b).scale[0][lane(b)], room.vectors.get() + slot * k_ * stride,
                                 room.kept.data() + slot * numbers);

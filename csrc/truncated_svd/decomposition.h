@@ -35,11 +35,13 @@ struct Slots {
 };
 
 // Runs sample stages and group stages in turn over a batch. A group stays with one thread and in its cache from stage to stage where there
-// are groups enough; else every stage is shared out by itself. make() gives what a thread works with, slots(n) room for n groups.
+// are groups enough, or where `bytes` of room for each would be too many; else every stage is shared out by itself. make() gives what a
+// thread works with, slots(n) room for n groups.
 template <typename MakeSlots, typename MakeLocal, typename Before, typename Group, typename After>
-void over_groups(int64_t batch, int64_t group, MakeSlots&& slots, MakeLocal&& make, Before&& before, Group&& solve, After&& after) {
+void over_groups(int64_t batch, int64_t group, int64_t bytes, MakeSlots&& slots, MakeLocal&& make, Before&& before, Group&& solve,
+                 After&& after) {
   const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
-  if (groups >= 4 * threads || groups % threads == 0) {
+  if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       auto room = slots(1);
       auto local = make();
@@ -150,8 +152,8 @@ class Decomposition {
   void stages(Finish&& finish) {
     const bool save = out_.state.numel() > 0;
     over_groups(
-        m_.batch, Direct<T>::kGroup, [&](int64_t groups) { return Slots<T>(groups, direct_, k_); },
-        [&] { return Local<T>(m_, k_, save ? 0 : state_size_); },
+        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)),
+        [&](int64_t groups) { return Slots<T>(groups, direct_, k_); }, [&] { return Local<T>(m_, k_, save ? 0 : state_size_); },
         [&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
           slots.scalings[slot] = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
           slots.scales[slot] = slots.scalings[slot].scale;
