@@ -26,6 +26,7 @@ def relu_maps(batch: int, channels: int, side: int) -> Tensor:
 
 
 @functools.cache
+@torch.enable_grad()
 def trained_network() -> nn.Module:
     """TinyCNN(width=64) after one pass over 4,000 images of ClutterDigits."""
     from kdkernels.data import ClutterDigits

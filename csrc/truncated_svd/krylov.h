@@ -37,7 +37,7 @@ class Krylov {
 
   // Matrices first .. first + count - 1: vectors [count][k][stride] and eigenvalues [count][k] of G. converged [count].
   void run(int64_t first, int64_t count, T* vectors, double* lambda, bool* converged) {
-    int64_t steps = k_ == 1 ? 6 : 10;
+    int64_t steps = 6;
     for (int64_t i = 0; i < count; ++i) {
       samples_[i].open = true;
       samples_[i].columns = 0;
@@ -45,7 +45,9 @@ class Krylov {
       samples_[i].factor = 1;
       converged[i] = false;
     }
-    for (int64_t done = 0; steps * k_ <= most_; steps += k_ == 1 ? 2 : 4) {
+    const int64_t last = most_ / k_;
+    for (int64_t done = 0; done < last; steps += k_ == 1 ? 2 : 4) {
+      steps = std::min(steps, last);
       bool any = false;
       for (int64_t i = 0; i < count; ++i) {
         if (!samples_[i].open) continue;
@@ -195,10 +197,11 @@ class Krylov {
         combine_rows<T>(rows, k_, own, eigen.stride(), false, vectors + i * k_ * stride_, stride_);
         for (int64_t j = 0; j < k_; ++j) lambda[i * k_ + j] = theta[i * k_ + j] * traces[i] / sample.factor;
       }
-      // At the pace of the last steps, how many more are needed?
+      // At the pace of the last steps, how many more are needed? The direct tier takes the time of about p / (2 k + 5) of them.
       const double pace = std::log(sample.residual / residual) / static_cast<double>(steps - before);
       const double needed = pace > 0 ? std::log(residual / kTolerance) / pace : 1e9;
-      sample.open = !converged[i] && residual == residual && static_cast<double>(steps) + 0.7 * needed <= static_cast<double>(most_ / k_);
+      const double worth = static_cast<double>(m_.p) / static_cast<double>(2 * k_ + 5), room = static_cast<double>(most_ / k_ - steps);
+      sample.open = !converged[i] && residual == residual && needed <= std::min(worth, 1.5 * room);
       sample.residual = residual;
     }
   }
