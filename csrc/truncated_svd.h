@@ -10,7 +10,7 @@
 namespace kdkernels::truncated_svd {
 
 // Gram matrices square the condition: below this share of the largest singular value a result is taken from a more exact method.
-constexpr double kIllConditioned = 0.1;
+constexpr double kIllConditioned = 0.15;
 
 // Singular values below this share of the largest are zero to the derivative: 1 / sigma is left out.
 template <typename T>

@@ -17,7 +17,7 @@ template <typename T>
 class Krylov {
  public:
   static constexpr int kGroup = 4;
-  static constexpr double kTolerance = 5e-7;  // of a residual beside the largest eigenvalue: what rounding leaves of G
+  static constexpr double kTolerance = 2.5e-7;  // of a residual beside the largest eigenvalue: what rounding leaves of G
 
   Krylov(const Matrices& m, int64_t k)
       : m_(m),
@@ -46,7 +46,7 @@ class Krylov {
       converged[i] = false;
     }
     const int64_t last = most_ / k_;
-    for (int64_t done = 0; done < last; steps += k_ == 1 ? 2 : 4) {
+    for (int64_t done = 0; done < last; steps += k_ == 1 ? 1 : steps < 10 ? 4 : 2) {
       steps = std::min(steps, last);
       bool any = false;
       for (int64_t i = 0; i < count; ++i) {
