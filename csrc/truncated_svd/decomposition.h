@@ -230,8 +230,12 @@ class Decomposition {
     } else if (sizeof(T) == 4) {
       again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
     } else {
-      const auto [u, s, vh] = at::linalg_svd(x, false);
-      again = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
+      try {
+        const auto [u, s, vh] = at::linalg_svd(x, false);
+        again = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
+      } catch (const c10::LinAlgError&) {  // LAPACK did not converge: what squaring gives is what there is
+        again = Decomposition<T>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
+      }
     }
     for (size_t i = 0; i < which.size(); ++i) {
       const int64_t row = static_cast<int64_t>(i);
