@@ -54,11 +54,12 @@ def section(file: Path) -> str:
     """The tables of one machine."""
     result = json.loads(file.read_text())
     about = result["benchmarks"][0]["extra_info"]
+    commits = dict.fromkeys(b["extra_info"]["commit"] for b in result["benchmarks"])
     lines = [
         f"## {file.parent.name}",
         "",
         f"{result['machine_info']['cpu'].get('brand_raw', about['machine'])}, {about['threads']} threads, torch {about['torch']}, commit "
-        f"`{about['commit']}`, {result['datetime'][:10]}.",
+        f"{' and '.join(f'`{c}`' for c in commits)}, {result['datetime'][:10]}.",
     ]
     groups: dict[str, list[dict]] = {}
     for benchmark in result["benchmarks"]:
