@@ -10,9 +10,7 @@ namespace {
 // The rows of a batch that are named.
 Tensor rows(const Tensor& t, const std::vector<int64_t>& which, at::ScalarType dtype) {
   if (!t.defined()) return t;
-  std::vector<Tensor> each;
-  for (int64_t b : which) each.push_back(t.select(0, b));
-  return at::stack(each).to(dtype);
+  return t.index_select(0, index_of(which)).to(dtype);
 }
 
 // Gradients of some matrices, made again by the direct tier in T.
@@ -34,6 +32,10 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   const Tensor result = Backward<T>(given, x, exact, gap_eps, Tier::direct).run();
   // Double reaches further than float does; half types say so with an infinity, which is what scalers of gradients look for.
   if (gradient.scalar_type() == at::kFloat) result.clamp_(-std::numeric_limits<float>::max(), std::numeric_limits<float>::max());
+  if (gradient.dim() == 3) {
+    gradient.index_copy_(0, index_of(which), result.to(gradient.scalar_type()));
+    return;
+  }
   const Matrices to(gradient);
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
 }

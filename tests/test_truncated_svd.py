@@ -294,3 +294,19 @@ def test_errors():
         op.truncated_svd_backward(None, s, None, x.mT, u.new_empty(0), s, u, state, 1e-6)
     with pytest.raises(ValueError, match="state must be"):
         op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)
+
+
+def test_some_ill_conditioned_matrices_in_a_batch_of_any_shape(device):
+    """Those that are done again in double land where they belong, whatever the batch dimensions are."""
+    x = torch.randn(6, 20, 9, device=device).relu()
+    x[[1, 4]] = with_singular_values(10.0 ** -torch.arange(9), 20, 9).float().to(device)
+    flat = truncated_svd(x, 4, return_u=True)
+    check(x, 4, *flat)
+    for a, b in zip(truncated_svd(x.view(2, 3, 20, 9), 4, return_u=True), flat, strict=True):
+        assert torch.equal(a.flatten(0, 1), b)
+    gradients = []
+    for shape in ((6, 20, 9), (2, 3, 20, 9)):
+        given = x.clone().view(shape).requires_grad_()
+        truncated_svd(given, 4)[2][..., 0, :].sum().backward()
+        gradients.append(given.grad.view(6, 20, 9))
+    assert torch.equal(*gradients)

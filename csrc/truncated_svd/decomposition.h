@@ -81,7 +81,15 @@ struct Triplets {
   Tensor u, s, v, state;  // u [B, k, M] or empty, s [B, k], v [B, k, N]
 };
 
+inline Tensor index_of(const std::vector<int64_t>& which) {
+  const Tensor index = at::empty({static_cast<int64_t>(which.size())}, at::kLong);
+  std::copy(which.begin(), which.end(), index.mutable_data_ptr<int64_t>());
+  return index;
+}
+
+// The matrices of a batch that are named, [n, M, N].
 inline Tensor some_matrices(const Matrices& m, const std::vector<int64_t>& which, at::ScalarType dtype) {
+  if (m.tensor().dim() == 3) return m.tensor().index_select(0, index_of(which)).to(dtype);
   std::vector<Tensor> each;
   for (int64_t b : which) each.push_back(m.one(b).to(dtype));
   return at::stack(each);
@@ -237,13 +245,11 @@ class Decomposition {
         again = Decomposition<T>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
       }
     }
-    for (size_t i = 0; i < which.size(); ++i) {
-      const int64_t row = static_cast<int64_t>(i);
-      out_.s.select(0, which[i]).copy_(again.s.select(0, row));
-      out_.v.select(0, which[i]).copy_(again.v.select(0, row));
-      if (wants_b_) out_.u.select(0, which[i]).copy_(again.u.select(0, row));
-      if (sign_) signs(which[i]);
-    }
+    const Tensor index = index_of(which);
+    out_.s.index_copy_(0, index, again.s.to(kType<T>));
+    out_.v.index_copy_(0, index, again.v.to(kType<T>));
+    if (wants_b_) out_.u.index_copy_(0, index, again.u.to(kType<T>));
+    for (size_t i = 0; sign_ && i < which.size(); ++i) signs(which[i]);
   }
 
   const Matrices m_;
