@@ -6,22 +6,14 @@
 #include <torch/library.h>
 
 #include "check.h"
-#include "simd.h"
+#include "vectors.h"
 
 namespace kdkernels::align_singular_vectors {
 namespace {
 
 using at::Tensor;
-using simd::kLanes;
-using simd::Vec;
 
 constexpr int64_t kGrain = 1 << 14;  // numbers below which a second thread costs more than it brings
-
-// [..., n, k] as contiguous [B, k, n]: no copy where truncated_svd made it.
-Tensor vectors_first(const Tensor& t, at::ScalarType dtype) {
-  const Tensor rows = t.transpose(-1, -2);
-  return rows.to(dtype).contiguous().view({-1, rows.size(-2), rows.size(-1)});
-}
 
 // The shape of x with other last sizes.
 std::vector<int64_t> shape_like(const Tensor& x, std::initializer_list<int64_t> last) {
@@ -29,17 +21,6 @@ std::vector<int64_t> shape_like(const Tensor& x, std::initializer_list<int64_t> 
   shape.resize(shape.size() - 2);
   shape.insert(shape.end(), last);
   return shape;
-}
-
-template <typename T>
-double dot(const T* x, const T* y, int64_t n) {
-  Vec<T> sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
-    for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
-  double total = simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < n; ++i) total += static_cast<double>(x[i]) * y[i];
-  return total;
 }
 
 template <typename T>
@@ -63,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& student, const 
       double best = 0;
       int64_t chosen = 0;
       for (int64_t j = 0; j < many; ++j) {
-        const double cosine = dot(others + j * n, own, n);
+        const double cosine = dot_product(others + j * n, own, n);
         if (j == 0 || std::abs(cosine) > std::abs(best)) best = cosine, chosen = j;
       }
       const T flip = best < 0 ? T(-1) : T(1), factor = w.defined() ? w.const_data_ptr<T>()[i] : T(1);
@@ -101,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_st
       }
       if (wanted[1] && up_t) scaled<T>(up_t, factor * sign_t, n, to_t.mutable_data_ptr<T>() + i * n);
       if (wanted[2])
-        to_w.mutable_data_ptr<T>()[i] = static_cast<T>((up_s ? sign_s * dot(up_s, s.const_data_ptr<T>() + source * n, n) : 0.0) +
-                                                       (up_t ? sign_t * dot(up_t, t.const_data_ptr<T>() + i * n, n) : 0.0));
+        to_w.mutable_data_ptr<T>()[i] = static_cast<T>((up_s ? sign_s * dot_product(up_s, s.const_data_ptr<T>() + source * n, n) : 0.0) +
+                                                       (up_t ? sign_t * dot_product(up_t, t.const_data_ptr<T>() + i * n, n) : 0.0));
     }
   });
   auto like = [&](const Tensor& result, const Tensor& x) {

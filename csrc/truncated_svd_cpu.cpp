@@ -1,8 +1,8 @@
 // CPU kernels of the truncated_svd ops. Compiled once per instruction set.
-#include <ATen/ops/clamp.h>
 #include <torch/library.h>
 
 #include "truncated_svd/backward.h"
+#include "vectors.h"
 
 namespace kdkernels::truncated_svd {
 namespace {
@@ -38,12 +38,6 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   }
   const Matrices to(gradient);
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
-}
-
-// [..., n, k] as [B, k, n]
-Tensor vectors_first(const Tensor& t, at::ScalarType dtype) {
-  const Tensor rows = t.transpose(-1, -2);
-  return rows.to(dtype).contiguous().view({-1, rows.size(-2), rows.size(-1)});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
       for (int64_t l = 0; l < lanes && first + l < batch; ++l)
         for (int64_t i = 0; i < p; ++i)
           std::copy_n(input.const_data_ptr<T>() + ((first + l) * p + i) * p, p, matrices.get() + (l * p + i) * stride);
-      interleave_triangle<T>(matrices.get(), p, stride, simd::splat<T>(1), a.get());
+      interleave_triangle<T>(matrices.get(), p, stride, a.get());
       Vec<T>*dl = t.get(), *el = dl + p, *tau = el + p;
       tridiagonalize<T>(p, a.get(), dl, el, tau, tau + p);
       for (int64_t j = 0; j < p; ++j)  // Q of the unit vectors; stored by column, so turned over at the end

@@ -9,7 +9,7 @@
 namespace kdkernels::truncated_svd {
 
 struct Cotangents {
-  Tensor u, s, v;  // [B, k, M], [B, k], [B, k, N], contiguous in the compute type, or undefined
+  Tensor u, s, v;  // [B, k, M], [B, k], [B, k, N] in the compute type, s contiguous; or undefined
 };
 
 template <typename T>

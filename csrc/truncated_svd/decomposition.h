@@ -26,12 +26,12 @@ struct Slots {
       : grams(groups * Direct<T>::kGroup * direct.gram_size()),
         vectors(groups * Direct<T>::kGroup * k * direct.vector_stride()),
         lambda(groups * Direct<T>::kGroup * k),
-        scalings(groups * Direct<T>::kGroup),
-        scales(groups * Direct<T>::kGroup, 1) {}
+        scales(groups * Direct<T>::kGroup, 1),
+        finite(groups * Direct<T>::kGroup) {}
   Buffer<T> grams, vectors;
   std::vector<double> lambda;
-  std::vector<Scaling> scalings;
   std::vector<double> scales;
+  std::vector<uint8_t> finite;
 };
 
 // Runs sample stages and group stages in turn over a batch. A group stays with one thread and in its cache from stage to stage where there
@@ -118,8 +118,8 @@ class Decomposition {
       krylov();
     else
       stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
-        finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_, slots.scalings[slot],
-               local.reader);
+        finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_,
+               {slots.scales[slot], slots.finite[slot] != 0}, local.reader);
       });
     redo(Fate::open);
     redo(Fate::ill);
@@ -163,8 +163,9 @@ class Decomposition {
         m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)),
         [&](int64_t groups) { return Slots<T>(groups, direct_, k_); }, [&] { return Local<T>(m_, k_, save ? 0 : state_size_); },
         [&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
-          slots.scalings[slot] = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
-          slots.scales[slot] = slots.scalings[slot].scale;
+          const Scaling scaling = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
+          slots.scales[slot] = scaling.scale;
+          slots.finite[slot] = scaling.finite;
         },
         [&](Slots<T>& slots, Local<T>& local, int64_t g, int64_t group, int64_t count) {
           Vec<T>* memory =

@@ -41,7 +41,7 @@ class Direct {
         std::fill(matrix, matrix + gram_size(), T(0));
         return result;
       }
-      // Both ends stay clear of numbers that T has not: half of its exponents are enough.
+      // The largest number comes near 1, or as near as a power of two that T has brings it.
       result.scale = std::ldexp(1.0, std::min(-std::ilogb(largest), std::numeric_limits<T>::max_exponent - 2));
       gram<T>(reader, m_, b, static_cast<T>(result.scale), matrix, gram_stride_);
       total = trace(matrix);

@@ -49,7 +49,7 @@ class Eigen {
   void top(const T* grams, const double* scales, const GroupState<T>& state, T* a, double* lambda, Workspace& work) const {
     const int64_t p = p_;
     Vec<T>*e2 = work.lanes.get() + 3 * p, *bounds = e2 + p, *z = e2 + 3 * p;
-    interleave_triangle<T>(grams, p, stride_, simd::splat<T>(1), state.reflectors);
+    interleave_triangle<T>(grams, p, stride_, state.reflectors);
     for (int l = 0; l < kGroup; ++l) (*state.scale)[l] = static_cast<T>(scales[l]);
     tridiagonalize<T>(p, state.reflectors, state.d, state.e, state.tau, work.lanes.get());
     state.e[p - 1] = Vec<T>{};

@@ -151,9 +151,9 @@ KDKERNELS_INLINE void sums(const Vec<T>* v, T* out) {
 }
 
 // Row by row of a lower triangle: the matrices of a group, [lanes][p][stride], into lanes, packed: element (i, j <= i) at i (i + 1) / 2 +
-// j. Each is scaled by its lane of `scale`.
+// j.
 template <typename T>
-void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T> scale, Vec<T>* packed) {
+void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T>* packed) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < p; ++i) {
     for (int64_t j = 0; j <= i; j += lanes) {
@@ -161,7 +161,7 @@ void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T> sc
       for (int l = 0; l < lanes; ++l) block[l] = simd::load<T>(matrices + (l * p + i) * stride + j);
       transpose<T>(block);
       const int64_t count = std::min<int64_t>(lanes, i + 1 - j);
-      for (int64_t c = 0; c < count; ++c) packed[j + c] = block[c] * scale;
+      for (int64_t c = 0; c < count; ++c) packed[j + c] = block[c];
     }
     packed += i + 1;
   }

@@ -2,6 +2,7 @@
 // value vanishes.
 #pragma once
 
+#include "../vectors.h"
 #include "products.h"
 
 namespace kdkernels::truncated_svd {
@@ -33,15 +34,6 @@ void fix_signs(int64_t k, T* v, int64_t n, T* u, int64_t m) {
 // and the first unit vector that has a part of its own takes its place.
 template <typename T>
 void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
-  auto dot = [&](const T* x, const T* y) {
-    Vec<T> sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
-      for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
-    double total = simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; i < n; ++i) total += static_cast<double>(x[i]) * y[i];
-    return total;
-  };
   auto scale = [&](T* x, double factor) {
     for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(x[i] * factor);
   };
@@ -51,10 +43,10 @@ void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
     double left = 1;
     for (int pass = 0; pass < 3; ++pass) {
       for (int64_t other = 0; other < j; ++other) {
-        const T along = static_cast<T>(dot(own, b + other * n));
+        const T along = static_cast<T>(dot_product(own, b + other * n, n));
         for (int64_t i = 0; i < n; ++i) own[i] -= along * b[other * n + i];
       }
-      const double norm = std::sqrt(dot(own, own));
+      const double norm = std::sqrt(dot_product(own, own, n));
       left *= norm;
       if (!(left > 1e-4)) return 0.0;
       scale(own, 1 / norm);
@@ -64,7 +56,7 @@ void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
   };
   for (int64_t j = 0; j < k; ++j) {
     T* own = b + j * n;
-    sigma[j] = std::sqrt(dot(own, own));
+    sigma[j] = std::sqrt(dot_product(own, own, n));
     const bool vanishes = !(sigma[j] > 1e3 * std::numeric_limits<T>::min());
     if (!vanishes) scale(own, 1 / sigma[j]);
     if (!vanishes && (sigma[j] > 0.5 * sigma[0] || orthogonalize(j) > 0.5)) continue;
