@@ -11,10 +11,11 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool);
-using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                                                             const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
-                                                             bool, std::array<bool, 3>);
+using WithDriver = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool,
+                                                              c10::string_view);
+using BackwardWithDriver = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+                                                              const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                                                              bool, std::array<bool, 3>, c10::string_view);
 
 std::optional<Tensor> optional(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
@@ -25,10 +26,10 @@ bool needs_grad(const std::optional<Tensor>& t) {
 
 struct Align : torch::autograd::Function<Align> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                               bool flip_teacher) {
-    static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
+                               bool flip_teacher, std::string driver) {
+    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher);
+    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher, driver);
     variable_list constants{match, flips};
     if (!student.requires_grad() && !needs_grad(weight)) constants.push_back(s);
     if (!teacher.requires_grad() && !needs_grad(weight)) constants.push_back(t);
@@ -36,18 +37,20 @@ struct Align : torch::autograd::Function<Align> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({student, teacher, weight.value_or(Tensor()), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
+    ctx->saved_data["driver"] = driver;
     ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
     return {s, t, match, flips};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op = find_op<BackwardSignature>("kdkernels::align_singular_vectors_backward");
-    variable_list result(4);  // one for each argument of forward
+    static const auto op = find_op<BackwardWithDriver>("kdkernels::align_singular_vectors_backward");
+    variable_list result(5);  // one for each argument of forward
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const auto needs = ctx->saved_data["needs"].toBoolList();
     auto [s, t, w] = op.call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
-                             ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
+                             ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
+                             ctx->saved_data["driver"].toStringRef());
     if (needs[0]) result[0] = s;
     if (needs[1]) result[1] = t;
     if (needs[2]) result[2] = w;
@@ -56,14 +59,14 @@ struct Align : torch::autograd::Function<Align> {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                                                    bool flip_teacher) {
+                                                    bool flip_teacher, c10::string_view driver) {
   const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
   if (!at::GradMode::is_enabled() || !any) {
-    static const auto op = find_op<Signature>("kdkernels::align_singular_vectors");
+    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(student, teacher, weight, flip_teacher);
+    return op.call(student, teacher, weight, flip_teacher, driver);
   }
-  const auto out = Align::apply(student, teacher, weight, flip_teacher);
+  const auto out = Align::apply(student, teacher, weight, flip_teacher, std::string(driver));
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -72,12 +75,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // match [..., k], int64: the student's vector for each of the teacher's; flips [..., k]: 1 or -1.
-  m.def(
-      "align_singular_vectors(Tensor student, Tensor teacher, Tensor? weight, bool flip_teacher) "
-      "-> (Tensor aligned_student, Tensor aligned_teacher, Tensor match, Tensor flips)");
-  m.def(
-      "align_singular_vectors_backward(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, "
-      "Tensor match, Tensor flips, bool flip_teacher, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
+  const std::string arguments = "(Tensor student, Tensor teacher, Tensor? weight, bool flip_teacher";
+  const std::string results = ") -> (Tensor aligned_student, Tensor aligned_teacher, Tensor match, Tensor flips)";
+  const std::string of_backward =
+      "(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, Tensor match, Tensor flips, "
+      "bool flip_teacher, bool[3] wanted";
+  // driver: "" for the fastest there is.
+  m.def(("align_singular_vectors" + arguments + ", str driver=\"\"" + results).c_str());
+  m.def(("align_singular_vectors_backward" + of_backward + ", str driver=\"\") -> (Tensor, Tensor, Tensor)").c_str());
+  for (const std::string driver : {"cuda", "triton", "torch"}) {
+    m.def(("align_singular_vectors_" + driver + arguments + results).c_str());
+    m.def(("align_singular_vectors_backward_" + driver + of_backward + ") -> (Tensor, Tensor, Tensor)").c_str());
+  }
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {

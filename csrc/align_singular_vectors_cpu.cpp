@@ -5,8 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "check.h"
-#include "vectors.h"
+#include "align_singular_vectors.h"
+#include "simd.h"
 
 namespace kdkernels::align_singular_vectors {
 namespace {
@@ -14,14 +14,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kGrain = 1 << 14;  // numbers below which a second thread costs more than it brings
-
-// The shape of x with other last sizes.
-std::vector<int64_t> shape_like(const Tensor& x, std::initializer_list<int64_t> last) {
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.resize(shape.size() - 2);
-  shape.insert(shape.end(), last);
-  return shape;
-}
 
 template <typename T>
 void scaled(const T* from, T factor, int64_t n, T* to) {
@@ -36,15 +28,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& student, const 
   const Tensor w = weight ? weight->to(dtype).contiguous() : Tensor();
   const int64_t batch = t.size(0), many = s.size(1), k = t.size(1), n = t.size(2);
   const auto options = student.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor out_s = at::empty(shape_like(teacher, {k, n}), options), out_t = at::empty(shape_like(teacher, {k, n}), options);
-  const Tensor match = at::empty(shape_like(teacher, {k}), options.dtype(at::kLong)), flips = at::empty(shape_like(teacher, {k}), options);
+  const Tensor out_s = at::empty(batched(teacher, {k, n}), options), out_t = at::empty(batched(teacher, {k, n}), options);
+  const Tensor match = at::empty(batched(teacher, {k}), options.dtype(at::kLong)), flips = at::empty(batched(teacher, {k}), options);
   at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (many * k * n)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * k; i < end * k; ++i) {
       const T *own = t.const_data_ptr<T>() + i * n, *others = s.const_data_ptr<T>() + i / k * many * n;
       double best = 0;
       int64_t chosen = 0;
       for (int64_t j = 0; j < many; ++j) {
-        const double cosine = dot_product(others + j * n, own, n);
+        const double cosine = simd::dot_product(others + j * n, own, n);
         if (j == 0 || std::abs(cosine) > std::abs(best)) best = cosine, chosen = j;
       }
       const T flip = best < 0 ? T(-1) : T(1), factor = w.defined() ? w.const_data_ptr<T>()[i] : T(1);
@@ -82,35 +74,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_st
       }
       if (wanted[1] && up_t) scaled<T>(up_t, factor * sign_t, n, to_t.mutable_data_ptr<T>() + i * n);
       if (wanted[2])
-        to_w.mutable_data_ptr<T>()[i] = static_cast<T>((up_s ? sign_s * dot_product(up_s, s.const_data_ptr<T>() + source * n, n) : 0.0) +
-                                                       (up_t ? sign_t * dot_product(up_t, t.const_data_ptr<T>() + i * n, n) : 0.0));
+        to_w.mutable_data_ptr<T>()[i] =
+            static_cast<T>((up_s ? sign_s * simd::dot_product(up_s, s.const_data_ptr<T>() + source * n, n) : 0.0) +
+                           (up_t ? sign_t * simd::dot_product(up_t, t.const_data_ptr<T>() + i * n, n) : 0.0));
     }
   });
   auto like = [&](const Tensor& result, const Tensor& x) {
-    return at::empty_like(x).copy_(result.view(shape_like(x, {x.size(-1), x.size(-2)})).transpose(-1, -2));
+    return at::empty_like(x).copy_(result.view(batched(x, {x.size(-1), x.size(-2)})).transpose(-1, -2));
   };
   const Tensor none = at::empty({0}, student.options().memory_format(at::MemoryFormat::Contiguous));
   return {wanted[0] ? like(to_s, student) : none, wanted[1] ? like(to_t, teacher) : none,
           wanted[2] ? at::empty_like(*weight).copy_(to_w.view(weight->sizes())) : none};
 }
 
-void check(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight) {
-  check_floating(student, "student");
-  check_floating(teacher, "teacher");
-  check_device(teacher, "teacher", student.device());
-  TORCH_CHECK_VALUE(
-      teacher.dim() >= 2 && teacher.size(-1) > 0 && teacher.size(-2) > 0 && student.dim() == teacher.dim() && student.size(-1) > 0,
-      "student and teacher must be [..., N, K] and [..., N, k], got ", student.sizes(), " and ", teacher.sizes());
-  check_shape(student, "student", shape_like(teacher, {teacher.size(-2), student.size(-1)}));
-  if (weight) check_shape(*weight, "weight", shape_like(teacher, {teacher.size(-1)}));
-}
-
-bool in_double(const Tensor& student, const Tensor& teacher) {
-  return student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> align_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                                                     bool flip_teacher) {
+                                                     bool flip_teacher, c10::string_view driver) {
+  if (!driver.empty()) return driver_op<Signature>("align_singular_vectors", driver).call(student, teacher, weight, flip_teacher);
   check(student, teacher, weight);
   return (in_double(student, teacher) ? forward<double> : forward<float>)(student, teacher, weight, flip_teacher);
 }
@@ -118,23 +97,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_cpu(const Tensor& student, cons
 std::tuple<Tensor, Tensor, Tensor> align_backward_cpu(const std::optional<Tensor>& grad_student, const std::optional<Tensor>& grad_teacher,
                                                       const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                       const Tensor& match, const Tensor& flips, bool flip_teacher,
-                                                      std::array<bool, 3> wanted) {
-  check(student, teacher, weight);
-  TORCH_CHECK_VALUE(weight || !wanted[2], "weight is not there to have a gradient");
-  for (const auto* grad : {&grad_student, &grad_teacher})
-    if (*grad && (*grad)->defined()) check_shape(**grad, "grad", teacher.sizes());
-  check_shape(match, "match", shape_like(teacher, {teacher.size(-1)}));
-  check_shape(flips, "flips", shape_like(teacher, {teacher.size(-1)}));
-  const bool wide = in_double(student, teacher);
-  TORCH_CHECK_TYPE(match.scalar_type() == at::kLong && flips.scalar_type() == (wide ? at::kDouble : at::kFloat),
-                   "match must be int64 and flips of the computing type");
+                                                      std::array<bool, 3> wanted, c10::string_view driver) {
+  if (!driver.empty())
+    return driver_op<BackwardSignature>("align_singular_vectors_backward", driver)
+        .call(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted);
+  check_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, wanted);
   const Tensor index = match.contiguous();
   for (int64_t i = 0; i < index.numel(); ++i) {
     const int64_t j = index.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_VALUE(j >= 0 && j < student.size(-1), "match must lie in [0, ", student.size(-1), "), got ", j);
   }
-  return (wide ? backward<double> : backward<float>)(grad_student, grad_teacher, student, teacher, weight, index, flips.contiguous(),
-                                                     flip_teacher, wanted);
+  return (in_double(student, teacher) ? backward<double> : backward<float>)(grad_student, grad_teacher, student, teacher, weight, index,
+                                                                            flips.contiguous(), flip_teacher, wanted);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 namespace kdkernels {
@@ -20,6 +21,14 @@ inline void check_shape(const at::Tensor& x, const char* name, at::IntArrayRef s
 
 inline void check_device(const at::Tensor& x, const char* name, at::Device device) {
   TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, ", got ", x.device());
+}
+
+// The op of a driver: an implementation that is asked for by name, for tests and benches.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> driver_op(const std::string& op, c10::string_view driver) {
+  const std::string name(driver);
+  TORCH_CHECK_VALUE(name == "cuda" || name == "triton" || name == "torch", "driver must be cuda, triton or torch, got ", name);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("kdkernels::" + op + "_" + name).c_str(), "").typed<Signature>();
 }
 
 }  // namespace kdkernels

@@ -324,4 +324,16 @@ KDKERNELS_INLINE Vec<T> log1p(Vec<T> x) {
   return result - (u < std::numeric_limits<T>::infinity() && u > T(0) ? lost : Vec<T>{});
 }
 
+// <x, y> of n numbers, whatever n is.
+template <typename T>
+double dot_product(const T* x, const T* y, int64_t n) {
+  Vec<T> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
+    for (int c = 0; c < 4; ++c) sum[c] += load<T>(x + i + c * kLanes<T>) * load<T>(y + i + c * kLanes<T>);
+  double total = simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < n; ++i) total += static_cast<double>(x[i]) * y[i];
+  return total;
+}
+
 }  // namespace kdkernels::simd

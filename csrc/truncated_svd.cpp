@@ -12,42 +12,45 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, int64_t, c10::string_view, bool, double, bool);
-using BackwardSignature = Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                                 const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
+using WithDriver = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, int64_t, c10::string_view, bool, double, bool,
+                                                              c10::string_view);
+using BackwardWithDriver = Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, c10::string_view);
 
 struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, int64_t k, std::string sign, bool return_u, double gap_eps) {
-    static const auto op = find_op<Signature>("kdkernels::truncated_svd");
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, int64_t k, std::string sign, bool return_u, double gap_eps,
+                               std::string driver) {
+    static const auto op = find_op<WithDriver>("kdkernels::truncated_svd");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [u, s, v, state] = op.call(x, k, sign, return_u, gap_eps, true);
+    auto [u, s, v, state] = op.call(x, k, sign, return_u, gap_eps, true, driver);
     ctx->mark_non_differentiable({state});
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({x, u, s, v, state});
     ctx->saved_data["gap_eps"] = gap_eps;
+    ctx->saved_data["driver"] = driver;
     return {u, s, v, state};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op = find_op<BackwardSignature>("kdkernels::truncated_svd_backward");
-    variable_list result(5);  // one for each argument of forward
+    static const auto op = find_op<BackwardWithDriver>("kdkernels::truncated_svd_backward");
+    variable_list result(6);  // one for each argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     auto optional = [](const Tensor& g) { return g.defined() ? std::optional<Tensor>(g) : std::nullopt; };
     result[0] = op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], saved[3], saved[4],
-                        ctx->saved_data["gap_eps"].toDouble());
+                        ctx->saved_data["gap_eps"].toDouble(), ctx->saved_data["driver"].toStringRef());
     return result;
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double gap_eps,
-                                                    bool save_state) {
+                                                    bool save_state, c10::string_view driver) {
   if (!at::GradMode::is_enabled() || !x.requires_grad()) {
-    static const auto op = find_op<Signature>("kdkernels::truncated_svd");
+    static const auto op = find_op<WithDriver>("kdkernels::truncated_svd");
     at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(x, k, sign, return_u, gap_eps, save_state);
+    return op.call(x, k, sign, return_u, gap_eps, save_state, driver);
   }
-  const auto out = TruncatedSVD::apply(x, k, std::string(sign), return_u, gap_eps);
+  const auto out = TruncatedSVD::apply(x, k, std::string(sign), return_u, gap_eps, std::string(driver));
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -57,12 +60,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& x, int64_t k, 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // x [..., M, N]; u [..., M, k] if return_u or M < N, else empty; s [..., k]; v [..., N, k]; state: what the backward can use of the
   // forward's work, if save_state, which the derivative sets. An empty state is made again.
-  m.def(
-      "truncated_svd(Tensor x, int k, str sign, bool return_u, float gap_eps, bool save_state) "
-      "-> (Tensor u, Tensor s, Tensor v, Tensor state)");
-  m.def(
-      "truncated_svd_backward(Tensor? grad_u, Tensor? grad_s, Tensor? grad_v, Tensor x, Tensor u, Tensor s, Tensor v, Tensor state, "
-      "float gap_eps) -> Tensor");
+  const std::string arguments = "(Tensor x, int k, str sign, bool return_u, float gap_eps, bool save_state";
+  const std::string results = ") -> (Tensor u, Tensor s, Tensor v, Tensor state)";
+  const std::string of_backward =
+      "(Tensor? grad_u, Tensor? grad_s, Tensor? grad_v, Tensor x, Tensor u, Tensor s, Tensor v, Tensor state, float gap_eps";
+  // driver: "" for the fastest there is.
+  m.def(("truncated_svd" + arguments + ", str driver=\"\"" + results).c_str());
+  m.def(("truncated_svd_backward" + of_backward + ", str driver=\"\") -> Tensor").c_str());
+  for (const std::string driver : {"cuda", "triton", "torch"}) {
+    m.def(("truncated_svd_" + driver + arguments + results).c_str());
+    m.def(("truncated_svd_backward_" + driver + of_backward + ") -> Tensor").c_str());
+  }
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {

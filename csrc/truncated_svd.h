@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "check.h"
+#include "vectors.h"
 
 namespace kdkernels::truncated_svd {
 
@@ -15,6 +16,12 @@ constexpr double kIllConditioned = 0.15;
 // Singular values below this share of the largest are zero to the derivative: 1 / sigma is left out.
 template <typename T>
 constexpr double kNull = sizeof(T) == 4 ? 1e-6 : 1e-13;
+
+// The drivers' ops: truncated_svd_<driver> takes what truncated_svd does, without the driver.
+using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, c10::string_view, bool, double,
+                                                                             bool);
+using BackwardSignature = at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                                     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double);
 
 inline void check_matrices(const at::Tensor& x, int64_t k) {
   check_floating(x, "x");
@@ -30,5 +37,40 @@ inline bool parse_sign(std::string_view sign) {
 inline at::ScalarType compute_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// What backward ops are given, checked, with vectors as rows in the computing type: [B, k, n] and [B, k]. Undefined: not there.
+struct BackwardInputs {
+  BackwardInputs(const std::optional<at::Tensor>& grad_u, const std::optional<at::Tensor>& grad_s, const std::optional<at::Tensor>& grad_v,
+                 const at::Tensor& x, const at::Tensor& u_, const at::Tensor& s_, const at::Tensor& v_, double gap_eps)
+      : k(s_.size(-1)), dtype(compute_dtype(x)) {
+    check_matrices(x, k);
+    const int64_t rows = x.size(-2), columns = x.size(-1);
+    const bool has_u = u_.dim() == x.dim();
+    check_shape(s_, "s", batched(x, {k}));
+    check_shape(v_, "v", batched(x, {columns, k}));
+    if (has_u) check_shape(u_, "u", batched(x, {rows, k}));
+    TORCH_CHECK_VALUE(has_u || rows >= columns, "u is needed where M < N");
+    TORCH_CHECK_VALUE(gap_eps > 0, "gap_eps must be > 0, got ", gap_eps);
+    auto given = [&](const std::optional<at::Tensor>& g, const char* name, at::IntArrayRef sizes) {
+      if (!g || !g->defined()) return at::Tensor();
+      check_shape(*g, name, sizes);
+      return *g;
+    };
+    const at::Tensor gu = given(grad_u, "grad_u", has_u ? at::IntArrayRef(batched(x, {rows, k})) : at::IntArrayRef{0});
+    const at::Tensor gs = given(grad_s, "grad_s", batched(x, {k})), gv = given(grad_v, "grad_v", batched(x, {columns, k}));
+    auto cotangent = [&](const at::Tensor& g) { return g.to(dtype).transpose(-1, -2).reshape({-1, k, g.size(-2)}); };
+    if (gu.defined() && has_u) grad[0] = cotangent(gu);
+    if (gs.defined()) grad[1] = gs.to(dtype).contiguous().view({-1, k});
+    if (gv.defined()) grad[2] = cotangent(gv);
+    if (has_u) u = vectors_first(u_, dtype);
+    s = s_.to(dtype).contiguous().view({-1, k});
+    v = vectors_first(v_, dtype);
+  }
+
+  int64_t k;
+  at::ScalarType dtype;
+  at::Tensor grad[3];  // of u, s, v
+  at::Tensor u, s, v;
+};
 
 }  // namespace kdkernels::truncated_svd

@@ -2,7 +2,6 @@
 #include <torch/library.h>
 
 #include "truncated_svd/backward.h"
-#include "vectors.h"
 
 namespace kdkernels::truncated_svd {
 namespace {
@@ -40,56 +39,29 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,
-                                                             bool save_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, c10::string_view sign, bool return_u,
+                                                             double gap_eps, bool save_state, c10::string_view driver) {
+  if (!driver.empty()) return driver_op<Signature>("truncated_svd", driver).call(x, k, sign, return_u, gap_eps, save_state);
   check_matrices(x, k);
   const bool fix = parse_sign(sign), is_double = compute_dtype(x) == at::kDouble;
   Triplets t = is_double ? Decomposition<double>(x, k, fix, return_u, save_state, true, Tier::direct).run()
                          : Decomposition<float>(x, k, fix, return_u, save_state, true, tier_for<float>(Matrices(x), k)).run();
-  auto sizes = x.sizes().vec();
-  sizes.resize(sizes.size() - 2);
-  auto shaped = [&](const Tensor& rows, bool vectors) {
-    auto all = sizes;
-    all.push_back(k);
-    if (vectors) all.push_back(rows.size(-1));
-    const Tensor result = rows.view(all);
-    return vectors ? result.transpose(-1, -2) : result;
-  };
-  return {t.u.numel() > 0 || t.u.size(0) == t.s.size(0) ? shaped(t.u, true) : at::empty({0}, t.u.options()), shaped(t.s, false),
-          shaped(t.v, true), t.state};
+  auto vectors = [&](const Tensor& rows) { return rows.view(batched(x, {k, rows.size(-1)})).transpose(-1, -2); };
+  return {t.u.numel() > 0 || t.u.size(0) == t.s.size(0) ? vectors(t.u) : at::empty({0}, t.u.options()), t.s.view(batched(x, {k})),
+          vectors(t.v), t.state};
 }
 
 Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s,
                                   const std::optional<Tensor>& grad_v, const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v,
-                                  const Tensor& state, double gap_eps) {
-  const int64_t k = s.size(-1);
-  check_matrices(x, k);
-  const at::ScalarType dtype = compute_dtype(x);
-  auto batch = x.sizes().vec();
-  batch.resize(batch.size() - 2);
-  auto shape = [&](std::initializer_list<int64_t> last) {
-    auto all = batch;
-    all.insert(all.end(), last);
-    return all;
-  };
-  const int64_t rows = x.size(-2), columns = x.size(-1);
-  const bool has_u = u.dim() == x.dim();
-  check_shape(s, "s", shape({k}));
-  check_shape(v, "v", shape({columns, k}));
-  if (has_u) check_shape(u, "u", shape({rows, k}));
-  TORCH_CHECK_VALUE(has_u || rows >= columns, "u is needed where M < N");
-  TORCH_CHECK_VALUE(gap_eps > 0, "gap_eps must be > 0, got ", gap_eps);
-  auto given = [&](const std::optional<Tensor>& g, const char* name, at::IntArrayRef sizes) {
-    if (!g || !g->defined()) return Tensor();
-    check_shape(*g, name, sizes);
-    return *g;
-  };
-  const Tensor gu = given(grad_u, "grad_u", has_u ? at::IntArrayRef(shape({rows, k})) : at::IntArrayRef{0});
-  const Tensor gs = given(grad_s, "grad_s", shape({k})), gv = given(grad_v, "grad_v", shape({columns, k}));
-  auto cotangent = [&](const Tensor& g) { return g.to(dtype).transpose(-1, -2).reshape({-1, k, g.size(-2)}); };
-  Cotangents grads{gu.defined() && has_u ? cotangent(gu) : Tensor(), gs.defined() ? gs.to(dtype).contiguous().view({-1, k}) : Tensor(),
-                   gv.defined() ? cotangent(gv) : Tensor()};
-  const Triplets t{has_u ? vectors_first(u, dtype) : Tensor(), s.to(dtype).contiguous().view({-1, k}), vectors_first(v, dtype), state};
+                                  const Tensor& state, double gap_eps, c10::string_view driver) {
+  if (!driver.empty()) {
+    return driver_op<BackwardSignature>("truncated_svd_backward", driver).call(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps);
+  }
+  const BackwardInputs in(grad_u, grad_s, grad_v, x, u, s, v, gap_eps);
+  const int64_t k = in.k;
+  const at::ScalarType dtype = in.dtype;
+  const Cotangents grads{in.grad[0], in.grad[1], in.grad[2]};
+  const Triplets t{in.u, in.s, in.v, state};
   const Matrices m(x);
   if (state.numel() > 0) {
     const int64_t lanes = simd::kBytes / static_cast<int64_t>(dtype == at::kDouble ? sizeof(double) : sizeof(float));

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch  # noqa: F401  before _C: the extension links against torch's libraries
 
 from . import _C, reference  # noqa: F401  the import of _C registers the ops
-from .config import load_cpu_kernels, show_config
+from .config import load_cpu_kernels, load_cuda_kernels, show_config
 
 try:
     __version__ = version("kdkernels")
@@ -13,6 +13,7 @@ except PackageNotFoundError:  # a source tree on the path that was built in plac
     __version__ = "0+unknown"
 
 CPU_ISA = load_cpu_kernels()
+load_cuda_kernels()
 
 from . import nn  # noqa: E402  needs the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402

@@ -11,7 +11,8 @@ import torch
 from . import _C
 
 OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vectors")
-ON_GPUS = {op: "plain torch on the device: its kernels for GPUs are not written yet" for op in ("truncated_svd", "align_singular_vectors")}
+HAS_CUDA_KERNELS = importlib.util.find_spec("kdkernels._cuda") is not None
+IN_CUDA = ("truncated_svd", "align_singular_vectors")  # have CUDA C++ kernels too, preferred where they were built
 
 
 def load_cpu_kernels() -> str:
@@ -32,6 +33,11 @@ def load_cpu_kernels() -> str:
     return chosen
 
 
+def load_cuda_kernels() -> None:
+    if HAS_CUDA_KERNELS:
+        importlib.import_module("kdkernels._cuda")
+
+
 def build_info() -> dict:
     """What was built and loaded, as a dict of strings: versions, compiler, instruction sets, and the backend of each op by device."""
     from . import CPU_ISA, __version__
@@ -39,6 +45,9 @@ def build_info() -> dict:
     info = _C.build_info()
     triton = importlib.util.find_spec("triton") is not None
     backends = {"cpu": f"C++ ({CPU_ISA})", "cuda": "Triton" if triton else "unavailable: pip install triton"}
+    svd = "Triton" if triton else "plain torch: pip install triton, or build the CUDA kernels"
+    if HAS_CUDA_KERNELS:
+        svd = f"CUDA C++, where a matrix exceeds its memory {svd}"
     return {
         "version": __version__,
         "torch": f"{torch.__version__} (built against {info['torch']})",
@@ -47,7 +56,7 @@ def build_info() -> dict:
         "cpu_isa": CPU_ISA,
         "cuda_kernels": info["cuda_archs"] or "none built",
         "triton": triton_version() if triton else "not installed",
-        "ops": {op: backends | ({"cuda": ON_GPUS[op]} if op in ON_GPUS else {}) for op in OPS},
+        "ops": {op: backends | ({"cuda": svd} if op in IN_CUDA else {}) for op in OPS},
     }
 
 

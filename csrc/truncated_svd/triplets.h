@@ -2,7 +2,6 @@
 // value vanishes.
 #pragma once
 
-#include "../vectors.h"
 #include "products.h"
 
 namespace kdkernels::truncated_svd {
@@ -43,10 +42,10 @@ void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
     double left = 1;
     for (int pass = 0; pass < 3; ++pass) {
       for (int64_t other = 0; other < j; ++other) {
-        const T along = static_cast<T>(dot_product(own, b + other * n, n));
+        const T along = static_cast<T>(simd::dot_product(own, b + other * n, n));
         for (int64_t i = 0; i < n; ++i) own[i] -= along * b[other * n + i];
       }
-      const double norm = std::sqrt(dot_product(own, own, n));
+      const double norm = std::sqrt(simd::dot_product(own, own, n));
       left *= norm;
       if (!(left > 1e-4)) return 0.0;
       scale(own, 1 / norm);
@@ -56,7 +55,7 @@ void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
   };
   for (int64_t j = 0; j < k; ++j) {
     T* own = b + j * n;
-    sigma[j] = std::sqrt(dot_product(own, own, n));
+    sigma[j] = std::sqrt(simd::dot_product(own, own, n));
     const bool vanishes = !(sigma[j] > 1e3 * std::numeric_limits<T>::min());
     if (!vanishes) scale(own, 1 / sigma[j]);
     if (!vanishes && (sigma[j] > 0.5 * sigma[0] || orthogonalize(j) > 0.5)) continue;

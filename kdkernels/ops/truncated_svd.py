@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..reference import align_singular_vectors as align_reference
 from ..reference import truncated_svd as svd_reference
-from . import truncated_svd_torch as plain
+from . import truncated_svd_drivers  # noqa: F401  registers what runs on GPUs
 from .functorch import takes_the_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNS = ("max_abs", None)
 _FLIPS = ("teacher", "student")
+_DRIVERS = ("cuda", "triton", "torch", None)
 
 _svd_op = torch.ops.kdkernels.truncated_svd.default
 _align_op = torch.ops.kdkernels.align_singular_vectors.default
@@ -27,6 +28,7 @@ def truncated_svd(
     sign: str | None = "max_abs",
     return_u: bool = False,
     gap_eps: float | None = None,
+    driver: str | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # [..., M, k] or None, [..., k], [..., N, k]
     r"""The k largest singular triplets of every matrix of a batch: exact, differentiable everywhere, with fixed signs.
 
@@ -44,6 +46,9 @@ def truncated_svd(
             :math:`\sigma_j^2`: continuous, 0 at d = 0, and never more than 1 / (gap_eps :math:`\sigma_1`) of the upstream gradient. Default: 1e-6
             (float32's rounding), 1e-12 for float64. 1e-4 to 1e-3 damps the gradients of close values. Below the unit roundoff of the
             computing type it counts as that.
+        driver: for tests and benches, another implementation than the fastest there is: "cuda" (C++ kernels), "triton" or "torch" (plain
+            PyTorch). On CPU tensors the first two run the same kernels' bodies one thread after another, slowly: Triton's interpreter needs
+            TRITON_INTERPRET=1 in the environment.
 
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular
@@ -73,9 +78,10 @@ def truncated_svd(
     if not 0 <= gap_eps < math.inf:
         raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
     gap_eps = max(gap_eps, torch.finfo(_compute_dtype(x)).eps / 2)
+    _check_driver(driver)
     if takes_the_reference():
         return svd_reference(x, k, sign=sign, return_u=return_u)
-    u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False)
+    u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False, driver or "")
     return u if return_u else None, s, v
 
 
@@ -86,6 +92,7 @@ def feature_svd(
     sign: str | None = "max_abs",
     return_u: bool = False,
     gap_eps: float | None = None,
+    driver: str | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # [B, S, k] or None, [B, k], [B, C, k]
     """:func:`truncated_svd` of a feature map as SVD-KD sees it: rows are the S places, columns the C channels, so v lives on the channels.
 
@@ -99,7 +106,7 @@ def feature_svd(
         raise TypeError(f"features must be a tensor, got {type(features).__name__}")
     if features.dim() < 3 or 0 in features.shape[1:]:
         raise ValueError(f"features must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(features.shape)}")
-    return truncated_svd(features.flatten(2).transpose(1, 2), k, sign=sign, return_u=return_u, gap_eps=gap_eps)
+    return truncated_svd(features.flatten(2).transpose(1, 2), k, sign=sign, return_u=return_u, gap_eps=gap_eps, driver=driver)
 
 
 def align_singular_vectors(
@@ -108,6 +115,7 @@ def align_singular_vectors(
     weight: Tensor | None = None,  # [..., k]
     *,
     flip: str = "teacher",
+    driver: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [..., N, k] each
     r"""Orders and flips singular vectors so that a student's can be compared with a teacher's, one by one.
 
@@ -120,6 +128,7 @@ def align_singular_vectors(
         teacher: k vectors.
         weight: a factor for each pair (SVD-KD: the teacher's :math:`\sigma_i / \|\sigma\|_2`). Default: 1.
         flip: which side is flipped: "teacher" (the authors') leaves the student as it is, "student" the teacher.
+        driver: as in :func:`truncated_svd`.
 
     Returns:
         (student, teacher), [..., N, k] each, float64 if either is, else float32. Gradients flow to every input that requires one; choice and
@@ -149,7 +158,8 @@ def align_singular_vectors(
         raise ValueError(f"flip must be one of {_FLIPS}, got {flip!r}")
     if takes_the_reference():
         return align_reference(student, teacher, weight, flip=flip)
-    return _align_op(student, teacher, weight, flip == "teacher")[:2]
+    _check_driver(driver)
+    return _align_op(student, teacher, weight, flip == "teacher", driver or "")[:2]
 
 
 def _check_matrices(name: str, x: Tensor) -> None:
@@ -161,6 +171,11 @@ def _check_matrices(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be matrices [..., M, N] with M, N >= 1, got {tuple(x.shape)}")
 
 
+def _check_driver(driver: str | None) -> None:
+    if driver not in _DRIVERS:
+        raise ValueError(f"driver must be one of {_DRIVERS}, got {driver!r}")
+
+
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
@@ -170,7 +185,7 @@ def _vectors(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("kdkernels::truncated_svd")
-def _(x, k, sign, return_u, gap_eps, save_state):
+def _(x, k, sign, return_u, gap_eps, save_state, driver=""):
     dtype = _compute_dtype(x)
     m, n = x.shape[-2:]
     u = _vectors(x, m, k, dtype) if return_u or m < n else x.new_empty(0, dtype=dtype)
@@ -180,12 +195,12 @@ def _(x, k, sign, return_u, gap_eps, save_state):
 
 
 @torch.library.register_fake("kdkernels::truncated_svd_backward")
-def _(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps):
+def _(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver=""):
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("kdkernels::align_singular_vectors")
-def _(student, teacher, weight, flip_teacher):
+def _(student, teacher, weight, flip_teacher, driver=""):
     n, k = teacher.shape[-2:]
     dtype = _compute_dtype(student, teacher)
     small = (*teacher.shape[:-2], k)
@@ -198,7 +213,7 @@ def _(student, teacher, weight, flip_teacher):
 
 
 @torch.library.register_fake("kdkernels::align_singular_vectors_backward")
-def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted):
+def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted, driver=""):
     inputs = (student, teacher, weight)
     return tuple(torch.empty_like(t) if w and t is not None else student.new_empty(0) for t, w in zip(inputs, wanted, strict=True))
 
@@ -207,7 +222,7 @@ def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_t
 
 
 def _setup_svd(ctx, inputs, output) -> None:
-    *grads, x, _u, _s, v, _state, _gap_eps = inputs
+    *grads, x, _u, _s, v, _state, _gap_eps, _driver = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads, x, v)
 
@@ -215,7 +230,7 @@ def _setup_svd(ctx, inputs, output) -> None:
 def _double_svd(ctx, grad_x):
     *grads, x, v = ctx.saved_tensors
     if grad_x is None:
-        return (None,) * 9
+        return (None,) * 10
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         outputs = svd_reference(x, v.shape[-1], return_u=True)
@@ -226,14 +241,14 @@ def _double_svd(ctx, grad_x):
         first = torch.autograd.grad([outputs[i] for i in chosen], x, upstream, create_graph=True)
         second = torch.autograd.grad(first, [*upstream, x], [grad_x], create_graph=torch.is_grad_enabled(), allow_unused=True)
     result = dict(zip(chosen, second, strict=False))
-    return result.get(0), result.get(1), result.get(2), second[-1], *(None,) * 5
+    return result.get(0), result.get(1), result.get(2), second[-1], *(None,) * 6
 
 
 torch.library.register_autograd("kdkernels::truncated_svd_backward", _double_svd, setup_context=_setup_svd)
 
 
 def _setup_align(ctx, inputs, output) -> None:
-    *tensors, _match, _flips, ctx.flip_teacher, ctx.wanted = inputs
+    *tensors, _match, _flips, ctx.flip_teacher, ctx.wanted, _driver = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -242,7 +257,7 @@ def _double_align(ctx, *grads):
     to_student, to_teacher, *inputs = ctx.saved_tensors
     chosen = [i for i in range(3) if ctx.wanted[i] and inputs[i] is not None and grads[i] is not None]
     if not chosen:
-        return (None,) * 9
+        return (None,) * 10
     with torch.enable_grad():
         leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (to_student, to_teacher, *inputs)]
         given = [t for t in leaves if t is not None]
@@ -254,25 +269,25 @@ def _double_align(ctx, *grads):
         pairs = [(f, grads[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
         second = torch.autograd.grad([f for f, _ in pairs], given, [g for _, g in pairs], create_graph=torch.is_grad_enabled(), allow_unused=True)
     found = iter(second)
-    return *(None if t is None else next(found) for t in leaves), *(None,) * 4
+    return *(None if t is None else next(found) for t in leaves), *(None,) * 5
 
 
 torch.library.register_autograd("kdkernels::align_singular_vectors_backward", _double_align, setup_context=_setup_align)
 
 
 @torch.library.register_vmap("kdkernels::truncated_svd")
-def _(info, in_dims, x, k, sign, return_u, gap_eps, save_state):
+def _(info, in_dims, x, k, sign, return_u, gap_eps, save_state, driver=""):
     """The examples are one more batch dimension."""
     x = x.movedim(in_dims[0], 0)
     if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see takes_the_reference
         u, s, v = svd_reference(x, k, sign=sign or None, return_u=True)
         return (u, s, v, x.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
-    u, s, v, _state = _svd_op(x, k, sign, return_u, gap_eps, False)
+    u, s, v, _state = _svd_op(x, k, sign, return_u, gap_eps, False, driver)
     return (u if u.dim() == x.dim() else u.new_empty(info.batch_size, 0), s, v, s.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
 
 
 @torch.library.register_vmap("kdkernels::align_singular_vectors")
-def _(info, in_dims, student, teacher, weight, flip_teacher):
+def _(info, in_dims, student, teacher, weight, flip_teacher, driver=""):
     given = [
         None if t is None else t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
         for t, d in zip((student, teacher, weight), in_dims[:3], strict=True)
@@ -280,8 +295,4 @@ def _(info, in_dims, student, teacher, weight, flip_teacher):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         outputs = align_reference(*given, flip="teacher" if flip_teacher else "student")
         return (*outputs, student.new_empty(info.batch_size, 0), student.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
-    return _align_op(*given, flip_teacher), (0, 0, 0, 0)
-
-
-for _name in ("truncated_svd", "truncated_svd_backward", "align_singular_vectors", "align_singular_vectors_backward"):
-    torch.library.impl(f"kdkernels::{_name}", "CUDA")(getattr(plain, _name))
+    return _align_op(*given, flip_teacher, driver), (0, 0, 0, 0)
