@@ -14,8 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdkernels.triton import align_singular_vectors as align
 from kdkernels.triton import attention_pool as at
+from kdkernels.triton import svd_backward
 from kdkernels.triton import temperature_kl as kl
+from kdkernels.triton import truncated_svd as svd
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -137,6 +140,61 @@ def attention_variant(name, kernel, dtype, flags, num_warps, unit_stride=""):
     return name, kernel, signature, constants, num_warps
 
 
+def svd_variants():
+    """Every kernel of truncated_svd, over sides up to the largest."""
+    for p, q, k, dtype, unit in [
+        (16, 1024, 4, torch.float32, "x_q"),
+        (64, 256, 8, torch.bfloat16, "x_p"),
+        (196, 256, 8, torch.float64, ""),
+        (512, 784, 4, torch.float32, "x_q"),
+        (1024, 2048, 2, torch.float16, "x_q"),
+    ]:
+        double = dtype == torch.float64
+        sizes, compute = svd.block_sizes(p, q, k, double), triton.language.float64 if double else triton.language.float32
+        flags = sizes | svd.search_sizes(double) | dict(T=compute, FIX_SIGN=True, WRITE_S=True, SIGN=True, SIGN_ON_A=q > 512)
+        flags |= dict(HAS_A=True, HAS_S=True, HAS_B=k > 1, HAS_STATE=True, PRECISION=precision(double))
+        columns, name = svd.column_block(p, double), f"{p}x{q}_{k}_{NAMES[dtype]}"
+        for kernel, special in [
+            (svd._gram_kernel, {"BP": svd.gram_block_size(p, double), "BQ": 32, "num_warps": 8 if svd.gram_block_size(p, double) == 64 else 4}),
+            (svd._decompose_kernel, {"num_warps": svd.warps_for(p)}),
+            (svd._project_kernel, {"BQ": columns}),
+            (svd._finish_kernel, {"BLOCK": 1024}),
+            (svd_backward._product_kernel, {"BP": min(sizes["PB"], 32), "BQ": 64}),
+            (svd_backward._solve_kernel, {"BLOCK": 512, "num_warps": svd.warps_for(p)}),
+            (svd_backward._update_kernel, {"BQ": columns}),
+        ]:
+            own = flags | special
+            yield svd_variant(f"{kernel.__name__}_{name}", kernel, dtype, own, own.get("num_warps", 4), unit)
+    for dtype, compute in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+        flags = dict(HAS_WEIGHT=True, FLIP_TEACHER=True, BLOCK=512, HAS_UP_STUDENT=True, HAS_UP_TEACHER=True)
+        flags |= dict(WANT_STUDENT=True, WANT_TEACHER=True, WANT_WEIGHT=True)
+        for kernel in (align._align_kernel, align._align_backward_kernel):
+            yield svd_variant(f"{kernel.__name__}_{compute}", kernel, dtype, flags, 4, "")
+
+
+def precision(double: bool) -> str:
+    """What svd.precision gives on the target, which torch does not know here."""
+    return "ieee" if double or gpu_target(sys.argv[1]).backend == "hip" else "tf32x3"
+
+
+def svd_variant(name, kernel, dtype, flags, num_warps, unit_stride):
+    compute = "fp64" if dtype == torch.float64 else "fp32"
+    of_x = ("x_ptr", "out_ptr")
+    doubles = ("sigma_ptr", "scale_ptr", "rows_ptr", "coefficients_ptr", "mg_ptr")
+    signature, constants = {}, {}
+    for argument in kernel.arg_names:
+        if argument in flags:
+            signature[argument], constants[argument] = "constexpr", flags[argument]
+        elif argument.endswith("_ptr"):
+            kind = NAMES[dtype] if argument in of_x else "fp64" if argument in doubles else "i64" if argument == "match_ptr" else compute
+            signature[argument] = "*" + kind
+        elif unit_stride and argument in (unit_stride, unit_stride.replace("x_", "o_")):
+            signature[argument], constants[argument] = "constexpr", 1
+        else:
+            signature[argument] = "fp32" if argument.startswith("gap_") else "i64" if argument.startswith(("x_", "o_")) else "i32"
+    return name, kernel, signature, constants, num_warps
+
+
 def compile_part(part: int, parts: int, target: GPUTarget, out: Path) -> None:
     for name, kernel, signature, constants, num_warps in variants()[part::parts]:
         attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
@@ -147,7 +205,7 @@ def compile_part(part: int, parts: int, target: GPUTarget, out: Path) -> None:
 
 
 def variants() -> list:
-    return [*kl_variants(), rescale_variant(), *attention_variants()]
+    return [*kl_variants(), rescale_variant(), *attention_variants(), *svd_variants()]
 
 
 def main() -> None:

@@ -1,3 +1,4 @@
+import functools
 import os
 
 import torch
@@ -17,6 +18,41 @@ settings.register_profile("kdkernels", deadline=None, derandomize=True, max_exam
 settings.load_profile("kdkernels")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+# Implementations of truncated_svd: device and driver. On the CPU the CUDA kernels' bodies run on the host; Triton's, which the interpreter is slow
+# with, have tests of their own.
+SVD_BACKENDS = [("cpu", None), ("cpu", "cuda")]
+if torch.cuda.is_available():
+    SVD_BACKENDS += [("cuda", driver) for driver in (None, "cuda", "triton", "torch")]
+
+
+class SVD:
+    """truncated_svd and its relatives by one implementation."""
+
+    def __init__(self, device: str, driver: str | None):
+        import kdkernels
+
+        self.device, self.driver = device, driver
+        self.features = functools.partial(kdkernels.feature_svd, driver=driver)
+        self.align = functools.partial(kdkernels.align_singular_vectors, driver=driver)
+        self.decompose = functools.partial(kdkernels.truncated_svd, driver=driver)
+
+    def __call__(self, *args, **options):
+        return self.decompose(*args, **options)
+
+
+def svd_backend(device: str, driver: str | None) -> SVD:
+    from kdkernels.config import HAS_CUDA_KERNELS
+
+    if (device, driver) == ("cuda", "cuda") and not HAS_CUDA_KERNELS:
+        pytest.skip("the CUDA kernels were not built")
+    return SVD(device, driver)
+
+
+@pytest.fixture(params=SVD_BACKENDS, ids=lambda p: f"{p[0]}-{p[1] or 'default'}")
+def svd(request):
+    return svd_backend(*request.param)
 
 
 @pytest.fixture(params=DEVICES)

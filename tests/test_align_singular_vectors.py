@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close, of_sum
 
-from kdkernels import align_singular_vectors, reference, truncated_svd
+from kdkernels import align_singular_vectors, reference
 from kdkernels.ops import truncated_svd_torch as plain
 
 OP = torch.ops.kdkernels
@@ -19,24 +19,26 @@ def _vectors(*shape, dtype=torch.float64, seed=0):
     return torch.linalg.qr(torch.randn(*shape, generator=g, dtype=torch.float64))[0].to(dtype)
 
 
-def test_known_answer(device):
+def test_known_answer(svd):
     """The student's vectors are the teacher's in another order, one of them with the other sign."""
+    device = svd.device
     teacher = torch.eye(4, 2, device=device)
     student = torch.stack([-teacher[:, 1], torch.eye(4, device=device)[:, 3], teacher[:, 0]], 1)
-    s, t = align_singular_vectors(student, teacher)
+    s, t = svd.align(student, teacher)
     torch.testing.assert_close(s, torch.stack([teacher[:, 0], -teacher[:, 1]], 1))
     torch.testing.assert_close(t, s)
-    s, t = align_singular_vectors(student, teacher, torch.tensor([2.0, 3.0], device=device), flip="student")
+    s, t = svd.align(student, teacher, torch.tensor([2.0, 3.0], device=device), flip="student")
     torch.testing.assert_close(s, teacher * torch.tensor([2.0, 3.0], device=device))
     torch.testing.assert_close(t, s)
 
 
-def test_ties_take_the_first_and_zero_is_not_flipped(device):
+def test_ties_take_the_first_and_zero_is_not_flipped(svd):
+    device = svd.device
     teacher = torch.tensor([[1.0], [0.0], [0.0]], device=device)
     student = torch.tensor([[0.0, 0.6, -0.6], [1.0, 0.8, 0.8], [0.0, 0.0, 0.0]], device=device)
-    s, t = align_singular_vectors(student, teacher)
+    s, t = svd.align(student, teacher)
     torch.testing.assert_close(s, student[:, 1:2])
-    s, t = align_singular_vectors(student[:, :1], teacher)  # orthogonal: the sign of 0 is +
+    s, t = svd.align(student[:, :1], teacher)  # orthogonal: the sign of 0 is +
     torch.testing.assert_close(s, student[:, :1])
     torch.testing.assert_close(t, teacher)
 
@@ -46,7 +48,8 @@ def test_ties_take_the_first_and_zero_is_not_flipped(device):
     "dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2], ids=str
 )
 @pytest.mark.parametrize(("batch", "n", "many", "k"), SHAPES)
-def test_against_reference(batch, n, many, k, dtypes, flip, device):
+def test_against_reference(batch, n, many, k, dtypes, flip, svd):
+    device = svd.device
     many, k = min(many, n), min(k, n)
     student = _vectors(*batch, n, n)[..., :many].to(dtypes[0]).to(device)
     teacher = _vectors(*batch, n, n, seed=1)[..., :k].to(dtypes[1]).to(device)
@@ -60,7 +63,7 @@ def test_against_reference(batch, n, many, k, dtypes, flip, device):
                 w if w is None else w.clone().requires_grad_(),
             ]
             wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
-            got, expected = align_singular_vectors(*inputs, flip=flip), reference.align_singular_vectors(*wide, flip=flip)
+            got, expected = svd.align(*inputs, flip=flip), reference.align_singular_vectors(*wide, flip=flip)
             upstream = [torch.cos(torch.arange(t.numel(), device=device).double()).view(t.shape) for t in expected]
             for name, a, b in zip(("student", "teacher"), got, expected, strict=True):
                 assert a.dtype == dtype
@@ -88,21 +91,23 @@ def test_against_brute_force(seed, n, many, k):
 
 
 @pytest.mark.parametrize("flip", ["teacher", "student"])
-def test_gradcheck(flip, device):
+def test_gradcheck(flip, svd):
+    device = svd.device
     student, teacher = _vectors(3, 6, 4).to(device).requires_grad_(), _vectors(3, 6, 2, seed=1).to(device).requires_grad_()
     weight = torch.rand(3, 2, dtype=torch.float64, device=device, requires_grad=True)
     for inputs in ((student, teacher, weight), (student, teacher), (student, teacher.detach(), weight.detach())):
-        assert torch.autograd.gradcheck(lambda *a: align_singular_vectors(*a, flip=flip), inputs)
-        assert torch.autograd.gradgradcheck(lambda *a: align_singular_vectors(*a, flip=flip), inputs)
+        assert torch.autograd.gradcheck(lambda *a: svd.align(*a, flip=flip), inputs)
+        assert torch.autograd.gradgradcheck(lambda *a: svd.align(*a, flip=flip), inputs)
 
 
-def test_after_a_decomposition(device):
+def test_after_a_decomposition(svd):
     """As SVD-KD calls it: one more student vector, the teacher without a gradient, its share as the weight."""
+    device = svd.device
     features = torch.randn(4, 30, 12, device=device).relu().requires_grad_()
-    _, _, v = truncated_svd(features, 3)
-    _, ts, tv = truncated_svd(torch.randn(4, 30, 12, device=device).relu(), 2)
+    _, _, v = svd(features, 3)
+    _, ts, tv = svd(torch.randn(4, 30, 12, device=device).relu(), 2)
     weight = ts / ts.norm(dim=-1, keepdim=True)
-    x, y = align_singular_vectors(v, tv, weight)
+    x, y = svd.align(v, tv, weight)
     assert not y.requires_grad
     assert ((x * y).sum(1) >= 0).all()
     torch.testing.assert_close(x.norm(dim=1), weight)
@@ -110,7 +115,8 @@ def test_after_a_decomposition(device):
     assert features.grad.isfinite().all()
 
 
-def test_opcheck_compile_and_functorch(device):
+def test_opcheck_compile_and_functorch(svd):
+    device = svd.device
     student, teacher, weight = (
         torch.randn(3, 6, 4, device=device, requires_grad=True),
         torch.randn(3, 6, 2, device=device, requires_grad=True),
@@ -125,14 +131,14 @@ def test_opcheck_compile_and_functorch(device):
     )
 
     def loss(student, teacher):
-        s, t = align_singular_vectors(student, teacher, weight)
+        s, t = svd.align(student, teacher, weight)
         return (s * t).square().sum()
 
     torch.testing.assert_close(torch.compile(loss, fullgraph=True)(student, teacher), loss(student, teacher))
     (expected,) = torch.autograd.grad(loss(student, teacher), student)
     torch.testing.assert_close(torch.func.grad(loss)(student, teacher), expected)
     mapped = torch.func.vmap(align_singular_vectors)(student, teacher, weight)
-    for a, b in zip(mapped, align_singular_vectors(student, teacher, weight), strict=True):
+    for a, b in zip(mapped, svd.align(student, teacher, weight), strict=True):
         torch.testing.assert_close(a, b)
 
 

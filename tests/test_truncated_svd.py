@@ -60,28 +60,30 @@ def check_signs(v):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_lapack(shape, dtype, device):
+def test_against_lapack(shape, dtype, svd):
+    device = svd.device
     for name, exact in kinds(*shape).items():
         x = exact.to(dtype).to(device)
         for k in sorted({1, min(2, *shape), min(5, *shape), min(*shape)} if max(shape) < 60 else {1, 4}):
             for layout in LAYOUTS if name == "relu" else LAYOUTS[:2]:
                 given = laid_out(x, layout)
-                u, s, v = truncated_svd(given, k, return_u=True)
+                u, s, v = svd(given, k, return_u=True)
                 assert (u.dtype, s.dtype, v.dtype) == (dtype,) * 3
                 try:
                     check(x, k, u, s, v)
                     check_signs(v)
                 except AssertionError as error:
                     raise AssertionError(f"{name}, k = {k}, {layout}: {error}") from error
-                none, s2, v2 = truncated_svd(given, k)
+                none, s2, v2 = svd(given, k)
                 assert none is None
                 assert ((s2 - s).abs() <= (16 + sum(shape) ** 0.5) * rounding(dtype) * s.amax(-1, keepdim=True)).all()
                 assert v2.shape == v.shape
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(300, 280, 8), (200, 196, 4), (130, 500, 2), (290, 300, 12), (700, 130, 1)])
-def test_large(m, n, k, device):
+def test_large(m, n, k, svd):
     """The Krylov tier where it works, where it gives up, and sizes past it."""
+    device = svd.device
     g = torch.Generator().manual_seed(3)
     near = torch.cat([torch.linspace(1, 0.999, 12), torch.full((min(m, n) - 12,), 0.998)])
     copies = torch.cat([torch.ones(3), torch.linspace(0.6, 0.1, min(m, n) - 3)])
@@ -89,31 +91,33 @@ def test_large(m, n, k, device):
     batch += [with_singular_values(near, m, n), with_singular_values(copies, m, n), torch.eye(m, n).double(), 1e30 * torch.ones(m, n).double()]
     x = torch.stack(batch).float().to(device)
     for layout in ("rows", "columns"):
-        u, s, v = truncated_svd(laid_out(x, layout), k, return_u=True)
+        u, s, v = svd(laid_out(x, layout), k, return_u=True)
         check(x, k, u, s, v)
         check_signs(v)
 
 
-def test_known_answers(device):
+def test_known_answers(svd):
+    device = svd.device
     x = torch.tensor([[3.0, 0], [0, 2], [0, 0]], device=device)
-    u, s, v = truncated_svd(x, 2, return_u=True)
+    u, s, v = svd(x, 2, return_u=True)
     torch.testing.assert_close(s, torch.tensor([3.0, 2.0], device=device))
     torch.testing.assert_close(v, torch.eye(2, device=device))
     torch.testing.assert_close(u, torch.eye(3, 2, device=device))
-    _, s, v = truncated_svd(-x.mT, 1)
+    _, s, v = svd(-x.mT, 1)
     torch.testing.assert_close(s, torch.tensor([3.0], device=device))
     torch.testing.assert_close(v, torch.eye(3, 1, device=device))
 
 
-def test_sign_follows_the_lowest_of_equals(device):
+def test_sign_follows_the_lowest_of_equals(svd):
+    device = svd.device
     v = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, device=device)
     for flipped in (v, -v):
         x = torch.arange(1.0, 7, dtype=torch.float64, device=device)[:, None] * flipped
-        u, _, got = truncated_svd(x, 1, return_u=True)
+        u, _, got = svd(x, 1, return_u=True)
         assert abs(got[0, 0].item()) == pytest.approx(0.5)
         check_signs(got)
         torch.testing.assert_close(u @ torch.linalg.svdvals(x)[:1, None] @ got.mT, x)
-    _, _, free = truncated_svd(x, 1, sign=None)
+    _, _, free = svd(x, 1, sign=None)
     torch.testing.assert_close(free.abs(), got.abs())
 
 
@@ -152,7 +156,8 @@ def test_invariances(seed, m, n, scale):
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (140, 130)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, device):
+def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, svd):
+    device = svd.device
     x = torch.randn(37, *shape, dtype=dtype, device=device)
     broken = x.clone()
     broken[3, 2, 1], broken[18, -1, -1], broken[36, 0, 0] = float("nan"), float("inf"), -float("inf")
@@ -160,18 +165,18 @@ def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, device):
     bad = [3, 18, 36]
     good = [i for i in range(37) if i not in (*bad, 7)]
     for layout in ("rows", "columns"):
-        clean = truncated_svd(laid_out(x, layout), 2, return_u=True)
-        got = truncated_svd(laid_out(broken, layout), 2, return_u=True)
+        clean = svd(laid_out(x, layout), 2, return_u=True)
+        got = svd(laid_out(broken, layout), 2, return_u=True)
         for a, b in zip(clean, got, strict=True):
             assert torch.equal(a[good], b[good])
             assert b[bad].isnan().all()
             assert b[7].isfinite().all()
         given = laid_out(broken, layout).detach().requires_grad_()
-        u, s, v = truncated_svd(given, 2, return_u=True)
+        u, s, v = svd(given, 2, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert given.grad[bad].isnan().flatten(1).any(1).all()
         whole = laid_out(x, layout).detach().requires_grad_()
-        u, s, v = truncated_svd(whole, 2, return_u=True)
+        u, s, v = svd(whole, 2, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert torch.equal(given.grad[good], whole.grad[good])
 
@@ -200,11 +205,12 @@ def test_same_bits_for_any_batch_and_threads(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_is_computed_in_float(dtype, device):
+def test_half_is_computed_in_float(dtype, svd):
+    device = svd.device
     x = torch.randn(5, 40, 24, device=device).relu().to(dtype)
     for layout in ("rows", "columns", "part"):
         given = laid_out(x, layout).detach().requires_grad_()
-        u, s, v = truncated_svd(given, 3, return_u=True)
+        u, s, v = svd(given, 3, return_u=True)
         assert (u.dtype, s.dtype, v.dtype) == (torch.float32,) * 3
         check(x, 3, u, s, v)
         wide = x.double().requires_grad_()
@@ -216,30 +222,32 @@ def test_half_is_computed_in_float(dtype, device):
         assert error <= rounding(dtype) + 1e-3 * (dtype == torch.float16)
 
 
-def test_many_batch_dimensions_and_none(device):
+def test_many_batch_dimensions_and_none(svd):
+    device = svd.device
     x = torch.randn(2, 3, 4, 9, 6, device=device)
-    u, s, v = truncated_svd(x, 2, return_u=True)
+    u, s, v = svd(x, 2, return_u=True)
     assert (u.shape, s.shape, v.shape) == ((2, 3, 4, 9, 2), (2, 3, 4, 2), (2, 3, 4, 6, 2))
     check(x, 2, u, s, v)
     swapped = x.transpose(0, 2)
-    check(swapped, 2, *truncated_svd(swapped, 2, return_u=True))
+    check(swapped, 2, *svd(swapped, 2, return_u=True))
     expanded = x[:1].expand(5, 3, 4, 9, 6)
-    check(expanded, 2, *truncated_svd(expanded, 2, return_u=True))
-    single = truncated_svd(x[0, 0, 0], 2)
+    check(expanded, 2, *svd(expanded, 2, return_u=True))
+    single = svd(x[0, 0, 0], 2)
     torch.testing.assert_close(single[2], v[0, 0, 0])
     for shape in ((0, 5, 3), (2, 0, 3, 5)):
         empty = torch.randn(shape, device=device, requires_grad=True)
-        u, s, v = truncated_svd(empty, 2, return_u=True)
+        u, s, v = svd(empty, 2, return_u=True)
         assert (u.shape, s.shape, v.shape) == ((*shape[:-1], 2), (*shape[:-2], 2), (*shape[:-2], shape[-1], 2))
         (s.sum() + v.sum()).backward()
         assert empty.grad.shape == empty.shape
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_feature_svd(channels_last, device):
+def test_feature_svd(channels_last, svd):
+    device = svd.device
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = torch.randn(4, 24, 6, 5, device=device).relu().to(memory_format=layout).requires_grad_()
-    u, s, v = feature_svd(features, 3, return_u=True)
+    u, s, v = svd.features(features, 3, return_u=True)
     matrix = features.detach().flatten(2).transpose(1, 2)
     assert (u.shape, v.shape) == ((4, 30, 3), (4, 24, 3))
     check(matrix, 3, u, s, v)
@@ -247,13 +255,14 @@ def test_feature_svd(channels_last, device):
     assert features.grad.stride() == features.stride()
     if device == "cpu":  # nothing as large as the features is made: the matrices are read where they lie
         with torch.profiler.profile(profile_memory=True) as profile:
-            feature_svd(features.detach(), 1)
+            svd.features(features.detach(), 1)
         assert not any(event.key in ("aten::copy_", "aten::clone", "aten::contiguous") for event in profile.key_averages())
 
 
-def test_result_layout(device):
+def test_result_layout(svd):
     """Each vector is contiguous, so that what comes next reads it without a copy."""
-    u, _, v = truncated_svd(torch.randn(3, 9, 5, device=device), 2, return_u=True)
+    device = svd.device
+    u, _, v = svd(torch.randn(3, 9, 5, device=device), 2, return_u=True)
     assert u.mT.is_contiguous()
     assert v.mT.is_contiguous()
 
@@ -296,17 +305,18 @@ def test_errors():
         op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)
 
 
-def test_some_ill_conditioned_matrices_in_a_batch_of_any_shape(device):
+def test_some_ill_conditioned_matrices_in_a_batch_of_any_shape(svd):
     """Those that are done again in double land where they belong, whatever the batch dimensions are."""
+    device = svd.device
     x = torch.randn(6, 20, 9, device=device).relu()
     x[[1, 4]] = with_singular_values(10.0 ** -torch.arange(9), 20, 9).float().to(device)
-    flat = truncated_svd(x, 4, return_u=True)
+    flat = svd(x, 4, return_u=True)
     check(x, 4, *flat)
-    for a, b in zip(truncated_svd(x.view(2, 3, 20, 9), 4, return_u=True), flat, strict=True):
+    for a, b in zip(svd(x.view(2, 3, 20, 9), 4, return_u=True), flat, strict=True):
         assert torch.equal(a.flatten(0, 1), b)
     gradients = []
     for shape in ((6, 20, 9), (2, 3, 20, 9)):
         given = x.clone().view(shape).requires_grad_()
-        truncated_svd(given, 4)[2][..., 0, :].sum().backward()
+        svd(given, 4)[2][..., 0, :].sum().backward()
         gradients.append(given.grad.view(6, 20, 9))
     assert torch.equal(*gradients)

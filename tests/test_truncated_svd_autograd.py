@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from matrix_cases import LAYOUTS, kinds, laid_out, with_singular_values
 from tolerances import rounding
 
-from kdkernels import feature_svd, reference, truncated_svd
+from kdkernels import reference, truncated_svd
 from kdkernels.ops import truncated_svd_torch as plain
 
 OP = torch.ops.kdkernels
@@ -39,8 +39,9 @@ def _distinct(m, n, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_against_float64_autograd(m, n, k, dtype, device):
+def test_against_float64_autograd(m, n, k, dtype, svd):
     """Functions of s, of v, and of all three, in every layout."""
+    device = svd.device
     for name, exact in (("relu", kinds(m, n)["relu"] + 1e-3 * kinds(m, n)["gauss"]), ("distinct", _distinct(m, n))):
         x = exact.to(dtype).to(device)
         upstream = _cotangents(x, k, dtype)
@@ -58,7 +59,7 @@ def test_against_float64_autograd(m, n, k, dtype, device):
             scale = torch.maximum(torch.linalg.matrix_norm(expected), squares[..., 0] ** -0.5)[..., None, None]
             for layout in LAYOUTS:
                 given = laid_out(x, layout)
-                got = _gradient(truncated_svd, given, k, upstream, names)
+                got = _gradient(svd, given, k, upstream, names)
                 error = (torch.linalg.matrix_norm((got.double() - expected) / scale)).max().item()
                 if expected.abs().max() > 1e-9:  # a vector of one entry has no derivative
                     assert error <= limit, f"{name} {names} {layout}: {error:.2e}, allowed {limit:.2e}"
@@ -67,50 +68,54 @@ def test_against_float64_autograd(m, n, k, dtype, device):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(40, 24, 4), (24, 40, 4), (200, 180, 4)])
-def test_no_worse_than_torch_in_float32(m, n, k, device):
+def test_no_worse_than_torch_in_float32(m, n, k, svd):
+    device = svd.device
     x = kinds(m, n)["relu"].float().to(device)
     upstream = _cotangents(x, k, torch.float32)
     for names in ("s", "v", "usv"):
         exact = _gradient(reference.truncated_svd, x.double(), k, upstream, names)
-        ours = _gradient(truncated_svd, x, k, upstream, names)
+        ours = _gradient(svd, x, k, upstream, names)
         torchs = _gradient(reference.truncated_svd, x, k, upstream, names)
         assert (ours - exact).norm() <= 3 * (torchs - exact).norm() + 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 3), (3, 5), (4, 4)])
-def test_gradcheck(m, n, device):
+def test_gradcheck(m, n, svd):
+    device = svd.device
     x = _distinct(m, n).to(device).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: truncated_svd(x, 2, return_u=True), x)
-    assert torch.autograd.gradgradcheck(lambda x: truncated_svd(x, 2, return_u=True), x)
-    assert torch.autograd.gradgradcheck(lambda x: truncated_svd(x, 1)[2], x)
+    assert torch.autograd.gradcheck(lambda x: svd(x, 2, return_u=True), x)
+    assert torch.autograd.gradgradcheck(lambda x: svd(x, 2, return_u=True), x)
+    assert torch.autograd.gradgradcheck(lambda x: svd(x, 1)[2], x)
 
     def free(x):  # functions that no sign changes
-        u, s, v = truncated_svd(x, 2, sign=None, return_u=True)
+        u, s, v = svd(x, 2, sign=None, return_u=True)
         return v @ v.mT, u * s[..., None, :] @ v.mT, s
 
     assert torch.autograd.gradcheck(free, x)
 
 
-def test_known_answers(device):
+def test_known_answers(svd):
+    device = svd.device
     for x, g, expected in [
         ([[3.0, 0], [0, 2], [0, 0]], [0.0, 1], [[0, 0.6], [0.4, 0], [0, 0]]),
         ([[3.0, 0, 0], [0, 2, 0]], [0.0, 1, 1], [[0, 0.6, 1 / 3], [0.4, 0, 0]]),
     ]:
         x = torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True)
-        (truncated_svd(x, 1)[2][:, 0] @ torch.tensor(g, dtype=torch.float64, device=device)).backward()
+        (svd(x, 1)[2][:, 0] @ torch.tensor(g, dtype=torch.float64, device=device)).backward()
         torch.testing.assert_close(x.grad, torch.tensor(expected, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (8, 8), (130, 115)])
-def test_finite_for_every_input(m, n, dtype, device):
+def test_finite_for_every_input(m, n, dtype, svd):
+    device = svd.device
     for name, exact in kinds(m, n).items():
         x = exact.to(dtype).to(device)
         for k in {1, 4, min(m, n)} if m < 100 else {1, 2}:
             for size in (1.0, 1e30):
                 upstream = {key: size * value for key, value in _cotangents(x, k, dtype).items()}
                 for names in ("s", "v", "usv"):
-                    got = _gradient(truncated_svd, x, k, upstream, names)
+                    got = _gradient(svd, x, k, upstream, names)
                     assert got.isfinite().all(), f"{name}, k = {k}, upstream {size}, {names}"
 
 
@@ -126,8 +131,9 @@ def test_finite_for_any_matrix(seed, m, n, data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-7, 0.0])
-def test_a_function_of_the_span_is_exact_at_any_gap(gap, dtype, device):
+def test_a_function_of_the_span_is_exact_at_any_gap(gap, dtype, svd):
     """The projector on span(v) does not see how kept values split; torch's derivative divides by their gap."""
+    device = svd.device
     s = torch.tensor([1.0 + gap, 1.0, 0.5, 0.4, 0.3])
     for m, n in ((12, 5), (5, 12)):
         x = with_singular_values(s, m, n)
@@ -145,19 +151,20 @@ def test_a_function_of_the_span_is_exact_at_any_gap(gap, dtype, device):
         symmetric = q @ (weight * (q.mT @ (target + target.mT) / 2 @ q)) @ q.mT
         expected = 2 * x @ symmetric
         given = x.to(dtype).to(device).requires_grad_()
-        distance(truncated_svd(given, 2)[2]).backward()
+        distance(svd(given, 2)[2]).backward()
         error = (given.grad.double().cpu() - expected).norm() / expected.norm()
         assert error <= 100 * rounding(dtype), f"{m} x {n}: {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gap_eps(dtype, device):
+def test_gap_eps(dtype, svd):
     """d / (d^2 + eps^2): the derivative of a pair of close values is that Lorentzian of their gap, continuous, and bounded."""
+    device = svd.device
     upstream = torch.tensor([[0.0, 1], [0, 0], [0, 0]], dtype=dtype, device=device)  # of v_2 along v_1
     for gap_eps in (1e-1, 1e-2, 1e-3):
         for second in (0.5, 0.9, 0.99, 0.999, 1.0):
             x = torch.diag(torch.tensor([1.0, second, 0.1], dtype=dtype, device=device)).requires_grad_()
-            _, _, v = truncated_svd(x, 2, gap_eps=gap_eps)
+            _, _, v = svd(x, 2, gap_eps=gap_eps)
             v.backward(upstream.mT.contiguous().mT)
             eps, d = gap_eps * max(1.0, gap_eps), second**2 - 1
             # dv_2 along v_1 is f(lambda_2 - lambda_1) (v_1' dG v_2), dG = x' dx + dx' x
@@ -173,16 +180,17 @@ def test_gap_eps(dtype, device):
     least = rounding(dtype)
     for own in (0.0, least / 10):
         torch.testing.assert_close(
-            _gradient(truncated_svd, x, 2, _cotangents(x, 2, dtype), "v", gap_eps=own),
-            _gradient(truncated_svd, x, 2, _cotangents(x, 2, dtype), "v", gap_eps=least),
+            _gradient(svd, x, 2, _cotangents(x, 2, dtype), "v", gap_eps=own),
+            _gradient(svd, x, 2, _cotangents(x, 2, dtype), "v", gap_eps=least),
         )
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (150, 120)], ids=str)
-def test_properties_of_the_gradient(shape, device):
+def test_properties_of_the_gradient(shape, svd):
     """Of v: scale does not matter, so <gradient, x> = 0, and what is parallel to v_j does nothing. Of s: <gradient, x> = s."""
+    device = svd.device
     x = torch.randn(4, *shape, device=device).relu().requires_grad_()
-    _, s, v = truncated_svd(x, 2)
+    _, s, v = svd(x, 2)
     (of_v,) = torch.autograd.grad(v, x, torch.randn_like(v), retain_graph=True)
     assert ((of_v * x).sum((1, 2)).abs() <= 1e-4 * of_v.flatten(1).norm(dim=1) * x.flatten(1).norm(dim=1)).all()
     (none,) = torch.autograd.grad(v, x, v.detach() * torch.tensor([2.0, -3.0], device=device), retain_graph=True)
@@ -218,31 +226,34 @@ def test_the_route_in_plain_torch(m, n, k, dtype):
     assert got[[0, 2]].isfinite().all()
 
 
-def test_expanded_and_shared_matrices(device):
+def test_expanded_and_shared_matrices(svd):
     """One matrix seen as several: each view has its own gradient, and the matrix the sum."""
+    device = svd.device
     x = _distinct(9, 6)[:1].float().to(device).requires_grad_()
     upstream = torch.randn(5, 6, 2, device=device)
-    (truncated_svd(x.expand(5, 9, 6), 2)[2] * upstream).sum().backward()
+    (svd(x.expand(5, 9, 6), 2)[2] * upstream).sum().backward()
     wide = x.detach().double().requires_grad_()
     (reference.truncated_svd(wide, 2)[2] * upstream.double()).sum().backward()
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_only_what_is_asked(device):
+def test_only_what_is_asked(svd):
+    device = svd.device
     x = torch.randn(3, 8, 5, device=device, requires_grad=True)
-    u, s, v = truncated_svd(x, 2, return_u=True)
+    u, s, v = svd(x, 2, return_u=True)
     for output in (u, s, v):
         (one,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
         assert one.isfinite().all()
         (two,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
         assert torch.equal(one, two)
-    assert not truncated_svd(x.detach(), 2)[1].requires_grad
+    assert not svd(x.detach(), 2)[1].requires_grad
     with torch.no_grad():
-        assert not truncated_svd(x, 2)[1].requires_grad
+        assert not svd(x, 2)[1].requires_grad
 
 
 @pytest.mark.parametrize(("m", "n"), [(12, 7), (7, 12), (130, 120)])
-def test_opcheck_and_compile(m, n, device):
+def test_opcheck_and_compile(m, n, svd):
+    device = svd.device
     x = torch.randn(3, m, n, device=device).relu().requires_grad_()
     for return_u in (False, True):
         torch.library.opcheck(OP.truncated_svd.default, (x, 2, "max_abs", return_u, 1e-6, False))
@@ -250,7 +261,7 @@ def test_opcheck_and_compile(m, n, device):
     torch.library.opcheck(OP.truncated_svd_backward.default, (u, s, v, x.detach(), u, s, v, state, 1e-6))
 
     def loss(x):
-        _, s, v = feature_svd(x.mT.unflatten(2, (-1, 1)), 2)
+        _, s, v = svd.features(x.mT.unflatten(2, (-1, 1)), 2)
         return (s[:, None] * v).square().sum() + v[:, 0].sum()
 
     compiled = torch.compile(loss, fullgraph=True)
@@ -259,27 +270,29 @@ def test_opcheck_and_compile(m, n, device):
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
 
 
-def test_functorch(device):
+def test_functorch(svd):
+    device = svd.device
     x = _distinct(6, 4).to(device)
 
     def value(x):
-        _, s, v = truncated_svd(x, 2)
+        _, s, v = svd(x, 2)
         return (s * v[..., 0, :]).sum()
 
     grad = torch.func.grad(value)(x)
     wanted = x.clone().requires_grad_()
     value(wanted).backward()
     torch.testing.assert_close(grad, wanted.grad)
-    single = torch.func.vmap(lambda x: truncated_svd(x, 2, return_u=True))(x)
-    for a, b in zip(single, truncated_svd(x, 2, return_u=True), strict=True):
+    single = torch.func.vmap(lambda x: svd(x, 2, return_u=True))(x)
+    for a, b in zip(single, svd(x, 2, return_u=True), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(x), wanted.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_leaves_it_in_float(dtype, device):
+def test_autocast_leaves_it_in_float(dtype, svd):
+    device = svd.device
     x = torch.randn(3, 9, 5, device=device)
     with torch.autocast(device, dtype=dtype):
-        _, s, v = truncated_svd(x, 2)
+        _, s, v = svd(x, 2)
     assert s.dtype == v.dtype == torch.float32
-    torch.testing.assert_close(s, truncated_svd(x, 2)[1])
+    torch.testing.assert_close(s, svd(x, 2)[1])

@@ -23,7 +23,9 @@ def default_driver(name: str, args: tuple) -> str:
     plain torch."""
     if HAS_CUDA_KERNELS and (name.startswith("align") or _fits_cuda(*_problem(name, args))):
         return "cuda"
-    return "triton" if importlib.util.find_spec("triton") is not None else "torch"
+    if importlib.util.find_spec("triton") is not None and (name.startswith("align") or _fits_triton(*_problem(name, args))):
+        return "triton"
+    return "torch"
 
 
 def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
@@ -33,6 +35,12 @@ def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
 def _fits_cuda(x: Tensor, k: int) -> bool:
     memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
     return torch.ops.kdkernels._svd_fits(min(x.shape[-2:]), k, x.dtype == torch.float64, memory)
+
+
+def _fits_triton(x: Tensor, k: int) -> bool:
+    from ..triton.truncated_svd import fits
+
+    return fits(min(x.shape[-2:]), k)
 
 
 def _triton_kernels(args: tuple):

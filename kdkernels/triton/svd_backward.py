@@ -1,0 +1,303 @@
+"""Triton kernels of the derivative of truncated_svd, as csrc/truncated_svd/derivative.h states it: a program per matrix for the projected solve, then
+one pass over M that writes the gradient. The solve takes the forward's tridiagonal form, or, where that is not there or lost digits, that of what
+is left of M without the kept vectors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import device_of
+from .math import join, split
+from .svd_stages import apply_q, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
+
+_ILL_CONDITIONED = tl.constexpr(0.15)
+
+
+@triton.jit
+def _product_kernel(x_ptr, g_ptr, mg_ptr, x_batch, x_p, x_q, p, q, k, T: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr):
+    """mg [B, k, p] = M g, float64, rows shared out over programs."""
+    blocks = tl.cdiv(p, BP)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i, lane = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP), tl.arange(0, BQ)
+    for j in range(0, k):
+        total = tl.zeros([BP], tl.float64)
+        for first in range(0, q, BQ):
+            c = first + lane
+            m = tile_of(x_ptr + b * x_batch, i, c, x_p, x_q, p, q, tl.full([], 1.0, T), T).to(tl.float64)
+            g = tl.load(g_ptr + (b * k + j) * q + c, c < q, other=0.0).to(tl.float64)
+            total += tl.sum(m * g[None, :], 1)
+        tl.store(mg_ptr + (b * k + j) * p + i, total, i < p)
+
+
+@triton.jit
+def _largest(x_ptr, n, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    most = tl.full([], 0.0, tl.float64)
+    for first in range(0, n, BLOCK):
+        most = tl.maximum(most, tl.max(tl.abs(tl.load(x_ptr + first + lane, first + lane < n, other=0.0)), 0).to(tl.float64))
+    return most
+
+
+@triton.jit
+def _turn(lam, k, gap_eps, KB: tl.constexpr):
+    """[j, i]: f(lambda_j - lambda_i), f(x) = x / (x^2 + eps^2), of the kept values lam [KB], descending."""
+    first = tl.sqrt(tl.max(lam, 0))
+    own = tl.sqrt(tl.maximum(lam[:, None], lam[None, :]))
+    eps = gap_eps * first * tl.maximum(own, gap_eps * first)
+    gap = lam[:, None] - lam[None, :]
+    squares = gap * gap + eps * eps
+    return tl.where(squares > 0.0, gap / tl.where(squares > 0.0, squares, 1.0), 0.0)
+
+
+@triton.jit
+def _products(x_ptr, g_ptr, n, k, unit, KB: tl.constexpr, BLOCK: tl.constexpr):
+    """[i, j]: <x_i, unit g_j> of vectors [k, n], in float64."""
+    lane, i = tl.arange(0, BLOCK), tl.arange(0, KB)
+    result = tl.zeros([KB, KB], tl.float64)
+    for first in range(0, n, BLOCK):
+        c = first + lane
+        x = tl.load(x_ptr + i[:, None] * n + c[None, :], (i < k)[:, None] & (c < n)[None, :], other=0.0).to(tl.float64)
+        for j in range(0, k):
+            g = tl.load(g_ptr + j * n + c, c < n, other=0.0).to(tl.float64) * unit
+            result += tl.where(i[None, :] == j, tl.sum(x * g[None, :], 1)[:, None], 0.0)
+    return result
+
+
+@triton.jit
+def _lengths(g_ptr, n, k, unit, KB: tl.constexpr, BLOCK: tl.constexpr):
+    lane, i = tl.arange(0, BLOCK), tl.arange(0, KB)
+    result = tl.zeros([KB], tl.float64)
+    for first in range(0, n, BLOCK):
+        c = first + lane
+        g = tl.load(g_ptr + i[:, None] * n + c[None, :], (i < k)[:, None] & (c < n)[None, :], other=0.0).to(tl.float64) * unit
+        result += tl.sum(g * g, 1)
+    return result
+
+
+@triton.jit
+def _differences(products, squares, T: tl.constexpr):
+    """<x_i, g_j> - <x_j, g_i>. That of a function of the span is 0 but for rounding, which a small gap would blow up: as much is taken off."""
+    eps: tl.constexpr = 2.220446049250313e-16 if tl.float64 == T else 1.1920929e-7
+    noise = 8 * eps * tl.sqrt(tl.maximum(squares[:, None], squares[None, :]))
+    value = products - tl.trans(products)
+    return tl.where(value > noise, value - noise, tl.where(value < -noise, value + noise, value - value))
+
+
+@triton.jit
+def _remove(z, a_ptr, p, k, PB: tl.constexpr):
+    """Vectors z [PB, k] minus their parts along those of a, twice: once leaves roundings of what was large."""
+    c = tl.arange(0, PB)
+    for task in range(0, 2 * k):
+        a = tl.load(a_ptr + (task % k) * p + c, c < p, other=0.0)
+        z -= a[:, None] * tl.sum(a[:, None] * z, 0)[None, :]
+    return z
+
+
+@triton.jit
+def _solve_kernel(
+    x_ptr, matrix_ptr, a_ptr, b_ptr, s_ptr, ga_ptr, gs_ptr, gb_ptr, mg_ptr, state_ptr, fresh_ptr, work_ptr, rows_ptr, z_ptr, coefficients_ptr,
+    x_batch, x_p, x_q, state_size, p, q, k, gap_high, gap_low,
+    HAS_A: tl.constexpr, HAS_S: tl.constexpr, HAS_B: tl.constexpr, HAS_STATE: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr,
+    RB: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z [B, k, p], and what y_j takes of w_j, of gb_j and of b_i, the factor of the gradient and the scale of M: [B, 2 k + k^2 + 2]."""
+    null: tl.constexpr = 1e-13 if tl.float64 == T else 1e-6
+    b = tl.program_id(0).to(tl.int64)
+    x_ptr += b * x_batch
+    matrix_ptr += b * p * p
+    a_ptr += b * k * p
+    b_ptr += b * k * q
+    s_ptr += b * k
+    ga_ptr += b * k * p
+    gs_ptr += b * k
+    gb_ptr += b * k * q
+    mg_ptr += b * k * p
+    z_ptr += b * k * p
+    rows_ptr += b * 8 * p * KB
+    coefficients_ptr += b * (2 * k + k * k + 2)
+    gap_eps = join(gap_high, gap_low, tl.float64)
+    c, j = tl.arange(0, PB), tl.arange(0, KB)
+    vectors, inside = j[None, :] * p + c[:, None], (c < p)[:, None] & (j < k)[None, :]
+    square, in_square = j[:, None] * k + j[None, :], (j < k)[:, None] & (j < k)[None, :]
+    of_w, of_gb, of_b, rest = coefficients_ptr, coefficients_ptr + k, coefficients_ptr + 2 * k, coefficients_ptr + 2 * k + k * k
+    s = tl.load(s_ptr + j, j < k, other=0.0).to(tl.float64)
+    first = tl.load(s_ptr).to(tl.float64)
+    if first > 0.0:
+        last = tl.load(s_ptr + k - 1).to(tl.float64)
+        own_ptr = fresh_ptr + b * state_size
+        scale = unit_for(first, T)
+        lam = (s * scale) * (s * scale)
+        recompute = True
+        if HAS_STATE:
+            recompute = last < _ILL_CONDITIONED * first
+            if not recompute:
+                own_ptr = state_ptr + b * state_size
+                lambda_ptr = own_ptr + p * (p + 1) // 2 + 3 * p
+                scale = tl.load(lambda_ptr + 2 * k).to(tl.float64)
+                lam = tl.load(lambda_ptr + j, j < k, other=0.0).to(tl.float64) + tl.load(lambda_ptr + k + j, j < k, other=0.0).to(tl.float64)
+        inverse = tl.where(s > null * first, 1.0 / tl.where(s > 0.0, s * scale, 1.0), 0.0)
+
+        # A power of two that brings the largest cotangent near 1.
+        largest = tl.full([], 0.0, tl.float64)
+        if HAS_A:
+            largest = tl.maximum(largest, _largest(ga_ptr, k * p, BLOCK))
+        if HAS_B:
+            largest = tl.maximum(largest, _largest(gb_ptr, k * q, BLOCK))
+        if HAS_S:
+            largest = tl.maximum(largest, _largest(gs_ptr, k, BLOCK) / scale)
+        unit = tl.where((largest > 0.0) & (largest < float("inf")), unit_for(largest, T), 1.0)
+
+        # r_j = P (ga_j + M gb_j / sigma_j)
+        z = tl.zeros([PB, KB], T)
+        if HAS_A:
+            z += (tl.load(ga_ptr + vectors, inside, other=0.0).to(tl.float64) * unit).to(T)
+        if HAS_B:
+            mg = tl.load(mg_ptr + vectors, inside, other=0.0) * scale * unit
+            z += (mg * inverse[None, :]).to(T)
+        z = _remove(z, a_ptr, p, k, PB)
+        turn = _turn(lam, k, gap_eps, KB)
+        of_a = tl.zeros([KB, KB], tl.float64)
+        if HAS_A:
+            of_a = _differences(_products(a_ptr, ga_ptr, p, k, unit, KB, 256), _lengths(ga_ptr, p, k, unit, KB, 256), T)
+
+        if recompute:
+            residual_gram(matrix_ptr, x_ptr, x_p, x_q, p, q, scale.to(T), a_ptr, k, T, BP, BQ, PRECISION)
+            form = own_ptr + p * (p + 1) // 2
+            tridiagonalize(matrix_ptr, own_ptr, form, form + p, form + 2 * p, work_ptr + b * 3 * PB, p, T, PB, RB)
+        tau = own_ptr + p * (p + 1) // 2
+        z = apply_q(z, own_ptr, tau, p, PB, True)
+        largest_root = tl.sqrt(tl.max(lam, 0))
+        eps = gap_eps * largest_root * tl.maximum(tl.sqrt(lam), gap_eps * largest_root)
+        z = resolvent(z, tau + p, tau + 2 * p, lam, eps, rows_ptr, p, T, PB, KB)
+        z = _remove(apply_q(z, own_ptr, tau, p, PB, False), a_ptr, p, k, PB)
+        # z_j += sum_i a_i A_ij / 2 f(lambda_j - lambda_i)
+        shares = 0.5 * of_a * tl.trans(turn)  # [i, j]
+        for i in range(0, k):
+            share = tl.sum(tl.where(j[:, None] == i, shares, 0.0), 0).to(T)
+            z += tl.load(a_ptr + i * p + c, c < p, other=0.0)[:, None] * share[None, :]
+        tl.store(z_ptr + vectors, z, inside)
+
+        tl.store(of_w + j, tl.zeros([KB], tl.float64), j < k)
+        if HAS_S:
+            tl.store(of_w + j, tl.load(gs_ptr + j, j < k, other=0.0).to(tl.float64) * (unit / scale) * inverse, j < k)
+        if HAS_B:
+            products = _products(b_ptr, gb_ptr, q, k, unit, KB, 256)
+            turned = tl.trans(_differences(products, _lengths(gb_ptr, q, k, unit, KB, 256), T))  # [i, j]: B_ji
+            shares = (s * scale)[None, :] * turned * turn - products * inverse[None, :]
+            # [i, j]: what y_j takes of b_i, stored by j
+            tl.store(of_b + j[None, :] * k + j[:, None], shares, in_square)
+            tl.store(of_gb + j, unit * inverse, j < k)
+        tl.store(rest, scale / unit)
+        tl.store(rest + 1, scale)
+    else:  # a matrix of zeros: so is its derivative; or one that holds no numbers
+        value = tl.where(first == 0.0, 0.0, float("nan")).to(tl.float64)
+        tl.store(z_ptr + vectors, tl.zeros([PB, KB], T) + value.to(T), inside)
+        tl.store(of_w + j, tl.zeros([KB], tl.float64) + value, j < k)
+        tl.store(of_gb + j, tl.zeros([KB], tl.float64) + value, j < k)
+        tl.store(of_b + square, tl.zeros([KB, KB], tl.float64) + value, in_square)
+        tl.store(rest, value)
+        tl.store(rest + 1, value + 1.0)
+
+
+@triton.jit
+def _update_kernel(
+    x_ptr, out_ptr, a_ptr, b_ptr, z_ptr, gb_ptr, coefficients_ptr, x_batch, x_p, x_q, o_batch, o_p, o_q, p, q, k,
+    HAS_B: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """dM = sum_j z_j (M^T a_j)^T + a_j y_j^T, columns shared out over programs."""
+    most: tl.constexpr = 1.7976931348623157e308 if tl.float64 == T else 3.4028234663852886e38
+    blocks = tl.cdiv(q, BQ)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c, i = (tl.program_id(0) % blocks) * BQ + tl.arange(0, BQ), tl.arange(0, PB)
+    coefficients_ptr += b * (2 * k + k * k + 2)
+    factor, scale = tl.load(coefficients_ptr + 2 * k + k * k), tl.load(coefficients_ptr + 2 * k + k * k + 1)
+    m = tile_of(x_ptr + b * x_batch, i, c, x_p, x_q, p, q, scale.to(T), T)
+    total = tl.zeros([PB, BQ], T)
+    for j in range(0, k):
+        a = tl.load(a_ptr + (b * k + j) * p + i, i < p, other=0.0)
+        z = tl.load(z_ptr + (b * k + j) * p + i, i < p, other=0.0)
+        w, y = tl.sum(a[:, None] * m, 0), tl.sum(z[:, None] * m, 0)
+        y += tl.load(coefficients_ptr + j).to(T) * w
+        if HAS_B:
+            y += tl.load(coefficients_ptr + k + j).to(T) * tl.load(gb_ptr + (b * k + j) * q + c, c < q, other=0.0)
+            for other in range(0, k):
+                share = tl.load(coefficients_ptr + 2 * k + j * k + other).to(T)
+                y += share * tl.load(b_ptr + (b * k + other) * q + c, c < q, other=0.0)
+        total += z[:, None] * w[None, :] + a[:, None] * y[None, :]
+    # The largest number is as far as a result goes; on the way it may be outside of the range of T, so that factors come in two parts.
+    if (factor > 8.673617379884035e-19) & (factor < 1.152921504606847e18):
+        total *= factor.to(T)
+    else:
+        total = tl.minimum(tl.maximum(total.to(tl.float64) * factor, -most, propagate_nan=tl.PropagateNan.ALL), most,
+                           propagate_nan=tl.PropagateNan.ALL).to(T)  # fmt: skip
+    total = tl.minimum(tl.maximum(total, -most, propagate_nan=tl.PropagateNan.ALL), most, propagate_nan=tl.PropagateNan.ALL)
+    place = out_ptr + b * o_batch + i.to(tl.int64)[:, None] * o_p + c.to(tl.int64)[None, :] * o_q
+    tl.store(place, total.to(out_ptr.dtype.element_ty), (i < p)[:, None] & (c < q)[None, :])
+
+
+def truncated_svd_backward(
+    grad_u: Tensor | None,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    state: Tensor,
+    gap_eps: float,
+) -> Tensor:
+    """Implements kdkernels::truncated_svd_backward_triton."""
+    from . import truncated_svd as forward
+
+    gradient, k = torch.empty_like(x), s.shape[-1]
+    if x.numel() == 0:
+        return gradient
+    dtype = forward.compute_dtype(x)
+    double = dtype == torch.float64
+    m, tall, strides = forward.one_batch(x)
+    to, _, out_strides = forward.one_batch(gradient)
+    batch, p, q = m.shape[0], min(m.shape[1:]), max(m.shape[1:])
+    forward.check_fits(p, k)
+
+    def rows(t: Tensor | None, n: int) -> Tensor | None:
+        """[..., n, k] as [B, k, n], or None for what is not there."""
+        return None if t is None or t.dim() != x.dim() else t.to(dtype).mT.reshape(batch, k, n).contiguous()
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=x.device)
+
+    a, ga, gb = rows(v if tall else u, p), rows(grad_v if tall else grad_u, p), rows(grad_u if tall else grad_v, q)
+    b = rows(u if tall else v, q) if gb is not None else None
+    s = s.to(dtype).reshape(batch, k).contiguous()
+    gs = None if grad_s is None else grad_s.to(dtype).reshape(batch, k).contiguous()
+    size = forward.state_size(p, k)
+    has_state = state.numel() > 0
+    if has_state and (state.numel() != batch * size or state.dtype != dtype):
+        raise ValueError("state must be that of the forward, or empty")
+    sizes = forward.block_sizes(p, q, k, double)
+    z, coefficients = empty(batch, k, p), empty(batch, 2 * k + k * k + 2, dtype=torch.float64)
+    mg = empty(batch, k, p, dtype=torch.float64) if gb is not None else z
+    columns, compute = forward.column_block(p, double), forward.as_tl(dtype)
+    pointer = {name: z if t is None else t for name, t in {"b": b, "ga": ga, "gs": gs, "gb": gb}.items()}  # z stands for what is not read
+    with device_of(x):
+        if gb is not None:
+            rows_together = min(sizes["PB"], 32)
+            _product_kernel[(batch * triton.cdiv(p, rows_together),)](
+                m, gb, mg, *strides, p, q, k, T=compute, BP=rows_together, BQ=64, num_warps=4
+            )
+        _solve_kernel[(batch,)](
+            m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
+            empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,
+            *strides, size, p, q, k, *split(gap_eps), HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
+            T=compute, **sizes, PRECISION=forward.precision(double), BLOCK=512, num_warps=forward.warps_for(p),
+        )  # fmt: skip
+        _update_kernel[(batch * triton.cdiv(q, columns),)](
+            m, to, a, pointer["b"], z, pointer["gb"], coefficients, *strides, *out_strides, p, q, k,
+            HAS_B=gb is not None, T=compute, PB=sizes["PB"], BQ=columns, num_warps=4,
+        )  # fmt: skip
+    if to.data_ptr() != gradient.data_ptr():
+        gradient.copy_(to.view(gradient.shape))
+    return gradient
