@@ -91,7 +91,7 @@ def _align_backward_kernel(
             known = (match >= 0) & (match < many)  # the forward's are
             total = tl.zeros([BLOCK], tl.float64)
             for first in range(0, n, BLOCK):
-                inside = (first + lane < n) & known
+                inside = first + lane < tl.where(known, n, 0)
                 if HAS_UP_STUDENT:
                     s = tl.load(student_ptr + (b * many + match) * n + first + lane, inside, other=0.0).to(tl.float64)
                     total += (sign_s * tl.load(up_student_ptr + at * n + first + lane, inside, other=0.0)).to(tl.float64) * s

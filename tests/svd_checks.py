@@ -1,0 +1,52 @@
+"""What every implementation of truncated_svd must hold."""
+
+import torch
+from tolerances import rounding
+
+from kdkernels import reference
+
+
+def check(x, k, u, s, v):
+    """u [..., M, k], s and v of x, in float32 or float64, against LAPACK's in float64."""
+    m, n = x.shape[-2:]
+    eps = rounding(s.dtype)
+    if s.dtype == torch.float64:
+        eps *= 8  # LAPACK rounds as we do
+    exact = x.double()
+    all_s = torch.linalg.svdvals(exact)
+    true_u, true_s, true_v = reference.truncated_svd(exact, k, return_u=True)
+    largest = true_s[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
+    u, s, v = u.double(), s.double(), v.double()
+    length = (m + n) ** 0.5
+    assert ((s - true_s).abs() <= eps * (6 + length / 2) * largest).all(), f"sigma off by {((s - true_s).abs() / largest).max() / eps:.1f} roundings"
+    assert (s >= 0).all()
+    assert (s[..., :-1] >= s[..., 1:]).all()
+    eye = torch.eye(k, dtype=torch.float64, device=x.device)
+    for vectors in (u, v):
+        assert ((vectors.mT @ vectors - eye).abs() <= eps * (8 + length)).all(), "vectors are not orthonormal"
+    # The triplets belong together: x v = s u, x^T u = s v, up to the rounding of x, whatever the gaps.
+    units = exact / largest[..., None]
+    for a, left, right in ((units, u, v), (units.mT, v, u)):
+        off = (a @ right - left * (s / largest)[..., None, :]).norm(dim=-2)
+        assert (off <= eps * (16 + length)).all(), f"triplets are off by {off.max() / eps:.1f} roundings"
+    # A vector that a gap sets apart is LAPACK's; the span of all of them likewise. The larger side has a null space too.
+    squares = (all_s / largest) ** 2
+    distance = (squares[..., None, :] - squares[..., :k, None]).abs()
+    distance[..., torch.arange(k), torch.arange(k)] = 1.0
+    distance = distance.amin(-1)  # [..., k]
+    for own, true, larger in ((u, true_u, m > n), (v, true_v, n > m)):
+        gap = torch.minimum(distance, squares[..., :k]) if larger else distance
+        off = (own - true * (own * true).sum(-2, keepdim=True)).norm(dim=-2)
+        noise = eps * (16 + length) / gap.clamp_min(1e-300)
+        assert (off <= noise.clamp(max=2)).all(), f"a vector is off by {(off / noise).max():.1f} of what its gap allows"
+        after = squares[..., k] if k < all_s.shape[-1] else torch.zeros_like(squares[..., 0])
+        if k < own.shape[-2]:
+            gap = (squares[..., k - 1] - after).clamp_min(1e-300)
+            outside = torch.linalg.matrix_norm(own - true @ (true.mT @ own))
+            assert (outside <= (eps * (16 + length) * k**0.5 / gap).clamp(max=2 * k**0.5)).all()
+
+
+def check_signs(v):
+    """The first entry of largest magnitude of every column is positive."""
+    largest = v.gather(-2, v.abs().argmax(-2, keepdim=True))
+    assert (largest > 0).all()

@@ -1,0 +1,155 @@
+"""The Triton kernels of truncated_svd and align_singular_vectors in the interpreter, which is slow: fewer shapes, every kind of matrix."""
+
+import pytest
+import torch
+from conftest import SVD
+from matrix_cases import kinds, laid_out, with_singular_values
+from svd_checks import check, check_signs
+from tolerances import rounding
+
+from kdkernels import reference
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def svd():
+    return SVD("cuda" if torch.cuda.is_available() else "cpu", "triton")
+
+
+def _loss(upstream, outputs):
+    return sum((output * upstream[name].to(output)).sum() for name, output in zip("usv", outputs, strict=True) if output is not None)
+
+
+def _upstream(x, k):
+    g = torch.Generator().manual_seed(5)
+    m, n = x.shape[-2:]
+    shapes = {"u": (len(x), m, k), "s": (len(x), k), "v": (len(x), n, k)}
+    return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "layout", "dtype"),
+    [
+        (9, 6, 3, "rows", torch.float32),
+        (6, 11, 2, "columns", torch.float64),
+        (18, 17, 2, "columns", torch.float32),
+        (4, 4, 4, "rows", torch.float64),
+        (4, 20, 1, "part", torch.float32),
+    ],
+)
+def test_every_kind(m, n, k, layout, dtype, svd):
+    """Against LAPACK in float64; and a gradient that is finite, and that of float64 where values are apart."""
+    named = kinds(m, n)
+    exact = torch.stack([batch[0] for batch in named.values()])
+    x = laid_out(exact.to(dtype).to(svd.device), layout).detach().requires_grad_()
+    u, s, v = outputs = svd(x, k, return_u=True)
+    for i, name in enumerate(named):
+        own = slice(i, i + 1)
+        try:
+            check(x[own].detach(), k, u[own], s[own], v[own])
+            check_signs(v[own])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    upstream = _upstream(x, k)
+    _loss(upstream, outputs).backward()
+    assert x.grad.isfinite().all()
+    assert layout == "part" or x.grad.stride() == x.stride()
+    wide = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
+    for i, name in enumerate(named):
+        squares = torch.linalg.svdvals(x[i].detach().double()) ** 2
+        relative = squares / squares[0]
+        gaps = (relative[:k, None] - relative[None]).abs()
+        gaps[torch.arange(k), torch.arange(k)] = 1
+        gap = max(min(gaps.min().item(), relative[k - 1].item()), 1e-100)
+        limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
+        limit += ((1e-6 if dtype == torch.float32 else 1e-12) / gap) ** 2
+        # torch's own is NaN where discarded values are equal.
+        if limit < 0.1 and 1e-20 < squares[0] < 1e20 and wide.grad[i].isfinite().all():
+            scale = torch.maximum(wide.grad[i].norm(), squares[0] ** -0.5)
+            assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * scale, name
+
+
+def test_without_u(svd):
+    """The route that makes no vectors of the larger side: the same values and vectors, and signs fixed by the eigenvectors' kernel."""
+    named = kinds(11, 6)
+    x = torch.stack([named[name][0] for name in ("relu", "graded", "zero", "one huge")]).float().to(svd.device)
+    x[3, 0, 0] = float("inf")
+    _, s, v = svd(x, 3)
+    _, expected_s, expected_v = svd(x, 3, return_u=True)
+    torch.testing.assert_close(s, expected_s, rtol=0, atol=20 * rounding(torch.float32) * float(s[:3].max()), equal_nan=True)
+    assert torch.equal(v[:3], expected_v[:3])
+    assert v[3].isnan().all()
+    assert s[3].isnan().all()
+    check_signs(v[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_several_blocks(dtype, svd):
+    """More rows than a block holds, one matrix that takes several rounds, one of half precision's range, one with a NaN."""
+    m, n, k = 70, 41, 3
+    graded = with_singular_values(10.0 ** -torch.arange(n), m, n)
+    x = torch.stack([kinds(m, n)["relu"][0], graded, kinds(m, n)["gauss"][0]]).to(dtype).to(svd.device).requires_grad_()
+    broken = x.detach().clone()
+    broken[2, 5, 5] = float("nan")
+    u, s, v = svd(x, k, return_u=True)
+    check(x.detach(), k, u, s, v)
+    upstream = _upstream(x, k)
+    _loss(upstream, (u, s, v)).backward()
+    wide = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
+    for i, limit in ((0, 2e3), (2, 1e4)):  # over the smallest gap of squares, about 1 / 10 and 1 / 50
+        assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * rounding(dtype) * wide.grad[i].norm()
+    assert x.grad.isfinite().all()
+    given = broken.requires_grad_()
+    bu, bs, bv = svd(given, k, return_u=True)
+    for a, b in ((u, bu), (s, bs), (v, bv)):
+        assert torch.equal(a[:2], b[:2])
+        assert b[2].isnan().all()
+    _loss(upstream, (bu, bs, bv)).backward()
+    assert torch.equal(given.grad[:2], x.grad[:2])
+    assert given.grad[2].isnan().all()
+
+
+def test_half_and_missing_state(svd):
+    x = torch.randn(2, 12, 10, device=svd.device).relu().bfloat16().requires_grad_()
+    u, s, v = svd(x, 2, return_u=True)
+    check(x.detach(), 2, u, s, v)
+    _loss(_upstream(x, 2), (u, s, v)).backward()
+    assert x.grad.dtype == torch.bfloat16
+    op = torch.ops.kdkernels.truncated_svd_backward
+    arguments = (torch.ones_like(u), None, torch.ones_like(v), x.detach().float(), u.detach(), s.detach(), v.detach())
+    state = torch.ops.kdkernels.truncated_svd(x.detach().float(), 2, "max_abs", True, 1e-6, True, "triton")[3]
+    with_state, without = (op(*arguments, t, 1e-6, "triton") for t in (state, state[:0]))
+    torch.testing.assert_close(with_state, without, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="state must be that of the forward"):
+        op(*arguments, state[:-1], 1e-6, "triton")
+    empty = torch.randn(0, 5, 3, device=svd.device, requires_grad=True)
+    svd(empty, 2)[2].sum().backward()
+    assert empty.grad.shape == empty.shape
+
+
+def test_what_does_not_fit(svd):
+    with pytest.raises(ValueError, match="takes matrices whose smaller side is at most 1024"):
+        svd(torch.ones(1, 1025, 1026, device=svd.device), 1)
+    with pytest.raises(ValueError, match="takes matrices whose smaller side"):
+        svd(torch.ones(1, 128, 128, device=svd.device), 100)
+
+
+@pytest.mark.parametrize("flip", ["teacher", "student"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float64, torch.bfloat16)], ids=str)
+def test_align(dtypes, flip, svd):
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 9, n, generator=g).to(dtype).to(svd.device) for n, dtype in zip((4, 3), dtypes, strict=True))
+    for weight in (None, torch.rand(2, 3, generator=g).to(svd.device)):
+        results = []
+        for align in (svd.align, reference.align_singular_vectors):
+            inputs = [t if t is None else t.detach().clone().requires_grad_() for t in (student, teacher, weight)]
+            if align is reference.align_singular_vectors:
+                inputs = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+            outputs = align(*inputs, flip=flip)
+            sum((o * torch.cos(torch.arange(o.numel(), device=o.device)).view(o.shape)).sum() for o in outputs).backward()
+            results.append([*outputs, *(t.grad for t in inputs if t is not None)])
+        for own, expected in zip(*results, strict=True):
+            torch.testing.assert_close(own.double(), expected.double(), rtol=1e-2 if own.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
