@@ -27,6 +27,9 @@
 #define KDKERNELS_GPU __device__ __forceinline__
 #define KDKERNELS_STAGE __device__ __noinline__  // registers of its own: what calls it keeps few
 
+// Says that a pointer is to shared memory, which the compiler cannot see across a stage's call.
+#define KDKERNELS_SHARED(pointer) __builtin_assume(__isShared(pointer))
+
 namespace kdkernels {
 
 namespace reduce {

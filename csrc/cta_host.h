@@ -11,6 +11,7 @@
 
 #define KDKERNELS_GPU inline
 #define KDKERNELS_STAGE inline
+#define KDKERNELS_SHARED(pointer) static_cast<void>(pointer)
 
 namespace kdkernels {
 

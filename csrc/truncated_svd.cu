@@ -13,7 +13,8 @@ constexpr int block_size(int threads) {
 }
 
 template <typename T, int Threads>
-__global__ void __launch_bounds__(block_size(Threads)) forward_kernel(const __grid_constant__ Group<ForwardProblem> group, int64_t limit) {
+__global__ void __launch_bounds__(block_size(Threads), 1)
+    forward_kernel(const __grid_constant__ Group<ForwardProblem> group, int64_t limit) {
   extern __shared__ __align__(16) char shared[];
   const int part = threadIdx.x / Threads;
   Cta<Threads> cta(shared + part * limit);
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(block_size(Threads)) forward_kernel(const __gr
 }
 
 template <typename T, int Threads>
-__global__ void __launch_bounds__(block_size(Threads)) solve_kernel(const __grid_constant__ Group<BackwardProblem> group, int64_t limit) {
+__global__ void __launch_bounds__(block_size(Threads), 1)
+    solve_kernel(const __grid_constant__ Group<BackwardProblem> group, int64_t limit) {
   extern __shared__ __align__(16) char shared[];
   const int part = threadIdx.x / Threads;
   Cta<Threads> cta(shared + part * limit);
@@ -45,16 +47,26 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, v
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+template <typename Problem>
+int size_of(const Problem& problem) {  // of the numbers that are computed with
+  return problem.x.storage == Storage::float64 ? 8 : 4;
+}
+
 // f(T()) of the type that computes a storage type
 template <typename F>
 const char* with_type(Storage storage, F f) {
   return storage == Storage::float64 ? f(double()) : f(float());
 }
-template <typename F>
-const char* with_threads(int threads, F f) {
-  return threads == 32    ? f(std::integral_constant<int, 32>())
-         : threads == 256 ? f(std::integral_constant<int, 256>())
-                          : f(std::integral_constant<int, 512>());
+// f(T(), threads) of the types that compute a problem: only what threads_for can give.
+template <typename Problem, typename F>
+const char* with_kernel(const Problem& problem, F f) {
+  const int threads = threads_for(problem.p, size_of(problem));
+  return with_type(problem.x.storage, [&](auto t) {
+    if (threads == 32) return f(t, std::integral_constant<int, 32>());
+    if constexpr (sizeof(t) == 4)
+      if (threads == 512) return f(t, std::integral_constant<int, 512>());
+    return f(t, std::integral_constant<int, 256>());
+  });
 }
 
 // Puts problems into groups of one kernel each: f(group, indices) for every group.
@@ -80,12 +92,12 @@ const char* in_groups(const Problem* problems, int count, Key key, Blocks blocks
 
 template <typename Problem>
 int64_t matrix_blocks(const Problem& problem) {
-  const int together = matrices_together(threads_for(problem.p));
+  const int together = matrices_together(threads_for(problem.p, size_of(problem)));
   return (problem.batch + together - 1) / together;
 }
 template <typename Problem>
 int kernel_key(const Problem& problem) {
-  return threads_for(problem.p) * 2 + (problem.x.storage == Storage::float64);
+  return threads_for(problem.p, size_of(problem)) * 2 + (problem.x.storage == Storage::float64);
 }
 // What a group needs of shared memory, and the part of each matrix.
 template <typename Problem, typename F>
@@ -99,15 +111,12 @@ int64_t largest(const Group<Problem>& group, F f) {
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void* stream) {
   return in_groups(problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
-    const int threads = threads_for(group.problems[0].p);
-    return with_type(group.problems[0].x.storage, [&](auto t) {
-      return with_threads(threads, [&](auto width) {
-        const int64_t own = limit_for(group.problems[0].p, limit);
-        // A matrix's part begins where the one before ends: as far as the largest plan goes.
-        const int64_t shared = largest(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-        return launch(forward_kernel<decltype(t), decltype(width)::value>, group.first_block[group.count], block_size(threads),
-                      shared * matrices_together(threads), stream, group, shared);
-      });
+    return with_kernel(group.problems[0], [&](auto t, auto threads) {
+      const int64_t own = limit_for(group.problems[0].p, sizeof(decltype(t)), limit);
+      // A matrix's part begins where the one before ends: as far as the largest plan goes.
+      const int64_t shared = largest(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, own).shared(); });
+      return launch(forward_kernel<decltype(t), decltype(threads)::value>, group.first_block[group.count], block_size(threads),
+                    shared * matrices_together(threads), stream, group, shared);
     });
   });
 }
@@ -115,15 +124,12 @@ const char* launch_forward(const ForwardProblem* problems, int count, int64_t li
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void* stream) {
   const char* error =
       in_groups(problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
-        const int threads = threads_for(group.problems[0].p);
-        return with_type(group.problems[0].x.storage, [&](auto t) {
-          return with_threads(threads, [&](auto width) {
-            const int64_t own = limit_for(group.problems[0].p, limit);
-            const int64_t shared =
-                largest(group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-            return launch(solve_kernel<decltype(t), decltype(width)::value>, group.first_block[group.count], block_size(threads),
-                          shared * matrices_together(threads), stream, group, shared);
-          });
+        return with_kernel(group.problems[0], [&](auto t, auto threads) {
+          const int64_t own = limit_for(group.problems[0].p, sizeof(decltype(t)), limit);
+          const int64_t shared =
+              largest(group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, own).shared(); });
+          return launch(solve_kernel<decltype(t), decltype(threads)::value>, group.first_block[group.count], block_size(threads),
+                        shared * matrices_together(threads), stream, group, shared);
         });
       });
   if (error) return error;

@@ -53,20 +53,14 @@ Group<Problem> alone(const Problem& problem, int64_t blocks) {
 
 template <typename F>
 void with_kernel(int p, Storage storage, F f) {
-  auto typed = [&](auto threads) {
-    if (storage == Storage::float64)
-      f(threads, double());
-    else
-      f(threads, float());
+  const int threads = threads_for(p, storage == Storage::float64 ? 8 : 4);
+  auto narrow_or_not = [&](auto type) {
+    if (threads == 32) return f(std::integral_constant<int, 32>(), type);
+    if constexpr (sizeof(type) == 4)
+      if (threads == 512) return f(std::integral_constant<int, 512>(), type);
+    return f(std::integral_constant<int, 256>(), type);
   };
-  switch (threads_for(p)) {
-    case 32:
-      return typed(std::integral_constant<int, 32>());
-    case 256:
-      return typed(std::integral_constant<int, 256>());
-    default:
-      return typed(std::integral_constant<int, 512>());
-  }
+  storage == Storage::float64 ? narrow_or_not(double()) : narrow_or_not(float());
 }
 
 }  // namespace
@@ -77,7 +71,7 @@ const char* launch_forward(const ForwardProblem* problems, int count, int64_t li
     with_kernel(m.p, m.x.storage, [&](auto threads, auto type) {
       using T = decltype(type);
       // Parts of a block run one by one, each as part 0 of a block of its own.
-      const int64_t own = limit_for(m.p, limit), shared = forward_plan<T>(m.p, m.k, own).shared();
+      const int64_t own = limit_for(m.p, sizeof(T), limit), shared = forward_plan<T>(m.p, m.k, own).shared();
       over_blocks<decltype(threads)::value>(m.batch, 1, shared,
                                             [&](auto& cta, int64_t b, char* memory) { forward<T>(cta, m, b, memory, own); });
     });
@@ -90,7 +84,7 @@ const char* launch_backward(const BackwardProblem* problems, int count, int64_t 
     const BackwardProblem& m = problems[i];
     with_kernel(m.p, m.x.storage, [&](auto threads, auto type) {
       using T = decltype(type);
-      const int64_t own = limit_for(m.p, limit), shared = backward_plan<T>(m.p, m.k, own).shared();
+      const int64_t own = limit_for(m.p, sizeof(T), limit), shared = backward_plan<T>(m.p, m.k, own).shared();
       over_blocks<decltype(threads)::value>(m.batch, 1, shared,
                                             [&](auto& cta, int64_t b, char* memory) { solve<T>(cta, m, b, memory, own); });
       const Group<BackwardProblem> group = alone(m, update_blocks(m));
@@ -121,7 +115,11 @@ void set_host(int64_t limit, int64_t order) {
 // Whether the CUDA kernels can take p x q matrices with so much shared memory for a block.
 bool fits(int64_t p, int64_t k, bool wide, int64_t limit) {
   const int side = static_cast<int>(p), kept = static_cast<int>(k);
-  return p <= kMaxSide && forward_need(side, kept, wide, limit).shared <= limit && backward_need(side, kept, wide, limit).shared <= limit;
+  auto has_room = [&](auto type) {
+    using T = decltype(type);
+    return forward_need<T>(side, kept, limit).shared <= limit && backward_need<T>(side, kept, limit).shared <= limit;
+  };
+  return p <= kMaxSide && (wide ? has_room(double()) : has_room(float()));
 }
 
 }  // namespace

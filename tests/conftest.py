@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 # Fills every torch.empty with NaN, those made in C++ too: an output that a kernel does not write is found.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Workers that share the machine (pytest -n) have a core each: threads that wait for one another's turn take longer than one alone.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kdkernels")

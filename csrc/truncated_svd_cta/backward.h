@@ -139,6 +139,7 @@ class Solve {
     cta_.each(k * stride, [&](int i) { mg[i] = T(0); });
     if (gb)
       stream(cta_, m, 0, q, room_.tiles, [&](const T* tile, int first, int count) {
+        KDKERNELS_SHARED(tile);
         cta_.start([&](int t) {
           for (int task = t; task < k * p; task += Cta::kThreads) {
             const int j = task / p, i = task % p;

@@ -218,6 +218,7 @@ class Forward {
     const int k = k_, stride = stride_, q = q_;
     const T* a = room_.vectors;
     stream(cta_, m, 0, q, room_.tiles, [&](const T* tile, int first, int count) {
+      KDKERNELS_SHARED(tile);
       cta_.start([&](int t) {
         for (int task = t; task < count * k; task += Cta::kThreads) {
           const int j = task % k, c = task / k;

@@ -33,6 +33,7 @@ KDKERNELS_STAGE void gram(Cta& cta, const Source<T>& m, T* tiles, T* matrix) {
       cta.start([&](int t) {
         Own& o = own[t];
         if (o.group < 0) return;
+        KDKERNELS_SHARED(tile);
         for (int c = o.group; c < columns; c += groups) {
           const T* column = tile + c * stride;
           T x[kBlock], y[kBlock];

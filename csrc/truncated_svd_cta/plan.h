@@ -17,7 +17,7 @@ KDKERNELS_BOTH int64_t aligned(int64_t bytes) {
 }
 // Columns of M in a tile, and how far they are apart: four numbers are read at once, and neighbours lie in other banks.
 KDKERNELS_BOTH int tile_columns(int p) {
-  return p <= 64 ? 32 : p <= 128 ? 16 : p <= 256 ? 8 : 4;
+  return p <= 32 ? 16 : p <= 64 ? 32 : p <= 128 ? 16 : p <= 256 ? 8 : 4;
 }
 KDKERNELS_BOTH int tile_stride(int p) {
   return (p + 31) / 32 * 32 + 4;
@@ -68,16 +68,16 @@ KDKERNELS_BOTH Plan backward_plan(int p, int k, int64_t limit) {
 
 constexpr int kWarpsTogether = 4;  // matrices of one warp each that share a block
 
-// One warp for the smallest matrices; more threads where more rows are there for them.
-KDKERNELS_BOTH int threads_for(int p) {
-  return p <= 32 ? 32 : p <= 128 ? 256 : 512;
+// One warp for the smallest matrices; more threads where more rows are there for them, and registers enough for numbers of `size` bytes.
+KDKERNELS_BOTH int threads_for(int p, int size) {
+  return p <= 32 ? 32 : p <= 128 || size == 8 ? 256 : 512;
 }
 KDKERNELS_BOTH int matrices_together(int threads) {
   return threads == 32 ? kWarpsTogether : 1;
 }
 // Bytes of shared memory that a matrix may have.
-KDKERNELS_BOTH int64_t limit_for(int p, int64_t of_block) {
-  return of_block / matrices_together(threads_for(p)) / 16 * 16;
+KDKERNELS_BOTH int64_t limit_for(int p, int size, int64_t of_block) {
+  return of_block / matrices_together(threads_for(p, size)) / 16 * 16;
 }
 
 constexpr int kUpdateThreads = 256, kUpdateTiles = 8, kUpdateVectors = 4;
@@ -103,16 +103,15 @@ KDKERNELS_BOTH int64_t update_blocks(const BackwardProblem& problem) {
 struct Need {
   int64_t shared, workspace;
 };
-inline Need forward_need(int p, int k, bool wide, int64_t limit) {
-  const int64_t own = limit_for(p, limit);
-  const Plan plan = wide ? forward_plan<double>(p, k, own) : forward_plan<float>(p, k, own);
-  return {plan.shared() * matrices_together(threads_for(p)), plan.workspace()};
+template <typename T>
+Need forward_need(int p, int k, int64_t limit) {
+  const Plan plan = forward_plan<T>(p, k, limit_for(p, sizeof(T), limit));
+  return {plan.shared() * matrices_together(threads_for(p, sizeof(T))), plan.workspace()};
 }
-inline Need backward_need(int p, int k, bool wide, int64_t limit) {
-  const int64_t own = limit_for(p, limit);
-  const Plan plan = wide ? backward_plan<double>(p, k, own) : backward_plan<float>(p, k, own);
-  const int64_t update = wide ? update_shared<double>(p, k) : update_shared<float>(p, k);
-  const int64_t solve = plan.shared() * matrices_together(threads_for(p));
+template <typename T>
+Need backward_need(int p, int k, int64_t limit) {
+  const Plan plan = backward_plan<T>(p, k, limit_for(p, sizeof(T), limit));
+  const int64_t solve = plan.shared() * matrices_together(threads_for(p, sizeof(T))), update = update_shared<T>(p, k);
   return {solve > update ? solve : update, plan.workspace()};
 }
 

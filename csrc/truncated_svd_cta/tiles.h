@@ -47,6 +47,7 @@ KDKERNELS_GPU void load_tile(Cta& cta, const Source<T>& m, int first, T* tile) {
 
 template <typename Cta, typename T>
 KDKERNELS_STAGE void prepare_tile(Cta& cta, const Source<T>& m, T* tile) {
+  KDKERNELS_SHARED(tile);
   const int columns = tile_columns(m.p), stride = tile_stride(m.p), p = m.p, count = m.count;
   if (m.scale != T(1)) cta.warps(columns, [&](const Warp& warp, int c) { warp.each(p, [&](int i) { tile[c * stride + i] *= m.scale; }); });
   if (count == 0) return;

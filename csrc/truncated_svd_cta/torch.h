@@ -69,7 +69,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int
   const Shape shape(x);
   const at::ScalarType dtype = compute_dtype(x);
   const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q), kept = static_cast<int>(k);
-  const Need need = forward_need(p, kept, dtype == at::kDouble, limit);
+  const Need need = dtype == at::kDouble ? forward_need<double>(p, kept, limit) : forward_need<float>(p, kept, limit);
   check_fits(x, k, need, limit);
   const Tensor m = one_batch(x);
   const int64_t batch = m.size(0);
@@ -104,7 +104,7 @@ inline Tensor decompose_backward(const std::optional<Tensor>& grad_u, const std:
   const BackwardInputs in(grad_u, grad_s, grad_v, x, u, s, v, gap_eps);
   const Shape shape(x);
   const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q), k = static_cast<int>(in.k);
-  const Need need = backward_need(p, k, in.dtype == at::kDouble, limit);
+  const Need need = in.dtype == at::kDouble ? backward_need<double>(p, k, limit) : backward_need<float>(p, k, limit);
   check_fits(x, k, need, limit);
   const Tensor m = one_batch(x), gradient = at::empty_like(x), to = one_batch(gradient);
   const int64_t batch = m.size(0);

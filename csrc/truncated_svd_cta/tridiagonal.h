@@ -12,6 +12,7 @@ constexpr int kManyRows = 128;
 template <int Rows, typename Cta, typename T>
 KDKERNELS_GPU int sweep(Cta& cta, int i, int ld, T* matrix, const Room<T>& room, T pivot, bool owed) {
   const T *row = matrix + int64_t(i) * ld, *v = row + ld, *w = room.w;
+  KDKERNELS_SHARED(w);
   T* parts = room.parts;
   const int apart = (i + Rows - 1) / Rows, most = Cta::kThreads / apart;
   const int share = most > kParts ? kParts : most > 1 ? most : 1;
@@ -49,6 +50,7 @@ KDKERNELS_STAGE void tridiagonalize(Cta& cta, int p, T* matrix, const Room<T>& r
   constexpr T eps = Limits<T>::eps, negligible = eps * eps * eps * eps;
   const int ld = matrix_stride(p);
   T *w = room.w, *parts = room.parts, *d = room.d, *e = room.e, *tau = room.tau;
+  KDKERNELS_SHARED(w);
   cta.each(p, [&](int c) { w[c] = T(0), tau[c] = T(0), e[c] = T(0); });
   for (int i = p - 1; i >= 0; --i) {
     T* row = matrix + int64_t(i) * ld;

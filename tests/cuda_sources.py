@@ -1,0 +1,100 @@
+"""The CUDA sources where there is no GPU.
+
+python cuda_sources.py syntax      checks csrc/*_cuda.cpp against torch's headers
+python cuda_sources.py resources   compiles csrc/*.cu for every target and prints what ptxas says; with --write, that becomes the budget
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+BUDGET = Path(__file__).parent / "cuda_budget.json"
+TARGETS = ("sm_80", "sm_90a", "sm_100")
+TYPES = {"f": "float", "d": "double"}
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
+
+
+def include_folder() -> str | None:
+    """Where the CUDA runtime's headers are."""
+    compiler = nvcc()
+    if compiler is None:
+        return None
+    dry = subprocess.run([compiler, "-E", "-x", "cu", "/dev/null", "--dryrun"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", dry, re.M)
+    folders = [Path(top.group(1)) / "include"] if top else []
+    folders += [folder for folder in Path(top.group(1) if top else "/").glob("targets/*/include")]
+    return next((str(folder) for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)
+
+
+def check_syntax() -> int:
+    from torch.utils import cpp_extension
+
+    folder = include_folder()
+    if folder is None:
+        print("csrc/*_cuda.cpp: not checked, for there is no nvcc and no CUDA header")
+        return 0
+    headers = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
+    sources = sorted(str(p) for p in SOURCES.glob("*_cuda.cpp") if p.name != "library_cuda.cpp")
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", f"-I{SOURCES / 'stubs'}"]
+    result = subprocess.run([*command, *headers, "-isystem", folder, *sources])
+    if result.returncode == 0:
+        print(f"{', '.join(Path(s).name for s in sources)}: compile against torch's headers")
+    return result.returncode
+
+
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    """target -> kernel -> registers, stack, spill_stores, spill_loads, shared: of every kernel in csrc/*.cu, in bytes."""
+    architectures = [f for t in TARGETS for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
+    result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in TARGETS}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(SOURCES.glob("*.cu")):
+            command = [nvcc(), "-std=c++17", "-t", "2", *architectures, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(run.stderr)
+            for entry in re.split(r"(?=Compiling entry function)", run.stderr)[1:]:
+                name, target = re.search(r"entry function '(\S+)' for '(\S+)'", entry).groups()
+                stack, stores, loads = map(
+                    int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+                )
+                shared = re.search(r"(\d+) bytes smem", entry)
+                result[target][kernel_name(name)] = {
+                    "registers": int(re.search(r"Used (\d+) registers", entry).group(1)),
+                    "stack": stack,
+                    "spill_stores": stores,
+                    "spill_loads": loads,
+                    "shared": int(shared.group(1)) if shared else 0,
+                }
+    return {target: dict(sorted(kernels.items())) for target, kernels in result.items()}
+
+
+def kernel_name(mangled: str) -> str:
+    """forward_kernel<float, 256> of its mangled name."""
+    name, arguments = re.search(r"\d+([a-z]+_kernel)I(.+?)EEv", mangled).groups()
+    kind, rest = TYPES[arguments[0]], re.findall(r"L[ib](\d+)E?", arguments)
+    return f"{name}<{', '.join([kind, *rest])}>" + (" of the alignment" if "align_singular_vectors" in mangled else "")
+
+
+def main() -> int:
+    if sys.argv[1] == "syntax":
+        return check_syntax()
+    found = resources()
+    if "--write" in sys.argv:
+        BUDGET.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

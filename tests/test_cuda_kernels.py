@@ -1,0 +1,136 @@
+"""The CUDA kernels where there is no GPU: their bodies on the host, in any order of threads and with any amount of shared memory, and what the
+compiler makes of them. That they give the right numbers is shown by the tests of truncated_svd and align_singular_vectors, driver "cuda"."""
+
+import json
+
+import pytest
+import torch
+from cuda_sources import BUDGET, SOURCES, nvcc, resources
+from matrix_cases import kinds
+from svd_checks import check
+
+import kdkernels
+from kdkernels import truncated_svd
+
+OP = torch.ops.kdkernels
+LIMITS = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+
+@pytest.fixture
+def host():
+    """Sets shared memory of a block and the order of threads."""
+    yield lambda limit=227 << 10, order=1: OP._svd_host(limit, order)
+    OP._svd_host(227 << 10, 1)
+
+
+def test_the_host_finds_faults():
+    """A body without one gives the same in any order of threads; each fault is seen: as an error, as NaN, or by what differs between orders."""
+    good = [OP._cta_check("none", order) for order in range(8)]
+    assert all(run == good[0] for run in good)
+    assert all(value == value for value in good[0])
+    racy = [OP._cta_check("no barrier between neighbours", order) for order in range(8)]
+    assert any(run != racy[0] for run in racy)
+    with pytest.raises(RuntimeError, match="a race: a phase wrote what all threads were reading before it"):
+        OP._cta_check("a value all threads read is written", 1)
+    for fault in ("shared memory is read before it is written", "a copy is read before it arrives"):
+        assert any(value != value for value in OP._cta_check(fault, 1))
+
+
+def _everything(x, k):
+    given = x.clone().requires_grad_()
+    u, s, v = truncated_svd(given, k, return_u=True, driver="cuda")
+    (v[..., 0] ** 3).sum().add((u[..., -1] * s[..., :1]).sum()).backward()
+    return [u, s, v, given.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(20, 12, 3), (40, 50, 9), (130, 140, 2)])
+def test_the_order_of_threads_does_not_matter(m, n, k, dtype, host):
+    """Not by a bit: no phase depends on which of its threads runs first, and sums have an order of their own."""
+    x = torch.cat([kinds(m, n)[name][:1] for name in ("relu", "graded", "low rank", "1e30")]).to(dtype)
+    first = _everything(x, k)
+    for order in (2, 3, 17):
+        host(order=order)
+        for a, b in zip(first, _everything(x, k), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("limit", [99, 64, 48])
+def test_less_shared_memory(limit, dtype, host):
+    """What does not fit goes to the workspace: first the matrix, then the vectors. The same numbers."""
+    for m, n, k in ((90, 70, 20), (70, 200, 3), (30, 20, 15)):
+        x = kinds(m, n)["relu"].to(dtype)
+        host()
+        whole = _everything(x, k)
+        host(limit=limit << 10)
+        if not OP._svd_fits(min(m, n), k, dtype == torch.float64, limit << 10):
+            with pytest.raises(ValueError, match="takes matrices whose smaller side is at most 1024"):
+                _everything(x, k)
+            continue
+        small = _everything(x, k)
+        check(x, k, *small[:3])
+        for a, b in zip(whole, small, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("target", "limit"), LIMITS.items())
+def test_shapes_that_must_fit(target, limit):
+    """The shapes of feature maps, on each kind of GPU, also where one warp has a matrix."""
+    for p in (1, 16, 32, 33, 49, 64, 128, 196, 256, 512, 1024):
+        for k in (1, 4, 8):
+            assert OP._svd_fits(p, min(k, p), False, limit), (p, k)
+            if p <= (512 if limit > 100 << 10 else 256):
+                assert OP._svd_fits(p, min(k, p), True, limit), (p, k)
+    assert not OP._svd_fits(1025, 1, False, limit)
+
+
+def test_too_large_is_an_error():
+    with pytest.raises(ValueError, match='driver="cuda" takes matrices whose smaller side is at most 1024'):
+        truncated_svd(torch.ones(1, 1100, 1025), 1, driver="cuda")
+    with pytest.raises(ValueError, match="driver must be one of"):
+        truncated_svd(torch.ones(1, 3, 2), 1, driver="metal")
+    with pytest.raises(ValueError, match="driver must be cuda, triton or torch"):
+        OP.truncated_svd(torch.ones(1, 3, 2), 1, "", False, 1e-6, False, "metal")
+
+
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+def test_registers_and_spills():
+    """Compiled for every target, no kernel takes more registers, stack, spills or static shared memory than the committed budget says."""
+    budget, found = json.loads(BUDGET.read_text()), resources()
+    assert {t: set(kernels) for t, kernels in found.items()} == {t: set(kernels) for t, kernels in budget.items()}
+    over = [
+        f"{target} {kernel}: {name} {value}, budget {budget[target][kernel][name]}"
+        for target, kernels in found.items()
+        for kernel, uses in kernels.items()
+        for name, value in uses.items()
+        if value > budget[target][kernel][name]
+    ]
+    assert not over, over
+
+
+def test_sources_know_no_torch():
+    """csrc/*.cu and what they include are compiled by nvcc alone, anywhere."""
+    files, seen = list(SOURCES.glob("*.cu")), set()
+    assert files
+    while files:
+        file = files.pop()
+        seen.add(file)
+        for line in file.read_text().splitlines():
+            if line.startswith("#include"):
+                name = line.split()[1]
+                assert "torch" not in name, f"{file.name}: {line}"
+                assert "ATen" not in name, f"{file.name}: {line}"
+                if name.startswith('"'):
+                    included = (file.parent / name.strip('"')).resolve()
+                    if included not in seen:
+                        files.append(included)
+    assert len(seen) > 10
+
+
+def test_show_config_names_the_route(capsys):
+    kdkernels.show_config()
+    printed = capsys.readouterr().out
+    assert "truncated_svd: cpu -> C++" in printed
+    assert "align_singular_vectors: cpu -> C++" in printed
+    assert ("CUDA C++" in printed) == kdkernels.config.HAS_CUDA_KERNELS
