@@ -1,5 +1,6 @@
 # Each target does its own set-up in .venv, once. PYTHON=/path/to/python uses that interpreter as it is: no venv, nothing but the package is
 # installed into it (it must have torch, and for the tests pytest and hypothesis).
+TEST_FLAGS ?=
 ifeq ($(origin PYTHON), undefined)
 PY := .venv/bin/python
 DEPENDENCIES := .venv/.dependencies
@@ -30,23 +31,34 @@ bench: $(BUILT)
 bench-smoke: $(BUILT)
 	KDKERNELS_BENCH_SMOKE=1 $(PY) -m pytest benches -q
 
-# One go on a machine with a GPU: build, every test on it, benches with results as JSON in OUT.
+# One go on a machine with a GPU: build, every test on it, the sanitizer's tools over the CUDA kernels, benches with results as JSON in OUT, and
+# the memory bandwidth that the backward reaches, where ncu is there and may count. DEVICE=cpu rehearses all that needs no GPU.
+DEVICE ?= cuda
+SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
+NCU := $(shell command -v ncu 2>/dev/null)
+
 gpu: $(BUILT)
-	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that torch sees'"
+	$(PY) -c "import torch; assert '$(DEVICE)' == 'cpu' or torch.cuda.is_available(), 'make gpu needs a GPU that torch sees'"
+	$(PY) -c "import kdkernels; kdkernels.show_config(); from kdkernels.config import HAS_CUDA_KERNELS as built; assert '$(DEVICE)' == 'cpu' or built, 'the CUDA kernels were not built'"
 	mkdir -p "$(OUT)"
-	$(PY) -m pytest --durations=15 -o junit_family=xunit2 --junitxml="$(OUT)/tests.xml"
+	$(PY) -m pytest --durations=15 -o junit_family=xunit2 --junitxml="$(OUT)/tests.xml" $(TEST_FLAGS)
+	$(PY) tests/exercise_cuda.py --device $(DEVICE)
+	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: memcheck was not run")
+	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: racecheck was not run")
 	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
 	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
+	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not there: the backward's bandwidth was not counted")
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" --dry-run --Werror
+	$(PY) tests/cuda_sources.py syntax
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" --dry-run --Werror
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" -i
 
 wheel: $(BUILT)
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -63,7 +63,13 @@ def extensions() -> list:
         modules.append(cpp_extension.CppExtension(f"kdkernels._cpu_{isa}", kernels, extra_compile_args=flags + ISA_FLAGS[isa]))
     if cuda_archs:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs
-        modules.append(cpp_extension.CUDAExtension("kdkernels._cuda", sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp"))))
+        modules.append(
+            cpp_extension.CUDAExtension(
+                "kdkernels._cuda",
+                sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
+                extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]},
+            )
+        )
     return modules
 
 

@@ -6,6 +6,7 @@ from conftest import DEVICE, SMOKE
 from feature_maps import relu_maps, trained_maps
 
 from kdkernels import feature_svd, truncated_svd
+from kdkernels.config import HAS_CUDA_KERNELS
 from kdkernels.timing import forward_backward, time_interleaved
 
 # side of the map, channels: matrices [side^2, channels], as the layers of usual networks give
@@ -28,8 +29,8 @@ def features_of(kind: str, batch: int, channels: int, side: int) -> torch.Tensor
     return noise.relu() if kind == "relu of noise" else noise
 
 
-def svd(x, k):
-    _, s, vh = torch.linalg.svd(x, full_matrices=False)
+def svd(x, k, driver=None):
+    _, s, vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
     return s[..., :k], vh[..., :k, :].mT
 
 
@@ -94,6 +95,59 @@ def bench_truncated_svd(side, channels, batch, k, way, kind, report):
         calls |= {p: forward_backward(loss_of(f), features) for p, f in peers.items()}
         times = time_interleaved(calls, seconds=0.01 if SMOKE else 2 if k == 4 else 1, warmup=1)
     report(name, calls["fused"], times, **errors)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not SMOKE, reason="the implementations for GPUs are timed on GPUs")
+@pytest.mark.parametrize(("side", "channels"), SHAPES)
+@pytest.mark.parametrize("way", ["forward", "forward + backward"])
+@pytest.mark.parametrize("k", [1, 4])
+def bench_drivers(side, channels, way, k, report):
+    """On a GPU: every implementation of ours, the calls replayed from a CUDA graph, and every driver that torch has."""
+    batch = 128
+    if SMOKE:
+        batch, side, channels = 2, min(side, 4), min(channels, 16)
+    features = relu_maps(batch, channels, side).to(DEVICE)
+    x = features.flatten(2).mT
+    ours = ["cuda"] if DEVICE == "cpu" or HAS_CUDA_KERNELS else []
+    ours += ["triton"] if DEVICE == "cuda" else []
+    functions = {"fused": lambda x, k: truncated_svd(x, k)[1:]}
+    functions |= {name: lambda x, k, d=name: truncated_svd(x, k, driver=d)[1:] for name in [*ours, "torch"]}
+    peers = {"linalg.svd": svd, "eigh": eigh}
+    if DEVICE == "cuda":
+        peers |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj")}
+    errors = gate(features, x, k, functions | peers)
+    if way == "forward":
+        calls = {name: (lambda f=f: f(x, k)) for name, f in (functions | peers).items()}
+    else:
+        features.requires_grad_()
+        target = torch.randn(batch, channels, k, device=DEVICE)
+
+        def loss_of(function):
+            def loss(features):
+                s, v = function(features.flatten(2).mT, k)
+                return (v * target).sum() + s.sum()
+
+            return loss
+
+        calls = {name: forward_backward(loss_of(f), features) for name, f in (functions | peers).items()}
+    if DEVICE == "cuda":
+        calls["replayed"] = captured(calls["fused"])
+    times = time_interleaved(calls, seconds=0.01 if SMOKE else 1, warmup=1)
+    report(f"drivers: {side * side} x {channels}, k = {k}, {way}", calls["fused"], times, **errors)
+
+
+def captured(call):
+    """The call in a CUDA graph: what it costs without its launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def gate(features, x, k, peers) -> dict[str, float]:

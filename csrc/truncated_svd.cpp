@@ -71,6 +71,15 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
     m.def(("truncated_svd_" + driver + arguments + results).c_str());
     m.def(("truncated_svd_backward_" + driver + of_backward + ") -> Tensor").c_str());
   }
+  // Several batches of matrices at once. A gradient that is not there is a tensor of another number of dimensions.
+  const std::string group = "(Tensor[] x, int k, str sign, bool return_u, float[] gap_eps, bool save_state";
+  const std::string group_results = ") -> (Tensor[] u, Tensor[] s, Tensor[] v, Tensor[] state)";
+  const std::string group_backward =
+      "(Tensor[] grad_u, Tensor[] grad_s, Tensor[] grad_v, Tensor[] x, Tensor[] u, Tensor[] s, Tensor[] v, Tensor[] state, float[] gap_eps";
+  m.def(("truncated_svd_group" + group + ", str driver" + group_results).c_str());
+  m.def(("truncated_svd_group_backward" + group_backward + ", str driver) -> Tensor[]").c_str());
+  m.def(("truncated_svd_group_cuda" + group + group_results).c_str());
+  m.def(("truncated_svd_group_backward_cuda" + group_backward + ") -> Tensor[]").c_str());
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {

@@ -1,8 +1,6 @@
 // The kernels of truncated_svd and align_singular_vectors on CUDA. Their bodies are in truncated_svd_cta/.
 #include "truncated_svd_launch.h"
 
-#include <type_traits>
-
 #include "truncated_svd_cta/blocks.h"
 
 namespace kdkernels::truncated_svd::gpu {
@@ -47,100 +45,26 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, v
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <typename Problem>
-int size_of(const Problem& problem) {  // of the numbers that are computed with
-  return problem.x.storage == Storage::float64 ? 8 : 4;
-}
-
-// f(T()) of the type that computes a storage type
-template <typename F>
-const char* with_type(Storage storage, F f) {
-  return storage == Storage::float64 ? f(double()) : f(float());
-}
-// f(T(), threads) of the types that compute a problem: only what threads_for can give.
-template <typename Problem, typename F>
-const char* with_kernel(const Problem& problem, F f) {
-  const int threads = threads_for(problem.p, size_of(problem));
-  return with_type(problem.x.storage, [&](auto t) {
-    if (threads == 32) return f(t, std::integral_constant<int, 32>());
-    if constexpr (sizeof(t) == 4)
-      if (threads == 512) return f(t, std::integral_constant<int, 512>());
-    return f(t, std::integral_constant<int, 256>());
-  });
-}
-
-// Puts problems into groups of one kernel each: f(group, indices) for every group.
-template <typename Problem, typename Key, typename Blocks, typename F>
-const char* in_groups(const Problem* problems, int count, Key key, Blocks blocks, F f) {
-  for (int i = 0; i < count; ++i) {
-    bool done = false;
-    for (int before = 0; before < i; ++before) done = done || key(problems[before]) == key(problems[i]);
-    if (done) continue;
-    for (int next = i; next < count;) {
-      Group<Problem> group{};
-      for (; next < count && group.count < kMaxProblems; ++next) {
-        if (key(problems[next]) != key(problems[i])) continue;
-        group.problems[group.count] = problems[next];
-        group.first_block[group.count + 1] = group.first_block[group.count] + blocks(problems[next]);
-        ++group.count;
-      }
-      if (const char* error = f(group)) return error;
-    }
-  }
-  return nullptr;
-}
-
-template <typename Problem>
-int64_t matrix_blocks(const Problem& problem) {
-  const int together = matrices_together(threads_for(problem.p, size_of(problem)));
-  return (problem.batch + together - 1) / together;
-}
-template <typename Problem>
-int kernel_key(const Problem& problem) {
-  return threads_for(problem.p, size_of(problem)) * 2 + (problem.x.storage == Storage::float64);
-}
-// What a group needs of shared memory, and the part of each matrix.
-template <typename Problem, typename F>
-int64_t largest(const Group<Problem>& group, F f) {
-  int64_t most = 0;
-  for (int i = 0; i < group.count; ++i) most = f(group.problems[i]) > most ? f(group.problems[i]) : most;
-  return most;
-}
-
 }  // namespace
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void* stream) {
-  return in_groups(problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
-    return with_kernel(group.problems[0], [&](auto t, auto threads) {
-      const int64_t own = limit_for(group.problems[0].p, sizeof(decltype(t)), limit);
-      // A matrix's part begins where the one before ends: as far as the largest plan goes.
-      const int64_t shared = largest(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-      return launch(forward_kernel<decltype(t), decltype(threads)::value>, group.first_block[group.count], block_size(threads),
-                    shared * matrices_together(threads), stream, group, shared);
-    });
-  });
+  return in_forward_groups(problems, count, limit,
+                           [&](const Group<ForwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t own) {
+                             return launch(forward_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
+                                           own * matrices_together(threads), stream, group, own);
+                           });
 }
 
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void* stream) {
   const char* error =
-      in_groups(problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
-        return with_kernel(group.problems[0], [&](auto t, auto threads) {
-          const int64_t own = limit_for(group.problems[0].p, sizeof(decltype(t)), limit);
-          const int64_t shared =
-              largest(group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-          return launch(solve_kernel<decltype(t), decltype(threads)::value>, group.first_block[group.count], block_size(threads),
-                        shared * matrices_together(threads), stream, group, shared);
-        });
+      in_solve_groups(problems, count, limit, [&](const Group<BackwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t own) {
+        return launch(solve_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads), own * matrices_together(threads),
+                      stream, group, own);
       });
   if (error) return error;
-  return in_groups(
-      problems, count, [](const BackwardProblem& m) { return m.x.storage == Storage::float64; }, update_blocks,
-      [&](const Group<BackwardProblem>& group) {
-        return with_type(group.problems[0].x.storage, [&](auto t) {
-          const int64_t shared = largest(group, [&](const BackwardProblem& m) { return update_shared<decltype(t)>(m.p, m.k); });
-          return launch(update_kernel<decltype(t)>, group.first_block[group.count], kUpdateThreads, shared, stream, group);
-        });
-      });
+  return in_update_groups(problems, count, [&](const Group<BackwardProblem>& group, auto t, int64_t blocks, int64_t shared) {
+    return launch(update_kernel<decltype(t)>, blocks, kUpdateThreads, shared, stream, group);
+  });
 }
 
 }  // namespace kdkernels::truncated_svd::gpu

@@ -29,81 +29,65 @@ class Shared {
   std::vector<char> memory_;
 };
 
-// run(cta, block, part, shared) for every block and each part of it.
+// run(cta, block, part, shared) for every block and each part of it, the parts one after another in the memory of their block.
 template <int Threads, typename F>
 void over_blocks(int64_t blocks, int parts, int64_t shared, F run) {
-  at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      Shared memory(shared);
-      Cta<Threads> cta(static_cast<uint64_t>(seed) * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(task));
-      run(cta, task / parts, memory.get());
-      memory.check(shared);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      Shared memory(parts * shared);
+      for (int part = 0; part < parts; ++part) {
+        Cta<Threads> cta(static_cast<uint64_t>(seed) * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(block * parts + part));
+        run(cta, block, part, memory.get());
+      }
+      memory.check(parts * shared);
     }
   });
-}
-
-template <typename Problem>
-Group<Problem> alone(const Problem& problem, int64_t blocks) {
-  Group<Problem> group{};
-  group.problems[0] = problem;
-  group.first_block[1] = blocks;
-  group.count = 1;
-  return group;
-}
-
-template <typename F>
-void with_kernel(int p, Storage storage, F f) {
-  const int threads = threads_for(p, storage == Storage::float64 ? 8 : 4);
-  auto narrow_or_not = [&](auto type) {
-    if (threads == 32) return f(std::integral_constant<int, 32>(), type);
-    if constexpr (sizeof(type) == 4)
-      if (threads == 512) return f(std::integral_constant<int, 512>(), type);
-    return f(std::integral_constant<int, 256>(), type);
-  };
-  storage == Storage::float64 ? narrow_or_not(double()) : narrow_or_not(float());
 }
 
 }  // namespace
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void*) {
-  for (int i = 0; i < count; ++i) {
-    const ForwardProblem& m = problems[i];
-    with_kernel(m.p, m.x.storage, [&](auto threads, auto type) {
-      using T = decltype(type);
-      // Parts of a block run one by one, each as part 0 of a block of its own.
-      const int64_t own = limit_for(m.p, sizeof(T), limit), shared = forward_plan<T>(m.p, m.k, own).shared();
-      over_blocks<decltype(threads)::value>(m.batch, 1, shared,
-                                            [&](auto& cta, int64_t b, char* memory) { forward<T>(cta, m, b, memory, own); });
+  return in_forward_groups(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t own) {
+    constexpr int kThreads = decltype(threads)::value;
+    over_blocks<kThreads>(blocks, matrices_together(kThreads), own, [&](auto& cta, int64_t block, int part, char* memory) {
+      forward_block<decltype(t)>(cta, group, block, part, memory, own);
     });
-  }
-  return nullptr;
+    return static_cast<const char*>(nullptr);
+  });
 }
 
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void*) {
-  for (int i = 0; i < count; ++i) {
-    const BackwardProblem& m = problems[i];
-    with_kernel(m.p, m.x.storage, [&](auto threads, auto type) {
-      using T = decltype(type);
-      const int64_t own = limit_for(m.p, sizeof(T), limit), shared = backward_plan<T>(m.p, m.k, own).shared();
-      over_blocks<decltype(threads)::value>(m.batch, 1, shared,
-                                            [&](auto& cta, int64_t b, char* memory) { solve<T>(cta, m, b, memory, own); });
-      const Group<BackwardProblem> group = alone(m, update_blocks(m));
-      over_blocks<kUpdateThreads>(update_blocks(m), 1, update_shared<T>(m.p, m.k),
-                                  [&](auto& cta, int64_t block, char* memory) { update_block<T>(cta, group, block, memory); });
+  in_solve_groups(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t own) {
+    constexpr int kThreads = decltype(threads)::value;
+    over_blocks<kThreads>(blocks, matrices_together(kThreads), own, [&](auto& cta, int64_t block, int part, char* memory) {
+      solve_block<decltype(t)>(cta, group, block, part, memory, own);
     });
-  }
-  return nullptr;
+    return static_cast<const char*>(nullptr);
+  });
+  return in_update_groups(problems, count, [](const auto& group, auto t, int64_t blocks, int64_t shared) {
+    over_blocks<kUpdateThreads>(blocks, 1, shared,
+                                [&](auto& cta, int64_t block, int, char* memory) { update_block<decltype(t)>(cta, group, block, memory); });
+    return static_cast<const char*>(nullptr);
+  });
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_host(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,
                                                         bool save_state) {
-  return decompose(x, k, sign, return_u, save_state, shared_limit, nullptr);
+  return decompose(x, k, sign, return_u, save_state, {shared_limit, nullptr});
 }
 Tensor backward_host(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s, const std::optional<Tensor>& grad_v,
                      const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v, const Tensor& state, double gap_eps) {
-  return decompose_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, shared_limit, nullptr);
+  return decompose_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, {shared_limit, nullptr});
+}
+Lists group_host(at::TensorList x, int64_t k, c10::string_view sign, bool return_u, at::ArrayRef<double>, bool save_state) {
+  return decompose_group(x, k, sign, return_u, save_state, {shared_limit, nullptr});
+}
+std::vector<Tensor> group_backward_host(at::TensorList grad_u, at::TensorList grad_s, at::TensorList grad_v, at::TensorList x,
+                                        at::TensorList u, at::TensorList s, at::TensorList v, at::TensorList state,
+                                        at::ArrayRef<double> gap_eps) {
+  return decompose_group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, {shared_limit, nullptr});
 }
 
 // For tests: another amount of shared memory, another order of threads.
@@ -168,6 +152,8 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
 TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("truncated_svd_cuda", kdkernels::truncated_svd::gpu::forward_host);
   m.impl("truncated_svd_backward_cuda", kdkernels::truncated_svd::gpu::backward_host);
+  m.impl("truncated_svd_group_cuda", kdkernels::truncated_svd::gpu::group_host);
+  m.impl("truncated_svd_group_backward_cuda", kdkernels::truncated_svd::gpu::group_backward_host);
   m.impl("align_singular_vectors_cuda", kdkernels::align_singular_vectors::gpu::forward_host);
   m.impl("align_singular_vectors_backward_cuda", kdkernels::align_singular_vectors::gpu::backward_host);
 }

@@ -18,7 +18,7 @@ load_cuda_kernels()
 from . import nn  # noqa: E402  needs the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
-from .ops.truncated_svd import align_singular_vectors, feature_svd, truncated_svd  # noqa: E402
+from .ops.truncated_svd import align_singular_vectors, feature_svd, truncated_svd, truncated_svds  # noqa: E402
 
 __all__ = [
     "align_singular_vectors",
@@ -30,4 +30,5 @@ __all__ = [
     "show_config",
     "temperature_kl",
     "truncated_svd",
+    "truncated_svds",
 ]

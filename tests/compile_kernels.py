@@ -143,11 +143,9 @@ def attention_variant(name, kernel, dtype, flags, num_warps, unit_stride=""):
 def svd_variants():
     """Every kernel of truncated_svd, over sides up to the largest."""
     for p, q, k, dtype, unit in [
-        (16, 1024, 4, torch.float32, "x_q"),
         (64, 256, 8, torch.bfloat16, "x_p"),
         (196, 256, 8, torch.float64, ""),
         (512, 784, 4, torch.float32, "x_q"),
-        (1024, 2048, 2, torch.float16, "x_q"),
     ]:
         double = dtype == torch.float64
         sizes, compute = svd.block_sizes(p, q, k, double), triton.language.float64 if double else triton.language.float32

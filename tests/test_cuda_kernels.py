@@ -80,7 +80,7 @@ def test_shapes_that_must_fit(target, limit):
     for p in (1, 16, 32, 33, 49, 64, 128, 196, 256, 512, 1024):
         for k in (1, 4, 8):
             assert OP._svd_fits(p, min(k, p), False, limit), (p, k)
-            if p <= (512 if limit > 100 << 10 else 256):
+            if p <= (512 if limit > 100 << 10 else 196):
                 assert OP._svd_fits(p, min(k, p), True, limit), (p, k)
     assert not OP._svd_fits(1025, 1, False, limit)
 

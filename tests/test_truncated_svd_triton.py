@@ -34,7 +34,6 @@ def _upstream(x, k):
         (9, 6, 3, "rows", torch.float32),
         (6, 11, 2, "columns", torch.float64),
         (18, 17, 2, "columns", torch.float32),
-        (4, 4, 4, "rows", torch.float64),
         (4, 20, 1, "part", torch.float32),
     ],
 )
@@ -85,7 +84,7 @@ def test_without_u(svd):
     check_signs(v[:3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 def test_several_blocks(dtype, svd):
     """More rows than a block holds, one matrix that takes several rounds, one of half precision's range, one with a NaN."""
     m, n, k = 70, 41, 3

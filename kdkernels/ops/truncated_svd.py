@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ _FLIPS = ("teacher", "student")
 _DRIVERS = ("cuda", "triton", "torch", None)
 
 _svd_op = torch.ops.kdkernels.truncated_svd.default
+_group_op = torch.ops.kdkernels.truncated_svd_group.default
 _align_op = torch.ops.kdkernels.align_singular_vectors.default
 
 
@@ -69,16 +71,7 @@ def truncated_svd(
         https://arxiv.org/abs/1807.06819
     """
     _check_matrices("x", x)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(x.shape[-2:]):
-        raise ValueError(f"k must be an int in [1, min(M, N)] = [1, {min(x.shape[-2:])}], got {k!r}")
-    if sign not in _SIGNS:
-        raise ValueError(f"sign must be one of {_SIGNS}, got {sign!r}")
-    if gap_eps is None:
-        gap_eps = 1e-12 if x.dtype == torch.float64 else 1e-6
-    if not 0 <= gap_eps < math.inf:
-        raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
-    gap_eps = max(gap_eps, torch.finfo(_compute_dtype(x)).eps / 2)
-    _check_driver(driver)
+    gap_eps = _check_options(k, min(x.shape[-2:]), sign, gap_eps, driver, _compute_dtype(x))
     if takes_the_reference():
         return svd_reference(x, k, sign=sign, return_u=return_u)
     u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False, driver or "")
@@ -107,6 +100,44 @@ def feature_svd(
     if features.dim() < 3 or 0 in features.shape[1:]:
         raise ValueError(f"features must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(features.shape)}")
     return truncated_svd(features.flatten(2).transpose(1, 2), k, sign=sign, return_u=return_u, gap_eps=gap_eps, driver=driver)
+
+
+def truncated_svds(
+    xs: Sequence[Tensor],  # [..., M, N] each
+    k: int,
+    *,
+    sign: str | None = "max_abs",
+    return_u: bool = False,
+    gap_eps: float | None = None,
+    driver: str | None = None,
+) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """:func:`truncated_svd` of several batches of matrices, of any shapes: the maps of several layers, of student and teacher. On a GPU the CUDA
+    kernels decompose all of them in one launch for each kind of kernel, and so for the gradients; elsewhere it is a loop.
+
+    Args:
+        xs: batches of matrices on one device; k is at most the smallest of their sides.
+
+    Returns:
+        What :func:`truncated_svd` returns, for each x.
+
+    Raises:
+        TypeError: an x of a wrong type.
+        ValueError: no x, devices that differ, or an option out of its range.
+    """
+    xs = list(xs)
+    if not xs:
+        raise ValueError("xs must hold at least one batch of matrices")
+    for i, x in enumerate(xs):
+        _check_matrices(f"xs[{i}]", x)
+        if x.device != xs[0].device:
+            raise ValueError(f"xs must be on one device, got {xs[0].device} and {x.device}")
+    least = min(min(x.shape[-2:]) for x in xs)
+    noise = [_check_options(k, least, sign, gap_eps, driver, _compute_dtype(x)) for x in xs]
+    if takes_the_reference():
+        return [svd_reference(x, k, sign=sign, return_u=return_u) for x in xs]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    us, ss, vs, _states = _group_op(xs, k, sign or "", return_u, noise, save, driver or "")
+    return [(u if return_u else None, s, v) for u, s, v in zip(us, ss, vs, strict=True)]
 
 
 def align_singular_vectors(
@@ -171,6 +202,20 @@ def _check_matrices(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be matrices [..., M, N] with M, N >= 1, got {tuple(x.shape)}")
 
 
+def _check_options(k, least: int, sign, gap_eps: float | None, driver, dtype: torch.dtype) -> float:
+    """Checks what truncated_svd is asked; returns gap_eps for matrices computed in dtype."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= least:
+        raise ValueError(f"k must be an int in [1, min(M, N)] = [1, {least}], got {k!r}")
+    if sign not in _SIGNS:
+        raise ValueError(f"sign must be one of {_SIGNS}, got {sign!r}")
+    if gap_eps is None:
+        gap_eps = 1e-12 if dtype == torch.float64 else 1e-6
+    if not 0 <= gap_eps < math.inf:
+        raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
+    _check_driver(driver)
+    return max(gap_eps, torch.finfo(dtype).eps / 2)
+
+
 def _check_driver(driver: str | None) -> None:
     if driver not in _DRIVERS:
         raise ValueError(f"driver must be one of {_DRIVERS}, got {driver!r}")
@@ -216,6 +261,43 @@ def _(student, teacher, weight, flip_teacher, driver=""):
 def _(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted, driver=""):
     inputs = (student, teacher, weight)
     return tuple(torch.empty_like(t) if w and t is not None else student.new_empty(0) for t, w in zip(inputs, wanted, strict=True))
+
+
+# The group: its ops take and give lists, and run one by one where no launch is shared.
+
+
+@torch.library.register_fake("kdkernels::truncated_svd_group")
+def _(x, k, sign, return_u, gap_eps, save_state, driver):
+    each = [_svd_op(m, k, sign, return_u, noise, save_state, driver) for m, noise in zip(x, gap_eps, strict=True)]
+    return tuple(map(list, zip(*each, strict=True)))
+
+
+@torch.library.register_fake("kdkernels::truncated_svd_group_backward")
+def _(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver):
+    return [torch.empty_like(m) for m in x]
+
+
+def _setup_group(ctx, inputs, output) -> None:
+    xs, _k, _sign, _return_u, ctx.gap_eps, _save_state, ctx.driver = inputs
+    ctx.set_materialize_grads(False)
+    ctx.count = len(xs)
+    ctx.save_for_backward(*xs, *(t for tensors in output for t in tensors))
+
+
+def _backward_group(ctx, *grads):
+    n = ctx.count
+    saved = [list(ctx.saved_tensors[i * n : (i + 1) * n]) for i in range(5)]  # x, u, s, v, state
+    upstream = [part or [None] * n for part in grads[:3]]
+    if torch.is_grad_enabled():  # create_graph: one by one, for those have a double backward
+        matrices = zip(*upstream, *saved, ctx.gap_eps, strict=True)
+        return [torch.ops.kdkernels.truncated_svd_backward(*own, ctx.driver) for own in matrices], *(None,) * 6
+    none = saved[0][0].new_empty(0)
+    shaped = zip(upstream, (saved[0], saved[2], saved[0]), strict=True)
+    given = [[none if g is None or g.dim() != t.dim() else g for g, t in zip(part, like, strict=True)] for part, like in shaped]
+    return list(torch.ops.kdkernels.truncated_svd_group_backward(*given, *saved, ctx.gap_eps, ctx.driver)), *(None,) * 6
+
+
+torch.library.register_autograd("kdkernels::truncated_svd_group", _backward_group, setup_context=_setup_group)
 
 
 # Double backward: the vector-Jacobian products of the backwards, through the references.

@@ -68,5 +68,32 @@ def _register(name: str) -> None:
     torch.library.impl(f"kdkernels::{name}", "CUDA")(on_gpu)
 
 
+def _group(x, k, sign, return_u, gap_eps, save_state, driver):
+    if _shares_launches(x, k, driver):
+        return torch.ops.kdkernels.truncated_svd_group_cuda(x, k, sign, return_u, gap_eps, save_state)
+    each = [torch.ops.kdkernels.truncated_svd(m, k, sign, return_u, noise, save_state, driver) for m, noise in zip(x, gap_eps, strict=True)]
+    return tuple(map(list, zip(*each, strict=True)))
+
+
+def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver):
+    if _shares_launches(x, s[0].shape[-1], driver):
+        return torch.ops.kdkernels.truncated_svd_group_backward_cuda(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps)
+
+    def given(g: Tensor, like: Tensor) -> Tensor | None:
+        return g if g.dim() == like.dim() else None
+
+    return [
+        torch.ops.kdkernels.truncated_svd_backward(given(gu, m), given(gs, s1), given(gv, m), m, u1, s1, v1, t, noise, driver)
+        for gu, gs, gv, m, u1, s1, v1, t, noise in zip(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, strict=True)
+    ]
+
+
+def _shares_launches(xs: list[Tensor], k: int, driver: str) -> bool:
+    return driver == "cuda" or (not driver and xs[0].is_cuda and HAS_CUDA_KERNELS and all(_fits_cuda(x, k) for x in xs))
+
+
 for _name in _OPS:
     _register(_name)
+for _key in ("CPU", "CUDA"):
+    torch.library.impl("kdkernels::truncated_svd_group", _key)(_group)
+    torch.library.impl("kdkernels::truncated_svd_group_backward", _key)(_group_backward)

@@ -285,9 +285,7 @@ def truncated_svd_backward(
     with device_of(x):
         if gb is not None:
             rows_together = min(sizes["PB"], 32)
-            _product_kernel[(batch * triton.cdiv(p, rows_together),)](
-                m, gb, mg, *strides, p, q, k, T=compute, BP=rows_together, BQ=64, num_warps=4
-            )
+            _product_kernel[(batch * triton.cdiv(p, rows_together),)](m, gb, mg, *strides, p, q, k, T=compute, BP=rows_together, BQ=64, num_warps=4)
         _solve_kernel[(batch,)](
             m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
             empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,

@@ -1,0 +1,41 @@
+"""Every CUDA kernel once over shapes of each kind, for compute-sanitizer and ncu: python exercise_cuda.py [--device cpu] [--large].
+
+On the CPU the same calls run the kernels' bodies on the host: a rehearsal.
+"""
+
+import argparse
+
+import torch
+from matrix_cases import kinds, laid_out
+
+from kdkernels import align_singular_vectors, truncated_svd
+
+# One warp, several warps, the widest blocks; both sides; k above what is kept together.
+SHAPES = [(1, 1, 1), (20, 12, 3), (12, 40, 9), (40, 33, 4), (66, 70, 12), (130, 150, 2)]
+
+
+def exercise(device: str, large: bool) -> int:
+    calls = 0
+    for m, n, k in [(1024, 64, 4), (784, 128, 4), (64, 256, 4)] if large else SHAPES:
+        named = {"relu": torch.randn(128, m, n).relu()} if large else kinds(m, n)
+        for name in ("relu", "graded", "low rank", "zero", "1e30"):
+            if name not in named:
+                continue
+            for dtype in (torch.float32,) if large else (torch.float32, torch.float64, torch.bfloat16):
+                for layout in ("rows", "columns"):
+                    x = laid_out(named[name].to(dtype).to(device), layout).detach().requires_grad_()
+                    u, s, v = truncated_svd(x, k, return_u=True, driver="cuda")
+                    student, teacher = align_singular_vectors(v, v.detach().roll(1, -1), s.detach(), driver="cuda")
+                    (student * teacher.cos()).sum().add(s.sum()).add((u * u.detach().cos()).sum()).backward()
+                    calls += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return calls
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--large", action="store_true", help="a few large batches: for the bandwidth of the backward")
+    arguments = parser.parse_args()
+    print(f"{exercise(arguments.device, arguments.large)} calls on {arguments.device}")
