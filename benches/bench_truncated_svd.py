@@ -114,7 +114,7 @@ def bench_drivers(side, channels, way, k, report):
     functions |= {name: lambda x, k, d=name: truncated_svd(x, k, driver=d)[1:] for name in [*ours, "torch"]}
     peers = {"linalg.svd": svd, "eigh": eigh}
     if DEVICE == "cuda":
-        peers |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj")}
+        peers |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
     errors = gate(features, x, k, functions | peers)
     if way == "forward":
         calls = {name: (lambda f=f: f(x, k)) for name, f in (functions | peers).items()}

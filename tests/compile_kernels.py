@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from kdkernels.triton import align_singular_vectors as align
 from kdkernels.triton import attention_pool as at
-from kdkernels.triton import svd_backward
+from kdkernels.triton import svd_backward, svd_sizes
 from kdkernels.triton import temperature_kl as kl
 from kdkernels.triton import truncated_svd as svd
 
@@ -148,17 +148,20 @@ def svd_variants():
         (512, 784, 4, torch.float32, "x_q"),
     ]:
         double = dtype == torch.float64
-        sizes, compute = svd.block_sizes(p, q, k, double), triton.language.float64 if double else triton.language.float32
-        flags = sizes | svd.search_sizes(double) | dict(T=compute, FIX_SIGN=True, WRITE_S=True, SIGN=True, SIGN_ON_A=q > 512)
+        sizes, compute = svd_sizes.block_sizes(p, q, k, double), triton.language.float64 if double else triton.language.float32
+        flags = sizes | svd_sizes.search_sizes(double) | dict(T=compute, FIX_SIGN=True, WRITE_S=True, SIGN=True, SIGN_ON_A=q > 512)
         flags |= dict(HAS_A=True, HAS_S=True, HAS_B=k > 1, HAS_STATE=True, PRECISION=precision(double))
-        columns, name = svd.column_block(p, double), f"{p}x{q}_{k}_{NAMES[dtype]}"
+        columns, name = svd_sizes.column_block(p, double), f"{p}x{q}_{k}_{NAMES[dtype]}"
         for kernel, special in [
-            (svd._gram_kernel, {"BP": svd.gram_block_size(p, double), "BQ": 32, "num_warps": 8 if svd.gram_block_size(p, double) == 64 else 4}),
-            (svd._decompose_kernel, {"num_warps": svd.warps_for(p)}),
+            (
+                svd._gram_kernel,
+                {"BP": svd_sizes.gram_block_size(p, double), "BQ": 32, "num_warps": 8 if svd_sizes.gram_block_size(p, double) == 64 else 4},
+            ),
+            (svd._decompose_kernel, {"num_warps": svd_sizes.warps_for(p)}),
             (svd._project_kernel, {"BQ": columns}),
             (svd._finish_kernel, {"BLOCK": 1024}),
             (svd_backward._product_kernel, {"BP": min(sizes["PB"], 32), "BQ": 64}),
-            (svd_backward._solve_kernel, {"BLOCK": 512, "num_warps": svd.warps_for(p)}),
+            (svd_backward._solve_kernel, {"BLOCK": 512, "num_warps": svd_sizes.warps_for(p)}),
             (svd_backward._update_kernel, {"BQ": columns}),
         ]:
             own = flags | special
@@ -171,7 +174,7 @@ def svd_variants():
 
 
 def precision(double: bool) -> str:
-    """What svd.precision gives on the target, which torch does not know here."""
+    """What svd_sizes.precision gives on the target, which torch does not know here."""
     return "ieee" if double or gpu_target(sys.argv[1]).backend == "hip" else "tf32x3"
 
 

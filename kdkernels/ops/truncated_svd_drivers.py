@@ -38,7 +38,7 @@ def _fits_cuda(x: Tensor, k: int) -> bool:
 
 
 def _fits_triton(x: Tensor, k: int) -> bool:
-    from ..triton.truncated_svd import fits
+    from ..triton.svd_sizes import fits
 
     return fits(min(x.shape[-2:]), k)
 

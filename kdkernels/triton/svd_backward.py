@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .launch import device_of
 from .math import join, split
+from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, compute_dtype, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
-
-_ILL_CONDITIONED = tl.constexpr(0.15)
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def _solve_kernel(
         lam = (s * scale) * (s * scale)
         recompute = True
         if HAS_STATE:
-            recompute = last < _ILL_CONDITIONED * first
+            recompute = last < ILL_CONDITIONED * first
             if not recompute:
                 own_ptr = state_ptr + b * state_size
                 lambda_ptr = own_ptr + p * (p + 1) // 2 + 3 * p
@@ -250,17 +249,15 @@ def truncated_svd_backward(
     gap_eps: float,
 ) -> Tensor:
     """Implements kdkernels::truncated_svd_backward_triton."""
-    from . import truncated_svd as forward
-
     gradient, k = torch.empty_like(x), s.shape[-1]
     if x.numel() == 0:
         return gradient
-    dtype = forward.compute_dtype(x)
+    dtype = compute_dtype(x)
     double = dtype == torch.float64
-    m, tall, strides = forward.one_batch(x)
-    to, _, out_strides = forward.one_batch(gradient)
+    m, tall, strides = one_batch(x)
+    to, _, out_strides = one_batch(gradient)
     batch, p, q = m.shape[0], min(m.shape[1:]), max(m.shape[1:])
-    forward.check_fits(p, k)
+    check_fits(p, k)
 
     def rows(t: Tensor | None, n: int) -> Tensor | None:
         """[..., n, k] as [B, k, n], or None for what is not there."""
@@ -273,14 +270,14 @@ def truncated_svd_backward(
     b = rows(u if tall else v, q) if gb is not None else None
     s = s.to(dtype).reshape(batch, k).contiguous()
     gs = None if grad_s is None else grad_s.to(dtype).reshape(batch, k).contiguous()
-    size = forward.state_size(p, k)
+    size = state_size(p, k)
     has_state = state.numel() > 0
     if has_state and (state.numel() != batch * size or state.dtype != dtype):
         raise ValueError("state must be that of the forward, or empty")
-    sizes = forward.block_sizes(p, q, k, double)
+    sizes = block_sizes(p, q, k, double)
     z, coefficients = empty(batch, k, p), empty(batch, 2 * k + k * k + 2, dtype=torch.float64)
     mg = empty(batch, k, p, dtype=torch.float64) if gb is not None else z
-    columns, compute = forward.column_block(p, double), forward.as_tl(dtype)
+    columns, compute = column_block(p, double), as_tl(dtype)
     pointer = {name: z if t is None else t for name, t in {"b": b, "ga": ga, "gs": gs, "gb": gb}.items()}  # z stands for what is not read
     with device_of(x):
         if gb is not None:
@@ -290,7 +287,7 @@ def truncated_svd_backward(
             m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
             empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,
             *strides, size, p, q, k, *split(gap_eps), HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
-            T=compute, **sizes, PRECISION=forward.precision(double), BLOCK=512, num_warps=forward.warps_for(p),
+            T=compute, **sizes, PRECISION=precision(double), BLOCK=512, num_warps=warps_for(p),
         )  # fmt: skip
         _update_kernel[(batch * triton.cdiv(q, columns),)](
             m, to, a, pointer["b"], z, pointer["gb"], coefficients, *strides, *out_strides, p, q, k,

@@ -15,6 +15,21 @@ from torch import Tensor
 
 from .align_singular_vectors import align_singular_vectors, align_singular_vectors_backward  # noqa: F401  the same set of ops
 from .launch import device_of
+from .svd_backward import truncated_svd_backward  # noqa: F401  the same set of ops
+from .svd_sizes import (
+    ILL_CONDITIONED,
+    as_tl,
+    block_sizes,
+    check_fits,
+    column_block,
+    compute_dtype,
+    gram_sizes,
+    one_batch,
+    precision,
+    search_sizes,
+    state_size,
+    warps_for,
+)
 from .svd_stages import (
     apply_q,
     eigenvectors,
@@ -31,10 +46,6 @@ from .svd_stages import (
     tridiagonalize,
     unit_for,
 )
-
-_ILL_CONDITIONED = tl.constexpr(0.15)  # see csrc/truncated_svd_cta/problem.h
-_MOST_NUMBERS = 1 << 11  # of p x k vectors, padded, that a program keeps in registers
-_MOST_SIDE = 1024
 
 
 @triton.jit
@@ -150,7 +161,7 @@ def _decompose_kernel(
         tl.debug_barrier()
         # Values near the round's largest are exact, or all where that is a rounding of the first.
         first, all_first = tl.sqrt(tl.maximum(tl.max(values, 0), 0.0)), tl.load(sigma_ptr)
-        exact = tl.sum(((j < wanted) & (tl.sqrt(tl.maximum(values, 0.0)) >= _ILL_CONDITIONED * first)).to(tl.int32), 0)
+        exact = tl.sum(((j < wanted) & (tl.sqrt(tl.maximum(values, 0.0)) >= ILL_CONDITIONED * first)).to(tl.int32), 0)
         done = (first == 0.0) | ((found > 0) & (first / unit <= 4 * eps * all_first))
         found += tl.where(done, wanted, exact)
     tl.store(scale_ptr + b, tl.where(finite, scale, 0.0))
@@ -309,69 +320,6 @@ def _finish_kernel(
     _write_s(s_ptr + b * k, sigma_ptr, scale, k, KB)
 
 
-def padded(n: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(n))
-
-
-def block_sizes(p: int, q: int, k: int, double: bool) -> dict[str, int]:
-    """PB, KB: sides that hold p and k; RB: rows of a sweep over a matrix; BP, BQ: blocks of what is left of M where that is squared again."""
-    pb, kb = padded(p), triton.next_power_of_2(k)
-    numbers = 1024 if double else 2048  # of a tile
-    return {"PB": pb, "KB": kb, "RB": max(1, min(pb, numbers // pb)), "BP": min(pb, 16 if double else 32), "BQ": 16}
-
-
-def gram_block_size(p: int, double: bool) -> int:
-    return min(padded(p), 32 if double else 64)
-
-
-def warps_for(p: int) -> int:
-    return 4 if p <= 32 else 8
-
-
-def search_sizes(double: bool) -> dict[str, int]:
-    """WAYS of a division of intervals, and ROUNDS that reach the rounding of the largest eigenvalue."""
-    return {"WAYS": 32, "ROUNDS": 11 if double else 6}
-
-
-def precision(double: bool) -> str:
-    return "ieee" if double or torch.version.hip is not None else "tf32x3"
-
-
-def column_block(p: int, double: bool) -> int:
-    return max(1, (2048 if double else 4096) // padded(p))
-
-
-def state_size(p: int, k: int) -> int:
-    return p * (p + 1) // 2 + 3 * p + 2 * k + 1
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def as_tl(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def one_batch(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
-    """x as [B, M, N], whether it is tall, and the strides of a matrix, of its smaller side and of its larger side."""
-    x = x.reshape(-1, *x.shape[-2:]) if x.dim() != 3 else x
-    tall = x.shape[1] >= x.shape[2]
-    return x, tall, (x.stride(0), x.stride(2 if tall else 1), x.stride(1 if tall else 2))
-
-
-def check_fits(p: int, k: int) -> None:
-    if p > _MOST_SIDE or padded(p) * triton.next_power_of_2(k) > _MOST_NUMBERS:
-        raise ValueError(
-            f'driver="triton" takes matrices whose smaller side is at most {_MOST_SIDE}, and times k, both rounded up to powers of two, at most '
-            f"{_MOST_NUMBERS}; got {p} with k = {k}"
-        )
-
-
-def fits(p: int, k: int) -> bool:
-    return p <= _MOST_SIDE and padded(p) * triton.next_power_of_2(k) <= _MOST_NUMBERS
-
-
 def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::truncated_svd_triton."""
     shape = x.shape[:-2]
@@ -390,14 +338,14 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
     state = empty(batch, state_size(p, k))
     if batch > 0:
         sizes = block_sizes(p, q, k, double)
-        side = gram_block_size(p, double)
-        blocks = triton.cdiv(p, side)
+        gram = gram_sizes(p, double)
+        blocks = triton.cdiv(p, gram["BP"])
         matrix, sigma, scale = empty(batch, p, p), empty(batch, k, dtype=torch.float64), empty(batch, dtype=torch.float64)
         residual, work = torch.empty_like(state), empty(batch, 3 * sizes["PB"])
         rows = empty(batch, 8 * p * sizes["KB"], dtype=torch.float64)
         common = {"T": as_tl(dtype), "PRECISION": precision(double)}
         with device_of(x):
-            _gram_kernel[(batch * blocks * (blocks + 1) // 2,)](x, matrix, *strides, p, q, BP=side, BQ=32, **common, num_warps=8 if side == 64 else 4)
+            _gram_kernel[(batch * blocks * (blocks + 1) // 2,)](x, matrix, *strides, p, q, **gram, **common)
             _decompose_kernel[(batch,)](
                 x, matrix, a, s, sigma, scale, state, residual, work, rows, *strides, state.shape[1], p, q, k,
                 FIX_SIGN=bool(sign) and not wants_b, WRITE_S=not wants_b, **common, **sizes, **search_sizes(double), num_warps=warps_for(p),
@@ -413,6 +361,3 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
     a = a.view(*shape, k, p).mT
     b = b.view(*shape, k, q).mT if wants_b else b
     return b if tall else a, s.view(*shape, k), a if tall else b, state.flatten() if save_state else s.new_empty(0)
-
-
-from .svd_backward import truncated_svd_backward  # noqa: E402, F401  it takes the helpers above
