@@ -67,7 +67,7 @@ def extensions() -> list:
             cpp_extension.CUDAExtension(
                 "kdkernels._cuda",
                 sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
-                extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]},
+                extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden"]},
             )
         )
     return modules

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(block_size(Threads), 1)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kUpdateThreads) update_kernel(const __grid_constant__ Group<BackwardProblem> group) {
+__global__ void __launch_bounds__(kUpdateThreads, 2) update_kernel(const __grid_constant__ Group<BackwardProblem> group) {
   extern __shared__ __align__(16) char shared[];
   Cta<kUpdateThreads> cta(shared);
   update_block<T>(cta, group, blockIdx.x, shared);

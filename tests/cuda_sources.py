@@ -1,6 +1,7 @@
 """The CUDA sources where there is no GPU.
 
 python cuda_sources.py syntax      checks csrc/*_cuda.cpp against torch's headers
+python cuda_sources.py table       prints the budget as a table
 python cuda_sources.py resources   compiles csrc/*.cu for every target and prints what ptxas says; with --write, that becomes the budget
 """
 
@@ -79,6 +80,16 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
     return {target: dict(sorted(kernels.items())) for target, kernels in result.items()}
 
 
+def table() -> str:
+    """The budget as the table of docs/truncated_svd.md: registers, bytes of stack, bytes of spill stores."""
+    budget = json.loads(BUDGET.read_text())
+    lines = [f"| kernel | {' | '.join(budget)} |", "|---|" + "---|" * len(budget)]
+    for kernel in budget[TARGETS[0]]:
+        cells = (" / ".join(str(budget[t][kernel][key]) for key in ("registers", "stack", "spill_stores")) for t in budget)
+        lines.append(f"| `{kernel.split(' of ')[0]}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def kernel_name(mangled: str) -> str:
     """forward_kernel<float, 256> of its mangled name."""
     name, arguments = re.search(r"\d+([a-z]+_kernel)I(.+?)EEv", mangled).groups()
@@ -89,6 +100,9 @@ def kernel_name(mangled: str) -> str:
 def main() -> int:
     if sys.argv[1] == "syntax":
         return check_syntax()
+    if sys.argv[1] == "table":
+        print(table())
+        return 0
     found = resources()
     if "--write" in sys.argv:
         BUDGET.write_text(json.dumps(found, indent=1) + "\n")

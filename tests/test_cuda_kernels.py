@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from cuda_sources import BUDGET, SOURCES, nvcc, resources
+from cuda_sources import BUDGET, SOURCES, nvcc, resources, table
 from matrix_cases import kinds
 from svd_checks import check
 
@@ -107,6 +107,10 @@ def test_registers_and_spills():
         if value > budget[target][kernel][name]
     ]
     assert not over, over
+
+
+def test_the_table_in_the_docs_is_the_budget():
+    assert table() in (SOURCES.parent / "docs" / "truncated_svd.md").read_text()
 
 
 def test_sources_know_no_torch():
