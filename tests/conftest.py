@@ -42,6 +42,14 @@ class SVD:
     def __call__(self, *args, **options):
         return self.decompose(*args, **options)
 
+    def takes(self, m: int, n: int, k: int) -> bool:
+        """Whether this implementation has room for such matrices; "torch" and the default have for all."""
+        if self.driver != "triton":
+            return True
+        from kdkernels.triton.svd_sizes import fits
+
+        return fits(min(m, n), k)
+
 
 def svd_backend(device: str, driver: str | None) -> SVD:
     from kdkernels.config import HAS_CUDA_KERNELS

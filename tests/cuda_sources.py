@@ -86,15 +86,15 @@ def table() -> str:
     lines = [f"| kernel | {' | '.join(budget)} |", "|---|" + "---|" * len(budget)]
     for kernel in budget[TARGETS[0]]:
         cells = (" / ".join(str(budget[t][kernel][key]) for key in ("registers", "stack", "spill_stores")) for t in budget)
-        lines.append(f"| `{kernel.split(' of ')[0]}` | {' | '.join(cells)} |")
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def kernel_name(mangled: str) -> str:
-    """forward_kernel<float, 256> of its mangled name."""
+    """forward_kernel<float, 256>: computing type and threads of a matrix; of its mangled name."""
     name, arguments = re.search(r"\d+([a-z]+_kernel)I(.+?)EEv", mangled).groups()
-    kind, rest = TYPES[arguments[0]], re.findall(r"L[ib](\d+)E?", arguments)
-    return f"{name}<{', '.join([kind, *rest])}>" + (" of the alignment" if "align_singular_vectors" in mangled else "")
+    rest = [{"b0": "forward", "b1": "backward"}.get(kind + value, value) for kind, value in re.findall(r"L([ib])(\d+)", arguments)]
+    return f"{name}<{', '.join([TYPES[arguments[0]], *rest])}>"
 
 
 def main() -> int:

@@ -20,6 +20,8 @@ def test_against_lapack(shape, dtype, svd):
     for name, exact in kinds(*shape).items():
         x = exact.to(dtype).to(device)
         for k in sorted({1, min(2, *shape), min(5, *shape), min(*shape)} if max(shape) < 60 else {1, 4}):
+            if not svd.takes(*shape, k):
+                continue
             for layout in LAYOUTS if name == "relu" else LAYOUTS[:2]:
                 given = laid_out(x, layout)
                 u, s, v = svd(given, k, return_u=True)
@@ -39,6 +41,8 @@ def test_against_lapack(shape, dtype, svd):
 def test_large(m, n, k, svd):
     """The Krylov tier where it works, where it gives up, and sizes past it."""
     device = svd.device
+    if not svd.takes(m, n, k):
+        pytest.skip("the Triton route has no room for so many vectors")
     g = torch.Generator().manual_seed(3)
     near = torch.cat([torch.linspace(1, 0.999, 12), torch.full((min(m, n) - 12,), 0.998)])
     copies = torch.cat([torch.ones(3), torch.linspace(0.6, 0.1, min(m, n) - 3)])
