@@ -1,6 +1,8 @@
 # Each target does its own set-up in .venv, once. PYTHON=/path/to/python uses that interpreter as it is: no venv, nothing but the package is
 # installed into it (it must have torch, and for the tests pytest and hypothesis).
 TEST_FLAGS ?=
+# Two tests at a time, where pytest-xdist is there.
+WORKERS = $(shell $(PY) -c "import xdist; print('-n 2 --dist=worksteal')" 2>/dev/null)
 ifeq ($(origin PYTHON), undefined)
 PY := .venv/bin/python
 DEPENDENCIES := .venv/.dependencies
@@ -21,7 +23,7 @@ demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
 
 test: $(BUILT)
-	$(PY) -m pytest --durations=15
+	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
 
 bench: $(BUILT)
 	mkdir -p "$(OUT)"

@@ -1,6 +1,6 @@
-"""Compiles every variant of every Triton kernel for one target: python compile_kernels.py sm_90 OUT. Needs no GPU.
+"""Compiles every variant of every Triton kernel: python compile_kernels.py sm_90,gfx942 OUT. Needs no GPU.
 
-Writes OUT/<variant>.cubin and prints the names of the variants.
+Writes OUT/<target>/<variant>.cubin and prints "<target> <variant>" for each.
 """
 
 import itertools
@@ -140,7 +140,7 @@ def attention_variant(name, kernel, dtype, flags, num_warps, unit_stride=""):
     return name, kernel, signature, constants, num_warps
 
 
-def svd_variants():
+def svd_variants(target: GPUTarget):
     """Every kernel of truncated_svd, over sides up to the largest."""
     for p, q, k, dtype, unit in [
         (64, 256, 8, torch.bfloat16, "x_p"),
@@ -150,20 +150,20 @@ def svd_variants():
         double = dtype == torch.float64
         sizes, compute = svd_sizes.block_sizes(p, q, k, double), triton.language.float64 if double else triton.language.float32
         flags = sizes | svd_sizes.search_sizes(double) | dict(T=compute, FIX_SIGN=True, WRITE_S=True, SIGN=True, SIGN_ON_A=q > 512)
-        flags |= dict(HAS_A=True, HAS_S=True, HAS_B=k > 1, HAS_STATE=True, PRECISION=precision(double))
+        flags |= dict(HAS_A=True, HAS_S=True, HAS_B=k > 1, HAS_STATE=True, PRECISION=precision(double, target))
         columns, name = svd_sizes.column_block(p, double), f"{p}x{q}_{k}_{NAMES[dtype]}"
-        for kernel, special in [
-            (
-                svd._gram_kernel,
-                {"BP": svd_sizes.gram_block_size(p, double), "BQ": 32, "num_warps": 8 if svd_sizes.gram_block_size(p, double) == 64 else 4},
-            ),
+        kernels = [
+            (svd._gram_kernel, svd_sizes.gram_sizes(p, double)),
             (svd._decompose_kernel, {"num_warps": svd_sizes.warps_for(p)}),
             (svd._project_kernel, {"BQ": columns}),
             (svd._finish_kernel, {"BLOCK": 1024}),
             (svd_backward._product_kernel, {"BP": min(sizes["PB"], 32), "BQ": 64}),
             (svd_backward._solve_kernel, {"BLOCK": 512, "num_warps": svd_sizes.warps_for(p)}),
             (svd_backward._update_kernel, {"BQ": columns}),
-        ]:
+        ]
+        if p > 64:  # what does not depend on p much was compiled before
+            kernels = [pair for pair in kernels if pair[0] not in (svd._project_kernel, svd._finish_kernel, svd_backward._product_kernel)]
+        for kernel, special in kernels:
             own = flags | special
             yield svd_variant(f"{kernel.__name__}_{name}", kernel, dtype, own, own.get("num_warps", 4), unit)
     for dtype, compute in ((torch.float32, "fp32"), (torch.float64, "fp64")):
@@ -173,9 +173,9 @@ def svd_variants():
             yield svd_variant(f"{kernel.__name__}_{compute}", kernel, dtype, flags, 4, "")
 
 
-def precision(double: bool) -> str:
+def precision(double: bool, target: GPUTarget) -> str:
     """What svd_sizes.precision gives on the target, which torch does not know here."""
-    return "ieee" if double or gpu_target(sys.argv[1]).backend == "hip" else "tf32x3"
+    return "ieee" if double or target.backend == "hip" else "tf32x3"
 
 
 def svd_variant(name, kernel, dtype, flags, num_warps, unit_stride):
@@ -196,31 +196,36 @@ def svd_variant(name, kernel, dtype, flags, num_warps, unit_stride):
     return name, kernel, signature, constants, num_warps
 
 
-def compile_part(part: int, parts: int, target: GPUTarget, out: Path) -> None:
-    for name, kernel, signature, constants, num_warps in variants()[part::parts]:
-        attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
-        options = kl.compile_options(num_warps, target.backend == "cuda")
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-        if "cubin" in compiled.asm:
-            (out / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
+def compile_part(part: int, parts: int, targets: list[str], out: Path) -> None:
+    for target in targets:
+        gpu = gpu_target(target)
+        for name, kernel, signature, constants, num_warps in variants(gpu)[part::parts]:
+            attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature) if a.endswith("_ptr")}
+            options = kl.compile_options(num_warps, gpu.backend == "cuda")
+            compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
+            if "cubin" in compiled.asm:
+                (out / target / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
 
 
-def variants() -> list:
-    return [*kl_variants(), rescale_variant(), *attention_variants(), *svd_variants()]
+def variants(target: GPUTarget) -> list:
+    return [*kl_variants(), rescale_variant(), *attention_variants(), *svd_variants(target)]
 
 
 def main() -> None:
-    target, out = gpu_target(sys.argv[1]), Path(sys.argv[2])
+    targets, out = sys.argv[1].split(","), Path(sys.argv[2])
+    for target in targets:
+        (out / target).mkdir(parents=True, exist_ok=True)
     parts = min(4, os.cpu_count() or 1)
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=compile_part, args=(part, parts, target, out)) for part in range(parts)]
+    workers = [fork.Process(target=compile_part, args=(part, parts, targets, out)) for part in range(parts)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
         sys.exit("a variant did not compile")
-    print(*[name for name, *_ in variants()], sep="\n")
+    for target in targets:
+        print(*[f"{target} {name}" for name, *_ in variants(gpu_target(target))], sep="\n")
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ template <typename Problem, typename F>
 const char* with_kernel(const Problem& problem, F f) {
   const int threads = threads_for(problem.p, size_of(problem));
   return with_type(problem.x.storage, [&](auto t) {
-    if (threads == 32) return f(t, std::integral_constant<int, 32>());
-    if constexpr (sizeof(t) == 4)
+    if constexpr (sizeof(t) == 4) {
+      if (threads == 32) return f(t, std::integral_constant<int, 32>());
       if (threads == 512) return f(t, std::integral_constant<int, 512>());
+    }
     return f(t, std::integral_constant<int, 256>());
   });
 }

@@ -68,9 +68,9 @@ KDKERNELS_BOTH Plan backward_plan(int p, int k, int64_t limit) {
 
 constexpr int kWarpsTogether = 4;  // matrices of one warp each that share a block
 
-// One warp for the smallest matrices; more threads where more rows are there for them, and registers enough for numbers of `size` bytes.
+// One warp for the smallest matrices, more threads where more rows are there for them; one width for double, which is rare.
 KDKERNELS_BOTH int threads_for(int p, int size) {
-  return p <= 32 ? 32 : p <= 128 || size == 8 ? 256 : 512;
+  return size == 8 ? 256 : p <= 32 ? 32 : p <= 128 ? 256 : 512;
 }
 KDKERNELS_BOTH int matrices_together(int threads) {
   return threads == 32 ? kWarpsTogether : 1;
