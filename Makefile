@@ -38,6 +38,7 @@ bench-smoke: $(BUILT)
 DEVICE ?= cuda
 SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
 NCU := $(shell command -v ncu 2>/dev/null)
+METRICS := dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum
 
 gpu: $(BUILT)
 	$(PY) -c "import torch; assert '$(DEVICE)' == 'cpu' or torch.cuda.is_available(), 'make gpu needs a GPU that torch sees'"
@@ -49,7 +50,7 @@ gpu: $(BUILT)
 	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: racecheck was not run")
 	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
 	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
-	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not there: the backward's bandwidth was not counted")
+	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not there: the backward's bandwidth was not counted")
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
