@@ -7,7 +7,7 @@ from matrix_cases import kinds, laid_out, with_singular_values
 from svd_checks import check, check_signs
 from tolerances import rounding
 
-from kdkernels import reference
+from kdkernels import reference, truncated_svd
 
 pytest.importorskip("triton")
 
@@ -152,3 +152,13 @@ def test_align(dtypes, flip, svd):
             results.append([*outputs, *(t.grad for t in inputs if t is not None)])
         for own, expected in zip(*results, strict=True):
             torch.testing.assert_close(own.double(), expected.double(), rtol=1e-2 if own.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    x = torch.ones(1, 3, 2)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 in the environment"):
+        truncated_svd(x, 1, driver="triton")
+    monkeypatch.setattr("kdkernels.ops.truncated_svd_drivers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="which is not installed: pip install triton"):
+        truncated_svd(x, 1, driver="triton")
