@@ -20,15 +20,16 @@
 
 #include <cstdint>
 
-#ifndef __CUDACC__
-#include "cta_host.h"
-#else
-
+#ifdef __CUDACC__
 #define KDKERNELS_GPU __device__ __forceinline__
 #define KDKERNELS_STAGE __device__ __noinline__  // registers of its own: what calls it keeps few
-
 // Says that a pointer is to shared memory, which the compiler cannot see across a stage's call.
 #define KDKERNELS_SHARED(pointer) __builtin_assume(__isShared(pointer))
+#else
+#define KDKERNELS_GPU inline
+#define KDKERNELS_STAGE inline
+#define KDKERNELS_SHARED(pointer) static_cast<void>(pointer)
+#endif
 
 namespace kdkernels {
 
@@ -52,6 +53,14 @@ struct Min {
   }
 };
 }  // namespace reduce
+
+}  // namespace kdkernels
+
+#ifndef __CUDACC__
+#include "cta_host.h"
+#else
+
+namespace kdkernels {
 
 class Warp {
  public:

@@ -1,6 +1,7 @@
-// The Cta of cta.h on the CPU: a kernel's body runs with the threads of each phase in an order drawn at random, so that a phase whose
-// threads depend on one another gives wrong numbers; shared memory starts as NaN; what an asynchronous copy writes is NaN until it is
-// waited for; and a value that all threads read must still be there when the next phase ends. Reductions join in the order of the device.
+// The Cta of cta.h, which includes this, on the CPU: a kernel's body runs with the threads of each phase in an order drawn at random, so
+// that a phase whose threads depend on one another gives wrong numbers; shared memory starts as NaN; what an asynchronous copy writes is
+// NaN until it is waited for; and a value that all threads read must still be there when the next phase ends. Reductions join in the order
+// of the device.
 #pragma once
 
 #include <array>
@@ -9,32 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#define KDKERNELS_GPU inline
-#define KDKERNELS_STAGE inline
-#define KDKERNELS_SHARED(pointer) static_cast<void>(pointer)
-
 namespace kdkernels {
-
-namespace reduce {
-struct Sum {
-  template <typename T>
-  static T join(T a, T b) {
-    return a + b;
-  }
-};
-struct Max {
-  template <typename T>
-  static T join(T a, T b) {
-    return b > a ? b : a;
-  }
-};
-struct Min {
-  template <typename T>
-  static T join(T a, T b) {
-    return b < a ? b : a;
-  }
-};
-}  // namespace reduce
 
 class RandomOrder {
  public:

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "check.h"
-#include "cta_host.h"
+#include "cta.h"
 
 namespace kdkernels {
 namespace {

@@ -51,7 +51,7 @@ KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const Room<T>& 
 }
 
 // Makes x_j, j in [from, to), [n] each `stride` apart, orthonormal to one another and to those before. What a vector has little of is
-// rounding, and the first unit vector with a part of its own takes its place. lengths [to] or null: of the vectors as they came.
+// rounding, and the first unit vector with a part of its own takes its place.
 template <typename Cta, typename V>
 KDKERNELS_STAGE void orthonormalize(Cta& cta, int from, int to, int n, V* x, int64_t stride, double* dots) {
   for (int j = from; j < to; ++j) {
