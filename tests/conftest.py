@@ -25,7 +25,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # with, have tests of their own.
 SVD_BACKENDS = [("cpu", None), ("cpu", "cuda")]
 if torch.cuda.is_available():
-    SVD_BACKENDS += [("cuda", driver) for driver in (None, "cuda", "triton", "torch")]
+    # Not "torch": its float32 is torch's own, which does not keep the bounds of the kernels; test_the_route_in_plain_torch has what it must hold.
+    SVD_BACKENDS += [("cuda", driver) for driver in (None, "cuda", "triton")]
 
 
 class SVD:
