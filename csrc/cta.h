@@ -113,7 +113,6 @@ template <int Threads>
 class Cta {
  public:
   static constexpr int kThreads = Threads, kWarps = Threads / 32;
-  static constexpr int kScratch = 2 * kWarps * sizeof(double);  // bytes of shared memory for reductions
 
   KDKERNELS_GPU explicit Cta(void* scratch) : scratch_(static_cast<char*>(scratch)), flip_(0) {}
 

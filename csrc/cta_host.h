@@ -87,7 +87,6 @@ template <int Threads>
 class Cta {
  public:
   static constexpr int kThreads = Threads, kWarps = Threads / 32;
-  static constexpr int kScratch = 2 * kWarps * sizeof(double);
 
   explicit Cta(uint64_t seed) : order_(seed) {}
 

@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <random>
 
 #include "truncated_svd_cta/blocks.h"
 #include "truncated_svd_cta/torch.h"

@@ -80,8 +80,9 @@ def test_sign_follows_the_lowest_of_equals(svd):
     torch.testing.assert_close(free.abs(), got.abs())
 
 
+@pytest.mark.parametrize("driver", [None, "cuda"])
 @given(m=st.integers(1, 40), n=st.integers(1, 40), data=st.data())
-def test_any_matrix(m, n, data):
+def test_any_matrix(driver, m, n, data):
     """Entries of any size, many of them equal or zero."""
     k = data.draw(st.integers(1, min(m, n)))
     exponent = data.draw(st.integers(-30, 30))
@@ -89,7 +90,7 @@ def test_any_matrix(m, n, data):
     seed = data.draw(st.integers(0, 1000))
     choice = torch.randint(len(pool), (2, m, n), generator=torch.Generator().manual_seed(seed))
     x = (torch.tensor(pool, dtype=torch.float64)[choice] * 10.0**exponent).float()
-    u, s, v = truncated_svd(x, k, return_u=True)
+    u, s, v = truncated_svd(x, k, return_u=True, driver=driver)
     check(x, k, u, s, v)
     check_signs(v)
 

@@ -120,13 +120,14 @@ def test_finite_for_every_input(m, n, dtype, svd):
                     assert got.isfinite().all(), f"{name}, k = {k}, upstream {size}, {names}"
 
 
+@pytest.mark.parametrize("driver", [None, "cuda"])
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 12), n=st.integers(1, 12), data=st.data())
-def test_finite_for_any_matrix(seed, m, n, data):
+def test_finite_for_any_matrix(driver, seed, m, n, data):
     """Small integers: many equal, vanishing and repeated singular values."""
     k, levels, exponent = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, 3)), data.draw(st.integers(-35, 35))
     g = torch.Generator().manual_seed(seed)
     x = (torch.randint(-levels, levels + 1, (2, m, n), generator=g).double() * 10.0**exponent).float()
-    got = _gradient(truncated_svd, x, k, _cotangents(x, k, torch.float32), "usv")
+    got = _gradient(truncated_svd, x, k, _cotangents(x, k, torch.float32), "usv", driver=driver)
     assert got.isfinite().all()
 
 
