@@ -9,8 +9,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
+#include <c10/util/strides.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -105,21 +107,37 @@ class RecyclingAllocator final : public c10::Allocator {
   size_t kept_bytes_ = 0, most_kept_ = 0;
 };
 
-// empty_like(x) on recycled memory where it is large.
-inline at::Tensor recycled_empty_like(const at::Tensor& x) {
-  if (x.nbytes() < RecyclingAllocator::smallest || !x.is_non_overlapping_and_dense()) return at::empty_like(x);
-  at::Tensor out = at::detail::empty_strided_generic(x.sizes(), x.strides(), &RecyclingAllocator::instance(),
-                                                     c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type());
+// An uninitialised tensor on recycled memory.
+inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  at::Tensor out =
+      at::detail::empty_strided_generic(sizes, strides, &RecyclingAllocator::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
     out.fill_(std::numeric_limits<double>::quiet_NaN());
   return out;
 }
 
+// empty_like(x) on recycled memory where it is large.
+inline at::Tensor recycled_empty_like(const at::Tensor& x) {
+  if (x.nbytes() < RecyclingAllocator::smallest || !x.is_non_overlapping_and_dense()) return at::empty_like(x);
+  return recycled_empty(x.sizes(), x.strides(), x.scalar_type());
+}
+
+// A contiguous tensor, on recycled memory where it is large.
+inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  if (bytes < RecyclingAllocator::smallest) return at::empty(sizes, dtype);
+  return recycled_empty(sizes, c10::contiguous_strides(sizes), dtype);
+}
+
 #else
 
 inline at::Tensor recycled_empty_like(const at::Tensor& x) {
   return at::empty_like(x);
+}
+
+inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty(sizes, dtype);
 }
 
 #endif

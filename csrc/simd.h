@@ -152,8 +152,13 @@ KDKERNELS_INLINE void fence() {
 #endif
 }
 
+// The upper half of the lanes onto the lower one, until one is left: in this order on every target.
 template <typename T>
 KDKERNELS_INLINE T sum(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
+#endif
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int width = kLanes<T> / 2; width > 0; width /= 2)

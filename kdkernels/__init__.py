@@ -17,6 +17,7 @@ load_cuda_kernels()
 
 from . import nn  # noqa: E402  needs the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
+from .ops.rbf_correlation import rbf_correlation, rbf_correlation_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
 from .ops.truncated_svd import align_singular_vectors, feature_svd, truncated_svd, truncated_svds  # noqa: E402
 
@@ -26,6 +27,8 @@ __all__ = [
     "attention_transfer_loss",
     "feature_svd",
     "nn",
+    "rbf_correlation",
+    "rbf_correlation_loss",
     "reference",
     "show_config",
     "temperature_kl",

@@ -10,7 +10,7 @@ import torch
 
 from . import _C
 
-OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vectors")
+OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vectors", "rbf_correlation")
 HAS_CUDA_KERNELS = importlib.util.find_spec("kdkernels._cuda") is not None
 IN_CUDA = ("truncated_svd", "align_singular_vectors")  # have CUDA C++ kernels too, preferred where they were built
 

@@ -4,7 +4,16 @@ Installed as ``kdkernels.reference``; each function has the signature of the fus
 """
 
 from .attention_pool import attention_pool, attention_transfer_loss
+from .rbf_correlation import rbf_correlation, rbf_correlation_loss
 from .temperature_kl import temperature_kl
 from .truncated_svd import align_singular_vectors, truncated_svd
 
-__all__ = ["align_singular_vectors", "attention_pool", "attention_transfer_loss", "temperature_kl", "truncated_svd"]
+__all__ = [
+    "align_singular_vectors",
+    "attention_pool",
+    "attention_transfer_loss",
+    "rbf_correlation",
+    "rbf_correlation_loss",
+    "temperature_kl",
+    "truncated_svd",
+]

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from kdkernels.triton import align_singular_vectors as align
 from kdkernels.triton import attention_pool as at
+from kdkernels.triton import rbf_correlation as rbf
 from kdkernels.triton import svd_backward, svd_sizes
 from kdkernels.triton import temperature_kl as kl
 from kdkernels.triton import truncated_svd as svd
@@ -196,6 +197,44 @@ def svd_variant(name, kernel, dtype, flags, num_warps, unit_stride):
     return name, kernel, signature, constants, num_warps
 
 
+def rbf_variants():
+    """Every kernel of rbf_correlation, for columns side by side as in SVD-KD and for many."""
+    both = dict(WANT_SX=True, WANT_SY=True, WANT_TX=True, WANT_TY=True)
+    student = both | dict(WANT_TX=False, WANT_TY=False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        double = dtype == torch.float64
+        compute = triton.language.float64 if double else triton.language.float32
+        for wants in (student, both):
+            suffix = f"{NAMES[dtype]}_{'all' if wants is both else 'student'}"
+            yield rbf_variant(f"mark_{suffix}", rbf._mark_kernel, dtype, wants | dict(BLOCK=256), 4)
+            for rank in (8, 16):
+                sizes = rbf.term_sizes(rank)
+                yield rbf_variant(f"terms{rank}_{suffix}", rbf._terms_kernel, dtype, wants | sizes, sizes["num_warps"])
+            pair = rbf.pair_sizes()
+            yield rbf_variant(f"pairs_{suffix}", rbf._pairs_kernel, dtype, wants | pair, pair["num_warps"])
+        yield rbf_variant(f"correlation_{NAMES[dtype]}", rbf._correlation_kernel, dtype, dict(COMPUTE=compute, BLOCK=1024), 4)
+        for columns in (1, 4, 50):
+            sizes = rbf.dense_sizes(columns, double)
+            name = f"correlation_backward{columns}_{NAMES[dtype]}"
+            yield rbf_variant(name, rbf._correlation_backward_kernel, dtype, dict(COMPUTE=compute) | sizes, sizes["num_warps"])
+
+
+def rbf_variant(name, kernel, dtype, flags, num_warps):
+    compute = "fp64" if dtype == torch.float64 else "fp32"
+    pointer = dict.fromkeys(("sx_ptr", "sy_ptr", "tx_ptr", "ty_ptr", "x_ptr", "y_ptr"), NAMES[dtype])
+    doubles = ["loss_ptr", "center_ptr"] + ["part_ptr"] * (kernel is rbf._pairs_kernel)
+    pointer |= dict.fromkeys(doubles, "fp64") | {"mark_ptr": "i32"}
+    signature, constants = {}, {}
+    for argument in kernel.arg_names:
+        if argument in flags:
+            signature[argument], constants[argument] = "constexpr", flags[argument]
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*" + pointer.get(argument, compute)
+        else:
+            signature[argument] = "fp32" if argument.endswith(("_hi", "_lo")) else "i64" if argument.startswith("g_") else "i32"
+    return name, kernel, signature, constants, num_warps
+
+
 def compile_part(part: int, parts: int, targets: list[str], out: Path) -> None:
     for target in targets:
         gpu = gpu_target(target)
@@ -208,7 +247,7 @@ def compile_part(part: int, parts: int, targets: list[str], out: Path) -> None:
 
 
 def variants(target: GPUTarget) -> list:
-    return [*kl_variants(), rescale_variant(), *attention_variants(), *svd_variants(target)]
+    return [*kl_variants(), rescale_variant(), *attention_variants(), *rbf_variants(), *svd_variants(target)]
 
 
 def main() -> None:
