@@ -39,6 +39,18 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
 }
 
+// A matrix that holds no numbers and of whose triplets nothing was used was left out of a loss: its gradient is 0, not NaN.
+void leave_out_the_unused(const Cotangents& grads, const Tensor& s, const Tensor& gradient) {
+  const int64_t k = s.size(-1), batch = s.numel() / k;
+  Tensor broken = s.view({batch, k}).select(1, 0).isnan();
+  if (!broken.any().item().toBool()) return;
+  for (const Tensor* g : {&grads.u, &grads.s, &grads.v})
+    if (g->defined()) broken = broken.logical_and(g->flatten(1).eq(0).all(1));
+  const Matrices to(gradient);
+  const Tensor which = broken.nonzero().flatten();
+  for (int64_t i = 0; i < which.numel(); ++i) to.one(which[i].item().toLong()).zero_();
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, c10::string_view sign, bool return_u,
                                                              double gap_eps, bool save_state, c10::string_view driver) {
   if (!driver.empty()) return driver_op<Signature>("truncated_svd", driver).call(x, k, sign, return_u, gap_eps, save_state);
@@ -71,7 +83,11 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
                           reinterpret_cast<uintptr_t>(state.const_data_ptr()) % simd::kBytes == 0,
                       "state must be that of the forward, or empty");
   }
-  if (dtype == at::kDouble) return Backward<double>(grads, x, t, gap_eps, Tier::direct).run();
+  if (dtype == at::kDouble) {
+    const Tensor gradient = Backward<double>(grads, x, t, gap_eps, Tier::direct).run();
+    leave_out_the_unused(grads, t.s, gradient);
+    return gradient;
+  }
   // Conjugate gradients know no regularisation: they are for that of rounding, which they never meet.
   const Tier tier = gap_eps <= 1e-4 && state.numel() == 0 ? tier_for<float>(m, k) : Tier::direct;
   std::vector<int64_t> unsolved, ill;
@@ -82,6 +98,7 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   for (int64_t b = 0; b < m.batch; ++b)
     if (sigma[b * k + k - 1] < kIllConditioned * sigma[b * k]) ill.push_back(b);
   redo_gradients<double>(ill, grads, m, t, gap_eps, gradient);
+  leave_out_the_unused(grads, t.s, gradient);
   return gradient;
 }
 

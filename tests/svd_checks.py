@@ -50,3 +50,25 @@ def check_signs(v):
     """The first entry of largest magnitude of every column is positive."""
     largest = v.gather(-2, v.abs().argmax(-2, keepdim=True))
     assert (largest > 0).all()
+
+
+def check_left_out(svd, batch, shape, k, dtype):
+    """Where a loss leaves out what a matrix with a NaN gave, its gradient is 0, and that of the others is what it was."""
+    x = torch.randn(batch, *shape, dtype=dtype, device=svd.device)
+    bad = [1, batch - 1]
+    gradients = []
+    for broken in (False, True):
+        given = x.clone()
+        if broken:
+            given[1, 2, 1], given[-1, 0, 0] = float("nan"), -float("inf")
+        given.requires_grad_()
+        u, s, v = svd(given, k, return_u=True)
+        keep = torch.ones(batch, dtype=torch.bool, device=x.device)
+        keep[bad] = False
+        waves = (torch.cos(torch.arange(t[0].numel(), device=x.device)).view(t[0].shape).to(dtype) for t in (u, s, v))
+        kept = (torch.where(keep.view(-1, *(1,) * (t.dim() - 1)), t, 0) * wave for t, wave in zip((u, s, v), waves, strict=True))
+        sum(t.sum() for t in kept).backward()
+        gradients.append(given.grad)
+    assert torch.equal(*(g[keep] for g in gradients))
+    assert gradients[0][keep].any()
+    assert not gradients[1][bad].any()

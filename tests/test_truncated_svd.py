@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrix_cases import LAYOUTS, SHAPES, kinds, laid_out, with_singular_values
-from svd_checks import check, check_signs
+from svd_checks import check, check_left_out, check_signs
 from tolerances import rounding
 
 from kdkernels import feature_svd, reference, truncated_svd
@@ -112,6 +112,13 @@ def test_invariances(seed, m, n, scale):
     torch.testing.assert_close(truncated_svd(x[:, columns], k)[2], v[columns], **close)
     torch.testing.assert_close(truncated_svd(scale * x, k)[1], scale * s, rtol=1e-12, atol=0)
     torch.testing.assert_close(truncated_svd(x.mT, k)[2].abs(), u.abs(), **close)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (70, 130)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_bad_matrix_that_a_loss_leaves_out_gets_no_gradient(shape, k, svd):
+    check_left_out(svd, 37, shape, k, torch.float32)
+    check_left_out(svd, 3, shape, k, torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (140, 130)], ids=str)

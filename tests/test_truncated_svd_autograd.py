@@ -6,6 +6,7 @@ from conftest import SVD
 from hypothesis import given
 from hypothesis import strategies as st
 from matrix_cases import LAYOUTS, kinds, laid_out, with_singular_values
+from svd_checks import check_left_out
 from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
@@ -199,6 +200,11 @@ def test_properties_of_the_gradient(shape, svd):
     assert none.abs().max() <= 1e-5
     (of_s,) = torch.autograd.grad(s[..., 1].sum(), x)
     torch.testing.assert_close((of_s * x).sum((1, 2)), s[..., 1].detach(), rtol=1e-5, atol=0)
+
+
+def test_a_bad_matrix_that_a_loss_leaves_out_gets_no_gradient_in_plain_torch():
+    check_left_out(SVD("cpu", "torch"), 3, (12, 8), 2, torch.float32)
+    check_left_out(SVD("cpu", "torch"), 3, (8, 12), 2, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

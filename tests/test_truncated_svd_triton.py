@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SVD
 from matrix_cases import kinds, laid_out, with_singular_values
-from svd_checks import check, check_signs
+from svd_checks import check, check_left_out, check_signs
 from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
@@ -162,3 +162,8 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("kdkernels.ops.truncated_svd_drivers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="which is not installed: pip install triton"):
         truncated_svd(x, 1, driver="triton")
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)
+def test_a_bad_matrix_that_a_loss_leaves_out_gets_no_gradient(shape, svd):
+    check_left_out(svd, 3, shape, 2, torch.float32)

@@ -44,8 +44,9 @@ class Solve {
     const Coefficients to(problem_.coefficients + b_ * coefficients_size(k_), k_);
     T* z = static_cast<T*>(problem_.z) + b_ * k_ * p_;
     const double first = static_cast<double>(s[0]);
-    if (!(first > 0)) {  // a matrix of zeros: so is its derivative; or one that holds no numbers
-      const double value = first == 0 ? 0.0 : Limits<double>::nan;
+    if (!(first >
+          0)) {  // a matrix of zeros: so is its derivative; or one that holds no numbers, and gives none but to a loss that left it out
+      const double value = first == 0 || unused() ? 0.0 : Limits<double>::nan;
       cta_.each(k_ * p_, [&](int i) { z[i] = static_cast<T>(value); });
       cta_.each(static_cast<int>(coefficients_size(k_)), [&](int i) { to.of_w[i] = value; });
       return;
@@ -112,6 +113,18 @@ class Solve {
   }
 
  private:
+  // Whether all cotangents are 0. Every thread looks for itself: this is rare.
+  KDKERNELS_GPU bool unused() const {
+    const void* from[] = {problem_.ga, problem_.gb, problem_.gs};
+    const int lengths[] = {p_, q_, 1};
+    for (int which = 0; which < 3; ++which) {
+      const T* g = cotangents(from[which], lengths[which]);
+      for (int64_t i = 0; g && i < k_ * int64_t(lengths[which]); ++i)
+        if (!(g[i] == T(0))) return false;
+    }
+    return true;
+  }
+
   KDKERNELS_GPU const T* cotangents(const void* from, int n) const {
     return from ? static_cast<const T*>(from) + b_ * k_ * int64_t(n) : nullptr;
   }
@@ -241,7 +254,9 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   const T m_scale = static_cast<T>(scale);
   const View& out = problem.gradient;
   auto put = [&](int i, int c, T value) {
-    if (moderate)
+    if (factor == 0)
+      value = T(0);
+    else if (moderate)
       value *= static_cast<T>(factor);
     else
       value = static_cast<T>(larger(-static_cast<double>(Limits<T>::largest), static_cast<double>(value) * factor));

@@ -84,7 +84,12 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         b = (u if tall else v).double().nan_to_num()
         y = y + (gb.double() - b @ (b.mT @ gb.double())) * inverse + b @ (sigma.mT * differences(b, gb.double()) * turn).mT
     gradient = (z @ w.mT + a @ y.mT) * unit
-    gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan")).to(x.dtype)
+    gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
+    unused = broken  # a matrix that holds no numbers was left out of the loss where nothing of its triplets was used
+    for g, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
+        if g is not None and g.dim() == rank:
+            unused = unused & (g.reshape(*x.shape[:-2], -1) == 0).all(-1)[..., None, None]
+    gradient = gradient.masked_fill(unused, 0).to(x.dtype)
     return torch.empty_like(x).copy_(gradient)
 
 

@@ -41,6 +41,16 @@ def _largest(x_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _any(x_ptr, n, BLOCK: tl.constexpr):
+    """Whether one of n numbers is not 0."""
+    lane = tl.arange(0, BLOCK)
+    count = tl.full([], 0, tl.int32)
+    for first in range(0, n, BLOCK):
+        count += tl.sum((tl.load(x_ptr + first + lane, first + lane < n, other=0.0) != 0.0).to(tl.int32), 0)
+    return count > 0
+
+
+@triton.jit
 def _turn(lam, k, gap_eps, KB: tl.constexpr):
     """[j, i]: f(lambda_j - lambda_i), f(x) = x / (x^2 + eps^2), of the kept values lam [KB], descending."""
     first = tl.sqrt(tl.max(lam, 0))
@@ -191,8 +201,15 @@ def _solve_kernel(
             tl.store(of_gb + j, unit * inverse, j < k)
         tl.store(rest, scale / unit)
         tl.store(rest + 1, scale)
-    else:  # a matrix of zeros: so is its derivative; or one that holds no numbers
-        value = tl.where(first == 0.0, 0.0, float("nan")).to(tl.float64)
+    else:  # a matrix of zeros: so is its derivative; or one that holds no numbers, and gives none but to a loss that left it out
+        used = False
+        if HAS_A:
+            used = used | _any(ga_ptr, k * p, BLOCK)
+        if HAS_B:
+            used = used | _any(gb_ptr, k * q, BLOCK)
+        if HAS_S:
+            used = used | _any(gs_ptr, k, BLOCK)
+        value = tl.where((first == 0.0) | (not used), 0.0, float("nan")).to(tl.float64)
         tl.store(z_ptr + vectors, tl.zeros([PB, KB], T) + value.to(T), inside)
         tl.store(of_w + j, tl.zeros([KB], tl.float64) + value, j < k)
         tl.store(of_gb + j, tl.zeros([KB], tl.float64) + value, j < k)
@@ -233,6 +250,7 @@ def _update_kernel(
         total = tl.minimum(tl.maximum(total.to(tl.float64) * factor, -most, propagate_nan=tl.PropagateNan.ALL), most,
                            propagate_nan=tl.PropagateNan.ALL).to(T)  # fmt: skip
     total = tl.minimum(tl.maximum(total, -most, propagate_nan=tl.PropagateNan.ALL), most, propagate_nan=tl.PropagateNan.ALL)
+    total = tl.where(factor == 0.0, 0.0, total).to(T)
     place = out_ptr + b * o_batch + i.to(tl.int64)[:, None] * o_p + c.to(tl.int64)[None, :] * o_q
     tl.store(place, total.to(out_ptr.dtype.element_ty), (i < p)[:, None] & (c < q)[None, :])
 
