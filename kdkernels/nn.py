@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops.attention_pool import attention_transfer_loss
+from .ops.rbf_correlation import rbf_correlation_loss
 from .ops.temperature_kl import temperature_kl
+from .ops.truncated_svd import align_singular_vectors, truncated_svds
 
 
 class TemperatureKL(nn.Module):
@@ -125,3 +129,160 @@ def attention_transfer_losses(
         attention_transfer_loss(s, t.detach(), power, reduce=how, variant=variant)
         for s, t, power, how in zip(student, teacher, each["p"], each["reduce"], strict=True)
     ]
+
+
+def svd_kd_loss(
+    student: Sequence[Tensor],  # [B, C_i, *spatial_i] each
+    teacher: Sequence[Tensor],  # [B, C_i, *spatial_i] each
+    k: int = 1,
+    *,
+    align: Literal["teacher", "student"] = "teacher",
+    grad: Literal["exact", "rank1", "official"] = "exact",
+    weighting: Literal["sigma", "none"] = "sigma",
+    loss: Literal["official", "mean"] = "official",
+    extra: int = 1,
+    beta: float = 8.0,
+) -> Tensor:
+    r"""Distance of the distilled feature vectors of a student and a teacher (SVD-KD), summed over neighbouring layers.
+
+    Each map, seen as places x channels, gives its k main right singular vectors, of fixed signs; the student's are ordered after the teacher's by
+    :func:`kdkernels.align_singular_vectors`. Two neighbouring layers i and i + 1 are compared by :func:`kdkernels.rbf_correlation_loss`, L, of the
+    vectors of both. A layer that two pairs share is decomposed once.
+
+    =============  =============================================================================================================
+    ``loss``       sum over pairs of
+    =============  =============================================================================================================
+    "official"     :math:`\frac{\sqrt k}{2} L`, a sum over the batch: the authors' code
+    "mean"         :math:`L / B`: RepDistiller
+    =============  =============================================================================================================
+
+    =============  =============================================================================================================
+    ``grad``       gradient of a singular vector
+    =============  =============================================================================================================
+    "exact"        the derivative
+    "rank1"        :math:`u_i (g_i - \langle v_i, g_i \rangle v_i)^T / \sigma_i`: what it is if all other singular values were 0
+    "official"     what the authors' code gives: "rank1" where a map has fewer places than channels, else 0
+    =============  =============================================================================================================
+
+    Args:
+        student, teacher: features of two or more layers of one batch, float64, float32, bfloat16 or float16 (computed in float32), from the front to
+            the back. As many channels in student and teacher at each layer; places may differ. The teacher is detached.
+        k: vectors of a layer. Where a layer has fewer places or channels, it and the pairs behind it take as many as it has.
+        align: whose signs follow the other's: the "teacher"'s (the authors) or the "student"'s (RepDistiller, mdistiller).
+        weighting: "sigma": vectors of both are multiplied by the teacher's singular values, of norm 1. "none": they are not.
+        extra: vectors of the student beyond k that may be chosen as a teacher's counterpart: 1 in the authors' code, 3 in RepDistiller.
+        beta: squared width of the correlation.
+
+    Returns:
+        A 0-dim tensor. A pair of maps of a sample is left out, from the loss and from the gradients, where a map of it is all zeros or holds a NaN or
+        an infinity, in the student or in the teacher: no direction of it is known. docs/svd_kd.md compares the variants.
+
+    Raises:
+        TypeError: features of a wrong type.
+        ValueError: fewer than two layers, lists of different lengths, batches or channels that differ, or an option out of its range.
+
+    References:
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
+        https://arxiv.org/abs/1807.06819
+    """
+    return svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)[0]
+
+
+def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="official", extra=1, beta=8.0):
+    """:func:`svd_kd_loss`, and which samples of each pair of layers are in it: bool [pairs, B]."""
+    _check_svd_kd(student, teacher, k, grad, weighting, loss, extra)
+    maps, targets = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
+    counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(maps, targets, strict=True)]
+    with torch.no_grad():
+        of_teacher = _decompose(targets, counts)
+    of_student = _student_vectors(maps, [min(n + extra, *x.shape[1:]) for n, x in zip(counts, maps, strict=True)], grad)
+    sides, known = [], []
+    for (_, s, v), (_, sigma, w), n in zip(of_student, of_teacher, counts, strict=True):
+        fine = (s[:, 0] > 0) & s[:, 0].isfinite() & (sigma[:, 0] > 0) & sigma[:, 0].isfinite()
+        v, w = (torch.where(fine[:, None, None], x, 0) for x in (v, w))
+        weight = None
+        if weighting == "sigma" and n > 1:  # of one vector it is 1
+            weight = F.normalize(torch.where(fine[:, None], sigma, 1.0), dim=1)
+        sides.append(align_singular_vectors(v, w, weight, flip=align))
+        known.append(fine)
+    total, kept = 0.0, []
+    for i in range(len(sides) - 1):
+        n = min(counts[: i + 2])
+        (sx, tx), (sy, ty) = ([x[..., :n] for x in side] for side in sides[i : i + 2])
+        both = known[i] & known[i + 1]
+        per_sample = torch.where(both, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
+        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "official" else 1 / max(len(both), 1))
+        kept.append(both)
+    return total, torch.stack(kept)
+
+
+def _check_svd_kd(student, teacher, k, grad, weighting, loss, extra) -> None:
+    if len(student) != len(teacher) or len(student) < 2:
+        raise ValueError(f"student and teacher must be lists of as many features, at least two, got {len(student)} and {len(teacher)}")
+    for name, value in {"k": k, "extra": extra}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name == "k"):
+            raise ValueError(f"{name} must be an int >= {int(name == 'k')}, got {value!r}")
+    options = {"grad": (grad, ("exact", "rank1", "official")), "weighting": (weighting, ("sigma", "none")), "loss": (loss, ("official", "mean"))}
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        for name, x in {"student": s, "teacher": t}.items():
+            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+                raise TypeError(f"{name}[{i}] must be floating-point features, got {getattr(x, 'dtype', type(x).__name__)}")
+            if x.dim() < 3 or 0 in x.shape[1:]:
+                raise ValueError(f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(x.shape)}")
+        if s.shape[:2] != t.shape[:2] or len(s) != len(student[0]):
+            raise ValueError(f"layer {i}: student and teacher need the same batch and as many channels, got {tuple(s.shape)} and {tuple(t.shape)}")
+
+
+def _decompose(maps: list[Tensor], counts: list[int], return_u: bool = False) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """truncated_svd of each map, those of as many vectors at once."""
+    results: dict[int, tuple] = {}
+    for n in sorted(set(counts)):
+        chosen = [i for i, count in enumerate(counts) if count == n]
+        results |= zip(chosen, truncated_svds([maps[i] for i in chosen], n, return_u=return_u), strict=True)
+    return [results[i] for i in range(len(maps))]
+
+
+def _student_vectors(maps: list[Tensor], counts: list[int], grad: str) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    if grad == "exact":
+        return _decompose(maps, counts)
+    with torch.no_grad():
+        results = _decompose(maps, counts, return_u=True)
+    for i, (x, (u, s, v)) in enumerate(zip(maps, results, strict=True)):
+        if grad == "rank1" or x.shape[1] < x.shape[2]:
+            results[i] = (u, s, _with_rank1_gradient(x, u, s, v))
+    return results
+
+
+def _with_rank1_gradient(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """v, with the derivative of X^T u, u fixed, divided by its length."""
+    fine = s.isfinite() & (s > 1e-6 * s[:, :1])  # [B, k]
+    inverse = torch.where(fine, 1 / torch.where(fine, s, 1), 0)[:, None]
+    with torch.autocast(x.device.type, enabled=False):
+        image = x.to(u.dtype).mT @ torch.where(fine[:, None], u, 0)
+    change = (image - image.detach()).nan_to_num() * inverse
+    return v + (change - v.nan_to_num() * (v.nan_to_num() * change).sum(1, keepdim=True))
+
+
+class SVDKD(nn.Module):
+    """:func:`svd_kd_loss` with its options fixed: ``SVDKD(k=1)(student_features, teacher_features)``. The trainer with the authors' rule of two
+    gradients is :class:`kdkernels.distill.SVDKD`.
+
+    Args:
+        k: vectors of a layer.
+        **options: the keyword options of :func:`svd_kd_loss`: align, grad, weighting, loss, extra, beta.
+    """
+
+    def __init__(self, k: int = 1, **options):
+        super().__init__()
+        probe = [torch.ones(1, 1, 1)] * 2
+        svd_kd_loss(probe, probe, k, **options)  # refuses here what cannot be
+        self.k, self.options = k, options
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        return svd_kd_loss(student, teacher, self.k, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"k={self.k}", *(f"{name}={value!r}" for name, value in self.options.items())])

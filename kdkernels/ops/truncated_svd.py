@@ -55,7 +55,8 @@ def truncated_svd(
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular
         values are 0 or equal (any basis of the subspace is right then; this one is deterministic). A matrix that holds a NaN or an infinity
-        gives NaN, and nothing to the others; so is its gradient, unless nothing of its triplets was used. v and u are transposed views of contiguous [..., k, N] and [..., k, M].
+        gives NaN, and so does its gradient unless that of all its triplets is 0; the others are not touched. v and u are transposed views of
+        contiguous [..., k, N] and [..., k, M].
 
     Raises:
         TypeError: x of a wrong type.
