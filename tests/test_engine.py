@@ -275,8 +275,10 @@ def test_gradients_do_not_depend_on_the_split(one_process, tmp_path, batch_size,
     for method in train_processes.METHODS:
         expected, metrics = _load(one_process, method)
         actual, split_metrics = _load(tmp_path / "out", method)
+        # Rounding of the maps comes back over the gaps of their singular values, and over how near student and teacher are.
+        digits = dict(rtol=1e-8, atol=1e-11) if method == "SVDKD" else dict(rtol=1e-11, atol=1e-13)
         for name in expected:
-            torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(actual[name], expected[name], **digits)
         for name in ("val/accuracy", "val/cross_entropy"):  # float32 sums
             assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-6)
 
@@ -284,11 +286,12 @@ def test_gradients_do_not_depend_on_the_split(one_process, tmp_path, batch_size,
 def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tmp_path):
     _train(tmp_path / "out", 8, strategy="fsdp")
     methods = {path.stem for path in (tmp_path / "out").glob("*.ckpt")}
-    assert methods == set(train_processes.METHODS) - {"GradientAttentionTransfer"}
-    refused = train_processes.METHODS["GradientAttentionTransfer"]({})
-    refused._device_mesh = object()
-    with pytest.raises(ValueError, match="GradientAttentionTransfer differentiates twice, and FSDP"):
-        refused.configure_model()
+    assert methods == set(train_processes.METHODS) - {"GradientAttentionTransfer", "SVDKD"}
+    for name in ("GradientAttentionTransfer", "SVDKD"):
+        refused = train_processes.METHODS[name]({})
+        refused._device_mesh = object()
+        with pytest.raises(ValueError, match=f"{name} differentiates twice, and FSDP"):
+            refused.configure_model()
     for method in methods:
         expected, _ = _load(one_process, method)
         actual, _ = _load(tmp_path / "out", method)

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from kdkernels.data import Augment, ClutterDigits
-from kdkernels.distill import FSP, KD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, Supervised
 
 
 def network(width: int) -> nn.Module:
@@ -44,6 +44,7 @@ METHODS = {
     "KD": lambda options: KD(network(4), network(6), **options),
     "AttentionTransfer": lambda options: AttentionTransfer(network(4), network(6), ["2", "4"], ["2", "4"], alpha=0.9, beta=10.0, **options),
     "GradientAttentionTransfer": lambda options: GradientAttentionTransfer(network(4), network(6), **options),
+    "SVDKD": lambda options: SVDKD(network(6), network(6), ["2", "4"], ["2", "4"], k=2, **options),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
 }
 

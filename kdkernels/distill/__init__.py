@@ -4,6 +4,7 @@ from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention
 from .base import Distiller, Supervised
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
+from .svd_kd import SVDKD, clip_transfer, svd_kd_loss
 from .teacher_cache import TeacherCache
 
 __all__ = [
@@ -12,11 +13,14 @@ __all__ = [
     "AttentionTransfer",
     "Distiller",
     "GradientAttentionTransfer",
+    "SVDKD",
     "Supervised",
     "TeacherCache",
+    "clip_transfer",
     "fsp_loss",
     "fsp_matrix",
     "gradient_attention_loss",
     "input_gradient",
     "kd_loss",
+    "svd_kd_loss",
 ]

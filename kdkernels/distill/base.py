@@ -206,6 +206,10 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
+        return sum(self.checked_losses(batch, batch_idx).values()) * batch.get("share", 1.0)
+
+    def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        """:meth:`losses` of a training step, once they are seen to be finite, and logged."""
         self._check_labels(batch["label"], self._classes)
         logits, losses = self.losses(batch)
         total = sum(losses.values())
@@ -214,7 +218,7 @@ class Distiller(L.LightningModule):
         size = len(batch["label"])
         values = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/accuracy": _accuracy(logits, batch)}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        return total * batch.get("share", 1.0)
+        return losses
 
     def _stop_for(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:
         folder = Path(self.trainer.default_root_dir)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.taps import pair_features
 from ..ops.temperature_kl import temperature_kl
-from .base import Distiller
+from .two_stage import TwoStage
 
 __all__ = ["FSP", "fsp_loss", "fsp_matrix"]
 
@@ -92,7 +92,7 @@ def fsp_loss(
     return total / (2 * elements) if variant == "sskd" else total
 
 
-class FSP(Distiller):
+class FSP(TwoStage):
     """Matches the FSP matrices of student and teacher.
 
     In two stages (the paper): ``first_stage_epochs`` epochs on the FSP loss alone, which trains the layers up to the last tap and leaves the
@@ -125,18 +125,11 @@ class FSP(Distiller):
         temperature: float = 4.0,
         **options,
     ):
-        super().__init__(student, teacher, student_taps=student_taps, teacher_taps=teacher_taps, **options)
+        super().__init__(student, teacher, first_stage_epochs, student_taps=student_taps, teacher_taps=teacher_taps, **options)
         if len(self.student_taps.names) < 2:
             raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
-        if first_stage_epochs < 0:
-            raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
-        self.first_stage_epochs, self.variant = first_stage_epochs, variant
+        self.variant = variant
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
-        self._idle: list[nn.Parameter] | None = None  # parameters that the first stage does not train, once it has begun
-
-    @property
-    def first_stage(self) -> bool:
-        return self.current_epoch < self.first_stage_epochs
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         pair_features(student, teacher, channels=True)
@@ -153,11 +146,3 @@ class FSP(Distiller):
         if self.alpha and not self.first_stage:
             losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
         return logits, losses
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.first_stage:
-            return
-        if self._idle is None:  # behind the last tap the cross-entropy of weight 0 has left zeros, and nothing else has left anything
-            self._idle = [p for p in self.student.parameters() if p.grad is not None and not bool(p.grad.any())]
-        for parameter in self._idle:
-            parameter.grad = None  # no step, not even one of weight decay

@@ -1,0 +1,207 @@
+"""SVD-KD: self-supervised knowledge distillation by singular value decomposition (Lee, Kim, Song, ECCV 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..models.taps import pair_features
+from ..nn import svd_kd_loss, svd_kd_terms  # the loss itself needs no trainer
+from ..ops.temperature_kl import temperature_kl
+from .base import as_batch
+from .two_stage import TwoStage
+
+__all__ = ["SVDKD", "clip_transfer", "svd_kd_loss"]
+
+
+def clip_transfer(
+    main: Sequence[Tensor], transfer: Sequence[Tensor], epoch: float, *, rule: Literal["authors", "poster"] = "authors"
+) -> list[Tensor]:
+    r"""The gradients of the transfer loss as they are added to those of the main one, for each parameter on its own.
+
+    =============  =============================================================================================================
+    ``rule``       :math:`t` becomes, with :math:`\tau = \|m\|_2 / \|t\|_2`
+    =============  =============================================================================================================
+    "authors"      :math:`t \min(1, \tau \,\mathrm{sigmoid}(epoch))`: no longer than the main gradient, half of that at first
+    "poster"       :math:`t \,\mathrm{sigmoid}(\tau - epoch)` where :math:`\tau > 1`, else :math:`t`
+    =============  =============================================================================================================
+
+    "authors" is the released code, which lets the transfer in more and more; "poster" is the paper's formula, which fades it out.
+
+    Args:
+        main, transfer: gradients m and t of the same parameters, in the same unit: a common factor (a loss scaler's) goes through.
+        epoch: counted from 0.
+
+    Raises:
+        ValueError: lists of different lengths, or an unknown rule.
+    """
+    if len(main) != len(transfer):
+        raise ValueError(f"main and transfer must be gradients of the same parameters, got {len(main)} and {len(transfer)}")
+    if rule not in ("authors", "poster"):
+        raise ValueError(f"rule must be 'authors' or 'poster', got {rule!r}")
+    if not transfer:
+        return []
+    m, t = (torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]) for gradients in (main, transfer))
+    if rule == "authors":
+        limit = m / (1 + math.exp(-epoch))
+        factors = torch.where(t > limit, limit / t, 1.0)
+    else:
+        factors = torch.where(t < m, torch.sigmoid(m / t - epoch), 1.0)
+    return [g * factor.to(g.dtype) for g, factor in zip(transfer, factors.unbind(), strict=True)]
+
+
+class SVDKD(TwoStage):
+    """Trains on labels and, beside them, on the distilled feature vectors of a teacher (:func:`svd_kd_loss`).
+
+    Multitask (the default): a step has two gradients, that of the main loss, ``gamma CE + alpha T^2 KL`` and the optimizer's weight decay, and that
+    of the transfer; the second is clipped parameter by parameter against the first (:func:`clip_transfer`) and added. Micro-batches are
+    accumulated, processes averaged and a loss scaler's factor kept on both before they meet: what is clipped is the gradient of the whole step.
+
+    In two stages (the paper's first table): ``first_stage_epochs`` epochs of the transfer alone, unclipped, then the main loss alone.
+
+    Args:
+        student, teacher: networks from images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, from the front to the back; each two neighbours are a pair. As many channels in student and
+            teacher.
+        k, align, grad, weighting, loss, extra: see :func:`svd_kd_loss`. "official" sums over the whole batch of a step, over processes and
+            micro-batches.
+        first_stage_epochs: epochs of the first of two stages; 0 for multitask training.
+        rule: see :func:`clip_transfer`.
+        decay_in_norm: count the optimizer's (coupled) weight decay to the main gradient that the transfer is clipped against, as the authors
+            do; KD_methods does not.
+        beta: weight of the transfer loss, before it is clipped.
+        gamma: weight of the cross-entropy.
+        alpha: weight of T^2 KL; 0 for none.
+        temperature: T.
+        **options: the other arguments of :class:`Distiller`.
+
+    Logged besides the losses: ``train/left_out``, how many samples of an epoch had a pair of maps without a direction (all zeros, NaN, infinity).
+    """
+
+    can_be_sharded = False
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        student_taps: Iterable[str],
+        teacher_taps: Iterable[str],
+        k: int = 1,
+        align: Literal["teacher", "student"] = "teacher",
+        grad: Literal["exact", "rank1", "official"] = "exact",
+        weighting: Literal["sigma", "none"] = "sigma",
+        loss: Literal["official", "mean"] = "official",
+        extra: int = 1,
+        first_stage_epochs: int = 0,
+        rule: Literal["authors", "poster"] = "authors",
+        decay_in_norm: bool = True,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        alpha: float = 0.0,
+        temperature: float = 4.0,
+        **options,
+    ):
+        super().__init__(student, teacher, first_stage_epochs, student_taps=student_taps, teacher_taps=teacher_taps, **options)
+        if len(self.student_taps.names) < 2:
+            raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
+        clip_transfer([], [], 0, rule=rule)
+        self.terms = {"k": k, "align": align, "grad": grad, "weighting": weighting, "loss": loss, "extra": extra}
+        svd_kd_loss([torch.ones(1, 1, 1)] * 2, [torch.ones(1, 1, 1)] * 2, **self.terms)  # refuses here what cannot be
+        self.rule, self.decay_in_norm = rule, decay_in_norm
+        self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
+        self._left_out: Tensor | None = None
+        self._transfer: list[Tensor | None] | None = None  # gradients of the step's micro-batches so far
+
+    def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+        pair_features(student, teacher, channels=True)
+
+    def check_method(self, image: Tensor) -> None:
+        maps = [x.flatten(2) for x in self.student_taps(image)[1].values()]
+        if self.terms["grad"] == "official" and all(x.shape[2] >= x.shape[1] for x in maps):
+            raise ValueError(
+                "grad='official' trains no tapped layer: it gives a gradient only to maps with fewer places than channels, and the student's "
+                f"layers {self.student_taps.names} have {[x.shape[2] for x in maps]} places and {[x.shape[1] for x in maps]} channels"
+            )
+
+    def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher_logits, teacher_features = self.teacher_outputs(batch)
+        logits, features = self.student_outputs(batch)
+        main = 0.0 if self.first_stage else 1.0
+        losses = {"cross_entropy": main * self.gamma * self.cross_entropy(logits, batch)}
+        if self.alpha and not self.first_stage:
+            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
+        if self.first_stage or not self.first_stage_epochs:
+            pairs = pair_features(features, teacher_features, channels=True)
+            transfer, kept = svd_kd_terms(*zip(*pairs, strict=True), **self.terms)
+            losses["svd"] = self.beta * transfer
+            self._left_out = (~kept.all(0)).sum()
+        return logits, losses
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        losses = self.checked_losses(batch, batch_idx)
+        share = batch.get("share", 1.0)
+        if "svd" in losses:
+            self.log("train/left_out", self._left_out.float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+            # A mean over the samples of all micro-batches and processes, as the other losses; or a sum over them.
+            parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            self._accumulate(losses.pop("svd") * (share / parts if self.terms["loss"] == "mean" else 1.0))
+        return sum(losses.values()) * share
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.student.parameters() if p.requires_grad]
+
+    def _accumulate(self, transfer: Tensor) -> None:
+        if not transfer.requires_grad:  # no sample of the batch had a direction
+            return
+        own = torch.autograd.grad(transfer * self._scale(transfer), self._trained(), retain_graph=True, allow_unused=True)
+        if self._transfer is None:
+            self._transfer = list(own)
+        else:
+            self._transfer = [b if a is None else a if b is None else a + b for a, b in zip(self._transfer, own, strict=True)]
+
+    def _scale(self, like: Tensor) -> Tensor | float:
+        """Of the loss scaler of half precision, if there is one."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.scale(torch.ones_like(like))
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """After the backward of the step's last micro-batch, and before the loss scaler's factor is taken off the gradients."""
+
+        def closure():
+            loss = optimizer_closure()
+            self._add_transfer(optimizer)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    @torch.no_grad()
+    def _add_transfer(self, optimizer: torch.optim.Optimizer) -> None:
+        everything, self._transfer = self._transfer, None
+        if everything is None and self.trainer.world_size == 1:
+            return
+        parameters = self._trained()
+        everything = everything or [None] * len(parameters)
+        if self.trainer.world_size > 1:  # a process may lack what others have
+            flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, everything, strict=True)])
+            flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
+            everything = [g.view_as(p) for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)]
+        parameters, transfer = zip(*((p, g) for p, g in zip(parameters, everything, strict=True) if g is not None), strict=True)
+        if not self.first_stage:
+            decay = self._decay(optimizer)
+            main = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            main = [g + decay[p] * self._scale(g.new_empty(())) * p if decay.get(p) else g for p, g in zip(parameters, main, strict=True)]
+            transfer = clip_transfer(main, transfer, self.current_epoch, rule=self.rule)
+        for p, g in zip(parameters, transfer, strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    def _decay(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:
+        """The weight decay that the optimizer adds to a parameter's gradient."""
+        if not self.decay_in_norm or isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW):
+            return {}
+        groups = [group for group in optimizer.param_groups if not group.get("decoupled_weight_decay")]
+        return {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
