@@ -1,7 +1,8 @@
 """Test accuracy of each method on the embedded images, over seeds: python benches/accuracy.py [--seeds 3] [--out FILE.json]
 
-The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (FSP: two more for its first stage). The teacher is of width 32;
-that of FSP, which needs as many channels as the student, of width 8 and three times as deep. Finished runs are kept in the file and not repeated.
+The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (two more where there is a first stage). The teacher is of width 32;
+that of FSP and SVD-KD, which need as many channels as the student has, of width 8 and three times as deep. Finished runs are kept in the file
+and not repeated.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import lightning as L
 import torch
 
 from kdkernels.data import ClutterDigits
-from kdkernels.distill import FSP, KD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, Supervised
 from kdkernels.models import TinyCNN, load_weights
 
 BLOCKS = ["block1", "block2", "block3"]
@@ -32,6 +33,17 @@ METHODS = {
     "FSP, two stages": (8, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, first_stage_epochs=2, variant="repdistiller")),
     "FSP, one stage": (6, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, variant="repdistiller")),
     "KD, deep teacher": (6, "deep", lambda s, t: KD(s, t)),
+    **{
+        f"SVD-KD, k = {k}" + ", official gradient" * (grad == "official"): (
+            6,
+            "deep",
+            lambda s, t, k=k, grad=grad: SVDKD(s, t, BLOCKS, BLOCKS, k=k, grad=grad),
+        )
+        for grad in ("exact", "official")
+        for k in (1, 2, 4)
+    },
+    "SVD-KD, k = 1, poster's rule": (6, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, rule="poster")),
+    "SVD-KD, k = 1, two stages": (8, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, loss="mean", first_stage_epochs=2)),
 }
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
 

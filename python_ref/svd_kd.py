@@ -5,6 +5,7 @@ https://arxiv.org/abs/1807.06819
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,6 @@ def svd_kd_loss(
         _, sigma, w = truncated_svd(y, k)
         sides.append(align_singular_vectors(v, w, F.normalize(sigma, dim=1), flip=align))
     total = 0.0
-    for (sx, tx), (sy, ty) in zip(sides[:-1], sides[1:], strict=True):
+    for (sx, tx), (sy, ty) in pairwise(sides):
         total = total + rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "official" else "batchmean")
     return total * (k**0.5 / 2 if loss == "official" else 1)

@@ -32,6 +32,12 @@ PARAMETERS = {
     "mobilenet_v2": 812_836,
     "shufflenet_v1": 949_258,
     "shufflenet_v2": 1_355_528,
+    "sskd_vgg_student": 3_751_652,
+    "sskd_vgg_teacher": 10_885_540,
+    "sskd_mobilenet_student": 771_108,
+    "sskd_mobilenet_teacher": 2_202_020,
+    "sskd_resnext_student": 343_076,
+    "sskd_resnext_teacher": 679_076,
 }
 NAMES = [*PARAMETERS, "resnet8", "resnet14", "resnet44", "wrn_16_1"]
 
@@ -51,6 +57,29 @@ def _resnet_parameters(depth):
     conv = lambda c, d: 9 * c * d + 2 * d  # noqa: E731
     stages = sum(conv(c, d) + (2 * n - 1) * conv(d, d) for c, d in ((16, 16), (16, 32), (32, 64)))
     return conv(3, 16) + stages + sum(c * d + 2 * d for c, d in ((16, 32), (32, 64))) + 65 * 100
+
+
+@pytest.mark.parametrize(
+    ("pair", "student", "teacher", "digits"), [("vgg", 3.8, 10.9, 0.05), ("mobilenet", 0.82, 2.3, 0.1), ("resnext", 0.34, 0.66, 0.02)]
+)
+def test_the_pairs_of_svd_kd_are_as_large_as_the_papers(pair, student, teacher, digits):
+    """Lee et al. 2018 give millions of parameters, the VGGs' layers and the widths at the taps. The depths of the others are chosen to come near."""
+    for published, role in ((student, "student"), (teacher, "teacher")):
+        assert _parameters(getattr(models, f"sskd_{pair}_{role}")()) / 1e6 == pytest.approx(published, abs=digits)
+
+
+def test_vgg_of_svd_kd_by_arithmetic():
+    """Multiply-adds, of which the paper counts two operations each: 121.3 and 576.3 million."""
+
+    def operations(convolutions, hidden):
+        total, inputs = 0, 3
+        for i, (outputs, count) in enumerate(zip((64, 128, 256, 512), convolutions, strict=True)):
+            total += (9 * inputs * outputs + (count - 1) * 9 * outputs**2) * (32 >> i) ** 2
+            inputs = outputs
+        return 2 * (total + 2048 * 1024 + (hidden - 1) * 1024**2 + 1024 * 100)
+
+    assert operations((1, 1, 1, 1), 1) / 1e6 == pytest.approx(121.3, rel=0.01)
+    assert operations((2, 2, 3, 3), 2) / 1e6 == pytest.approx(576.3, rel=0.01)
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
@@ -78,6 +107,8 @@ def test_networks_run_and_train_and_have_their_taps(name):
     assert sides == sorted(sides, reverse=True)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    if isinstance(network, models.PlainVGG):  # its linear layers are made for a size
+        network = type(network)(num_classes=7, image_size=64)
     assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)  # other sizes too
 
 

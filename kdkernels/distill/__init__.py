@@ -10,10 +10,10 @@ from .teacher_cache import TeacherCache
 __all__ = [
     "FSP",
     "KD",
+    "SVDKD",
     "AttentionTransfer",
     "Distiller",
     "GradientAttentionTransfer",
-    "SVDKD",
     "Supervised",
     "TeacherCache",
     "clip_transfer",

@@ -9,8 +9,8 @@ from .base import Distiller
 
 
 class TwoStage(Distiller):
-    """A first stage of ``first_stage_epochs`` epochs trains features alone: the layers up to the last tap. What lies behind gets no step, not even one
-    of weight decay or momentum. A subclass gives its other losses the weight 0 there, so that every parameter has a gradient: DDP waits for it.
+    """A first stage of ``first_stage_epochs`` epochs trains features alone: the layers up to the last tap. What lies behind gets no step, not even
+    one of weight decay or momentum. A subclass gives its other losses the weight 0 there, so that every parameter has a gradient: DDP waits for it.
 
     Args:
         first_stage_epochs: epochs of the first stage; 0 for one stage.

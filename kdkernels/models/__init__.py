@@ -14,6 +14,17 @@ from .resnet import (
     resnet110,
 )
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenet_v1, shufflenet_v2
+from .sskd import (
+    MobileNet,
+    PlainVGG,
+    ResNeXt,
+    sskd_mobilenet_student,
+    sskd_mobilenet_teacher,
+    sskd_resnext_student,
+    sskd_resnext_teacher,
+    sskd_vgg_student,
+    sskd_vgg_teacher,
+)
 from .taps import FeatureTaps, pair_features
 from .tiny_cnn import TinyCNN
 from .vgg import VGG, vgg8, vgg11, vgg13
@@ -28,6 +39,9 @@ TAPS: dict[type, tuple[str, ...]] = {
     MobileNetV2: ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
     ShuffleNetV1: ("relu", "layer1", "layer2", "layer3"),
     ShuffleNetV2: ("relu", "layer1", "layer2", "layer3"),
+    PlainVGG: ("pool0", "pool1", "pool2", "pool3"),
+    MobileNet: ("stage0", "stage1", "stage2", "stage3"),
+    ResNeXt: ("stem", "stage0", "stage1", "stage2"),
     TinyCNN: ("block1", "block2", "block3"),
 }
 
@@ -35,7 +49,10 @@ __all__ = [
     "TAPS",
     "VGG",
     "FeatureTaps",
+    "MobileNet",
     "MobileNetV2",
+    "PlainVGG",
+    "ResNeXt",
     "ResNet",
     "ShuffleNetV1",
     "ShuffleNetV2",
@@ -56,6 +73,12 @@ __all__ = [
     "resnet110",
     "shufflenet_v1",
     "shufflenet_v2",
+    "sskd_mobilenet_student",
+    "sskd_mobilenet_teacher",
+    "sskd_resnext_student",
+    "sskd_resnext_teacher",
+    "sskd_vgg_student",
+    "sskd_vgg_teacher",
     "vgg8",
     "vgg11",
     "vgg13",
