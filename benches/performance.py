@@ -13,6 +13,8 @@ COLUMNS = [
     ("vs eager", "eager reference"),
     ("vs textbook", "eager textbook form"),
     ("vs the teacher run", "with the teacher run"),
+    ("share of the step", "share of the step"),
+    ("step over plain", "step, over one on labels"),
     ("of copy limit", "of the copy limit"),
     ("error", "error"),
     ("vs linalg.svd", "`linalg.svd`"),
@@ -40,6 +42,10 @@ attention_pool: features read twice, the gradient written) at the rate of `Tenso
 run; where they fit the caches, so does the copy, and where a second reading finds them in a cache, more than 100 % is possible. The error
 is that of the loss relative to float64, on the benched inputs.
 
+rbf_correlation: the copy limit is one pass for the forward (D written) and two with the backward (the upstream gradient read). SVD-KD: against
+the reference's linalg.svd and direct correlation; the step has the student's forward, both gradients and the clip, without the teacher's
+forward and the optimizer.
+
 truncated_svd: the forward alone without a graph, or with the backward of a function of s and v. Its errors are the largest of s, relative to
 the largest singular value, and the sine of the angle of the worst vector, against float64; the peers' beside it: a fast wrong answer would show.
 """
@@ -49,6 +55,8 @@ TITLES = {
     "bench_temperature_kl": "temperature_kl of logits [rows, classes]",
     "bench_attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
     "bench_truncated_svd": "truncated_svd of maps seen as matrices [places, channels]; batch 128, maps of a random network with ReLU, if not said",
+    "bench_rbf_correlation": "rbf_correlation_loss and rbf_correlation of [B, M, K] and [B, N, K]; unit columns if not said",
+    "bench_svd_kd": "The whole loss of SVD-KD on the taps of the paper's students, and a training step with it",
     "bench_teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
 }
 
@@ -87,7 +95,9 @@ def cell(value, key: str) -> str:
         return value
     if key.startswith("vs "):
         return f"{value:.2f}x"
-    return {"ms": f"{value:.3g}", "of copy limit": f"{100 * value:.0f} %"}.get(key, f"{value:.0e}")
+    if key in ("of copy limit", "share of the step"):
+        return f"{100 * value:.0f} %"
+    return f"{value:.2f}x" if key == "step over plain" else f"{value:.3g}" if key == "ms" else f"{value:.0e}"
 
 
 def page() -> str:

@@ -11,6 +11,7 @@ USAGE = """usage: kdkernels COMMAND [options]
                            (--help lists every option, --print_config writes a config, --ckpt_path last goes on where a run stopped)
   export                   the student of a checkpoint, alone: kdkernels export --ckpt best.ckpt --onnx student.onnx
   plot attention           images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
+  plot dfv                 singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   demo                     teacher, student alone, student distilled on the embedded images, and a report
   info                     what is built, and where each op runs
 """

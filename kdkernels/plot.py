@@ -1,4 +1,4 @@
-"""``kdkernels plot attention``: input images beside the attention maps of student and teacher."""
+"""``kdkernels plot``: pictures of what a trained student and its teacher do. ``attention``: images beside their attention maps."""
 
 from __future__ import annotations
 
@@ -22,22 +22,41 @@ from .ops.attention_pool import attention_pool
 def main(arguments: list[str] | None = None) -> int:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="kdkernels plot attention", description=__doc__)
-    parser.add_argument("what", choices=["attention"], help="the picture")
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of kdkernels fit")
-    parser.add_argument("--out", type=str, default="attention.png", help="file of the picture: .png, .svg or .pdf")
+    pictures = {"attention": _attention_options, "dfv": _dfv_options}
+    arguments = sys.argv[2:] if arguments is None else arguments
+    what = arguments[0] if arguments else "--help"
+    if what not in pictures:
+        print("usage: kdkernels plot {attention,dfv} --ckpt FILE ...; kdkernels plot attention --help has the options", file=sys.stderr)
+        return 0 if what in ("-h", "--help") else 2
+    parser = ArgumentParser(prog=f"kdkernels plot {what}")
     parser.add_argument("--layers", type=list[str], default=[], help="layers of the student; by default the method's taps, or its family's")
     parser.add_argument("--teacher_layers", type=list[str], default=[], help="layers of the teacher, pair by pair; by default likewise")
-    parser.add_argument("--images", type=int, default=6, help="how many images of the validation split")
-    parser.add_argument("--p", type=float, default=2.0, help="exponent of the maps")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=str, default=f"{what}.png", help="file of the picture: .png, .svg or .pdf")
+    plot = pictures[what](parser)
+    options = parser.parse_args(arguments[1:])
     try:
-        path = plot_attention(options.ckpt, options.out, options.layers, options.teacher_layers, options.images, options.p)
+        path = plot(options)
     except (OSError, ValueError) as error:
         print(f"kdkernels plot: {error}", file=sys.stderr)
         return 1
     print(path)
     return 0
+
+
+def _attention_options(parser):
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of kdkernels fit")
+    parser.add_argument("--images", type=int, default=6, help="how many images of the validation split")
+    parser.add_argument("--p", type=float, default=2.0, help="exponent of the maps")
+    return lambda o: plot_attention(o.ckpt, o.out, o.layers, o.teacher_layers, o.images, o.p)
+
+
+def _dfv_options(parser):
+    from .plot_dfv import plot_dfv
+
+    parser.add_argument("--ckpt", type=str, nargs="+", required=True, help="checkpoints of kdkernels fit, over training: a row for each")
+    parser.add_argument("--image", type=int, default=0, help="which image of the validation split")
+    parser.add_argument("--vector", type=int, default=1, help="which of the teacher's singular vectors")
+    return lambda o: plot_dfv(o.ckpt, o.out, o.layers, o.teacher_layers, o.image, o.vector)
 
 
 def plot_attention(
@@ -61,12 +80,38 @@ def plot_attention(
         FileNotFoundError, ValueError: no such checkpoint, or it does not say how method and data are made; layers that are not there; a file
             name whose format is unknown.
     """
-    out = Path(out)
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"out must end in .png, .svg or .pdf, got {out.name!r}")
+    out = picture_path(out)
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     method, data = restore(ckpt)
+    taps = taps_of(method, layers, teacher_layers)
+    count = len(data.splits["val"])
+    raw, batch = batch_of(data, list(range(0, count, max(1, count // images)))[:images])
+    with torch.no_grad():
+        found = {name: tap(batch["image"]) for name, tap in taps.items()}
+    figure = _draw(raw, batch, found, p, data)
+    return write_picture(figure, out)
+
+
+def picture_path(out: str | os.PathLike) -> Path:
+    out = Path(out)
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out must end in .png, .svg or .pdf, got {out.name!r}")
+    return out
+
+
+def write_picture(figure, out: Path) -> Path:
+    """A file that is whole or not there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        temporary = Path(folder) / out.name
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, out)
+    return out
+
+
+def taps_of(method: Distiller, layers: list[str] | None, teacher_layers: list[str] | None) -> dict[str, FeatureTaps]:
+    """Of the student and, if there is one, the teacher: as named, else the method's, else those of the networks' families."""
     nets = {"student": method.student.eval()} | ({"teacher": method.teacher} if method.teacher is not None else {})
     taps = {}
     for name, net in nets.items():
@@ -77,16 +122,7 @@ def plot_attention(
         taps[name] = FeatureTaps(net, names)
     if len({len(t.names) for t in taps.values()}) > 1:
         raise ValueError(f"layers and teacher_layers must pair up, got {[t.names for t in taps.values()]}")
-    raw, batch = _batch(data, images)
-    with torch.no_grad():
-        found = {name: tap(batch["image"]) for name, tap in taps.items()}
-    figure = _draw(raw, batch, found, p, data)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        temporary = Path(folder) / out.name
-        figure.savefig(temporary, dpi=110)
-        os.replace(temporary, out)
-    return out
+    return taps
 
 
 def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
@@ -102,11 +138,9 @@ def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
     return method, data
 
 
-def _batch(data: L.LightningDataModule, images: int) -> tuple[Tensor, dict]:
-    """Images to look at [N, C, H, W] in [0, 1], and the batch as the networks see it."""
-    dataset = data.splits["val"]
-    step = max(1, len(dataset) // images)
-    batch = dataset[list(range(0, len(dataset), step))[:images]]
+def batch_of(data: L.LightningDataModule, images: list[int]) -> tuple[Tensor, dict]:
+    """Images of the validation split to look at [N, C, H, W] in [0, 1], and the batch as the networks see it."""
+    batch = data.splits["val"][images]
     raw = batch["image"]
     raw = raw / 255 if raw.dtype == torch.uint8 else (raw - raw.amin()) / (raw.amax() - raw.amin()).clamp(min=1e-12)
     return raw, data.finish(batch)

@@ -274,7 +274,7 @@ def test_plot_shows_the_maps_of_the_networks(there):
     from kdkernels import attention_pool, plot
 
     method, data = plot.restore("runs/teacher/best.ckpt")
-    raw, batch = plot._batch(data, 2)
+    raw, batch = plot.batch_of(data, [0, 30])
     with torch.no_grad():
         found = {"student": FeatureTaps(method.student.eval(), ["block1"])(batch["image"])}
     figure = plot._draw(raw, batch, found, 2.0, data)

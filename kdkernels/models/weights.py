@@ -76,13 +76,14 @@ def from_checkpoint(path: str | os.PathLike) -> nn.Module:
 
 
 def describe(path: str | os.PathLike) -> dict:
-    """What a checkpoint of this package says of itself: ``student`` (class_path and init_args, or None), ``image_shape``, ``version``."""
+    """What a checkpoint of this package says of itself: ``student`` (class_path and init_args, or None), ``image_shape``, ``version``,
+    ``epoch`` (the last one that was trained, from 0)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     stored = _load(os.fspath(path))
     if not isinstance(stored, dict) or CHECKPOINT_KEY not in stored:
         raise ValueError(f"{os.fspath(path)!r} is not a checkpoint of this package")
-    return stored[CHECKPOINT_KEY]
+    return stored[CHECKPOINT_KEY] | {"epoch": stored.get("epoch")}
 
 
 def build(spec: dict) -> nn.Module:
