@@ -282,3 +282,48 @@ def test_plot_shows_the_maps_of_the_networks(there):
     expected = attention_pool(found["student"][1]["block1"], 2.0)[0]
     torch.testing.assert_close(drawn[::2, ::2], expected / expected.max())
     assert "block1" in figure.axes[1].get_title()
+
+
+def test_plot_dfv(there, capsys):
+    """A row for each checkpoint; files are whole or not there."""
+    teacher = [*TEACHER, "--model.student.width=8", "--trainer.default_root_dir=runs/deep_teacher"]
+    assert main(teacher) == 0
+    method = ["fit", "--config", str(ROOT / "configs/svd_kd_clutter_digits.yaml"), *SMALL, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main(method) == 0
+    ckpt = "runs/svd_kd/last.ckpt"
+    assert main(["plot", "dfv", "--ckpt", ckpt, ckpt, "--out", "pictures/d.png", "--vector", "2", "--image", "3"]) == 0
+    assert Path("pictures/d.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    for more, message in {
+        "--out=d.gif": "out must end in .png, .svg or .pdf, got 'd.gif'",
+        "--layers=[block1]": "must pair up",
+        "--vector=9": "vector must be at most 8 at layer 'block1'",
+        "--vector=0": "vector must be at least 1",
+        "--image=-1": "image must be in [0, ",
+    }.items():
+        assert main(["plot", "dfv", "--ckpt", ckpt, more]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["plot", "dfv", "--ckpt", "runs/deep_teacher/last.ckpt"]) == 1
+    assert "trained without a teacher" in capsys.readouterr().err
+    assert main(["plot", "spectra"]) == 2
+    assert "{attention,dfv}" in capsys.readouterr().err
+    assert not list(there.glob("dfv*"))
+
+
+def test_plot_dfv_shows_what_the_loss_compares(there):
+    """The difference that is drawn is that of the loss of one vector, for the image that is shown."""
+    from kdkernels import plot_dfv
+    from kdkernels.nn import svd_kd_loss
+
+    torch.manual_seed(0)
+    nets = [{f"l{i}": torch.randn(2, c, n, n).relu() for i, (c, n) in enumerate([(6, 8), (10, 4), (12, 2)])} for _ in range(2)]
+    found = plot_dfv.compare_layers(*nets)
+    pairs = plot_dfv._correlations(found)
+    total = sum(0.5 * (s - t).square().sum() for s, t in pairs)
+    expected = svd_kd_loss(*([x[:1] for x in net.values()] for net in nets), 1)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
+    spectrum = torch.linalg.svdvals(nets[0]["l1"][0].flatten(1))
+    torch.testing.assert_close(found[1].spectra[0], spectrum / spectrum[0], rtol=1e-4, atol=1e-6)
+    figure = plot_dfv._draw([("a", found), ("b", found)], 1)
+    shown = torch.from_numpy(figure.axes[1 + 3 + 2].images[0].get_array().data)
+    torch.testing.assert_close(shown, pairs[0][0] - pairs[0][1])

@@ -165,8 +165,35 @@ def test_crop_and_flip_move_pixels_and_mask_together():
     assert len(seen) == 50  # every offset, mirrored and not
 
 
+def test_rotation(monkeypatch):
+    """A quarter turn is torch's; less than half a pixel is none; what comes from outside is black; a mask turns with its image."""
+    batch = _batch(50)
+    batch["mask"] = batch["image"][:, 0] > 127
+    assert torch.equal(Augment(rotate=1.0)(batch, _float)["image"], _float(batch["image"]))
+    turned = Augment(rotate=45.0)(batch, _float)
+    assert torch.equal(turned["mask"], turned["image"][:, 0] * 255 > 127.5)
+    assert (
+        len(
+            {
+                tuple(image[0].flatten().tolist())
+                for image in Augment(rotate=45.0)({**batch, "image": batch["image"][:1].expand(50, -1, -1, -1)}, _float)["image"]
+            }
+        )
+        > 10
+    )
+    middle = slice(3, 5)
+    ones = {**batch, "image": torch.full_like(batch["image"], 255)}
+    turned = Augment(rotate=45.0)(ones, _float)["image"]
+    assert (turned[:, :, middle, middle] == 1).all()
+    assert 0 < (turned == 0).float().mean() < 0.3
+    monkeypatch.setattr(Augment, "_random", lambda self, purpose, view, index, count: torch.ones(len(index), count))
+    assert torch.equal(Augment(rotate=90.0)(batch, _float)["image"], _float(batch["image"].rot90(1, (2, 3))))
+    with pytest.raises(ValueError, match="rotate must be >= 0, got -1"):
+        Augment(rotate=-1)
+
+
 def test_augmentation_is_a_function_of_seed_view_and_sample():
-    augment, batch = Augment(crop=2, flip=True, cutout=4, seed=7), _batch()
+    augment, batch = Augment(crop=2, flip=True, cutout=4, seed=7, rotate=20.0), _batch()
     whole = augment(batch, _float)["image"]
     some = torch.tensor([40, 3, 17])
     part = {name: value[some] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .keyed_random import bits, uniform
 
-_CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _KIND = range(7)  # what a random number is for
+_CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _KIND, _TURN = range(8)  # what a random number is for
 
 
 class Augment:
-    """Crop, flip, cutout, mixup and cutmix. What happens to a sample is a function of ``seed``, its index and the view (the epoch) alone.
+    """Crop, flip, rotation, cutout, mixup and cutmix. What happens to a sample is a function of ``seed``, its index and the view (the epoch) alone.
 
     Args:
         crop: pixels of black border added on each side before a crop of the former size, as in the recipes for CIFAR (4).
@@ -22,6 +22,7 @@ class Augment:
         cutout: side in pixels of a square set to the mean colour, its centre anywhere in the image (DeVries, Taylor 2017).
         mixup: alpha of the Beta distribution of the weights of pairs of images (Zhang et al. 2018); 0 for none.
         cutmix: alpha for pasting a box of one image into another (Yun et al. 2019); 0 for none. With both, each image gets either.
+        rotate: degrees, up to which an image is turned to either side around its middle, by nearest pixels, black where there are none.
         views: how many different augmentations a sample has: epoch e shows view ``e % views``. ``None``: a new one each epoch.
         seed: of everything above.
 
@@ -37,13 +38,15 @@ class Augment:
         cutmix: float = 0.0,
         views: int | None = None,
         seed: int = 0,
+        rotate: float = 0.0,
     ):
-        for name, value in {"crop": crop, "cutout": cutout, "mixup": mixup, "cutmix": cutmix}.items():
+        for name, value in {"crop": crop, "cutout": cutout, "mixup": mixup, "cutmix": cutmix, "rotate": rotate}.items():
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
         if views is not None and views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.crop, self.flip, self.cutout, self.mixup, self.cutmix, self.views, self.seed = crop, flip, cutout, mixup, cutmix, views, seed
+        self.rotate = rotate
         self._beta = {alpha: _beta_quantiles(alpha) for alpha in (mixup, cutmix) if alpha}
 
     @property
@@ -52,7 +55,7 @@ class Augment:
         return bool(self.mixup or self.cutmix)
 
     def __repr__(self) -> str:
-        names = ("crop", "flip", "cutout", "mixup", "cutmix", "views", "seed")
+        names = ("crop", "flip", "cutout", "mixup", "cutmix", "views", "seed", "rotate")
         return f"Augment({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
 
     def __call__(self, batch: dict, normalize: Callable[[Tensor], Tensor]) -> dict:
@@ -62,7 +65,9 @@ class Augment:
         rows, columns = self._source_pixels(index, view, batch["image"].shape[-2:])
         for name in ("image", "mask"):
             if name in batch and (self.crop or self.flip):
-                batch[name] = _gather(batch[name], rows, columns, self.crop)
+                batch[name] = _gather(batch[name], rows[:, :, None], columns[:, None], self.crop)
+            if name in batch and self.rotate:
+                batch[name] = _gather(batch[name], *self._turned_pixels(index, view, batch[name].shape[-2:]), 1)
         batch["image"] = normalize(batch["image"])
         if self.cutout:
             batch["image"] = self._cut_out(batch["image"], index, view)
@@ -82,6 +87,16 @@ class Augment:
         if self.flip:
             columns = torch.where(self._random(_FLIP, view, index, 1) < 0.5, columns.flip(1), columns)
         return rows, offset[:, 1:] + columns
+
+    def _turned_pixels(self, index: Tensor, view: int, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Rows and columns [B, H, W], of the image with a border of one pixel, that each pixel of the turned image comes from."""
+        height, width = size
+        angle = (2 * self._random(_TURN, view, index, 1)[:, :, None] - 1) * (self.rotate * torch.pi / 180)
+        y = torch.arange(height, device=index.device)[:, None] - (height - 1) / 2
+        x = torch.arange(width, device=index.device)[None, :] - (width - 1) / 2
+        rows = (y * angle.cos() + x * angle.sin() + (height - 1) / 2).round()
+        columns = (x * angle.cos() - y * angle.sin() + (width - 1) / 2).round()
+        return rows.clamp(-1, height).long() + 1, columns.clamp(-1, width).long() + 1
 
     def _cut_out(self, image: Tensor, index: Tensor, view: int) -> Tensor:
         height, width = image.shape[-2:]
@@ -125,11 +140,11 @@ def _beta_quantiles(alpha: float) -> Tensor:
 
 
 def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int) -> Tensor:
-    """x [B, (C,) H, W] with zeros of width ``border`` around, read at rows [B, H] and columns [B, W]."""
+    """x [B, (C,) H, W] with zeros of width ``border`` around, read at rows and columns, which broadcast to [B, H, W]."""
     channels = x if x.dim() == 4 else x[:, None]
     channels = F.pad(channels, [border] * 4)
     batch, channel = torch.arange(len(x), device=x.device), torch.arange(channels.shape[1], device=x.device)
-    out = channels[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    out = channels[batch[:, None, None, None], channel[:, None, None], rows[:, None], columns[:, None]]
     return out if x.dim() == 4 else out[:, 0]
 
 

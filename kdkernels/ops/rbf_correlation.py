@@ -83,7 +83,7 @@ def rbf_correlation_loss(
     (Lee et al. 2018, section 3.2. The authors' code takes half of the sum; RepDistiller "batchmean".)
 
     Neither S nor T is made. For each column, R terms of :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` leave R x R products of either
-    side, O((M + N) R^2) in double: R follows from the range of the numbers, about 6 for singular vectors. Beyond 24 terms, or where there are
+    side, O((M + N) R^2) in double: R follows from the range of the numbers, 5 or 6 for singular vectors. Beyond 24 terms, or where there are
     few pairs, the pairs are summed. Errors are below 1e-6 relative to the loss of the same inputs in exact arithmetic, also
     where S and T are nearly equal. docs/rbf_correlation.md derives the terms and their bound.
 
