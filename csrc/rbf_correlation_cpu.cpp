@@ -277,7 +277,7 @@ at::Tensor correlate(const at::Tensor& x, const at::Tensor& y, double beta) {
     Pattern<T> pattern(columns);
     for (int64_t row = begin; row < end; ++row) {
       pattern.set(xs + row * columns);
-      correlate_row(pattern, ys + row / m * numbers, numbers, columns, beta, stream, to + row * numbers);
+      correlate_row(pattern, ys + row / m * numbers, numbers, beta, stream, to + row * numbers);
     }
     simd::fence();
   });
@@ -327,8 +327,7 @@ std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const a
       for (int64_t row = block * kRows; row < std::min(m, (block + 1) * kRows); ++row) {
         const int64_t at = (sample * m + row) * columns;
         pattern.set(xs + at);
-        sums.clear();
-        differentiate_row(pattern, ys + sample * numbers, rows.row(sample, row, scratch), numbers, columns, beta, sums,
+        differentiate_row(pattern, ys + sample * numbers, rows.row(sample, row, scratch), numbers, beta, sums,
                           gy + (block * batch + sample) * numbers);
         sums.sum_to(gx + at);
       }
