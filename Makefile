@@ -17,7 +17,7 @@ endif
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo test bench bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo test bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
@@ -26,12 +26,16 @@ test: $(BUILT)
 	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
 
 bench: $(BUILT)
-	mkdir -p "$(OUT)"
-	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
-	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
+	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
+
+# The main rows, and what became of their ratios since the committed results of this class of machine: told, not judged.
+bench-quick: $(BUILT)
+	$(PY) -m kdkernels bench --quick --out runs/bench_quick $(BENCH_FLAGS)
+	$(PY) -m kdkernels bench --compare runs/bench_quick/bench.json
 
 bench-smoke: $(BUILT)
-	KDKERNELS_BENCH_SMOKE=1 $(PY) -m pytest benches -q
+	rm -rf runs/bench_smoke
+	$(PY) -m kdkernels bench --smoke --report --out runs/bench_smoke $(BENCH_FLAGS)
 
 # One go on a machine with a GPU: build, every test on it, the sanitizer's tools over the CUDA kernels, benches with results as JSON in OUT, and
 # the memory bandwidth that the backward reaches, where ncu is there and may count. DEVICE=cpu rehearses all that needs no GPU.
@@ -48,8 +52,7 @@ gpu: $(BUILT)
 	$(PY) tests/exercise_cuda.py --device $(DEVICE)
 	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: memcheck was not run")
 	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: racecheck was not run")
-	$(PY) -m pytest benches -q --benchmark-json="$(OUT)/.bench.json" $(BENCH_FLAGS)
-	mv "$(OUT)/.bench.json" "$(OUT)/bench.json"
+	$(PY) -m kdkernels bench --device $(DEVICE) --report --out "$(OUT)" $(BENCH_FLAGS)
 	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not there: the backward's bandwidth was not counted")
 
 lint: $(BUILT)

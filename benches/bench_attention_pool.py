@@ -1,72 +1,56 @@
-"""attention_transfer_loss and attention_pool, forward and backward, against eager PyTorch, Inductor and the copy bandwidth."""
+"""attention_transfer_loss and attention_pool against eager PyTorch, Inductor and the copy bandwidth."""
 
-import pytest
+from functools import partial
+
 import torch
-from conftest import DEVICE, SMOKE, copy_seconds
-from tolerances import of_sum
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
-from kdkernels.timing import forward_backward, time_interleaved
 
-# name, shape, p, dtype, channels_last, options, seconds
-LOSSES = [
-    ("128 x 64 x 32 x 32", (128, 64, 32, 32), 2.0, torch.float32, False, {}, 6),
-    ("128 x 64 x 32 x 32 channels_last", (128, 64, 32, 32), 2.0, torch.float32, True, {}, 6),
-    ("64 x 256 x 56 x 56", (64, 256, 56, 56), 2.0, torch.float32, False, {}, 15),
-    ("64 x 256 x 56 x 56 channels_last", (64, 256, 56, 56), 2.0, torch.float32, True, {}, 15),
-    ("128 x 256 x 8 x 8", (128, 256, 8, 8), 2.0, torch.float32, False, {}, 4),
-    ("128 x 256 x 8 x 8 channels_last", (128, 256, 8, 8), 2.0, torch.float32, True, {}, 4),
-    ("128 x 64 x 32 x 32 bf16", (128, 64, 32, 32), 2.0, torch.bfloat16, False, {}, 6),
-    ("128 x 64 x 32 x 32, p = 1.5", (128, 64, 32, 32), 1.5, torch.float32, False, {}, 6),
-    ("128 x 64 x 32 x 32, p = 2.7", (128, 64, 32, 32), 2.7, torch.float32, False, {}, 6),
-    ("128 x 64 x 32 x 32, maximum", (128, 64, 32, 32), 2.0, torch.float32, False, {"reduce": "max"}, 6),
-    ("1 x 256 x 128 x 128", (1, 256, 128, 128), 2.0, torch.float32, False, {}, 4),
-    ("128 x 512 x 2 x 2", (128, 512, 2, 2), 2.0, torch.float32, False, {}, 3),
+from .suite import DEVICE, Cell, Problem, at_most, compiled, over
+
+
+def problem(shape, p=2.0, dtype=torch.float32, channels_last=False, pool=False, **options) -> Problem:
+    shape = at_most(shape, 9)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = tuple(torch.randn(shape, device=DEVICE).to(dtype).to(memory_format=layout) for _ in range(1 if pool else 2))
+    inputs[0].requires_grad_()
+    fused, plain = (attention_pool, reference.attention_pool) if pool else (attention_transfer_loss, reference.attention_transfer_loss)
+    eager = partial(plain, p=p, **options)
+    functions = {"fused": partial(fused, p=p, **options), "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
+    whole = inputs[0].numel() <= 1 << 21
+    few = inputs if whole else tuple(x[:4].detach().requires_grad_(x.requires_grad) for x in inputs)
+    value = 2.0**-22 * (24 + 16 * p + shape[1] ** 0.5 / 4)  # a sum over channels of powers; normalised, squared, summed
+    gradient = value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # rounded to the features' dtype
+    n = inputs[0].nbytes
+    upstream = (torch.randn(shape[0], *shape[2:], device=DEVICE),) if pool else None
+    # Student (and teacher) read, then the student again, and its gradient written.
+    moved = {"forward": n, "forward + backward": 3 * n} if pool else {"forward": 2 * n, "forward + backward": 4 * n}
+    return Problem(functions, inputs, eager, few, {"value": value, "gradient": 4 * gradient}, upstream, moved)
+
+
+def cell(name, *args, seconds=3.0, main=False, **options) -> Cell:
+    return Cell("attention_pool", name, partial(problem, *args, **options), seconds, main)
+
+
+CELLS = [
+    cell("128 x 64 x 32 x 32", (128, 64, 32, 32), main=True),
+    cell("128 x 64 x 32 x 32, channels_last", (128, 64, 32, 32), channels_last=True),
+    cell("64 x 256 x 56 x 56", (64, 256, 56, 56), seconds=8.0, main=True),
+    cell("64 x 256 x 56 x 56, channels_last", (64, 256, 56, 56), channels_last=True, seconds=8.0),
+    cell("128 x 256 x 8 x 8", (128, 256, 8, 8), seconds=2.0, main=True),
+    cell("128 x 256 x 8 x 8, channels_last", (128, 256, 8, 8), channels_last=True, seconds=2.0),
+    cell("128 x 64 x 32 x 32, bfloat16", (128, 64, 32, 32), dtype=torch.bfloat16),
+    cell("128 x 64 x 32 x 32, p = 1.5", (128, 64, 32, 32), 1.5, main=True),
+    cell("128 x 64 x 32 x 32, p = 2.7", (128, 64, 32, 32), 2.7),
+    cell("128 x 64 x 32 x 32, maximum", (128, 64, 32, 32), reduce="max"),
+    cell("1 x 256 x 128 x 128", (1, 256, 128, 128), seconds=2.0),
+    cell("128 x 512 x 2 x 2", (128, 512, 2, 2), seconds=2.0),
+    cell("pool 128 x 64 x 32 x 32, l2", (128, 64, 32, 32), pool=True, normalize="l2"),
+    cell("pool 64 x 256 x 56 x 56", (64, 256, 56, 56), pool=True, seconds=6.0),
 ]
-POOLS = [
-    ("pool 128 x 64 x 32 x 32", (128, 64, 32, 32), 2.0, torch.float32, False, {"normalize": "l2"}, 6),
-    ("pool 64 x 256 x 56 x 56", (64, 256, 56, 56), 2.0, torch.float32, False, {}, 10),
-]
+GPU_CELLS = [cell("128 x 512 x 56 x 56", (128, 512, 56, 56), main=True)]
 
 
-@pytest.mark.parametrize(("name", "shape", "p", "dtype", "last", "options", "seconds"), LOSSES + POOLS, ids=lambda v: v if isinstance(v, str) else "")
-def bench_attention_pool(name, shape, p, dtype, last, options, seconds, report):
-    if SMOKE:
-        shape, seconds = tuple(min(n, 9) for n in shape), 0.01
-    layout = torch.channels_last if last else torch.contiguous_format
-    student, teacher = (torch.randn(shape, device=DEVICE).to(dtype).to(memory_format=layout) for _ in range(2))
-    student.requires_grad_()
-    pool = name.startswith("pool")
-    fused, eager = (attention_pool, reference.attention_pool) if pool else (attention_transfer_loss, reference.attention_transfer_loss)
-    inputs = (student,) if pool else (student, teacher)
-    ramp = torch.linspace(-1, 1, student[0, 0].numel())
-
-    def loss_of(function):
-        # A map is what another loss goes on with: here its product with a ramp.
-        if pool:
-            return lambda s: (function(s, p, **options).flatten(1) * ramp.to(s.device)).sum()
-        return lambda s, t: function(s, t, p, **options)
-
-    error = gate(loss_of(fused), loss_of(eager), inputs, p)
-    losses = {"fused": loss_of(fused), "eager": loss_of(eager)}
-    losses["Inductor"] = torch.compile(losses["eager"], dynamic=False)
-    calls = {k: forward_backward(f, *inputs) for k, f in losses.items()}
-    times = time_interleaved(calls, seconds=seconds)
-    passes = 3 if pool else 4  # read student, (teacher,) student again, write the gradient; a copy is two
-    limit = passes / 2 * copy_seconds(student.nbytes)
-    report(name, calls["fused"], times, **{"of copy limit": limit / sorted(times["fused"])[len(times["fused"]) // 2], "error": error})
-
-
-def gate(fused, eager, inputs, p) -> float:
-    """No speed without a right answer: loss and gradient against float64 on the first samples of the inputs. Returns the relative error."""
-    few = [x.detach()[:2].clone() for x in inputs]
-    exact = [x.double() for x in few]
-    few[0].requires_grad_()
-    exact[0].requires_grad_()
-    got, want = fused(*few), eager(*exact)
-    (gradient,), (expected,) = torch.autograd.grad(got, few[0]), torch.autograd.grad(want, exact[0])
-    rtol = 4 * of_sum(torch.float32, few[0].shape[1], 24 + 16 * p)
-    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
-    own = 2.0**-8 if few[0].dtype == torch.bfloat16 else 0.0  # the gradient is rounded to the features' dtype
-    assert (gradient.double() - expected).abs().max() <= (rtol + own) * expected.abs().max()
-    return abs(got.item() / want.item() - 1)
+@over(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
+def bench_attention_pool(cell, direction, bench):
+    bench(cell, direction)

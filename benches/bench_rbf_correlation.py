@@ -1,67 +1,95 @@
-"""rbf_correlation_loss and rbf_correlation, forward and backward, against eager PyTorch and Inductor."""
+"""rbf_correlation_loss and rbf_correlation against eager PyTorch, Inductor, and the linear form in plain torch."""
 
-import pytest
+from functools import partial
+
 import torch
-from conftest import DEVICE, SMOKE, copy_seconds
-from correlation_cases import CorrelationCase
+from torch.nn.functional import normalize
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
-from kdkernels.timing import forward_backward, time_interleaved
 
-# name, [B, M, N, K], options of the inputs, seconds
-LOSSES = [
-    ("128 x 512 x 512 x 2", (128, 512, 512, 2), {}, 25),
-    ("128 x 128 x 64 x 1", (128, 128, 64, 1), {}, 4),
-    ("8 x 2048 x 2048 x 4", (8, 2048, 2048, 4), {}, 45),
-    ("128 x 256 x 128 x 1", (128, 256, 128, 1), {}, 5),
-    ("128 x 256 x 512 x 1", (128, 256, 512, 1), {}, 8),
-    ("32 x 16 x 16 x 1, few pairs", (32, 16, 16, 1), {}, 2),
-    ("16 x 512 x 512 x 2, pair by pair", (16, 512, 512, 2), {"unit": False, "scale": 40.0}, 8),
-    *((f"32 x {n} x {n} x 1, sweep", (32, n, n, 1), {}, 4) for n in (128, 256, 512, 1024, 2048)),
+from .suite import DEVICE, Cell, Problem, at_most, compiled, over
+
+BETA = 8.0
+RANK = 6  # terms that unit columns take
+
+
+def linear_in_torch(sx, sy, tx, ty):
+    """The loss in linear time as plain torch has it: terms and their products in double, without the care for digits."""
+    r = torch.arange(RANK, dtype=torch.float64, device=sx.device)
+    scale = ((2 / BETA) ** r / torch.exp(torch.lgamma(r + 1))).sqrt()
+
+    def terms(x):  # [B, K, M, R]
+        x = x.mT.double()[..., None]
+        return torch.exp(-x.square() / BETA) * x**r * scale
+
+    a, b, c, d = (terms(x) for x in (sx, sy, tx, ty))
+    da, db = a - c, b - d
+    first = (da.mT @ da) * (b.mT @ b)
+    second = (c.mT @ c) * (db.mT @ db)
+    cross = (da.mT @ c) * (b.mT @ db)
+    return (first + second + 2 * cross).sum().float()
+
+
+def unit(shape):
+    return normalize(torch.rand(shape, device=DEVICE), dim=1)
+
+
+def columns(batch, n, k, spread=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's, apart by a tenth: unit columns, or numbers over a range of `spread`."""
+    teacher = unit((batch, n, k)) if spread is None else spread * (torch.rand(batch, n, k, device=DEVICE) - 0.5)
+    return teacher + 0.1 * teacher.abs().mean() * torch.randn_like(teacher), teacher
+
+
+def loss_problem(shape, spread=None) -> Problem:
+    batch, m, n, k = at_most(shape, 20)
+    (sx, tx), (sy, ty) = columns(batch, m, k, spread), columns(batch, n, k, spread)
+    inputs = (sx.requires_grad_(), sy.requires_grad_(), tx, ty)
+    eager = reference.rbf_correlation_loss
+    functions = {"fused": rbf_correlation_loss, "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
+    if spread is None:
+        functions |= {"linear in torch": linear_in_torch, "Inductor linear": compiled(lambda *x: linear_in_torch(*x))}
+    whole = batch * m * n * k <= 1 << 22
+    few = inputs if whole else tuple(x[:1].detach().requires_grad_(x.requires_grad) for x in inputs)
+    work = {}
+    if spread is None:  # in double: terms, and their products with one another
+        operations = batch * k * (m + n) * (60 + 2 * (2 * RANK) ** 2 / 2)
+        work = {"forward": {"GEMM float64": operations}, "forward + backward": {"GEMM float64": 2 * operations}}
+    moved = {"forward": 2 * (sx.nbytes + sy.nbytes), "forward + backward": 3 * (sx.nbytes + sy.nbytes)}
+    return Problem(functions, inputs, eager, few, {"value": 1e-6, "gradient": 1e-5}, None, moved, work)
+
+
+def correlation_problem(shape) -> Problem:
+    batch, m, n, k = at_most(shape, 20)
+    inputs = unit((batch, m, k)).requires_grad_(), unit((batch, n, k)).requires_grad_()
+    eager = reference.rbf_correlation
+    functions = {"fused": rbf_correlation, "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
+    few = tuple(x[:1].detach().requires_grad_() for x in inputs) if batch * m * n * k > 1 << 22 else inputs
+    out = batch * m * n * k
+    moved = {"forward": 4 * out, "forward + backward": 8 * out}  # written; its upstream gradient read
+    work = {"forward": {"exp": out}, "forward + backward": {"exp": 2 * out}}
+    upstream = (torch.randn(batch, m, n, k, device=DEVICE),)
+    return Problem(functions, inputs, eager, few, {"value": 5e-7, "gradient": 1e-5}, upstream, moved, work)
+
+
+def cell(name, make, seconds=3.0, main=False) -> Cell:
+    return Cell("rbf_correlation", name, make, seconds, main)
+
+
+CELLS = [
+    cell("128 x 512 x 512 x 2", partial(loss_problem, (128, 512, 512, 2)), 15.0, main=True),
+    cell("128 x 128 x 64 x 1", partial(loss_problem, (128, 128, 64, 1)), 2.0, main=True),
+    cell("8 x 2048 x 2048 x 4", partial(loss_problem, (8, 2048, 2048, 4)), 20.0, main=True),
+    cell("128 x 256 x 128 x 1", partial(loss_problem, (128, 256, 128, 1))),
+    cell("128 x 256 x 512 x 1", partial(loss_problem, (128, 256, 512, 1))),
+    cell("32 x 16 x 16 x 1, few pairs", partial(loss_problem, (32, 16, 16, 1)), 1.0),
+    cell("16 x 512 x 512 x 2, far apart: pair by pair", partial(loss_problem, (16, 512, 512, 2), spread=40.0)),
 ]
-CORRELATIONS = [
-    (f"correlation {' x '.join(map(str, shape))}{', forward alone' * (not both)}", shape, both, seconds)
-    for shape, seconds in (((128, 128, 64, 1), 3), ((32, 512, 512, 2), 8), ((8, 1024, 1024, 3), 10))
-    for both in (False, True)
+CELLS += [
+    cell(f"correlation {' x '.join(map(str, shape))}", partial(correlation_problem, shape))
+    for shape in ((128, 128, 64, 1), (32, 512, 512, 2), (8, 1024, 1024, 3))
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "seconds"), LOSSES, ids=lambda v: v if isinstance(v, str) else "")
-def bench_rbf_correlation_loss(name, shape, options, seconds, report):
-    if SMOKE:
-        shape, seconds = tuple(min(n, 20) for n in shape), 0.01
-    inputs = CorrelationCase("", shape, layout="rows", **options).make(DEVICE)  # vectors as truncated_svd gives them
-    for x in inputs[:2]:
-        x.requires_grad_()
-    few = [x.detach()[:1] for x in inputs]
-    error = abs(rbf_correlation_loss(*few).item() / reference.rbf_correlation_loss(*(x.double() for x in few)).item() - 1)
-    assert error < 1e-6
-    functions = {"fused": rbf_correlation_loss, "eager": reference.rbf_correlation_loss}
-    functions["Inductor"] = torch.compile(reference.rbf_correlation_loss, dynamic=False)
-    calls = {k: forward_backward(f, *inputs) for k, f in functions.items()}
-    times = time_interleaved(calls, seconds=seconds)
-    report(name, calls["fused"], times, error=error)
-
-
-@pytest.mark.parametrize(("name", "shape", "both", "seconds"), CORRELATIONS, ids=lambda v: v if isinstance(v, str) else "")
-def bench_rbf_correlation(name, shape, both, seconds, report):
-    if SMOKE:
-        shape, seconds = tuple(min(n, 20) for n in shape), 0.01
-    x, y = CorrelationCase("", shape).make(DEVICE)[:2]
-    error = (rbf_correlation(x[:1], y[:1]) - reference.rbf_correlation(x[:1].double(), y[:1].double())).abs().max().item()
-    assert error < 5e-7
-    functions = {"fused": rbf_correlation, "eager": reference.rbf_correlation}
-    functions["Inductor"] = torch.compile(reference.rbf_correlation, dynamic=False)
-    if both:
-        x.requires_grad_()
-        y.requires_grad_()
-        upstream = torch.randn(shape, device=DEVICE)
-        calls = {k: (lambda f=f: torch.autograd.grad(f(x, y), (x, y), upstream)) for k, f in functions.items()}
-        passes = 2  # written in the forward; the upstream gradient read
-    else:
-        calls = {k: (lambda f=f: f(x, y)) for k, f in functions.items()}
-        passes = 1
-    times = time_interleaved(calls, seconds=seconds)
-    limit = passes / 2 * copy_seconds(x.element_size() * torch.Size(shape).numel())
-    share = limit / sorted(times["fused"])[len(times["fused"]) // 2]
-    report(name, calls["fused"], times, **{"of copy limit": share, "error": error})
+@over(CELLS)
+def bench_rbf_correlation(cell, direction, bench):
+    bench(cell, direction)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import DEVICE, SMOKE
 
 from kdkernels import models
 from kdkernels.data import CIFAR100
 from kdkernels.data.base import TensorImages
 from kdkernels.distill import KD
 from kdkernels.distill.teacher_cache import TeacherCache
-from kdkernels.timing import time_interleaved
+
+from .suite import DEVICE, MODE, SMOKE, timed_row
 
 # name, teacher, student, batch, layers whose outputs are kept too, seconds
 STEPS = [
@@ -29,10 +29,11 @@ class Noise(CIFAR100):
 
 
 @pytest.mark.parametrize(("name", "teacher", "student", "batch_size", "taps", "seconds"), STEPS, ids=lambda v: v if isinstance(v, str) else "")
-def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, report, tmp_path):
+@pytest.mark.skipif(MODE == "quick", reason="not one of the main rows")
+def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, bench, tmp_path):
     if SMOKE:
         teacher = student = "resnet8"
-        batch_size, seconds = 4, 0.01
+        batch_size = 4
     data = Noise(batch_size=batch_size)
     data.setup()
     cache = TeacherCache(tmp_path)
@@ -50,5 +51,4 @@ def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, repor
         sum(method.losses(batch)[1].values()).backward()
         optimizer.step()
 
-    times = time_interleaved({"fused": lambda: step(batch), "the teacher run": lambda: step(without)}, seconds=seconds)
-    report(name, lambda: step(batch), times)
+    bench(timed_row("teacher_cache", name, "step", {"fused": lambda: step(batch), "the teacher run": lambda: step(without)}, seconds))

@@ -1,32 +1,15 @@
-"""temperature_kl, forward and backward, against eager PyTorch, Inductor and the copy bandwidth."""
+"""temperature_kl against eager PyTorch, Inductor, the textbook form, and the copy bandwidth."""
 
-import pytest
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, SMOKE, copy_seconds
-from tolerances import assert_close, of_sum
 
 from kdkernels import reference, temperature_kl
-from kdkernels.timing import forward_backward, time_interleaved
+
+from .suite import DEVICE, Cell, Problem, at_most, compiled, over
 
 T = 4.0
-# name, shape, dim, dtype, options, seconds
-SHAPES = [
-    ("128 x 100", (128, 100), 1, torch.float32, {}, 2),
-    ("1024 x 1000", (1024, 1000), 1, torch.float32, {}, 4),
-    ("2048 x 32000", (2048, 32000), 1, torch.float32, {}, 30),
-    ("2048 x 32000 bf16", (2048, 32000), 1, torch.bfloat16, {}, 20),
-    ("32 x 21 x 128 x 128, dim=1", (32, 21, 128, 128), 1, torch.float32, {}, 12),
-    ("1024 x 1000 reverse", (1024, 1000), 1, torch.float32, {"direction": "reverse"}, 4),
-    ("1024 x 1000 jsd", (1024, 1000), 1, torch.float32, {"direction": "jsd"}, 4),
-    ("1024 x 1000 cross-entropy", (1024, 1000), 1, torch.float32, {"include_entropy": False}, 4),
-    ("1024 x 1000 both gradients", (1024, 1000), 1, torch.float32, {"both": True}, 4),
-]
-GPU_SHAPES = [
-    ("8192 x 32000 bf16", (8192, 32000), 1, torch.bfloat16, {}, 5),
-    ("4096 x 128256 bf16", (4096, 128256), 1, torch.bfloat16, {}, 5),
-    ("65536 x 1000", (65536, 1000), 1, torch.float32, {}, 5),
-]
 
 
 def textbook(student, teacher, dim):
@@ -35,46 +18,54 @@ def textbook(student, teacher, dim):
     return F.kl_div(F.log_softmax(student / T, dim), F.softmax(teacher / T, dim), reduction="sum") * T**2 / rows
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "dim", "dtype", "options", "seconds"),
-    SHAPES + (GPU_SHAPES if DEVICE == "cuda" else []),
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def bench_temperature_kl(name, shape, dim, dtype, options, seconds, report):
-    if SMOKE:
-        shape, seconds = tuple(min(n, 16) for n in shape), 0.01
-    options = dict(options)
-    both = options.pop("both", False)
+def problem(shape, dim=1, dtype=torch.float32, both=False, **options) -> Problem:
+    shape = at_most(shape, 16)
     teacher = torch.randn(shape, device=DEVICE)
     student = (teacher + 0.5 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
     teacher = teacher.to(dtype).requires_grad_(both)
-    error = gate(student, teacher, dim, options)
-
-    losses = {
-        "fused": lambda s, t: temperature_kl(s, t, T, dim=dim, **options),
-        "eager": lambda s, t: reference.temperature_kl(s, t, T, dim=dim, **options),
-    }
-    losses["Inductor"] = torch.compile(losses["eager"], dynamic=False)
+    eager = partial(reference.temperature_kl, temperature=T, dim=dim, **options)
+    functions = {"fused": partial(temperature_kl, temperature=T, dim=dim, **options), "eager": eager}
+    functions["Inductor"] = compiled(lambda s, t: eager(s, t))
     if not options and not both:
-        losses["textbook"] = lambda s, t: textbook(s, t, dim)
-        losses["Inductor textbook"] = torch.compile(losses["textbook"], dynamic=False)
-    calls = {k: forward_backward(f, student, teacher) for k, f in losses.items()}
-    times = time_interleaved(calls, seconds=seconds)
-    passes = 4 if both else 3  # read both, write the gradients; a copy is two
-    limit = passes / 2 * copy_seconds(student.nbytes)
-    report(name, calls["fused"], times, **{"of copy limit": limit / sorted(times["fused"])[len(times["fused"]) // 2], "error": error})
+        functions["textbook"] = partial(textbook, dim=dim)
+        functions["Inductor textbook"] = compiled(lambda s, t: textbook(s, t, dim))
+    few = (student, teacher) if student.numel() <= 1 << 21 else (student[:8].detach().requires_grad_(), teacher[:8].detach().requires_grad_(both))
+    value = 2.0**-24 * (24 + shape[dim] ** 0.5 / 4)  # a sum of so many terms of a few roundings each
+    gradient = 4 * value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # rounded to the logits' dtype
+    n = student.nbytes
+    return Problem(
+        functions,
+        (student, teacher),
+        exact=eager,
+        few=few,
+        tolerance={"value": value, "gradient": gradient},
+        moved={"forward": 2 * n, "forward + backward": (4 if both else 3) * n},  # both read, the gradients written
+    )
 
 
-def gate(student, teacher, dim, options) -> float:
-    """No speed without a right answer: the op against float64 on (the first rows of) the very inputs. Returns the relative error of the loss."""
-    rows = 1 - dim if student.dim() == 2 else 0
-    s, t = (x.detach().narrow(rows, 0, min(4, x.shape[0])) for x in (student, teacher))
-    exact_s = s.double().requires_grad_()
-    exact = reference.temperature_kl(exact_s, t.double(), T, dim=dim, **options)
-    s = s.requires_grad_()
-    loss = temperature_kl(s, t, T, dim=dim, **options)
-    (got,), (want,) = torch.autograd.grad(loss, s), torch.autograd.grad(exact, exact_s)
-    rtol = of_sum(torch.float32, s.shape[dim])
-    assert_close("loss", loss, exact, rtol=rtol)
-    assert_close("gradient", got, want, rtol=4 * rtol, scale=want.abs().max().item())
-    return abs(loss.item() / exact.item() - 1)
+def cell(name, *args, seconds=3.0, main=False, **options) -> Cell:
+    return Cell("temperature_kl", name, partial(problem, *args, **options), seconds, main)
+
+
+CELLS = [
+    cell("128 x 100", (128, 100), seconds=1.0, main=True),
+    cell("1024 x 1000", (1024, 1000), main=True),
+    cell("2048 x 32000", (2048, 32000), seconds=15.0, main=True),
+    cell("2048 x 32000, bfloat16", (2048, 32000), dtype=torch.bfloat16, seconds=15.0),
+    cell("32 x 21 x 128 x 128, dim=1", (32, 21, 128, 128), seconds=8.0, main=True),
+    cell("1024 x 1000, reverse", (1024, 1000), direction="reverse"),
+    cell("1024 x 1000, jsd", (1024, 1000), direction="jsd"),
+    cell("1024 x 1000, cross-entropy", (1024, 1000), include_entropy=False),
+    cell("1024 x 1000, both gradients", (1024, 1000), both=True),
+    cell("1024 x 1000, bfloat16", (1024, 1000), dtype=torch.bfloat16),
+]
+GPU_CELLS = [
+    cell("8192 x 32000, bfloat16", (8192, 32000), dtype=torch.bfloat16),
+    cell("4096 x 128256, bfloat16", (4096, 128256), dtype=torch.bfloat16, main=True),
+    cell("65536 x 1000", (65536, 1000), main=True),
+]
+
+
+@over(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
+def bench_temperature_kl(cell, direction, bench):
+    bench(cell, direction)

@@ -1,23 +1,15 @@
 """truncated_svd against torch's full decompositions, its randomised one, and power iteration; the errors of all beside the times."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import DEVICE, SMOKE
-from feature_maps import relu_maps, trained_maps
 
-from kdkernels import feature_svd, truncated_svd
+from kdkernels import feature_svd, reference, truncated_svd
 from kdkernels.config import HAS_CUDA_KERNELS
-from kdkernels.timing import forward_backward, time_interleaved
 
-# side of the map, channels: matrices [side^2, channels], as the layers of usual networks give
-SHAPES = [(32, 16), (32, 64), (16, 32), (16, 128), (8, 64), (8, 256), (7, 512), (14, 256), (28, 128), (56, 64), (7, 2048)]
-CELLS = [(side, c, 128, k, way, "relu") for k in (4, 1, 2, 8) for side, c in SHAPES for way in ("forward", "forward + backward")]
-CELLS += [(28, 512, 16, k, way, "relu") for k in (1, 4) for way in ("forward", "forward + backward")]
-# The spectra of other maps: noise behind a ReLU, whose gaps are small; noise; a trained network.
-CELLS += [(side, c, 128, 4, "forward", kind) for kind in ("relu of noise", "noise") for side, c in ((32, 64), (14, 256), (7, 512))]
-CELLS += [
-    (side, c, 128, 4, "forward + backward", f"trained {block}") for block, side, c in (("block1", 16, 64), ("block2", 8, 128), ("block3", 4, 256))
-]
+from .feature_maps import relu_maps, trained_maps
+from .suite import DEVICE, DIRECTIONS, SMOKE, Cell, Problem, compiled, over
 
 
 def features_of(kind: str, batch: int, channels: int, side: int) -> torch.Tensor:
@@ -60,115 +52,102 @@ def power_iteration(x, k, rounds=8):
     return w.norm(dim=-2), torch.nn.functional.normalize(w, dim=-2)
 
 
-@pytest.mark.parametrize(("side", "channels", "batch", "k", "way", "kind"), CELLS)
-def bench_truncated_svd(side, channels, batch, k, way, kind, report):
+def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, drivers=False) -> Problem:
     if SMOKE:
         batch, side, channels = 2, min(side, 4), min(channels, 16)
         kind = kind if kind == "relu" else "noise"
-    features = features_of(kind, batch, channels, side).to(DEVICE)
+    features = features_of(kind, batch, channels, side).to(DEVICE).requires_grad_()
     k = min(k, side * side, channels)
-    x = features.flatten(2).mT
-    name = f"{side * side} x {channels}, k = {k}, {way}" + (f", batch {batch}" if batch != 128 else "") + (f", {kind}" if kind != "relu" else "")
-    peers = {"linalg.svd": svd, "eigh": eigh}
-    if way == "forward":
-        peers["svd_lowrank"] = svd_lowrank
+    matrices = {"eager": lambda x, k: reference.truncated_svd(x, k)[1:], "linalg.svd": svd, "eigh": eigh, "svd_lowrank": svd_lowrank}
     if k == 1:
-        peers["power iteration"] = power_iteration
-    errors = gate(features, x, k, peers)
+        matrices["power iteration"] = power_iteration
+    if drivers:
+        ours = [name for name, there in (("cuda", DEVICE == "cpu" or HAS_CUDA_KERNELS), ("triton", DEVICE == "cuda"), ("torch", True)) if there]
+        matrices |= {f"driver {name}": lambda x, k, d=name: truncated_svd(x, k, driver=d)[1:] for name in ours}
+        if DEVICE == "cuda":
+            matrices |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
+    functions = {"fused": lambda f: feature_svd(f, k)[1:]}
+    functions |= {name: lambda f, m=m: m(f.flatten(2).mT, k) for name, m in matrices.items()}
+    if inductor:
+        functions["Inductor"] = compiled(lambda f: reference.truncated_svd(f.flatten(2).mT, k)[1:])
+    p, q = sorted((side * side, channels))
+    n = features.nbytes
+    # The Gram matrix, half of it, and its tridiagonal form: what the direct way computes.
+    arithmetic = batch * (p * p * q + 4 / 3 * p**3)
+    return Problem(
+        functions,
+        (features,),
+        upstream=(torch.ones(batch, k, device=DEVICE), torch.randn(batch, channels, k, device=DEVICE)),
+        moved={"forward": n, "forward + backward": 3 * n},  # read; read again and the gradient written
+        work={"forward": {"GEMM": arithmetic}, "forward + backward": {"GEMM": arithmetic}},
+        errors=Errors(features.detach()[:16], k, functions),
+    )
 
-    if way == "forward":
-        with torch.no_grad():
-            calls = {"fused": lambda: feature_svd(features, k)} | {p: (lambda f=f: f(x, k)) for p, f in peers.items()}
-            times = time_interleaved(calls, seconds=0.01 if SMOKE else 2 if k == 4 else 1, warmup=1)
-    else:
-        features.requires_grad_()
-        target = torch.randn(batch, channels, k, device=DEVICE)
 
-        def loss_of(function):
-            def loss(features):
-                s, v = function(features.flatten(2).mT, k)
-                return (v * target).sum() + s.sum()
+class Errors:
+    """Against float64: of s relative to the largest, and the sine of the angle of the worst v. Ours must be small."""
 
-            return loss
+    def __init__(self, features, k, functions):
+        self.features, self.k, self.functions = features, k, functions
+        x = features.flatten(2).mT.double()
+        self.s, self.v = svd(x, k)
+        squares = (torch.linalg.svdvals(x) / self.s[..., :1]) ** 2
+        gaps = (squares[..., None, :] - squares[..., :k, None]).abs()
+        gaps[..., torch.arange(k), torch.arange(k)] = 1
+        self.gaps = torch.minimum(gaps.amin(-1), squares[..., :k])
 
-        calls = {"fused": forward_backward(loss_of(lambda x, k: truncated_svd(x, k)[1:]), features)}
-        calls |= {p: forward_backward(loss_of(f), features) for p, f in peers.items()}
-        times = time_interleaved(calls, seconds=0.01 if SMOKE else 2 if k == 4 else 1, warmup=1)
-    report(name, calls["fused"], times, **errors)
+    def __call__(self, name: str) -> dict[str, float]:
+        if name == "Inductor":  # would be compiled for other shapes; its decomposition is eager's
+            return {}
+        s, v = self.functions[name](self.features)
+        off = (v.double() - self.v * (v.double() * self.v).sum(-2, keepdim=True)).norm(dim=-2)
+        error = ((s.double() - self.s).abs() / self.s[..., :1]).max().item()
+        if name == "fused":
+            assert error <= 1e-6, f"the error of s is {error:.2e}"
+            assert (off <= 2e-6 / self.gaps.clamp_min(1e-12) + 2e-6).all(), f"the sine times the gap is {(off * self.gaps).max():.2e}"
+        return {"error": error, "sine": off.max().item()}
+
+
+# side of the map, channels: matrices [side^2, channels], as the layers of usual networks give
+SHAPES = [(32, 16), (32, 64), (16, 32), (16, 128), (8, 64), (8, 256), (7, 512), (14, 256), (28, 128), (56, 64), (7, 2048)]
+
+
+def cell(side, channels, k, batch=128, kind="relu", main=False, seconds=1.5, **options) -> Cell:
+    name = f"{side * side} x {channels}, k = {k}" + (f", batch {batch}" if batch != 128 else "") + (f", {kind}" if kind != "relu" else "")
+    return Cell("truncated_svd", name, partial(problem, side, channels, batch, k, kind, **options), seconds, main)
+
+
+MAIN = {(32, 16), (16, 128), (8, 256), (14, 256)}
+CELLS = [cell(side, c, k, inductor=k == 4, main=k == 4 and (side, c) in MAIN) for k in (4, 1) for side, c in SHAPES]
+CELLS += [cell(28, 512, k, batch=16) for k in (1, 4)]
+TRAINING_CELLS = [cell(side, c, k, seconds=1.0) for k in (2, 8) for side, c in SHAPES]
+TRAINING_CELLS += [cell(side, c, 4, kind=f"trained {block}") for block, side, c in (("block1", 16, 64), ("block2", 8, 128), ("block3", 4, 256))]
+# The spectra of other maps: noise behind a ReLU, whose gaps are small; noise.
+FORWARD_CELLS = [cell(side, c, 4, kind=kind) for kind in ("relu of noise", "noise") for side, c in ((32, 64), (14, 256), (7, 512))]
+DRIVER_CELLS = [
+    Cell("truncated_svd_drivers", f"{side * side} x {c}, k = {k}", partial(problem, side, c, 128, k, drivers=True), 1.0)
+    for k in (1, 4)
+    for side, c in SHAPES
+]
+
+
+@over(CELLS)
+def bench_truncated_svd(cell, direction, bench):
+    bench(cell, direction)
+
+
+@over(TRAINING_CELLS, DIRECTIONS[2:])
+def bench_training(cell, direction, bench):
+    bench(cell, direction)
+
+
+@over(FORWARD_CELLS, DIRECTIONS[:1])
+def bench_spectra(cell, direction, bench):
+    bench(cell, direction)
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not SMOKE, reason="the implementations for GPUs are timed on GPUs")
-@pytest.mark.parametrize(("side", "channels"), SHAPES)
-@pytest.mark.parametrize("way", ["forward", "forward + backward"])
-@pytest.mark.parametrize("k", [1, 4])
-def bench_drivers(side, channels, way, k, report):
-    """On a GPU: every implementation of ours, the calls replayed from a CUDA graph, and every driver that torch has."""
-    batch = 128
-    if SMOKE:
-        batch, side, channels = 2, min(side, 4), min(channels, 16)
-    features = relu_maps(batch, channels, side).to(DEVICE)
-    x = features.flatten(2).mT
-    ours = ["cuda"] if DEVICE == "cpu" or HAS_CUDA_KERNELS else []
-    ours += ["triton"] if DEVICE == "cuda" else []
-    functions = {"fused": lambda x, k: truncated_svd(x, k)[1:]}
-    functions |= {name: lambda x, k, d=name: truncated_svd(x, k, driver=d)[1:] for name in [*ours, "torch"]}
-    peers = {"linalg.svd": svd, "eigh": eigh}
-    if DEVICE == "cuda":
-        peers |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
-    errors = gate(features, x, k, functions | peers)
-    if way == "forward":
-        calls = {name: (lambda f=f: f(x, k)) for name, f in (functions | peers).items()}
-    else:
-        features.requires_grad_()
-        target = torch.randn(batch, channels, k, device=DEVICE)
-
-        def loss_of(function):
-            def loss(features):
-                s, v = function(features.flatten(2).mT, k)
-                return (v * target).sum() + s.sum()
-
-            return loss
-
-        calls = {name: forward_backward(loss_of(f), features) for name, f in (functions | peers).items()}
-    if DEVICE == "cuda":
-        calls["replayed"] = captured(calls["fused"])
-    times = time_interleaved(calls, seconds=0.01 if SMOKE else 1, warmup=1)
-    report(f"drivers: {side * side} x {channels}, k = {k}, {way}", calls["fused"], times, **errors)
-
-
-def captured(call):
-    """The call in a CUDA graph: what it costs without its launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def gate(features, x, k, peers) -> dict[str, float]:
-    """Errors against float64: of s relative to the largest, and the sine of the angle of the worst v. Ours must be small."""
-    x = x[:16]
-    all_s = torch.linalg.svdvals(x.double())
-    true_s, true_v = svd(x.double(), k)
-    squares = (all_s / all_s[..., :1]) ** 2
-    gaps = (squares[..., None, :] - squares[..., :k, None]).abs()
-    gaps[..., torch.arange(k), torch.arange(k)] = 1
-    gaps = torch.minimum(gaps.amin(-1), squares[..., :k])
-
-    def errors(s, v):
-        v = v.double()
-        off = (v - true_v * (v * true_v).sum(-2, keepdim=True)).norm(dim=-2)
-        return ((s.double() - true_s).abs() / true_s[..., :1]).max().item(), off
-
-    s_error, off = errors(*feature_svd(features[:16].detach(), k)[1:])
-    assert s_error <= 1e-6, s_error
-    assert (off <= 2e-6 / gaps.clamp_min(1e-12) + 2e-6).all(), (off * gaps).max()
-    result = {"error of s": s_error, "sine": off.max().item()}
-    for peer, function in peers.items():
-        result[f"sine of {peer}"] = errors(*function(x.detach(), k))[1].max().item()
-    return result
+@over(DRIVER_CELLS)
+def bench_drivers(cell, direction, bench):
+    """On a GPU: every implementation of ours, and every driver that torch has."""
+    bench(cell, direction)

@@ -1,89 +1,89 @@
-"""What the benches share: one table at the end, the copy bandwidth of this machine, and a smoke mode for CI."""
+"""How pytest runs the suite: options, the fixture that measures a row, the JSON, and a table at the end. ``kdkernels bench`` calls it."""
 
 import os
-import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the benches time the tests' inputs
-SMOKE = os.environ.get("KDKERNELS_BENCH_SMOKE") == "1"  # tiny inputs: shows that every bench runs, and its gate holds
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from .machine import processor
+from .suite import DEVICE, MODE, Cell, circumstances, measure
+from .tables import plain
+
 ROWS: list[dict] = []
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
+class Replay:
+    """A timer whose rounds take as long as they are told: pytest-benchmark's statistics are those of the interleaved rounds."""
+
+    def __init__(self):
+        self.now, self.ahead = 0.0, iter(())
+
+    def play(self, seconds: list[float]) -> None:
+        self.ahead = iter([0.0, *(step for s in seconds for step in (s, 0.0))])
+
+    def __call__(self) -> float:
+        self.now += next(self.ahead, 1e-9)
+        return self.now
+
+
+REPLAY = Replay()
 
 
 def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if DEVICE == "cpu" else torch.get_num_threads())
 
 
-KEPT = ("machine", "python_version", "cpu")  # of the machine: what a number depends on, not whose it is
+def pytest_collection_modifyitems(config, items):
+    ops, texts = (os.environ.get(f"KDKERNELS_BENCH_{name}", "").split("\n") for name in ("OPS", "SELECT"))
+
+    def wanted(item) -> bool:
+        op, name = _name(item)
+        return (ops == [""] or op in ops) and any(text in name for text in texts)
+
+    dropped = [item for item in items if not wanted(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=REPLAY, warmup=False))
+
+
+def _name(item) -> tuple[str, str]:
+    """The op of a row, and the whole name, as comparisons print it."""
+    values = item.callspec.params
+    cell = values.get("cell")
+    op = cell.op.removesuffix("_drivers") if cell is not None else item.path.stem.removeprefix("bench_")
+    return op, f"{op}: {cell if cell is not None else values['name']}, {values.get('direction', 'step')}"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for key in set(machine_info) - set(KEPT):
+    for key in set(machine_info) - {"machine", "python_version", "cpu"}:  # what a number depends on, not whose machine it is
         del machine_info[key]
-
-
-def copy_seconds(nbytes: int) -> float:
-    """Median time to copy a tensor of nbytes: twice nbytes move."""
-    from kdkernels.timing import time_interleaved
-
-    source = torch.randn(max(1, nbytes // 4), device=DEVICE)
-    target = torch.empty_like(source)
-    return statistics.median(time_interleaved({"copy": lambda: target.copy_(source)}, seconds=0.3)["copy"])
+    machine_info["cpu"] = {"brand_raw": processor()}
 
 
 @pytest.fixture
-def report(benchmark):
-    """report(name, ours, times, **columns): a row of the table, and of the JSON that pytest-benchmark writes."""
+def bench(benchmark: BenchmarkFixture):
+    """bench(cell, direction), or bench(row): a row of the table and of the JSON."""
 
-    def add(name: str, ours, times: dict[str, list[float]], **columns) -> None:
-        from kdkernels.timing import ratio
-
-        row = {"name": name, "ms": 1e3 * statistics.median(times["fused"])}
-        row |= {f"vs {other}": ratio(times, other, "fused") for other in times if other != "fused"}
-        row |= columns
-        benchmark.extra_info.update(row, machine=_machine(), commit=_commit(), torch=torch.__version__, threads=torch.get_num_threads())
-        benchmark.pedantic(ours, rounds=3, warmup_rounds=0)
+    def run(what: Cell | dict, direction: str | None = None) -> dict:
+        row = measure(what, direction) if isinstance(what, Cell) else what
+        times = row.pop("times")
+        REPLAY.play(times)
+        benchmark.pedantic(lambda: None, rounds=len(times))
+        benchmark.extra_info.update(row, **circumstances())
         ROWS.append(row)
+        return row
 
-    return add
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):
-    columns = list(dict.fromkeys(key for row in ROWS for key in row))
-    cells = [columns, *([_cell(row.get(c)) for c in columns] for row in ROWS)]
-    if not ROWS:
-        return
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    terminalreporter.section(f"{_machine()}, {DEVICE}, commit {_commit()}" + (", smoke run: no timing means anything" if SMOKE else ""))
-    for line in cells:
-        terminalreporter.write_line(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        )
-
-
-def _cell(value) -> str:
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
-
-
-def _machine() -> str:
-    from machine import machine
-
-    return machine()
-
-
-def _commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return run.stdout.strip() or "unknown"
+    if ROWS:
+        about = circumstances()
+        smoke = ", smoke run: no timing means anything" if MODE == "smoke" else ""
+        terminalreporter.section(f"{about['machine']}, {DEVICE}, commit {about['commit']}{smoke}")
+        for line in plain(ROWS):
+            terminalreporter.write_line(line)

@@ -43,6 +43,17 @@ class RecyclingAllocator final : public c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // the context is not the data
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
+  // Gives all that is kept back to the system.
+  void release() {
+    std::vector<Block*> all;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      all.swap(kept_);
+      kept_bytes_ = 0;
+    }
+    for (Block* block : all) unmap(block);
+  }
+
  private:
   struct Block {
     void* data;
@@ -96,16 +107,22 @@ class RecyclingAllocator final : public c10::Allocator {
       if (surplus.empty()) madvise(block->data, block->bytes, MADV_FREE);
 #endif
     }
-    for (Block* old : surplus) {
-      munmap(old->data, old->bytes);
-      delete old;
-    }
+    for (Block* old : surplus) unmap(old);
+  }
+
+  static void unmap(Block* block) {
+    munmap(block->data, block->bytes);
+    delete block;
   }
 
   std::mutex mutex_;
   std::vector<Block*> kept_;  // oldest first
   size_t kept_bytes_ = 0, most_kept_ = 0;
 };
+
+inline void release_memory() {
+  RecyclingAllocator::instance().release();
+}
 
 // An uninitialised tensor on recycled memory.
 inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
@@ -131,6 +148,8 @@ inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 #else
+
+inline void release_memory() {}
 
 inline at::Tensor recycled_empty_like(const at::Tensor& x) {
   return at::empty_like(x);

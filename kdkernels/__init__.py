@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch  # noqa: F401  before _C: the extension links against torch's libraries
 
 from . import _C, reference  # noqa: F401  the import of _C registers the ops
-from .config import load_cpu_kernels, load_cuda_kernels, show_config
+from .config import load_cpu_kernels, load_cuda_kernels, release_memory, show_config
 
 try:
     __version__ = version("kdkernels")
@@ -30,6 +30,7 @@ __all__ = [
     "rbf_correlation",
     "rbf_correlation_loss",
     "reference",
+    "release_memory",
     "show_config",
     "temperature_kl",
     "truncated_svd",

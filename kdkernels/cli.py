@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels export``, ``kdkernels demo``, ``kdkernels info``."""
+"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels export|plot|bench|demo|info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   export                   the student of a checkpoint, alone: kdkernels export --ckpt best.ckpt --onnx student.onnx
   plot attention           images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   plot dfv                 singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
+  bench                    every op against its reference, its peers and the machine's limit: kdkernels bench --quick --report
   demo                     teacher, student alone, student distilled on the embedded images, and a report
   info                     what is built, and where each op runs
 """
@@ -32,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         show_config()
         return 0
-    if command not in ("demo", "export", "fit", "plot", "test", "validate"):
+    if command not in ("bench", "demo", "export", "fit", "plot", "test", "validate"):
         print(f"kdkernels: there is no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     sys.path.insert(0, os.getcwd())  # a network of the user's own, beside his config
     try:
+        if command == "bench":
+            from .benches.cli import main as bench
+
+            return bench(arguments[1:])
         if command == "demo":
             from .demo import main as demo
 

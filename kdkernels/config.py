@@ -33,6 +33,13 @@ def load_cpu_kernels() -> str:
     return chosen
 
 
+def release_memory() -> None:
+    """Gives memory that freed large results left for the next ones (see ``KDKERNELS_KEEP_MB``) back to the system. What is in use stays."""
+    from . import CPU_ISA
+
+    importlib.import_module(f"kdkernels._cpu_{CPU_ISA}").release_memory()
+
+
 def load_cuda_kernels() -> None:
     if HAS_CUDA_KERNELS:
         importlib.import_module("kdkernels._cuda")

@@ -51,3 +51,16 @@ def test_keeping_can_be_turned_off():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"KDKERNELS_KEEP_MB": "0"})
     assert run.stdout.split() == ["True", "True"], run.stdout + run.stderr
+
+
+def test_what_is_kept_can_be_released():
+    """Freed memory stays for the next gradient until it is released; memory in use is not touched."""
+    code = (
+        "import torch, kdkernels as k; s = torch.randn(40000, 1000, requires_grad=True); t = s.detach() + 1\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "k.temperature_kl(s, t).backward(); held = s.grad; total = held.double().sum(); k.release_memory(); same = held.double().sum() == total\n"
+        "before = resident(); del held; s.grad = None; kept = before - resident(); k.release_memory()\n"
+        "print(bool(same), kept < 60, before - resident() > 140)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "True", "True"], run.stdout + run.stderr

@@ -110,8 +110,3 @@ def test_examples_of_the_documents_run():
     logits, losses = method.losses(batch)
     assert logits.shape == (3, 10)
     assert losses["reverse_kl"] > 0
-
-
-def test_performance_page_is_what_the_results_say():
-    run = subprocess.run([sys.executable, "benches/performance.py", "--check"], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr

@@ -1,0 +1,191 @@
+"""A whole training step of each method, in parts: teacher, student, loss, optimizer; with the fused ops and with the references in their place."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels import models, reference
+from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, at, clip_transfer
+from kdkernels.distill.base import Distiller
+
+from .suite import DEVICE, MODE, SMOKE, row_of
+
+PARTS = ("teacher", "student", "loss", "optimizer")
+LAYERS = ["layer1", "layer2", "layer3"]
+POOLS = [f"pool{i}" for i in range(4)]
+REPLACEMENTS = {
+    "temperature_kl": reference.temperature_kl,
+    "attention_transfer_loss": reference.attention_transfer_loss,
+    "align_singular_vectors": reference.align_singular_vectors,
+    "rbf_correlation_loss": reference.rbf_correlation_loss,
+    "truncated_svds": lambda xs, k, **options: [reference.truncated_svd(x, k, **options) for x in xs],
+}
+# name, method of a student and a teacher, networks, batch, seconds
+STEPS = [
+    ("KD", lambda s, t: KD(s, t), ("resnet20", "resnet56"), 64, 12),
+    ("AT", lambda s, t: AttentionTransfer(s, t, LAYERS, LAYERS), ("resnet20", "resnet56"), 64, 12),
+    ("AT + KD", lambda s, t: AttentionTransfer(s, t, LAYERS, LAYERS, gamma=0.1, alpha=0.9), ("resnet20", "resnet56"), 64, 12),
+    ("gradient AT", lambda s, t: GradientAttentionTransfer(s, t), ("resnet20", "resnet56"), 64, 12),
+    ("FSP, one stage", lambda s, t: FSP(s, t, LAYERS, LAYERS), ("resnet20", "resnet56"), 64, 12),
+    ("SVD-KD", lambda s, t: SVDKD(s, t, POOLS, POOLS), ("sskd_vgg_student", "sskd_vgg_teacher"), 128, 20),
+]
+
+
+@contextlib.contextmanager
+def references():
+    """In the losses and the trainers the references stand where the fused ops do."""
+    places = [m for name, m in sys.modules.items() if name == "kdkernels.nn" or name.startswith("kdkernels.distill")]
+    found = [(m, name) for m in places for name in REPLACEMENTS if getattr(m, name, None) is getattr(kdkernels, name)]
+    for module, name in found:
+        setattr(module, name, REPLACEMENTS[name])
+    try:
+        yield
+    finally:
+        for module, name in found:
+            setattr(module, name, getattr(kdkernels, name))
+
+
+class Clock:
+    """Adds up seconds by part."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.last = 0.0
+        self.start()
+
+    def start(self) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        self.last = time.perf_counter()
+
+    def add(self, part: str) -> None:
+        before = self.last
+        self.start()
+        self.seconds[part] += self.last - before
+
+
+class Step:
+    """A step of a method on one batch, as :meth:`Distiller.training_step` and Lightning do it, stopping the time between the parts."""
+
+    def __init__(self, method: Distiller, batch: dict):
+        self.method, self.batch = method, batch
+        self.optimizer = method.make_optimizer(method.student.parameters())
+        self.parameters = list(method.student.parameters())
+
+    def __call__(self) -> dict[str, float]:
+        clock = Clock()
+        if isinstance(self.method, GradientAttentionTransfer):
+            self._of_gradients(clock)
+        else:
+            self._of_features(clock)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.add("optimizer")
+        return clock.seconds
+
+    def _of_features(self, clock: Clock) -> None:
+        """The loss sees logits and features that are leaves; their gradients then go back through the student."""
+        teacher = self.method.teacher_outputs(self.batch)
+        clock.add("teacher")
+        logits, features = self.method.student_outputs(self.batch)
+        clock.add("student")
+        outputs = [logits, *features.values()]
+        leaves = [x.detach().requires_grad_() for x in outputs]
+        with _outputs(self.method, teacher, (leaves[0], dict(zip(features, leaves[1:], strict=True)))):
+            losses = self._losses()
+        transfer = losses.pop("svd", None) if isinstance(self.method, SVDKD) else None
+        of_main = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)
+        of_transfer = torch.autograd.grad(transfer, leaves, allow_unused=True) if transfer is not None else None
+        clock.add("loss")
+        second = _through(outputs, of_transfer, self.parameters, retain_graph=True) if of_transfer else None
+        for p, g in zip(self.parameters, _through(outputs, of_main, self.parameters), strict=True):
+            p.grad = g
+        clock.add("student")
+        if second is not None:
+            chosen = [(p, g) for p, g in zip(self.parameters, second, strict=True) if g is not None]
+            clipped = clip_transfer([p.grad for p, _ in chosen], [g for _, g in chosen], 0)
+            for (p, _), g in zip(chosen, clipped, strict=True):
+                p.grad = p.grad + g
+            clock.add("loss")
+
+    def _of_gradients(self, clock: Clock) -> None:
+        """The student is differentiated twice: its second backward and that of the loss are one, and counted to the student."""
+        original = at.input_gradient
+
+        def timed(network, *args, **options):
+            clock.add("loss")
+            found = original(network, *args, **options)
+            clock.add("teacher" if network is self.method.teacher else "student")
+            return found
+
+        at.input_gradient = timed
+        try:
+            total = sum(self._losses().values())
+        finally:
+            at.input_gradient = original
+        clock.add("loss")
+        total.backward()
+        clock.add("student")
+
+    def _losses(self) -> dict[str, Tensor]:
+        return self.method.losses(self.batch)[1]
+
+
+@contextlib.contextmanager
+def _outputs(method: Distiller, teacher: tuple, student: tuple):
+    """Method.losses finds these outputs instead of asking the networks."""
+    method.teacher_outputs, method.student_outputs = (lambda batch: teacher), (lambda batch: student)
+    try:
+        yield
+    finally:
+        del method.teacher_outputs, method.student_outputs
+
+
+def _through(outputs: list[Tensor], gradients, parameters, **options) -> tuple[Tensor | None, ...]:
+    there = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None]
+    return torch.autograd.grad([x for x, _ in there], parameters, [g for _, g in there], allow_unused=True, **options)
+
+
+def in_parts(steps: dict[str, Callable[[], dict[str, float]]], seconds: float) -> dict[str, list[dict[str, float]]]:
+    """Steps of all contenders, one after another, round by round."""
+    for step in steps.values():
+        step()
+    found: dict[str, list] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds
+    while len(found["fused"]) < 5 or time.perf_counter() < deadline:
+        order = list(steps) if len(found["fused"]) % 2 else list(steps)[::-1]
+        for name in order:
+            found[name].append(steps[name]())
+    return found
+
+
+@pytest.mark.skipif(MODE == "quick", reason="not one of the main rows")
+@pytest.mark.parametrize(("name", "make", "nets", "batch", "seconds"), STEPS, ids=lambda v: v if isinstance(v, str) else "")
+def bench_step(name, make, nets, batch, seconds, bench):
+    torch.manual_seed(0)
+    if SMOKE:
+        batch, seconds = 4, 0.01
+        nets = ("resnet8", "resnet8") if nets[0].startswith("resnet") else nets
+    student, teacher = (getattr(models, n)(num_classes=100) for n in nets)
+    step = Step(
+        make(student, teacher).to(DEVICE),
+        {"image": torch.randn(batch, 3, 32, 32, device=DEVICE), "label": torch.randint(100, (batch,), device=DEVICE)},
+    )
+    step.method.student.train()
+
+    def with_references() -> dict[str, float]:
+        with references():
+            return step()
+
+    parts = in_parts({"fused": step, "eager": with_references}, seconds)
+    row = row_of(
+        "step", f"{name}, {nets[1]} to {nets[0]}, batch {batch}", "step", {c: [sum(s.values()) for s in found] for c, found in parts.items()}
+    )
+    row["parts"] = {c: {part: sorted(s[part] for s in found)[len(found) // 2] for part in PARTS} for c, found in parts.items()}
+    bench(row)

@@ -1,0 +1,228 @@
+"""Tables of rows, for the terminal, docs/performance.md and report.html: the same cells everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+TITLES = {
+    "temperature_kl": "temperature_kl of logits [rows, classes]",
+    "attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
+    "rbf_correlation": "rbf_correlation_loss and rbf_correlation of [B, M, K] and [B, N, K]",
+    "truncated_svd": "truncated_svd of maps seen as matrices [places, channels], batch 128 if not said",
+    "truncated_svd_drivers": "truncated_svd by each implementation, and torch's drivers",
+    "svd_kd": "The whole loss of SVD-KD on the taps of the paper's students",
+    "teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
+    "step": "A whole training step, in parts",
+}
+CONTENDERS = {
+    "eager": "eager",
+    "Inductor": "Inductor",
+    "textbook": "textbook form",
+    "Inductor textbook": "Inductor of the textbook form",
+    "linear in torch": "linear form in torch",
+    "Inductor linear": "Inductor of the linear form",
+    "eigh": "eigh of the Gram matrix",
+    "the teacher run": "with the teacher run",
+}
+ORDER = [*CONTENDERS, "linalg.svd", "svd_lowrank", "power iteration"]
+
+
+class Entry(NamedTuple):
+    """What a cell says, and the number that it is sorted by."""
+
+    text: str
+    value: float | None = None
+
+
+NOTHING = Entry("-")
+
+
+@dataclass
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[Entry]]
+
+
+def key_of(row: dict) -> tuple[str, str, str]:
+    """What makes two rows of two files the same measurement."""
+    return row["op"], row["cell"], row["direction"]
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    """A table for each op, without the points of sweeps; steps in parts have their own form."""
+    found = []
+    for op, title in TITLES.items():
+        own = [row for row in rows if row["op"] == op and "sweep" not in row]
+        if own:
+            found.append(_steps(title, own) if op == "step" else _table(title, own))
+    return found
+
+
+def contenders_of(rows: list[dict]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in [*row["ratios"], *row.get("failed", {})])
+    return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+def _table(title: str, rows: list[dict]) -> Table:
+    names = contenders_of(rows)
+    columns: list[tuple[str, object]] = [
+        ("what", lambda row: Entry(row["cell"])),
+        ("direction", lambda row: Entry(row["direction"])),
+        ("ms", lambda row: _number(1e3 * row["seconds"]["fused"], "{:.3g}")),
+        *((CONTENDERS.get(name, name), lambda row, name=name: _ratio(row, name)) for name in names),
+        ("of the limit", _share),
+        ("moves, MB", lambda row: _number(row["moved"] / 1e6, "{:.3g}") if row.get("moved") else NOTHING),
+        ("error", lambda row: _error(row, "fused", "error")),
+        ("least error of a peer", _least_error),
+        ("sine", lambda row: _error(row, "fused", "sine")),
+        ("sine of linalg.svd", lambda row: _error(row, "linalg.svd", "sine")),
+        ("sine of eigh", lambda row: _error(row, "eigh", "sine")),
+        ("memory, MB", lambda row: _memory(row, "fused")),
+        ("of eager", lambda row: _memory(row, "eager")),
+        ("of Inductor", lambda row: _memory(row, "Inductor")),
+        ("replayed, ms", lambda row: _replayed(row, "fused")),
+        ("eager replayed", lambda row: _replayed(row, "eager")),
+        ("Inductor replayed", lambda row: _replayed(row, "Inductor")),
+    ]
+    cells = [(name, [make(row) for row in rows]) for name, make in columns]
+    cells = [(name, column) for name, column in cells if name in ("what", "direction", "ms") or any(c != NOTHING for c in column)]
+    return Table(title, [name for name, _ in cells], [list(line) for line in zip(*(column for _, column in cells), strict=True)])
+
+
+def _steps(title: str, rows: list[dict]) -> Table:
+    parts = list(rows[0]["parts"]["fused"])
+    columns = ["what", "ops", "step, ms", *(f"{part}, ms" for part in parts), "share of the loss", "step with references"]
+    lines = []
+    for row in rows:
+        for name, title_of in (("fused", "fused"), ("eager", "references")):
+            own = row["parts"][name]
+            share = own["loss"] / sum(own.values())
+            lines.append(
+                [Entry(row["cell"]), Entry(title_of), _number(1e3 * row["seconds"][name], "{:.4g}")]
+                + [_number(1e3 * own[part], "{:.3g}") for part in parts]
+                + [Entry(f"{100 * share:.1f} %", share), _ratio(row, "eager") if name == "fused" else NOTHING]
+            )
+    return Table(title, columns, lines)
+
+
+def _number(value: float, form: str) -> Entry:
+    return Entry(form.format(value), value)
+
+
+def _ratio(row: dict, name: str) -> Entry:
+    if name in row.get("failed", {}):
+        return Entry(f"failed: {row['failed'][name].split(':')[0]}")
+    if name not in row["ratios"]:
+        return NOTHING
+    median, low, high = row["ratios"][name]
+    return Entry(f"{_short(median)}x ({_short(low)} to {_short(high)})", median)
+
+
+def _short(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def _share(row: dict) -> Entry:
+    share = share_of_limit(row)
+    return NOTHING if share is None else Entry(f"{100 * share[1]:.0f} % {share[0]}", share[1])
+
+
+def share_of_limit(row: dict) -> tuple[str, float] | None:
+    """What binds, and the share of its rate that the fused op reaches."""
+    if not row.get("limits"):
+        return None
+    name, seconds = max(row["limits"].items(), key=lambda item: item[1])
+    return name, seconds / row["seconds"]["fused"]
+
+
+def _error(row: dict, name: str, kind: str) -> Entry:
+    value = row.get("errors", {}).get(name, {}).get(kind)
+    return NOTHING if value is None else Entry(f"{value:.0e}", value)
+
+
+def _least_error(row: dict) -> Entry:
+    others = [e["error"] for name, e in row.get("errors", {}).items() if name != "fused" and "error" in e]
+    return Entry(f"{min(others):.0e}", min(others)) if others else NOTHING
+
+
+def _memory(row: dict, name: str) -> Entry:
+    value = row.get("memory", {}).get(name)
+    if value is None:
+        return NOTHING
+    floor = 0 if row.get("device") == "cuda" else 1 << 20  # what the measurement tells from nothing
+    return Entry("< 1" if value < floor else f"{value / 1e6:.3g}", value)
+
+
+def _replayed(row: dict, name: str) -> Entry:
+    value = row.get("replayed", {}).get(name)
+    if value is None:
+        return NOTHING
+    if isinstance(value, str):
+        return Entry(f"failed: {value.split(':')[0]}")
+    ours = row["replayed"].get("fused")
+    if name == "fused" or not isinstance(ours, float):
+        return Entry(f"{1e3 * value:.3g}", value)
+    return Entry(f"{_short(value / ours)}x", value / ours)
+
+
+def plain(rows: list[dict]) -> list[str]:
+    """Lines for a terminal."""
+    lines = []
+    for table in [*tables(rows), *_sweep_table(rows)]:
+        texts = [table.columns, *([cell.text for cell in line] for line in table.rows)]
+        widths = [max(len(line[i]) for line in texts) for i in range(len(table.columns))]
+        lines += [
+            "",
+            table.title,
+            *("  ".join(t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))) for line in texts),
+        ]
+    return lines
+
+
+def _sweep_table(rows: list[dict]) -> list[Table]:
+    own = [row for row in rows if "sweep" in row]
+    return [_table("Sweeps", own)] if own else []
+
+
+def markdown(table: Table) -> list[str]:
+    return [
+        "| " + " | ".join(table.columns) + " |",
+        "|" + "---|" * len(table.columns),
+        *("| " + " | ".join(cell.text for cell in line) + " |" for line in table.rows),
+    ]
+
+
+def load(path: str | os.PathLike) -> dict:
+    """A file of results, as pytest-benchmark writes it.
+
+    Raises:
+        ValueError: the file is not one of this suite.
+        OSError: it cannot be read.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+        for row in rows_of(result):
+            key_of(row), row["seconds"]["fused"], row["ratios"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a file of results of this suite: {type(error).__name__} {error}") from error
+    return result
+
+
+def rows_of(result: dict) -> list[dict]:
+    return [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+
+
+def about(result: dict) -> str:
+    """Machine, versions and commits of a file of results, in a line."""
+    rows = rows_of(result)
+    first = rows[0]
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    device = first.get("gpu") or result["machine_info"]["cpu"].get("brand_raw", first["machine"])
+    versions = f"torch {first['torch']}" + (f", triton {first['triton']}, CUDA {first['cuda']}" if "cuda" in first else "")
+    threads = f", {first['threads']} threads" if first["device"] == "cpu" else ""
+    return f"{device}{threads}, {versions}, commit {' and '.join(f'`{c}`' for c in commits)}, {result['datetime'][:10]}"

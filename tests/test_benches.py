@@ -1,0 +1,480 @@
+"""The benchmark suite: what it measures is what it says, and what it writes can be read."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdkernels
+from kdkernels.timing import Prepared, ratio_interval, time_interleaved
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("matplotlib")
+pytest.importorskip("lightning")
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+from benches import bench_step, suite  # noqa: E402
+from benches.compare import compare  # noqa: E402
+from benches.compare import main as compare_files  # noqa: E402
+from benches.limits import RATES, peak_memory, seconds_for  # noqa: E402
+from benches.suite import Cell, Measured, Problem, copies_of  # noqa: E402
+from benches.tables import load, markdown, plain, rows_of, share_of_limit, tables  # noqa: E402
+
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(suite, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_step, "DEVICE", "cpu")
+
+
+# Times.
+
+
+def test_every_round_has_every_contender_once_in_changing_order():
+    calls = []
+    contenders = {name: partial(calls.append, name) for name in "abc"}
+    times = time_interleaved(contenders, rounds=40, warmup=2, device="cpu")
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 40)
+    assert all(t > 0 for name in times for t in times[name])
+    assert calls[:6] == list("aabbcc")
+    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) == 6  # all orders
+
+
+def test_what_is_prepared_is_handed_over_and_not_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    seen = []
+
+    def prepare():
+        now[0] += 100
+        return len(seen)
+
+    def run(prepared):
+        now[0] += 1
+        seen.append(prepared)
+
+    times = time_interleaved({"x": Prepared(prepare, run)}, rounds=5, warmup=0, device="cpu")
+    assert times == {"x": [1.0] * 5}
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_an_interval_of_equal_ratios_is_a_point():
+    times = {"slow": [2.0, 4.0, 6.0], "fast": [1.0, 2.0, 3.0]}
+    assert ratio_interval(times, "slow", "fast") == (2, 2, 2)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=5, max_size=60))
+def test_an_interval_holds_the_median_and_lies_among_the_ratios(ratios):
+    times = {"slow": ratios, "fast": [1.0] * len(ratios)}
+    median, low, high = ratio_interval(times, "slow", "fast")
+    assert min(ratios) <= low <= median <= high <= max(ratios)
+
+
+def test_an_interval_covers_the_true_median():
+    """Of 200 samples of 41 ratios, at least 85 % of the intervals hold the median of the distribution; 95 % are meant to."""
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        ratios = torch.randn(41, generator=generator, dtype=torch.float64).exp().tolist()  # log-normal: its median is 1
+        _, low, high = ratio_interval({"slow": ratios, "fast": [1.0] * 41}, "slow", "fast")
+        held += low <= 1 <= high
+    assert held >= 170
+
+
+# Limits and memory.
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_rates_are_measured(rate):
+    assert 0 < seconds_for(rate, 1e6, "cpu") < math.inf
+
+
+def test_more_work_takes_longer_at_the_same_rate():
+    assert seconds_for("GEMM", 2e9, "cpu") == pytest.approx(2 * seconds_for("GEMM", 1e9, "cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux")
+@pytest.mark.parametrize("megabytes", [8, 64])
+def test_peak_memory_is_what_a_call_takes(megabytes):
+    def twice_at_once():
+        a = torch.ones(megabytes * MB // 4)
+        return (a + a).sum()
+
+    for _ in range(2):  # also where the first call has left memory behind
+        assert abs(peak_memory(twice_at_once, "cpu") - 2 * megabytes * MB) <= 0.1 * megabytes * MB + 2 * MB
+    assert peak_memory(lambda: None, "cpu") <= 2 * MB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux")
+def test_peak_memory_counts_a_gradient_on_recycled_memory():
+    student, teacher = torch.randn(16, 2 * MB // 4, requires_grad=True), torch.randn(16, 2 * MB // 4)
+
+    def step():
+        kdkernels.temperature_kl(student, teacher).backward()
+        student.grad = None
+
+    step()  # its gradient is kept for the next one
+    assert abs(peak_memory(step, "cpu") - 32 * MB) <= 6 * MB
+
+
+# Rows.
+
+
+def _problem(**functions) -> Problem:
+    x = torch.randn(6, 5, requires_grad=True)
+    exact = lambda x: x.square().sum()  # noqa: E731
+    fused = lambda x: (x * x).sum()  # noqa: E731
+    return Problem({"fused": fused, "eager": exact, **functions}, (x,), exact, tolerance={"value": 1e-6, "gradient": 1e-6}, moved={"forward": 120})
+
+
+def _measured(problem: Problem) -> Measured:
+    return Measured(Cell("temperature_kl", "a cell", lambda: problem, seconds=0.01))
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("no backward here\nand a second line")
+
+
+def test_a_row_tells_times_ratios_errors_limits_and_memory():
+    row = _measured(_problem()).row("forward")
+    assert row["op"] == "temperature_kl"
+    assert row["rounds"] == len(row["times"]) >= 5
+    assert set(row["seconds"]) == {"fused", "eager"}
+    median, low, high = row["ratios"]["eager"]
+    assert low <= median <= high
+    assert row["errors"]["fused"]["error"] <= 1e-6
+    assert set(row["memory"]) == {"fused", "eager"}
+    assert row["inputs"] == 120
+    assert share_of_limit(row) == ("copy", row["limits"]["copy"] / row["seconds"]["fused"])
+    assert not row["failed"]
+
+
+def test_errors_are_of_the_direction():
+    wrong = lambda x: x.square().sum() * 1.01 - 0.01 * x.detach().square().sum()  # noqa: E731  its gradient is 1 % off
+    measured = _measured(_problem(wrong=wrong))
+    errors = {d: measured.row(d)["errors"]["wrong"]["error"] for d in suite.DIRECTIONS}
+    assert errors["forward"] < 1e-6
+    assert errors["backward"] == pytest.approx(0.01, rel=1e-3)
+    assert errors["forward + backward"] == errors["backward"]
+
+
+@pytest.mark.parametrize("direction", suite.DIRECTIONS)
+def test_a_contender_that_fails_is_named_and_the_others_go_on(direction):
+    def broken(x):
+        raise RuntimeError("cannot")
+
+    measured = _measured(_problem(broken=broken, once=_NoBackward.apply))
+    row = measured.row(direction)
+    assert row["failed"] == {"broken": "RuntimeError: cannot", "once": "NotImplementedError: no backward here"}
+    assert set(row["ratios"]) == {"eager"}
+    (table,) = tables([row | {"device": "cpu"}])
+    texts = [cell.text for cell in table.rows[0]]
+    assert "failed: RuntimeError" in texts
+    assert "failed: NotImplementedError" in texts
+
+
+def test_a_wrong_op_is_not_timed():
+    with pytest.raises(AssertionError, match="a cell: the error of the value is"):
+        _measured(_problem(fused=lambda x: x.abs().sum()))
+    with pytest.raises(AssertionError, match="the error of the gradient is"):
+        _measured(_problem(fused=lambda x: x.square().sum() * 2 - x.detach().square().sum()))
+
+    def broken(x):
+        raise RuntimeError("the op itself")
+
+    with pytest.raises(RuntimeError, match="the op itself"):
+        _measured(_problem(fused=broken))
+
+
+def test_calls_go_round_the_copies_of_the_inputs():
+    """As on a GPU, where each call is to find its inputs in memory and not in the cache."""
+    seen = []
+    x = torch.randn(3, 8, requires_grad=True)[:, ::2].detach().requires_grad_()
+    fused = lambda x, y: (seen.append(x.data_ptr()), (x * y).sum())[1]  # noqa: E731
+    y = torch.randn(3, 4)
+    measured = _measured(Problem({"fused": fused}, (x, y), fused))
+    measured.sets = copies_of(measured.problem.inputs, 3)
+    assert [[t.requires_grad for t in s] for s in measured.sets] == [[True, False]] * 3
+    assert {s[0].stride() for s in measured.sets} <= {x.stride(), (4, 1)}
+    assert all(torch.equal(s[0], x) for s in measured.sets)
+    for direction in ("forward", "forward + backward"):
+        seen.clear()
+        call = measured.call("fused", direction)
+        for _ in range(6):
+            call()
+        assert seen == [s[0].data_ptr() for s in measured.sets] * 2
+        assert all(t.grad is None for s in measured.sets for t in s)
+
+
+# Steps.
+
+
+def _steps():
+    from kdkernels import distill, models
+
+    maps = ["layer1", "layer2", "layer3"]
+    torch.manual_seed(0)
+    nets = lambda: (models.resnet8(num_classes=7), models.resnet8(num_classes=7))  # noqa: E731
+    return {
+        "KD": distill.KD(*nets()),
+        "AT": distill.AttentionTransfer(*nets(), maps, maps, alpha=0.5),
+        "FSP": distill.FSP(*nets(), maps, maps),
+        "gradient AT": distill.GradientAttentionTransfer(*nets()),
+        "SVD-KD": distill.SVDKD(*nets(), maps, maps, k=2),
+    }
+
+
+@pytest.mark.parametrize("name", ["KD", "AT", "FSP", "gradient AT", "SVD-KD"])
+def test_a_step_in_parts_has_the_gradients_of_the_step(name):
+    """Cut at the features, its parts give the parameters the gradients that the whole has; with the references in place of the ops too."""
+    method = _steps()[name].double()
+    method.student.eval()  # statistics of batch norm stay
+    batch = {"image": torch.randn(4, 3, 16, 16, dtype=torch.float64), "label": torch.randint(7, (4,))}
+    parameters = list(method.student.parameters())
+    losses = method.losses(batch)[1]
+    transfer = losses.pop("svd", None)
+    expected = list(torch.autograd.grad(sum(losses.values()), parameters, retain_graph=True))
+    if transfer is not None:
+        second = torch.autograd.grad(transfer, parameters, allow_unused=True)
+        for i, g in enumerate(second):
+            if g is not None:
+                expected[i] = expected[i] + bench_step.clip_transfer([expected[i]], [g], 0)[0]
+    for context in (bench_step.references, lambda: pytest.MonkeyPatch.context()):
+        step = bench_step.Step(method, batch)
+        found = []
+        step.optimizer.step = lambda: found.extend(p.grad.clone() for p in parameters)  # noqa: B023
+        with context():
+            seconds = step()
+        assert all(seconds[part] > 0 for part in bench_step.PARTS)
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+def test_references_stand_in_for_the_ops_and_go_again():
+    from kdkernels.distill import kd
+
+    with bench_step.references():
+        assert kd.temperature_kl is kdkernels.reference.temperature_kl
+        assert kdkernels.nn.attention_transfer_loss is kdkernels.reference.attention_transfer_loss
+        assert kdkernels.temperature_kl is not kdkernels.reference.temperature_kl
+    assert kd.temperature_kl is kdkernels.temperature_kl
+    assert kdkernels.nn.attention_transfer_loss is kdkernels.attention_transfer_loss
+
+
+# Files of results.
+
+
+def _result(**ratios) -> dict:
+    rows = []
+    for cell, ratio in ratios.items():
+        row = {
+            "op": "temperature_kl",
+            "cell": cell,
+            "direction": "forward",
+            "seconds": {"fused": 1e-3},
+            "ratios": {"eager": ratio},
+            "failed": {},
+            "errors": {},
+        }
+        rows.append({"extra_info": row | {"machine": "none", "mode": "full", "device": "cpu"}})
+    return {"benchmarks": rows}
+
+
+def test_compare_reports_what_lost_more_than_a_quarter():
+    old = _result(steady=[4, 3.9, 4.1], lost=[4, 3.9, 4.1], noisy=[4, 2, 6], gained=[1, 0.9, 1.1], gone=[2, 2, 2])
+    new = _result(steady=[3.2, 3.1, 3.3], lost=[2.9, 2.8, 3.0], noisy=[2.5, 1.5, 3.5], gained=[2, 1.9, 2.1], fresh=[1, 1, 1])
+    changes = compare(old, new)
+    assert [c.cell for c in changes] == ["noisy", "lost", "steady", "gained"]
+    assert [c.cell for c in changes if c.lost] == ["lost"]
+    assert changes[1].factor == pytest.approx(2.9 / 4)
+
+
+def test_compare_on_the_command_line(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(_result(a=[4, 3.9, 4.1], b=[2, 2, 2])))
+    new.write_text(json.dumps(_result(a=[1, 0.9, 1.1])))
+    assert compare_files([str(old), str(new)]) == 0  # reported, not failed
+    shown = capsys.readouterr().out
+    assert "1 ratios of 1 cells compared; 1 cells of the older file were not measured; lost more than 25 %: 1" in shown
+    assert "4.00x ->     1.00x  temperature_kl: a, forward, against eager" in shown
+    assert compare_files([str(old), str(new), "--fail"]) == 1
+    assert compare_files([str(new)]) == 0
+    assert "no committed results of none: nothing to compare with" in capsys.readouterr().out
+    (tmp_path / "broken.json").write_text('{"benchmarks": [{}]}')
+    for files, message in (
+        (["broken.json", "new.json"], "not a file of results"),
+        (["absent.json", "new.json"], "No such file"),
+        (["new.json"] * 3, "one or two"),
+    ):
+        with pytest.raises(SystemExit):
+            compare_files([str(tmp_path / f) for f in files])
+        assert message in capsys.readouterr().err
+
+
+def test_performance_page_is_what_the_results_say():
+    run = subprocess.run([sys.executable, "-m", "benches.performance", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+# The command.
+
+
+def _bench(*arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "kdkernels", "bench", *map(str, arguments)], capture_output=True, text=True, env=environment, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A run of a few rows: an op in all directions, points of sweeps, a step."""
+    out = tmp_path_factory.mktemp("bench")
+    run = _bench(
+        "--smoke", "--device", "cpu", "--report", "--out", out, "--select", "128 x 100,", "--select", "rows of 1000", "--select", "FSP", cwd=out
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out, run
+
+
+def test_command_writes_results_pictures_and_report(smoke):
+    out, run = smoke
+    assert {p.name for p in out.iterdir()} >= {"bench.json", "report.html", "temperature_kl_sweeps.svg", "temperature_kl_sweeps.png"}
+    assert not list(out.glob(".bench*")) + list(out.glob("*.tmp"))
+    result = load(out / "bench.json")
+    rows = rows_of(result)
+    assert {row["direction"] for row in rows} == {*suite.DIRECTIONS, "step"}
+    for benchmark in result["benchmarks"]:  # pytest-benchmark's own statistics are those of our rounds
+        row = benchmark["extra_info"]
+        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"]["fused"], rel=1e-6)
+        assert benchmark["stats"]["rounds"] == row["rounds"]
+        assert {"machine", "commit", "torch", "threads", "device"} <= row.keys()
+    assert "smoke run: no timing means anything" in run.stdout
+    assert "128 x 100" in run.stdout
+    assert (out / "temperature_kl_sweeps.svg").read_text().count("limit") >= 1
+
+
+def test_tables_have_a_line_for_each_row(smoke):
+    rows = rows_of(load(smoke[0] / "bench.json"))
+    by_title = {t.title: t for t in tables(rows)}
+    kl = by_title["temperature_kl of logits [rows, classes]"]
+    assert len(kl.rows) == sum(row["op"] == "temperature_kl" and "sweep" not in row for row in rows)
+    assert len(markdown(kl)) == len(kl.rows) + 2
+    assert all(len(line) == len(kl.columns) for line in kl.rows)
+    assert any(line.startswith("temperature_kl of logits") for line in plain(rows))
+
+
+def test_rows_are_added_to_those_in_the_folder(smoke, tmp_path):
+    shutil.copy(smoke[0] / "bench.json", tmp_path)
+    before = rows_of(load(tmp_path / "bench.json"))
+    run = _bench("--smoke", "--device", "cpu", "--out", tmp_path, "--op", "temperature_kl", "--select", "jsd, backward")
+    assert run.returncode == 0, run.stdout + run.stderr
+    after = rows_of(load(tmp_path / "bench.json"))
+    assert [r["cell"] for r in after] == [*(r["cell"] for r in before), "1024 x 1000, jsd"]
+
+
+ERRORS = [
+    (["--op", "softmax"], "invalid choice: 'softmax'"),
+    (["--results", "absent.json"], "--results: "),
+    (["--smoke", "--quick"], "not allowed with argument"),
+    (["--smoke", "--select", "no such row", "--out", "empty"], "no row was measured"),
+    (["--out", "file.txt"], "--out: cannot make the folder file.txt"),
+    (["--out", "other"], "holds results of a smoke run"),
+    (["--out", "broken"], "is not a file of results"),
+]
+if not torch.cuda.is_available():
+    ERRORS.append((["--device", "cuda"], "--device cuda: torch sees no GPU here"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[m for _, m in ERRORS])
+def test_errors_of_the_command(arguments, message, smoke, tmp_path):
+    (tmp_path / "file.txt").write_text("mine")
+    for name, content in (("other", (smoke[0] / "bench.json").read_text()), ("broken", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bench.json").write_text(content)
+    run = _bench(*arguments, cwd=tmp_path)
+    assert run.returncode != 0
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert (tmp_path / "other" / "bench.json").read_text() == (smoke[0] / "bench.json").read_text()
+    assert not list(tmp_path.glob("*/.bench*"))
+
+
+# The report, in a browser.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+def test_the_report_sorts_and_fetches_nothing(smoke, browser):
+    page = browser.new_page()
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((smoke[0] / "report.html").as_uri())
+    assert [r for r in requests if not r.startswith(("file:", "data:"))] == []
+    heading = page.locator("h2", has_text="temperature_kl of logits")
+    table = heading.locator("xpath=following-sibling::table[1]")
+    head = table.locator("th", has_text="ms").first
+    column = [h.inner_text().strip() for h in table.locator("th").all()].index("ms")
+
+    def numbers():
+        return [float(c.get_attribute("data-value")) for c in table.locator(f"tbody tr td:nth-child({column + 1})").all()]
+
+    before = numbers()
+    assert len(before) == 3
+    head.locator("button").click()
+    assert numbers() == sorted(before, reverse=True)
+    assert head.get_attribute("aria-sort") == "descending"
+    head.locator("button").click()
+    assert numbers() == sorted(before)
+    table.locator("th button").first.click()  # words sort too
+    words = [c.inner_text() for c in table.locator("tbody tr td:first-child").all()]
+    assert words == sorted(words, reverse=True)
+    page.fill("#filter", "128 x 100 backward")
+    assert table.locator("tbody tr:visible").count() == 2
+    for image in page.locator("img").all():
+        assert image.evaluate("i => i.complete && i.naturalWidth > 0")
+    assert page.locator("img").count() == 1
+    assert complaints == []
+    page.close()
+
+
+def test_the_report_fits_a_phone(smoke, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True)
+    page.goto((smoke[0] / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables scroll in themselves
+    assert float(re.match(r"[\d.]+", page.locator("p").first.evaluate("e => getComputedStyle(e).fontSize")).group()) >= 14
+    page.close()
