@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .machine import processor
@@ -33,7 +32,6 @@ REPLAY = Replay()
 def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
-    torch.set_num_threads(min(2, os.cpu_count() or 1) if DEVICE == "cpu" else torch.get_num_threads())
 
 
 def pytest_collection_modifyitems(config, items):

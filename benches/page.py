@@ -20,6 +20,7 @@ th, td { white-space: nowrap; padding: .25rem .6rem }
 th { position: sticky; top: 0; background: #fff; z-index: 1 }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; max-width: 45vw; white-space: normal; min-width: 8rem }
 th:first-child { z-index: 2 }
+@media (min-width: 60rem) { th:first-child, td:first-child { min-width: 17rem } }
 th button { font: inherit; font-weight: 600; border: 0; background: none; cursor: pointer; padding: 0; color: inherit }
 th[aria-sort=ascending] button::after { content: " \\25b2" } th[aria-sort=descending] button::after { content: " \\25bc" }
 td.slower { color: #c92a2a; font-weight: 600 }

@@ -228,7 +228,7 @@ class Measured:
 
 def timed_row(op: str, cell: str, direction: str, calls: dict[str, Callable | Prepared], seconds: float, *, main: bool = False) -> dict:
     """Names, medians, and ratios to "fused" of contenders that are timed together."""
-    times = time_interleaved(calls, seconds=0.01 if SMOKE else seconds, warmup=1 if SMOKE else 2, device=DEVICE)
+    times = time_interleaved(calls, seconds=0.01 if SMOKE else seconds, warmup=1, device=DEVICE)
     return row_of(op, cell, direction, times, main=main)
 
 

@@ -1,4 +1,4 @@
-"""The awkward cases of every op, shared by all backends, by tests and benches."""
+"""The awkward cases of every op, shared by the tests of all backends."""
 
 from __future__ import annotations
 

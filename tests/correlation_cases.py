@@ -1,4 +1,4 @@
-"""Awkward inputs of rbf_correlation and its loss, shared by all backends, by tests and benches."""
+"""Awkward inputs of rbf_correlation and its loss, shared by the tests of all backends."""
 
 from __future__ import annotations
 

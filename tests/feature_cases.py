@@ -1,4 +1,4 @@
-"""Awkward feature maps [B, C, *spatial], shared by all backends, by tests and benches."""
+"""Awkward feature maps [B, C, *spatial], shared by the tests of all backends."""
 
 from __future__ import annotations
 

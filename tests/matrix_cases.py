@@ -1,4 +1,4 @@
-"""Awkward matrices for the singular value decomposition, shared by all backends, by tests and benches."""
+"""Awkward matrices for the singular value decomposition, shared by the tests of all backends."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ pytest.importorskip("lightning")
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-from benches import bench_step, suite  # noqa: E402
+from benches import bench_step, performance, suite  # noqa: E402
 from benches.compare import compare  # noqa: E402
 from benches.compare import main as compare_files  # noqa: E402
 from benches.limits import RATES, peak_memory, seconds_for  # noqa: E402
@@ -115,7 +115,8 @@ def test_peak_memory_is_what_a_call_takes(megabytes):
         a = torch.ones(megabytes * MB // 4)
         return (a + a).sum()
 
-    for _ in range(2):  # also where the first call has left memory behind
+    twice_at_once()
+    for _ in range(2):  # also where a call has left memory behind
         assert abs(peak_memory(twice_at_once, "cpu") - 2 * megabytes * MB) <= 0.1 * megabytes * MB + 2 * MB
     assert peak_memory(lambda: None, "cpu") <= 2 * MB
 
@@ -335,6 +336,31 @@ def test_compare_on_the_command_line(tmp_path, capsys):
 def test_performance_page_is_what_the_results_say():
     run = subprocess.run([sys.executable, "-m", "benches.performance", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+
+
+def test_rows_of_a_gpu_have_a_section_of_their_own(smoke, tmp_path, monkeypatch):
+    """Results as a GPU gives them, made up here: replayed graphs, one of which cannot be captured, and the versions that count there."""
+    result = load(smoke[0] / "bench.json")
+    (tmp_path / "docs").mkdir()
+    for device in ("cpu", "cuda"):
+        for row in rows_of(result):
+            row |= {"device": device, "machine": f"some-{device}"}
+            if device == "cuda":
+                row |= {
+                    "gpu": "Some GPU",
+                    "cuda": "13.0",
+                    "triton": "3.6.0",
+                    "replayed": {"fused": 1e-5, "eager": 4e-5, "Inductor": "RuntimeError: no"},
+                }
+        folder = tmp_path / "benches" / "results" / f"some-{device}"
+        folder.mkdir(parents=True)
+        (folder / "bench.json").write_text(json.dumps(result))
+        monkeypatch.setattr(performance, "ROOT", tmp_path)
+        page = performance.page()
+        assert ("Not measured yet" in page) == (device == "cpu")
+        assert ("## some-cuda\n\nSome GPU, torch" in page) == (device == "cuda")
+    line = next(x for x in page.split("## some-cuda")[1].splitlines() if x.startswith("| 128 x 100 | forward |"))
+    assert "| 0.01 | 4.00x | failed: RuntimeError |" in line
 
 
 # The command.
