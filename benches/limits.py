@@ -56,7 +56,7 @@ def exp_rate(device: str) -> float:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:
-    """Bytes that a call, which has run before, takes at its peak over what was in use before it, its results with them; None where the system does not tell.
+    """Bytes that a call, which has run before, takes at its peak over what was in use, its results with them; None where no system tells.
 
     On a GPU what torch's allocator has given out. On a CPU resident pages, whoever asked for them: what freed tensors left behind is given
     back to the system first, so that the call has to take pages for all it uses. A page is 4 KiB, and threads count in batches: what is below a

@@ -1,4 +1,5 @@
 // CPU kernels of the truncated_svd ops. Compiled once per instruction set.
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "truncated_svd/backward.h"
@@ -39,13 +40,21 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
 }
 
+// Whether anything of a triplet has a gradient: [B, k].
+Tensor used_triplets(const Cotangents& grads, int64_t batch, int64_t k) {
+  Tensor used = at::zeros({batch, k}, at::kBool);
+  if (grads.s.defined()) used = used.logical_or(grads.s.ne(0));
+  for (const Tensor* g : {&grads.u, &grads.v})
+    if (g->defined()) used = used.logical_or(g->ne(0).any(-1));
+  return used.contiguous();
+}
+
 // A matrix that holds no numbers and of whose triplets nothing was used was left out of a loss: its gradient is 0, not NaN.
 void leave_out_the_unused(const Cotangents& grads, const Tensor& s, const Tensor& gradient) {
   const int64_t k = s.size(-1), batch = s.numel() / k;
   Tensor broken = s.view({batch, k}).select(1, 0).isnan();
   if (!broken.any().item().toBool()) return;
-  for (const Tensor* g : {&grads.u, &grads.s, &grads.v})
-    if (g->defined()) broken = broken.logical_and(g->flatten(1).eq(0).all(1));
+  broken = broken.logical_and(used_triplets(grads, batch, k).any(1).logical_not());
   const Matrices to(gradient);
   const Tensor which = broken.nonzero().flatten();
   for (int64_t i = 0; i < which.numel(); ++i) to.one(which[i].item().toLong()).zero_();
@@ -93,10 +102,17 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   std::vector<int64_t> unsolved, ill;
   const Tensor gradient = Backward<float>(grads, x, t, gap_eps, tier).run(&unsolved);
   redo_gradients<float>(unsolved, grads, m, t, gap_eps, gradient);
-  // Matrices whose forward was done again in double have their derivative from there too.
+  // Matrices whose forward was done again in double have their derivative from there too, but where nothing of the triplets that asked for
+  // it was used: SVD-KD has a spare vector that it takes only where an order changed.
   const float* sigma = t.s.const_data_ptr<float>();
+  const Tensor used = used_triplets(grads, m.batch, k);
+  const bool* is_used = used.const_data_ptr<bool>();
   for (int64_t b = 0; b < m.batch; ++b)
-    if (sigma[b * k + k - 1] < kIllConditioned * sigma[b * k]) ill.push_back(b);
+    for (int64_t j = k; --j > 0;)
+      if (is_used[b * k + j] && sigma[b * k + j] < kIllConditioned * sigma[b * k]) {
+        ill.push_back(b);
+        break;
+      }
   redo_gradients<double>(ill, grads, m, t, gap_eps, gradient);
   leave_out_the_unused(grads, t.s, gradient);
   return gradient;

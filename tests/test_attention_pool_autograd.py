@@ -243,3 +243,18 @@ def test_ops_called_directly_guard_their_memory():
     for arguments in ((X, X[:1], 2.0, "code"), (X, X[..., :3], 2.0, "code"), (X, X, 2.0, "norm"), (X, X[:, :0], 2.0, "code")):
         with pytest.raises((ValueError, TypeError)):
             ops.attention_transfer_loss(*arguments, "mean", 1e-12, False)
+
+
+@pytest.mark.parametrize("shape", [(4, 2048, 16, 16), (8, 1024, 8, 8), (16, 1024, 2, 2)], ids=str)
+def test_maps_of_many_channels_keep_their_digits(shape, device):
+    """Maps of thousands of channels differ by a few percent, and the gradient lives on what they differ by: no worse than twice what PyTorch's own
+    sums, which go by halves, make of it."""
+    torch.manual_seed(0)
+    s, t = _features(*shape, device=device).requires_grad_(), _features(*shape, device=device)
+    exact = s.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.attention_transfer_loss(exact, t.double()), exact)
+    errors = []
+    for function in (attention_transfer_loss, reference.attention_transfer_loss):
+        (got,) = torch.autograd.grad(function(s, t), s)
+        errors.append(((got.double() - expected).abs().max() / expected.abs().max()).item())
+    assert errors[0] <= 2 * errors[1] + 1e-7, errors

@@ -69,6 +69,26 @@ def test_against_float64_autograd(m, n, k, dtype, svd):
                     assert got.stride() == given.stride()
 
 
+@pytest.mark.parametrize(("m", "n"), [(40, 24), (24, 40), (130, 140), (64, 16)])
+def test_small_values_that_nothing_uses_do_not_matter(m, n, svd):
+    """Of functions of the first triplet alone the derivative is as good beside a second value of a hundredth of the first as beside none: SVD-KD
+    keeps a spare vector that it seldom takes. Some samples use the second too."""
+    p = min(m, n)
+    values = torch.cat([torch.tensor([1.0, 0.01]), 0.005 * torch.linspace(1, 0.5, p - 2)])
+    x = torch.stack([with_singular_values(values, m, n, seed) for seed in range(6)]).float().to(svd.device)
+    upstream = {name: g.clone() for name, g in _cotangents(x, 2, torch.float32).items()}
+    for g in upstream.values():
+        g[:4, ..., 1] = 0
+    for names in ("s", "v", "usv"):
+        expected = _gradient(reference.truncated_svd, x.double(), 2, upstream, names)
+        got = _gradient(svd, x, 2, upstream, names).double()
+        scale = torch.linalg.matrix_norm(expected).clamp_min(1.0)
+        error = torch.linalg.matrix_norm(got - expected) / scale
+        limit = rounding(torch.float32) * (64 + (m + n) ** 0.5)
+        assert (error[:4] <= limit).all(), f"{names}: {error[:4].max():.2e}"
+        assert (error[4:] <= limit / (0.01**2 - 0.005**2)).all(), f"{names}: {error[4:].max():.2e}"
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(40, 24, 4), (24, 40, 4), (200, 180, 4)])
 def test_no_worse_than_torch_in_float32(m, n, k, svd):
     device = svd.device

@@ -3,7 +3,12 @@
 // Where places are adjacent, a vector holds neighbouring places and channels are added to it; where channels are adjacent, a vector holds
 // neighbouring channels and is summed in the end. The last vector of a row that does not fill one overlaps its neighbour: what they share
 // they compute alike.
+//
+// Channels are summed in blocks, and the blocks' sums then: the maps of many channels differ by little, and a sum of 2000 terms in a row
+// has lost digits of what they differ by.
 #pragma once
+
+#include <memory>
 
 #include "../convert.h"
 #include "layout.h"
@@ -27,6 +32,27 @@ KDKERNELS_INLINE Vec<T> load_some(const Storage* p, int64_t count) {
   return v;
 }
 
+// Sums over channels of V vectors side by side: of 16 channels, of 16 such blocks, and of those.
+template <int V, typename T>
+struct Blocks {
+  static constexpr int64_t size = 16;
+  Vec<T> part[V] = {}, blocks[V] = {}, total[V] = {};
+
+  // add(c, part) for channels [0, channels).
+  template <typename Add>
+  KDKERNELS_INLINE void sum(int64_t channels, Add&& add) {
+    for (int64_t first = 0; first < channels; first += size) {
+      for (int64_t c = first; c < std::min(channels, first + size); ++c) add(c, part);
+      const bool last = (first / size + 1) % size == 0 || first + size >= channels;
+      for (int v = 0; v < V; ++v) {
+        blocks[v] += part[v];
+        part[v] = Vec<T>{};
+        if (last) total[v] += blocks[v], blocks[v] = Vec<T>{};
+      }
+    }
+  }
+};
+
 // How many of the first rows of `places` numbers can be read as whole vectors without leaving the sample.
 template <typename T>
 int64_t rows_of_whole_vectors(int64_t channels, int64_t stride, int64_t places) {
@@ -38,10 +64,11 @@ int64_t rows_of_whole_vectors(int64_t channels, int64_t stride, int64_t places) 
 template <int V, typename T, typename Storage, typename Power>
 void sum_columns(const Storage* x, int64_t channels, int64_t stride, int64_t last, const Power& power, T* out) {
   constexpr int lanes = simd::kLanes<T>;
-  Vec<T> total[V] = {};
-  for (int64_t c = 0; c < channels; ++c, x += stride)
-    for (int v = 0; v < V; ++v) total[v] += power.value(load<T>(x + (v == V - 1 ? last : v * lanes)));
-  for (int v = 0; v < V; ++v) simd::store(out + (v == V - 1 ? last : v * lanes), total[v]);
+  Blocks<V, T> sums;
+  sums.sum(channels, [&](int64_t c, Vec<T>* part) {
+    for (int v = 0; v < V; ++v) part[v] += power.value(load<T>(x + c * stride + (v == V - 1 ? last : v * lanes)));
+  });
+  for (int v = 0; v < V; ++v) simd::store(out + (v == V - 1 ? last : v * lanes), sums.total[v]);
 }
 
 template <int V, typename T, typename Storage, typename Power>
@@ -65,8 +92,9 @@ void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int
   constexpr int64_t lanes = simd::kLanes<T>, most = 8, rows = 8;
   if (places < lanes) {  // what a vector holds of the next channels does no harm; the last ones end with the features
     const int64_t whole = rows_of_whole_vectors<T>(channels, stride, places);
-    Vec<T> total{};
-    for (int64_t c = 0; c < whole; ++c) total += power.value(load<T>(x + c * stride));
+    Blocks<1, T> sums;
+    sums.sum(whole, [&](int64_t c, Vec<T>* part) { *part += power.value(load<T>(x + c * stride)); });
+    Vec<T> total = *sums.total;
     for (int64_t c = whole; c < channels; ++c) total += power.value(load_some<T>(x + c * stride, places));
     std::memcpy(out, &total, places * sizeof(T));
     return;
@@ -74,10 +102,18 @@ void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int
   const int64_t vectors = (places + lanes - 1) / lanes;
   if (vectors <= most) return sum_few_columns<most>(static_cast<int>(vectors), x, channels, stride, places - lanes, power, out);
   // Many places: whole rows one after the other, as memory is read best, a few at a time for the sake of `out`.
+  constexpr int64_t block = 8 * rows;
   const int64_t whole = places / lanes * lanes;
-  int64_t c = 0;
-  for (; c + rows <= channels; c += rows) add_rows<rows>(x + c * stride, stride, whole, c == 0, power, out);
-  for (; c < channels; ++c) add_rows<1>(x + c * stride, stride, whole, c == 0, power, out);
+  const std::unique_ptr<T[]> part(channels > block ? new T[whole] : nullptr);
+  for (int64_t first = 0; first < channels; first += block) {
+    const int64_t last = std::min(channels, first + block);
+    T* to = first == 0 ? out : part.get();
+    int64_t c = first;
+    for (; c + rows <= last; c += rows) add_rows<rows>(x + c * stride, stride, whole, c == first, power, to);
+    for (; c < last; ++c) add_rows<1>(x + c * stride, stride, whole, c == first, power, to);
+    if (first == 0) continue;
+    for (int64_t s = 0; s < whole; s += lanes) simd::store(out + s, simd::load<T>(out + s) + simd::load<T>(to + s));
+  }
   if (whole < places) sum_columns<1>(x + places - lanes, channels, stride, 0, power, out + places - lanes);
 }
 
