@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("lightning")
 import kdkernels
 from kdkernels import models, reference
 from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, at, clip_transfer

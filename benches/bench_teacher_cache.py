@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("lightning")
 from kdkernels import models
 from kdkernels.data import CIFAR100
 from kdkernels.data.base import TensorImages

@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OPS = ("temperature_kl", "attention_pool", "rbf_correlation", "truncated_svd", "svd_kd", "teacher_cache", "step")
-NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "matplotlib": "matplotlib", "lightning": "lightning"}
+NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}  # matplotlib draws, lightning trains: without them the rest still runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
     environment |= {"KDKERNELS_BENCH_OPS": "\n".join(options.op or ()), "KDKERNELS_BENCH_SELECT": "\n".join(options.select or ())}
     with tempfile.TemporaryDirectory(prefix=".bench", dir=out) as folder:  # on the disk where the results go
         fresh = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-quiet"]
         command += [f"--benchmark-storage=file://{folder}", f"--benchmark-json={fresh}"]
         try:
             code = subprocess.run(command, env=environment).returncode
@@ -127,13 +127,16 @@ def merged(earlier: dict, fresh: dict) -> dict:
 
 
 def _show(out: Path, result: dict, report: bool) -> None:
-    from .pictures import write_pictures
-
-    written = [out / "bench.json", *write_pictures(result, out)] if (out / "bench.json").exists() else write_pictures(result, out)
-    if report:
+    written = [out / "bench.json"] if (out / "bench.json").exists() else []
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no pictures and no report without matplotlib; where it is installed: kdkernels bench --results {out / 'bench.json'}", file=sys.stderr)
+    else:
         from .page import write_page
+        from .pictures import write_pictures
 
-        written.append(write_page(out / "report.html", result))
+        written += write_pictures(result, out)
+        if report:
+            written.append(write_page(out / "report.html", result))
     print("wrote " + ", ".join(map(str, written)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +48,9 @@ def trained_network() -> nn.Module:
 
 @torch.no_grad()
 def trained_maps(batch: int, block: str) -> Tensor:
-    """Of the trained network, on images it was not trained on."""
+    """Of the trained network, on images it was not trained on. Its data need the extra ``train``."""
+    for module in ("lightning", "sklearn"):
+        pytest.importorskip(module)
     from kdkernels.data import ClutterDigits
 
     data = ClutterDigits(train_size=64, val_size=64, test_size=max(64, batch), batch_size=batch)

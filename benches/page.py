@@ -81,13 +81,13 @@ Errors are relative to float64. Tap a heading to sort.</p>
 
 
 def least_ratios(rows: list[dict], count: int = 5) -> list[tuple[float, dict, str]]:
-    """The cells where eager or Inductor come nearest to the fused op, or pass it: ratio, row, peer. A backward alone is left out: it is what
-    the forward left over."""
+    """The cells where eager or Inductor come nearest to the fused op, or pass it: ratio, row, peer. Left out are a backward alone, which is
+    what the forward left over, and whole steps, whose time is the networks'."""
     found = [
         (row["ratios"][peer][0], row, peer)
         for row in rows
         for peer in ("eager", "Inductor")
-        if peer in row["ratios"] and row["direction"] != "backward"
+        if peer in row["ratios"] and row["direction"] not in ("backward", "step")
     ]
     return sorted(found, key=lambda item: item[0])[:count]
 
