@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -275,16 +276,16 @@ def value_and_gradients(function, inputs: list[Tensor], upstream) -> tuple[tuple
 
 
 def distance(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest difference, relative to the largest number; the worst of several tensors."""
-    worst = 0.0
-    for a, b in zip(got, exact, strict=True):
-        worst = max(worst, ((a.double() - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item())
-    return worst
+    """The largest difference, relative to the largest number; the worst of several tensors; NaN where one of them holds a NaN."""
+    tiny = torch.finfo(torch.float64).tiny
+    each = [(a.double() - b).abs().max() / b.abs().max().clamp_min(tiny) for a, b in zip(got, exact, strict=True)]
+    return torch.stack(each).max().item()
 
 
 def _of_direction(errors: dict[str, float], direction: str) -> dict[str, float]:
     wanted = {"forward": ["value"], "backward": ["gradient"]}.get(direction, ["value", "gradient"])
-    own = {"error": max(errors[w] for w in wanted if w in errors)} if any(w in errors for w in wanted) else {}
+    found = [errors[w] for w in wanted if w in errors]
+    own = {"error": math.nan if any(map(math.isnan, found)) else max(found)} if found else {}
     return own | {name: e for name, e in errors.items() if name not in ("value", "gradient")}
 
 

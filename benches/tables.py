@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def _error(row: dict, name: str, kind: str) -> Entry:
 
 
 def _least_error(row: dict) -> Entry:
-    others = [e["error"] for name, e in row.get("errors", {}).items() if name != "fused" and "error" in e]
+    others = [e["error"] for name, e in row.get("errors", {}).items() if name != "fused" and not math.isnan(e.get("error", math.nan))]
     return Entry(f"{min(others):.0e}", min(others)) if others else NOTHING
 
 

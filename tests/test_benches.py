@@ -201,6 +201,14 @@ def test_a_wrong_op_is_not_timed():
     with pytest.raises(AssertionError, match="the error of the gradient is"):
         _measured(_problem(fused=lambda x: x.square().sum() * 2 - x.detach().square().sum()))
 
+    for nan_value in (True, False):  # a NaN is wrong, in the value as in the gradient
+
+        def spoiled(x, nan_value=nan_value):
+            return x.square().sum() * (math.nan if nan_value else 1) + (0 if nan_value else (x - x.detach()).abs().sqrt().sum())
+
+        with pytest.raises(AssertionError, match="is nan, allowed"):
+            _measured(_problem(fused=spoiled))
+
     def broken(x):
         raise RuntimeError("the op itself")
 
