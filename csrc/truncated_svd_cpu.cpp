@@ -105,14 +105,17 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   // Matrices whose forward was done again in double have their derivative from there too, but where nothing of the triplets that asked for
   // it was used: SVD-KD has a spare vector that it takes only where an order changed.
   const float* sigma = t.s.const_data_ptr<float>();
-  const Tensor used = used_triplets(grads, m.batch, k);
-  const bool* is_used = used.const_data_ptr<bool>();
-  for (int64_t b = 0; b < m.batch; ++b)
-    for (int64_t j = k; --j > 0;)
-      if (is_used[b * k + j] && sigma[b * k + j] < kIllConditioned * sigma[b * k]) {
+  Tensor used;
+  for (int64_t b = 0; b < m.batch; ++b) {
+    if (!(sigma[b * k + k - 1] < kIllConditioned * sigma[b * k])) continue;
+    if (!used.defined()) used = used_triplets(grads, m.batch, k);
+    const bool* own = used.const_data_ptr<bool>() + b * k;
+    for (int64_t j = k - 1; sigma[b * k + j] < kIllConditioned * sigma[b * k]; --j)
+      if (own[j]) {
         ill.push_back(b);
         break;
       }
+  }
   redo_gradients<double>(ill, grads, m, t, gap_eps, gradient);
   leave_out_the_unused(grads, t.s, gradient);
   return gradient;
