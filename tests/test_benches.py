@@ -432,7 +432,8 @@ ERRORS = [
     (["--op", "softmax"], "invalid choice: 'softmax'"),
     (["--results", "absent.json"], "--results: "),
     (["--smoke", "--quick"], "not allowed with argument"),
-    (["--smoke", "--select", "no such row", "--out", "empty"], "no row was measured"),
+    (["--smoke", "--select", "no such row", "--out", "empty"], "no row's name holds what --select and --op ask for"),
+    (["--quick", "--select", "no such row", "--out", "empty"], "no row's name holds what --select and --op ask for"),
     (["--out", "file.txt"], "--out: cannot make the folder file.txt"),
     (["--out", "other"], "holds results of a smoke run"),
     (["--out", "broken"], "is not a file of results"),
@@ -441,7 +442,7 @@ if not torch.cuda.is_available():
     ERRORS.append((["--device", "cuda"], "--device cuda: torch sees no GPU here"))
 
 
-@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[m for _, m in ERRORS])
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(a) for a, _ in ERRORS])
 def test_errors_of_the_command(arguments, message, smoke, tmp_path):
     (tmp_path / "file.txt").write_text("mine")
     for name, content in (("other", (smoke[0] / "bench.json").read_text()), ("broken", "[1]")):
