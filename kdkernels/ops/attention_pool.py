@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention_pool as pool_reference
 from ..reference import attention_transfer_loss as loss_reference
-from .functorch import takes_the_reference
+from . import checks
+from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
 
 _REDUCES = ("mean", "sum", "max")
 _NORMALIZES = (None, "l2", "softmax")
 _VARIANTS = ("code", "paper")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _pool_op = torch.ops.kdkernels.attention_pool.default
 _loss_op = torch.ops.kdkernels.attention_transfer_loss.default
@@ -59,10 +57,13 @@ def attention_pool(
     """
     _check_features("x", x)
     _check_options(p, reduce, eps)
-    if normalize not in _NORMALIZES:
-        raise ValueError(f"normalize must be one of {_NORMALIZES}, got {normalize!r}")
-    if takes_the_reference():
-        return pool_reference(x, p, reduce=reduce, normalize=normalize, eps=eps)
+    checks.choice("normalize", normalize, _NORMALIZES)
+    return _pool(x, p, reduce, normalize, eps)
+
+
+def _pool(x, p, reduce, normalize, eps) -> Tensor:
+    if takes_reference(x):
+        return pool_reference(usable(x), p, reduce=reduce, normalize=normalize, eps=eps)
     return _pool_op(x, p, reduce, normalize or "", eps)[0]
 
 
@@ -118,13 +119,12 @@ def attention_transfer_loss(
             f"student and teacher must have the same batch and as many dimensions, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     _check_options(p, reduce, eps)
-    if variant not in _VARIANTS:
-        raise ValueError(f"variant must be one of {_VARIANTS}, got {variant!r}")
+    checks.choice("variant", variant, _VARIANTS)
     if student.shape[2:] != teacher.shape[2:]:
         extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = average_to(student, extents), average_to(teacher, extents)
-    if takes_the_reference():
-        return loss_reference(student, teacher, p, variant=variant, reduce=reduce, eps=eps)
+    if takes_reference(student, teacher):
+        return loss_reference(usable(student), usable(teacher), p, variant=variant, reduce=reduce, eps=eps)
     return _loss_op(student, teacher, p, variant, reduce, eps, False)[0]
 
 
@@ -139,21 +139,15 @@ def average_to(x: Tensor, extents: list[int]) -> Tensor:
 
 
 def _check_features(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16 features, got {x.dtype}")
+    checks.tensor(name, x, "features")
     if x.dim() < 3 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(x.shape)}")
 
 
 def _check_options(p, reduce, eps) -> None:
-    if not 0 < p < math.inf:
-        raise ValueError(f"p must be a finite number > 0, got {p}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a finite number > 0, got {eps}")
-    if reduce not in _REDUCES:
-        raise ValueError(f"reduce must be one of {_REDUCES}, got {reduce!r}")
+    checks.positive("p", p)
+    checks.positive("eps", eps)
+    checks.choice("reduce", reduce, _REDUCES)
 
 
 def _map_dtype(*features: Tensor) -> torch.dtype:
@@ -195,76 +189,42 @@ def _(grad, grad_loss):
     return None
 
 
-# Double backward: the vector-Jacobian products of the backwards, through the references.
+def _differentiable_pool(x, arguments):
+    p, reduce, normalize, eps = arguments[5:]
+    return (pool_reference(x, p, reduce=reduce, normalize=normalize or None, eps=eps),)
 
 
-def _setup_pool(ctx, inputs, output) -> None:
-    grad, x, _maps, _norm, _channel, *ctx.options = inputs
-    ctx.save_for_backward(grad, x)
+def _differentiable_loss(student, teacher, arguments):
+    p, variant, reduce, eps = arguments[3:7]
+    return (loss_reference(student, teacher, p, variant=variant, reduce=reduce, eps=eps),)
 
 
-def _double_pool(ctx, grad_x):
-    grad, x = ctx.saved_tensors
-    p, reduce, normalize, eps = ctx.options
-    with torch.enable_grad():
-        x, grad = (v if v.requires_grad else v.detach().requires_grad_() for v in (x, grad))
-        maps = pool_reference(x, p, reduce=reduce, normalize=normalize or None, eps=eps)
-        first = torch.autograd.grad(maps, x, grad.to(maps.dtype), create_graph=True)
-        second = torch.autograd.grad(first, [grad, x], [grad_x], create_graph=torch.is_grad_enabled(), allow_unused=True)
-    return *second, *(None,) * 7
-
-
-torch.library.register_autograd("kdkernels::attention_pool_backward", _double_pool, setup_context=_setup_pool)
-
-
-def _setup_loss(ctx, inputs, output) -> None:
-    grad_loss, student, teacher, *ctx.options, ctx.wanted = inputs
-    ctx.save_for_backward(grad_loss, student, teacher)
-    ctx.set_materialize_grads(False)
-
-
-def _double_loss(ctx, *grads):
-    grad_loss, *features = ctx.saved_tensors
-    p, variant, reduce, eps = ctx.options
-    chosen = [i for i in range(2) if ctx.wanted[i] and grads[i] is not None]
-    if not chosen:
-        return (None,) * 8
-    with torch.enable_grad():
-        inputs = [v if v.requires_grad else v.detach().requires_grad_() for v in (grad_loss, *features)]
-        loss = loss_reference(*inputs[1:], p, variant=variant, reduce=reduce, eps=eps)
-        first = torch.autograd.grad(loss, [inputs[1 + i] for i in chosen], inputs[0].to(loss.dtype), create_graph=True)
-        second = torch.autograd.grad(first, inputs, [grads[i] for i in chosen], create_graph=torch.is_grad_enabled(), allow_unused=True)
-    return *second, *(None,) * 5
-
-
-torch.library.register_autograd("kdkernels::attention_transfer_loss_backward", _double_loss, setup_context=_setup_loss)
+derive_double_backward("attention_pool_backward", upstream=(0,), inputs=(1,), reference=_differentiable_pool)
+derive_double_backward("attention_transfer_loss_backward", upstream=(0,), inputs=(1, 2), wanted=7, reference=_differentiable_loss)
+derive_vmap("attention_pool_backward")
+derive_vmap("attention_transfer_loss_backward")
 
 
 @torch.library.register_vmap("kdkernels::attention_pool")
 def _(info, in_dims, x, p, reduce, normalize, eps):
     """The examples are more samples of one batch."""
     x = x.movedim(in_dims[0], 0)
-    flat = x.flatten(0, 1)
-    if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see takes_the_reference
-        maps = pool_reference(flat, p, reduce=reduce, normalize=normalize or None, eps=eps)
-        return (maps.unflatten(0, x.shape[:2]), x.new_empty(info.batch_size, 0), x.new_empty(info.batch_size, 0)), (0, 0, 0)
-    outputs = _pool_op(flat, p, reduce, normalize, eps)
-    sizes = x.shape[:2]
-    return tuple(o.unflatten(0, sizes) if o.numel() else o.new_empty(info.batch_size, 0) for o in outputs), (0, 0, 0)
+    sizes, flat = x.shape[:2], x.flatten(0, 1)
+    if takes_reference(flat):
+        outputs = (_pool(flat, p, reduce, normalize or None, eps), flat.new_empty(0), flat.new_empty(0))
+    else:
+        outputs = _pool_op(flat, p, reduce, normalize, eps)
+    return tuple(o.unflatten(0, sizes) if o.shape[0] == len(flat) else o.new_empty(info.batch_size, 0) for o in outputs), (0, 0, 0)
 
 
 @torch.library.register_vmap("kdkernels::attention_transfer_loss")
 def _(info, in_dims, student, teacher, p, variant, reduce, eps, save_grad):
     """Normalised maps of all examples at once, then the distance of each."""
-    features = [
-        x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip((student, teacher), in_dims[:2], strict=True)
-    ]
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in features)
-    pool = pool_reference if grad else attention_pool
-    q = [pool(x.flatten(0, 1), p, reduce=reduce, normalize="l2", eps=eps).flatten(1).unflatten(0, x.shape[:2]) for x in features]
+    features = examples_first(info.batch_size, (student, teacher), in_dims[:2])
+    q = [_pool(x.flatten(0, 1), p, reduce, "l2", eps).flatten(1).unflatten(0, x.shape[:2]) for x in features]
     difference = q[0] - q[1]  # [examples, B, M]
     per_sample = difference.square().mean(2) if variant == "code" else torch.linalg.vector_norm(difference, dim=2)
-    return (per_sample.mean(1), student.new_empty(info.batch_size, 0)), (0, 0)
+    return (per_sample.sum(1) / max(per_sample.shape[1], 1), student.new_empty(info.batch_size, 0)), (0, 0)
 
 
 def _triton_kernels():

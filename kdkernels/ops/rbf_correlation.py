@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..reference import rbf_correlation as correlation_reference
 from ..reference import rbf_correlation_loss as loss_reference
-from .functorch import takes_the_reference
+from . import checks
+from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
 
 _REDUCTIONS = ("sum", "none", "batchmean")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _correlation_op = torch.ops.kdkernels.rbf_correlation.default
 _loss_op = torch.ops.kdkernels.rbf_correlation_loss.default
@@ -53,9 +51,13 @@ def rbf_correlation(
     _check_features(x=x, y=y)
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"x [B, M, K] and y [B, N, K] must agree in B and K, got {tuple(x.shape)} and {tuple(y.shape)}")
-    _check_beta(beta)
-    if takes_the_reference():
-        return correlation_reference(x, y, beta)
+    checks.positive("beta", beta)
+    return _correlation(x, y, beta)
+
+
+def _correlation(x, y, beta) -> Tensor:
+    if takes_reference(x, y):
+        return correlation_reference(usable(x), usable(y), beta)
     return _correlation_op(x, y, beta)
 
 
@@ -114,30 +116,25 @@ def rbf_correlation_loss(
         raise ValueError(f"sx and tx must have the same shape, and sy and ty, got {shapes}")
     if sx.shape[0] != sy.shape[0] or sx.shape[2] != sy.shape[2]:
         raise ValueError(f"sx [B, M, K] and sy [B, N, K] must agree in B and K, got {tuple(sx.shape)} and {tuple(sy.shape)}")
-    _check_beta(beta)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    if takes_the_reference():
-        return loss_reference(sx, sy, tx, ty, beta, reduction=reduction)
+    checks.positive("beta", beta)
+    checks.choice("reduction", reduction, _REDUCTIONS)
+    return _loss(sx, sy, tx, ty, beta, reduction)
+
+
+def _loss(sx, sy, tx, ty, beta, reduction) -> Tensor:
+    if takes_reference(sx, sy, tx, ty):
+        return loss_reference(*map(usable, (sx, sy, tx, ty)), beta, reduction=reduction)
     return _loss_op(sx, sy, tx, ty, beta, reduction, (False,) * 4)[0]
 
 
 def _check_features(**features: Tensor) -> None:
     first = next(iter(features.values()))
     for name, x in features.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16 features, got {x.dtype}")
+        checks.tensor(name, x, "features")
         if x.dim() != 3 or 0 in x.shape[1:]:
             raise ValueError(f"{name} must have the shape [B, numbers, K] with at least one number and one column, got {tuple(x.shape)}")
         if x.device != first.device:
             raise ValueError(f"{' and '.join(features)} must be on one device, got {first.device} and {x.device}")
-
-
-def _check_beta(beta) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be a finite number > 0, got {beta}")
 
 
 def _compute_dtype(*features: Tensor) -> torch.dtype:
@@ -175,73 +172,33 @@ def _(grad, grad_loss):
     return None
 
 
-# Double backward: the vector-Jacobian products of the backwards, through the references.
+def _differentiable_correlation(x, y, arguments):
+    return (correlation_reference(x, y, arguments[3]),)
 
 
-def _setup_correlation(ctx, inputs, output) -> None:
-    *tensors, ctx.beta = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+def _differentiable_loss(sx, sy, tx, ty, arguments):
+    beta, reduction = arguments[5:7]
+    return (loss_reference(sx, sy, tx, ty, beta, reduction=reduction),)
 
 
-def _double_correlation(ctx, *grads):
-    given = [i for i in range(2) if grads[i] is not None]
-    if not given:
-        return (None,) * 4
-    with torch.enable_grad():
-        grad, *features = (v if v.requires_grad else v.detach().requires_grad_() for v in ctx.saved_tensors)
-        out = correlation_reference(*features, ctx.beta)
-        first = torch.autograd.grad(out, [features[i] for i in given], grad.to(out.dtype), create_graph=True)
-        upstream = [grads[i] for i in given]
-        second = torch.autograd.grad(first, [grad, *features], upstream, create_graph=torch.is_grad_enabled(), allow_unused=True)
-    return *second, None
-
-
-torch.library.register_autograd("kdkernels::rbf_correlation_backward", _double_correlation, setup_context=_setup_correlation)
-
-
-def _setup_loss(ctx, inputs, output) -> None:
-    *tensors, ctx.beta, ctx.reduction, ctx.wanted = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _double_loss(ctx, *grads):
-    given = [i for i in range(4) if ctx.wanted[i] and grads[i] is not None]
-    if not given:
-        return (None,) * 8
-    with torch.enable_grad():
-        inputs = [v if v.requires_grad else v.detach().requires_grad_() for v in ctx.saved_tensors]
-        loss = loss_reference(*inputs[1:], ctx.beta, reduction=ctx.reduction)
-        first = torch.autograd.grad(loss, [inputs[1 + i] for i in given], inputs[0].to(loss.dtype), create_graph=True)
-        upstream = [grads[i] for i in given]
-        second = torch.autograd.grad(first, inputs, upstream, create_graph=torch.is_grad_enabled(), allow_unused=True)
-    return *second, *(None,) * 3
-
-
-torch.library.register_autograd("kdkernels::rbf_correlation_loss_backward", _double_loss, setup_context=_setup_loss)
-
-
-def _examples_first(info, tensors, dims) -> list[Tensor]:
-    return [x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip(tensors, dims, strict=True)]
+derive_double_backward("rbf_correlation_backward", upstream=(0,), inputs=(1, 2), reference=_differentiable_correlation)
+derive_double_backward("rbf_correlation_loss_backward", upstream=(0,), inputs=(1, 2, 3, 4), wanted=7, reference=_differentiable_loss)
+derive_vmap("rbf_correlation_backward")
+derive_vmap("rbf_correlation_loss_backward")
 
 
 @torch.library.register_vmap("kdkernels::rbf_correlation")
 def _(info, in_dims, x, y, beta):
     """The examples are more samples of one batch."""
-    features = _examples_first(info, (x, y), in_dims[:2])
-    grad = torch.is_grad_enabled() and any(v.requires_grad for v in features)  # inside functorch, see takes_the_reference
-    function = correlation_reference if grad else rbf_correlation
-    return function(*(v.flatten(0, 1) for v in features), beta).unflatten(0, features[0].shape[:2]), 0
+    features = examples_first(info.batch_size, (x, y), in_dims[:2])
+    return _correlation(*(v.flatten(0, 1) for v in features), beta).unflatten(0, features[0].shape[:2]), 0
 
 
 @torch.library.register_vmap("kdkernels::rbf_correlation_loss")
 def _(info, in_dims, sx, sy, tx, ty, beta, reduction, wanted):
-    features = _examples_first(info, (sx, sy, tx, ty), in_dims[:4])
-    grad = torch.is_grad_enabled() and any(v.requires_grad for v in features)
-    function = loss_reference if grad else rbf_correlation_loss
+    features = examples_first(info.batch_size, (sx, sy, tx, ty), in_dims[:4])
     batch = features[0].shape[1]
-    loss = function(*(v.flatten(0, 1) for v in features), beta, reduction="none").unflatten(0, (info.batch_size, batch))
+    loss = _loss(*(v.flatten(0, 1) for v in features), beta, "none").unflatten(0, (info.batch_size, batch))
     if reduction != "none":
         loss = loss.sum(1) / (max(batch, 1) if reduction == "batchmean" else 1)
     return (loss, *(sx.new_empty(info.batch_size, 0) for _ in range(4))), (0,) * 5

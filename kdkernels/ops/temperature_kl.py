@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..reference import temperature_kl as reference
-from .functorch import takes_the_reference
+from . import checks
+from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
 
 _DIRECTIONS = ("forward", "reverse", "jsd")
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _forward_op = torch.ops.kdkernels.temperature_kl.default
 
@@ -79,26 +79,25 @@ def temperature_kl(
         G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
         R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024. https://arxiv.org/abs/2306.13649
     """
-    _check(student, teacher, dim, direction, beta, reduction, include_entropy, target_eps, mask, normalizer)
+    _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, mask, normalizer)
     rows_temperature = None
     if isinstance(temperature, Tensor):
         rows_temperature, temperature = _rows_temperature(temperature, student, dim), 1.0
-    elif isinstance(temperature, (str, list, tuple)) or temperature is None:
-        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    else:
+        checks.positive("temperature", temperature)
     if direction == "jsd" and (beta == 0 or beta == 1):
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student.device)
     options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)
-    return _dispatch(student, teacher, temperature, rows_temperature, mask, normalizer, *options)[0]
+    return _dispatch(student, teacher, temperature, rows_temperature, mask, normalizer, *options)
 
 
 def _dispatch(student, teacher, temperature, row_temperature, mask, normalizer, *options):
-    if takes_the_reference():
-        return _reference(student, teacher, temperature, row_temperature, mask, normalizer, *options), None
-    return _forward_op(student, teacher, temperature, row_temperature, mask, normalizer, *options, False)
+    if takes_reference(student, teacher, row_temperature):
+        inputs = (usable(student), usable(teacher), temperature, usable(row_temperature), usable(mask), usable(normalizer))
+        return _reference(*inputs, *options)
+    return _forward_op(student, teacher, temperature, row_temperature, mask, normalizer, *options, False)[0]
 
 
 def _reference(
@@ -142,12 +141,16 @@ def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:
         ) from None
 
 
-def _check(student, teacher, dim, direction, beta, reduction, include_entropy, target_eps, mask, normalizer) -> None:
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16 logits, got {x.dtype}")
+def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, mask, normalizer) -> None:
+    checks.tensor("student", student, "logits")
+    checks.tensor("teacher", teacher, "logits")
+    checks.integer("dim", dim)
+    checks.choice("direction", direction, _DIRECTIONS)
+    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.share("beta", beta)
+    checks.not_negative("target_eps", target_eps)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.flag("include_entropy", include_entropy)
     ndim = student.dim()
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim must lie in [{-ndim}, {ndim - 1}] for logits of {ndim} dimensions, got {dim}")
@@ -162,19 +165,11 @@ def _check(student, teacher, dim, direction, beta, reduction, include_entropy, t
         raise ValueError(f"student and teacher must have at least one class, got shape {tuple(student.shape)} with dim={dim}")
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
-    if direction not in _DIRECTIONS:
-        raise ValueError(f"direction must be one of {_DIRECTIONS}, got {direction!r}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    if not 0 <= target_eps < math.inf:
-        raise ValueError(f"target_eps must be a finite number >= 0, got {target_eps}")
     if direction != "forward" and (target_eps > 0 or not include_entropy):
         raise ValueError(f"target_eps > 0 and include_entropy=False are defined for direction='forward' only, got direction={direction!r}")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+            raise TypeError(f"mask must be a bool tensor, got {checks.kind(mask)}")
         if tuple(mask.shape) != _row_shape(student, dim):
             raise ValueError(f"mask must have the shape of the rows {_row_shape(student, dim)}, got {tuple(mask.shape)}")
         if mask.device != student.device:
@@ -189,12 +184,14 @@ def _check_normalizer(normalizer, student, reduction) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element, got shape {tuple(normalizer.shape)}")
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer must be a real number or a tensor of one, got {normalizer.dtype}")
         if normalizer.requires_grad:
             raise ValueError("normalizer is not differentiated: detach() it")
         if normalizer.device != student.device:
             raise ValueError(f"normalizer must be on the logits' device {student.device}, got {normalizer.device}")
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer must be a finite number > 0, got {normalizer}")
+    else:
+        checks.positive("normalizer", normalizer)
 
 
 def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -239,58 +236,31 @@ def _(grad, grad_loss, dim):
     return None
 
 
-def _setup_backward(ctx, inputs, output) -> None:
-    grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, *options, wanted = inputs
-    ctx.save_for_backward(grad_loss, student, teacher, row_temperature, mask, normalizer)
-    ctx.rest, ctx.wanted = (temperature, options), wanted
-    ctx.set_materialize_grads(False)
+def _differentiable(student, teacher, row_temperature, arguments):
+    _upstream, _student, _teacher, temperature, _rows, mask, normalizer, *options, _wanted = arguments
+    return (_reference(student, teacher, temperature, row_temperature, mask, normalizer, *options),)
 
 
-def _double_backward(ctx, *grads):
-    """The vector-Jacobian product of the backward, through the reference."""
-    grad_loss, student, teacher, row_temperature, mask, normalizer = ctx.saved_tensors
-    temperature, options = ctx.rest
-    with torch.enable_grad():
-        inputs = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in (student, teacher, row_temperature)]
-        upstream = grad_loss if grad_loss.requires_grad else grad_loss.detach().requires_grad_()
-        loss = _reference(inputs[0], inputs[1], temperature, inputs[2], mask, normalizer, *options)
-        chosen = [i for i in range(3) if ctx.wanted[i] and grads[i] is not None]
-        if not chosen:
-            return (None,) * len(ctx.needs_input_grad)
-        first = torch.autograd.grad(loss, [inputs[i] for i in chosen], upstream.to(loss.dtype), create_graph=True)
-        sources = [upstream, *(x for x in inputs if x is not None)]
-        second = torch.autograd.grad(first, sources, [grads[i] for i in chosen], create_graph=torch.is_grad_enabled(), allow_unused=True)
-    to_temperature = second[3] if row_temperature is not None else None
-    return second[0], second[1], second[2], None, to_temperature, *(None,) * (len(ctx.needs_input_grad) - 5)
-
-
-torch.library.register_autograd("kdkernels::temperature_kl_backward", _double_backward, setup_context=_setup_backward)
+derive_double_backward(
+    "temperature_kl_backward", upstream=(0,), inputs=(1, 2, 4), constants=(5, 6), wanted=14, reference=_differentiable
+)
+derive_vmap("temperature_kl_backward")
 
 
 @torch.library.register_vmap("kdkernels::temperature_kl")
 def _(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, *rest):
     """One call over the batch with reduction="none", reduced per example."""
     size = info.batch_size
-    ndim = student.dim() - (in_dims[0] is not None)
-    dim = dim % ndim
-
-    def batched(x, in_dim):
-        return None if x is None else x.movedim(in_dim, 0) if in_dim is not None else x.expand(size, *x.shape)
-
-    student, teacher, rows, mask, normalizer = (
-        batched(x, in_dims[i]) for i, x in ((0, student), (1, teacher), (3, row_temperature), (4, mask), (5, normalizer))
-    )
+    dim = dim % (student.dim() - (in_dims[0] is not None))
+    given = (student, teacher, row_temperature, mask, normalizer)
+    student, teacher, rows, mask, normalizer = examples_first(size, given, (*in_dims[:2], *in_dims[3:6]))
     *forms, _save_grad = rest
-    options = (dim + 1, direction, beta, "none", scale_by_t2, *forms)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (student, teacher, rows)):
-        loss = _reference(student, teacher, temperature, rows, mask, None, *options)  # inside functorch, see _dispatch
-    else:
-        loss, _ = _forward_op(student, teacher, temperature, rows, mask, None, *options, False)
+    loss = _dispatch(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, "none", scale_by_t2, *forms)
     if reduction != "none":
         classes = student.shape[dim + 1]
         kept = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
-        count = kept if normalizer is None else normalizer.reshape(size)
-        loss = loss.reshape(size, -1).sum(1)
+        count = max(kept, 1) if normalizer is None and mask is None else kept if normalizer is None else normalizer.reshape(size)
+        loss = loss.reshape(size, loss[0].numel()).sum(1)
         if reduction != "sum":
             loss = loss / (count * classes if reduction == "mean" else count)
     return (loss, student.new_empty(size, 0)), (0, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference import align_singular_vectors as align_reference
 from ..reference import truncated_svd as svd_reference
 from . import truncated_svd_drivers  # noqa: F401  registers what runs on GPUs
-from .functorch import takes_the_reference
+from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNS = ("max_abs", None)
@@ -73,8 +73,8 @@ def truncated_svd(
     """
     _check_matrices("x", x)
     gap_eps = _check_options(k, min(x.shape[-2:]), sign, gap_eps, driver, _compute_dtype(x))
-    if takes_the_reference():
-        return svd_reference(x, k, sign=sign, return_u=return_u)
+    if takes_reference(x):
+        return svd_reference(usable(x), k, sign=sign, return_u=return_u)
     u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False, driver or "")
     return u if return_u else None, s, v
 
@@ -134,8 +134,8 @@ def truncated_svds(
             raise ValueError(f"xs must be on one device, got {xs[0].device} and {x.device}")
     least = min(min(x.shape[-2:]) for x in xs)
     noise = [_check_options(k, least, sign, gap_eps, driver, _compute_dtype(x)) for x in xs]
-    if takes_the_reference():
-        return [svd_reference(x, k, sign=sign, return_u=return_u) for x in xs]
+    if torch._C._are_functorch_transforms_active() or takes_reference(*xs):  # one by one, as the transforms know it
+        return [truncated_svd(x, k, sign=sign, return_u=return_u, gap_eps=gap_eps, driver=driver) for x in xs]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     us, ss, vs, _states = _group_op(xs, k, sign or "", return_u, noise, save, driver or "")
     return [(u if return_u else None, s, v) for u, s, v in zip(us, ss, vs, strict=True)]
@@ -188,9 +188,9 @@ def align_singular_vectors(
             raise ValueError(f"weight must have the shape {expected} on {teacher.device}, got {tuple(weight.shape)} on {weight.device}")
     if flip not in _FLIPS:
         raise ValueError(f"flip must be one of {_FLIPS}, got {flip!r}")
-    if takes_the_reference():
-        return align_reference(student, teacher, weight, flip=flip)
     _check_driver(driver)
+    if takes_reference(student, teacher, weight):
+        return align_reference(usable(student), usable(teacher), usable(weight), flip=flip)
     return _align_op(student, teacher, weight, flip == "teacher", driver or "")[:2]
 
 
@@ -301,81 +301,40 @@ def _backward_group(ctx, *grads):
 torch.library.register_autograd("kdkernels::truncated_svd_group", _backward_group, setup_context=_setup_group)
 
 
-# Double backward: the vector-Jacobian products of the backwards, through the references.
+def _differentiable_svd(x, arguments):
+    """The reference's triplets with the signs that the op gave."""
+    v = arguments[6]
+    outputs = svd_reference(x, v.shape[-1], return_u=True)
+    flip = torch.where((outputs[2].detach() * v.detach()).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(v.dtype)
+    return outputs[0] * flip, outputs[1], outputs[2] * flip
 
 
-def _setup_svd(ctx, inputs, output) -> None:
-    *grads, x, _u, _s, v, _state, _gap_eps, _driver = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads, x, v)
+def _differentiable_align(student, teacher, weight, arguments):
+    return align_reference(student, teacher, weight, flip="teacher" if arguments[7] else "student")
 
 
-def _double_svd(ctx, grad_x):
-    *grads, x, v = ctx.saved_tensors
-    if grad_x is None:
-        return (None,) * 10
-    with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        outputs = svd_reference(x, v.shape[-1], return_u=True)
-        flip = torch.where((outputs[2].detach() * v.detach()).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(v.dtype)
-        outputs = (outputs[0] * flip, outputs[1], outputs[2] * flip)
-        chosen = [i for i in range(3) if grads[i] is not None and grads[i].dim() == outputs[i].dim()]
-        upstream = [grads[i] if grads[i].requires_grad else grads[i].detach().requires_grad_() for i in chosen]
-        first = torch.autograd.grad([outputs[i] for i in chosen], x, upstream, create_graph=True)
-        second = torch.autograd.grad(first, [*upstream, x], [grad_x], create_graph=torch.is_grad_enabled(), allow_unused=True)
-    result = dict(zip(chosen, second, strict=False))
-    return result.get(0), result.get(1), result.get(2), second[-1], *(None,) * 6
-
-
-torch.library.register_autograd("kdkernels::truncated_svd_backward", _double_svd, setup_context=_setup_svd)
-
-
-def _setup_align(ctx, inputs, output) -> None:
-    *tensors, _match, _flips, ctx.flip_teacher, ctx.wanted, _driver = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _double_align(ctx, *grads):
-    to_student, to_teacher, *inputs = ctx.saved_tensors
-    chosen = [i for i in range(3) if ctx.wanted[i] and inputs[i] is not None and grads[i] is not None]
-    if not chosen:
-        return (None,) * 10
-    with torch.enable_grad():
-        leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (to_student, to_teacher, *inputs)]
-        given = [t for t in leaves if t is not None]
-        outputs = align_reference(*leaves[2:], flip="teacher" if ctx.flip_teacher else "student")
-        used = [(o, g) for o, g in zip(outputs, leaves[:2], strict=True) if g is not None]
-        first = torch.autograd.grad(
-            [o for o, _ in used], [leaves[2 + i] for i in chosen], [g.to(o.dtype) for o, g in used], create_graph=True, allow_unused=True
-        )
-        pairs = [(f, grads[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
-        second = torch.autograd.grad([f for f, _ in pairs], given, [g for _, g in pairs], create_graph=torch.is_grad_enabled(), allow_unused=True)
-    found = iter(second)
-    return *(None if t is None else next(found) for t in leaves), *(None,) * 5
-
-
-torch.library.register_autograd("kdkernels::align_singular_vectors_backward", _double_align, setup_context=_setup_align)
+derive_double_backward("truncated_svd_backward", upstream=(0, 1, 2), inputs=(3,), constants=(6,), reference=_differentiable_svd)
+derive_double_backward("align_singular_vectors_backward", upstream=(0, 1), inputs=(2, 3, 4), wanted=8, reference=_differentiable_align)
+for _name in ("truncated_svd_backward", "truncated_svd_group_backward", "align_singular_vectors_backward"):
+    derive_vmap(_name)
 
 
 @torch.library.register_vmap("kdkernels::truncated_svd")
 def _(info, in_dims, x, k, sign, return_u, gap_eps, save_state, driver=""):
     """The examples are one more batch dimension."""
     x = x.movedim(in_dims[0], 0)
-    if torch.is_grad_enabled() and x.requires_grad:  # inside functorch, see takes_the_reference
-        u, s, v = svd_reference(x, k, sign=sign or None, return_u=True)
-        return (u, s, v, x.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
-    u, s, v, _state = _svd_op(x, k, sign, return_u, gap_eps, False, driver)
-    return (u if u.dim() == x.dim() else u.new_empty(info.batch_size, 0), s, v, s.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
+    if takes_reference(x):
+        u, s, v = svd_reference(usable(x), k, sign=sign or None, return_u=True)
+    else:
+        u, s, v, _state = _svd_op(x, k, sign, return_u, gap_eps, False, driver)
+    none = s.new_empty(info.batch_size, 0)
+    return (u if u.dim() == x.dim() else none, s, v, none), (0, 0, 0, 0)
 
 
 @torch.library.register_vmap("kdkernels::align_singular_vectors")
 def _(info, in_dims, student, teacher, weight, flip_teacher, driver=""):
-    given = [
-        None if t is None else t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
-        for t, d in zip((student, teacher, weight), in_dims[:3], strict=True)
-    ]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        outputs = align_reference(*given, flip="teacher" if flip_teacher else "student")
+    given = examples_first(info.batch_size, (student, teacher, weight), in_dims[:3])
+    if takes_reference(*given):
+        outputs = align_reference(*map(usable, given), flip="teacher" if flip_teacher else "student")
         return (*outputs, student.new_empty(info.batch_size, 0), student.new_empty(info.batch_size, 0)), (0, 0, 0, 0)
     return _align_op(*given, flip_teacher, driver), (0, 0, 0, 0)

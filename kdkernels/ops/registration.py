@@ -1,0 +1,146 @@
+"""What torch's transforms ask of an op, derived from its schema and its reference.
+
+The C++ extension registers schema, kernels and first derivative of each op. This module adds the rest, the same way for every op:
+
+- forward mode and ``torch.func``: :func:`takes_reference` tells a public function to call the reference, which torch differentiates in every mode;
+- second and higher derivatives: :func:`derive_double_backward` differentiates the op's backward through the reference;
+- vmap of a backward op (batched gradients, vectorised Jacobians): :func:`derive_vmap` calls the op once for each example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+
+def takes_reference(*tensors: Tensor | None) -> bool:
+    """Whether this call must go through the reference, because the C++ derivative does not exist for the transform that is applied.
+
+    That is the case under ``torch.func.grad``, ``vjp``, ``jvp`` and the like if they are the innermost transform (under vmap, the op's vmap rule asks
+    again one level further out), and in forward mode if one of the tensors carries a tangent.
+    """
+    if torch._C._are_functorch_transforms_active():
+        functorch = torch._C._functorch
+        if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
+            return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def usable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in a form that autograd can save: one that was made under ``torch.inference_mode`` is copied."""
+    if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
+
+
+def _handle(t: Tensor) -> Tensor:
+    """A view of t with a place of its own in the graph: a derivative with respect to it counts the paths through this view and no other path that
+    leads to t (the upstream gradient may depend on t, or a second input may), and still leads back to t."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def second_derivative(
+    reference: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],  # one for each result of the reference
+    wanted: Sequence[bool],  # the inputs whose gradients the backward returns
+    cotangents: Sequence[Tensor | None],  # of those gradients
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradients of ``sum_i <cotangents[i], backward(upstream, inputs)[i]>`` with respect to upstream and to inputs."""
+    create_graph = torch.is_grad_enabled()
+    chosen = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
+    to_upstream, to_inputs = [None] * len(upstream), [None] * len(inputs)
+    with torch.enable_grad():
+        given = [None if t is None else _handle(t) if t.requires_grad or i in chosen else t for i, t in enumerate(inputs)]
+        above = [None if g is None else _handle(g) if g.requires_grad else g for g in upstream]
+        results = [(r, g) for r, g in zip(reference(*given), above, strict=True) if g is not None and r.requires_grad]
+        if not results:
+            return to_upstream, to_inputs
+        first = torch.autograd.grad(
+            [r for r, _ in results],
+            [given[i] for i in chosen],
+            [g.to(r.dtype) for r, g in results],
+            create_graph=True,
+            allow_unused=True,
+        )
+        pairs = [(f, cotangents[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
+        # What the caller does not differentiate needs no gradient; upstream and inputs share one list for one pass.
+        sources = [(to_upstream, j, g) for j, g in enumerate(above) if g is not None and g.requires_grad]
+        sources += [(to_inputs, i, t) for i, t in enumerate(given) if t is not None and t.requires_grad]
+        if not pairs:
+            return to_upstream, to_inputs
+        second = torch.autograd.grad(
+            [f for f, _ in pairs], [t for *_, t in sources], [c.to(f.dtype) for f, c in pairs], create_graph=create_graph, allow_unused=True
+        )
+    for (to, position, _), gradient in zip(sources, second, strict=True):
+        to[position] = gradient
+    return to_upstream, to_inputs
+
+
+def derive_double_backward(
+    name: str,
+    *,
+    upstream: Sequence[int],  # positions of the upstream gradients among the arguments of the backward op
+    inputs: Sequence[int],  # of the forward's inputs, in the order of the gradients that the op returns
+    reference: Callable[..., Sequence[Tensor]],  # (inputs..., arguments) -> the forward's results, one for each upstream gradient
+    wanted: int | None = None,  # of the flags that say which gradients the op returns; None: all of them
+    constants: Sequence[int] = (),  # of other tensors that the reference reads
+) -> None:
+    """Registers the derivative of the backward op ``kdkernels::name``: the reference is differentiated twice."""
+    kept = (*upstream, *inputs, *constants)
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(inputs[i] for i in kept))
+        ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs]
+
+    def backward(ctx, *cotangents):
+        arguments = list(ctx.arguments)
+        for position, tensor in zip(kept, ctx.saved_tensors, strict=True):
+            arguments[position] = tensor
+        flags = arguments[wanted] if wanted is not None else [True] * len(inputs)
+        to_upstream, to_inputs = second_derivative(
+            lambda *given: reference(*given, arguments), [arguments[i] for i in inputs], [arguments[i] for i in upstream], flags, cotangents
+        )
+        result = [None] * len(arguments)
+        for position, gradient in zip((*upstream, *inputs), (*to_upstream, *to_inputs), strict=True):
+            result[position] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(f"kdkernels::{name}", backward, setup_context=setup_context)
+
+
+def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
+    """Tensors with the dimension that vmap hides in front; those that have none are expanded."""
+    return [
+        None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)
+    ]
+
+
+def derive_vmap(name: str) -> None:
+    """Registers the vmap rule that is right for every op ``kdkernels::name``: one call for each example, the results stacked."""
+    op = getattr(torch.ops.kdkernels, name).default
+
+    @torch.library.register_vmap(f"kdkernels::{name}")
+    def rule(info, in_dims, *arguments):
+        flat, structure = pytree.tree_flatten(arguments)
+        dims, _ = pytree.tree_flatten(in_dims, is_leaf=lambda d: d is None)
+        batched = [isinstance(a, Tensor) and d is not None for a, d in zip(flat, dims, strict=True)]
+
+        def call(example: int | None):  # None: zeros in the place of an example, for the shapes of an empty batch
+            def pick(a, d):
+                return a.select(d, example) if example is not None else a.new_zeros(a.movedim(d, 0).shape[1:])
+
+            chosen = [pick(a, d) if b else a for a, d, b in zip(flat, dims, batched, strict=True)]
+            return pytree.tree_flatten(op(*pytree.tree_unflatten(chosen, structure)))
+
+        calls = [call(i) for i in range(info.batch_size)] or [call(None)]
+        results = [torch.stack(column)[: info.batch_size] for column in zip(*(leaves for leaves, _ in calls), strict=True)]
+        form = calls[0][1]
+        return pytree.tree_unflatten(results, form), pytree.tree_unflatten([0] * len(results), form)

@@ -1,0 +1,210 @@
+"""Every op under torch's transforms, alone and in every order of two: the numbers of the reference.
+
+A transform maps a function of x to a number to another such function (a derivative is contracted with fixed weights), so transforms compose. The
+outermost step is what a user does with the result: takes the value, a gradient, a tangent, a vectorised Jacobian or Hessian.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import kdkernels as kd
+from kdkernels import reference
+
+
+def _weights(shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _input(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _contract(*results):
+    """A number that every element of the results takes part in."""
+    return sum((r * _weights(r.shape, 9)).sum() for r in results)
+
+
+def _svd_results(triplets):
+    """What does not depend on signs: singular values and projectors, and the sum of the triplets."""
+    u, s, v = triplets
+    return s, v @ v.mT, (u * s.unsqueeze(-2)) @ v.mT
+
+
+def _group(module, x):
+    other = _input(3, 6, seed=4)
+    if module is kd:
+        return kd.truncated_svds([x, other, x * 2 + other[:3, :4].mean()], 2, return_u=True)
+    return [module.truncated_svd(m, 2, return_u=True) for m in (x, other, x * 2 + other[:3, :4].mean())]
+
+
+# name: function of (module, x), shape of x. `module` is kdkernels or its reference.
+OPS = {
+    "temperature_kl": (lambda m, x: m.temperature_kl(x, _input(3, 5, seed=1), 2.0), (3, 5)),
+    "temperature_kl reverse": (lambda m, x: m.temperature_kl(x, _input(3, 5, seed=1), 2.0, direction="reverse", reduction="sum"), (3, 5)),
+    "temperature_kl jsd": (
+        lambda m, x: _contract(m.temperature_kl(x, _input(3, 5, seed=1), direction="jsd", beta=0.3, reduction="none", dim=0)),
+        (3, 5),
+    ),
+    "temperature_kl, target_eps": (lambda m, x: m.temperature_kl(x, _input(3, 5, seed=1), 3.0, target_eps=0.01), (3, 5)),
+    "temperature_kl, teacher and T from x": (lambda m, x: m.temperature_kl(x, (x * 2).sin(), 1.5 + x[:, :1].cos(), reduction="mean"), (3, 5)),
+    "attention_pool": (lambda m, x: _contract(m.attention_pool(x, 2.0, normalize="l2")), (2, 3, 4)),
+    "attention_pool max": (lambda m, x: _contract(m.attention_pool(x, 1.5, reduce="max", normalize="softmax")), (2, 3, 4)),
+    "attention_transfer_loss": (lambda m, x: m.attention_transfer_loss(x, _input(2, 5, 4, seed=1)), (2, 3, 4)),
+    "attention_transfer_loss, teacher from x": (lambda m, x: m.attention_transfer_loss(x, x.sin() + x**2, 3.0, variant="paper"), (2, 3, 4)),
+    "rbf_correlation": (lambda m, x: _contract(m.rbf_correlation(x, x[:, :2].sin())), (2, 3, 2)),
+    "rbf_correlation_loss": (
+        lambda m, x: m.rbf_correlation_loss(x, x[:, :2].sin(), _input(2, 3, 2, seed=1), _input(2, 2, 2, seed=2), 2.0, reduction="batchmean"),
+        (2, 3, 2),
+    ),
+    "truncated_svd": (lambda m, x: _contract(*_svd_results(m.truncated_svd(x, 2, return_u=True))), (4, 3)),
+    "truncated_svds": (lambda m, x: _contract(*(r for t in _group(m, x) for r in _svd_results(t))), (3, 4)),
+    "align_singular_vectors": (
+        lambda m, x: _contract(*m.align_singular_vectors(x, _input(4, 2, seed=1) + x[:, :2].sin(), x[0, :2].exp())),
+        (4, 3),
+    ),
+    "svd_kd_loss": (
+        lambda m, x: (m.nn if m is kd else m).svd_kd_loss(
+            [x, x[:, :2].sin()], [_input(2, 3, 4, seed=1), _input(2, 2, 4, seed=2)], k=1, **({"weighting": "none"} if m is kd else {})
+        ),
+        (2, 3, 4),
+    ),
+}
+
+
+def _reverse(f):
+    return lambda x: (torch.func.grad(f)(x) * _weights(x.shape)).sum()
+
+
+def _vjp(f):
+    return lambda x: (torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0] * _weights(x.shape)).sum()
+
+
+def _jvp(f):
+    return lambda x: torch.func.jvp(f, (x,), (_weights(x.shape),))[1]
+
+
+def _jacrev(f):
+    return lambda x: (torch.func.jacrev(f)(x) * _weights(x.shape, 6)).sum()
+
+
+def _jacfwd(f):
+    return lambda x: (torch.func.jacfwd(f)(x) * _weights(x.shape, 7)).sum()
+
+
+def _vmap(f):
+    def over_examples(x):
+        factors = torch.tensor([1.0, 0.5, -1.5], dtype=x.dtype)
+        return (torch.vmap(lambda c: f(x * c))(factors) * factors).sum()
+
+    return over_examples
+
+
+def _square(f):
+    """The upstream gradient depends on x."""
+    return lambda x: f(x) ** 2 + f(x * 0.5) * x.sum()
+
+
+def _checkpoint(f):
+    return lambda x: checkpoint(f, x, use_reentrant=False)
+
+
+def _graph(f):
+    """The gradient of plain autograd, with its graph."""
+
+    def gradient(x):
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return (torch.autograd.grad(f(x), x, create_graph=True)[0] * _weights(x.shape, 8)).sum()
+
+    return gradient
+
+
+INNER = {"-": lambda f: f, "square": _square, "grad": _reverse, "jvp": _jvp, "vmap": _vmap, "jacrev": _jacrev, "jacfwd": _jacfwd, "vjp": _vjp}
+PLAIN = {"checkpoint": _checkpoint, "autograd.grad": _graph}  # transforms that torch.func does not take inside
+
+
+def _gradient(f, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def _tangent(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, _weights(x.shape, 3)))).tangent
+
+
+def _batched_gradients(f, x):
+    x = x.clone().requires_grad_()
+    y = f(x)
+    return torch.autograd.grad(y, x, torch.tensor([1.0, -2.0], dtype=x.dtype), is_grads_batched=True)[0]
+
+
+def _linearised(f, x):
+    return torch.func.linearize(f, x)[1](_weights(x.shape, 3))
+
+
+OUTER = {
+    "value": lambda f, x: f(x),
+    "gradient": _gradient,
+    "tangent": _tangent,
+    "batched gradients": _batched_gradients,
+    "jacobian, vectorised": lambda f, x: torch.autograd.functional.jacobian(lambda y: torch.stack([f(y), f(y * 0.5)]), x, vectorize=True),
+    "jacobian, forward mode": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "linearise": _linearised,
+    "Hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
+    "Hessian, vectorised": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "Hessian, forward over reverse": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True, outer_jacobian_strategy="forward-mode"),
+}
+
+
+def _assert_reference(transform, outer, name):
+    function, shape = OPS[name]
+    x = _input(*shape)
+    results = []
+    for module in (reference, kd):
+        f = transform(lambda y, module=module: function(module, y))
+        try:
+            results.append(outer(f, x))
+        except (RuntimeError, NotImplementedError) as error:
+            results.append(error)
+    want, got = results
+    if isinstance(want, Exception):  # plain PyTorch has no such derivative: then there must be no number either
+        assert isinstance(got, Exception), f"{got} where the reference raises {want}"
+        return False
+    if isinstance(got, Exception):
+        raise got
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    return True
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("outer", OUTER)
+def test_compositions_of_two_transforms(outer, name):
+    """Each outermost step on each transform, among them compositions in which the upstream gradient depends on the input."""
+    compared = sum(_assert_reference(t, OUTER[outer], name) for t in INNER.values())
+    compared += sum(_assert_reference(t, OUTER[outer], name) for t in PLAIN.values())
+    assert compared >= 8
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compositions_of_transforms_of_torch_func(name):
+    transforms = {k: v for k, v in INNER.items() if k not in ("-", "vjp")}
+    for a, b in itertools.product(transforms.values(), repeat=2):
+        assert _assert_reference(lambda f, a=a, b=b: a(b(f)), OUTER["value"], name)
+
+
+def _third(f, x):
+    x = x.clone().requires_grad_()
+    y = f(x)
+    for seed in (1, 2):
+        y = (torch.autograd.grad(y, x, create_graph=True)[0] * _weights(x.shape, seed)).sum()
+    return torch.autograd.grad(y, x)[0]
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if not n.startswith(("align", "svd_kd"))])
+def test_third_derivatives(name):
+    assert _assert_reference(_square, _third, name)
