@@ -40,7 +40,8 @@ inline Variant parse_variant(std::string_view variant) {
 inline void check_features(const at::Tensor& x, const char* name) {
   check_floating(x, name);
   TORCH_CHECK_VALUE(x.dim() >= 3, name, " must have the shape [B, C, *spatial], got ", x.sizes());
-  TORCH_CHECK_VALUE(x.size(1) > 0, name, " must have at least one channel, got ", x.sizes());
+  for (int64_t d = 1; d < x.dim(); ++d)
+    TORCH_CHECK_VALUE(x.size(d) > 0, name, " must have at least one channel and one place, got ", x.sizes());
 }
 
 // [B, *spatial]

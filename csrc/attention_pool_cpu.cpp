@@ -38,6 +38,20 @@ class Net {
   // dMap/dx is |x|^(p-1) sign(x) times this.
   double factor() const { return options_.p / (options_.reduce == Reduce::mean ? static_cast<double>(f.channels) : 1); }
 
+  // A bound of |dL/dx| of a sample, from its map q * divisor and the weights of its places: |x|^(p-1) is largest where one channel makes
+  // the whole map, or, for p < 1, where x is the smallest number of half precision.
+  double gradient_bound(const T* q, double divisor, const T* weight) const {
+    const double p = options_.p, count = options_.reduce == Reduce::mean ? static_cast<double>(f.channels) : 1;
+    const double steepest = p < 1 ? std::pow(0x1p-24, p - 1) : 0;
+    double bound = 0;
+    for (int64_t i = 0; i < f.places; ++i) {
+      const double slope = p < 1 ? steepest : p == 2 ? std::sqrt(q[i] * divisor * count) : std::pow(q[i] * divisor * count, 1 - 1 / p);
+      const double size = std::abs(static_cast<double>(weight[i])) * slope;
+      if (!(size <= bound)) bound = size;
+    }
+    return bound;
+  }
+
   // The map of sample b at places [first, first + count).
   void pool_part(int64_t b, int64_t first, int64_t count, T* map, int32_t* channel) const {
     with_storage<T>(f.x.scalar_type(), [&](auto* type) {
@@ -51,13 +65,15 @@ class Net {
   // A tensor for the gradient, in the layout of the features.
   void make_gradient() {
     gradient_ = recycled_empty_like(original_);
-    written_ = gradient_;
-    g = view(written_);
-    if (!f.x.is_same(original_) || !g.x.is_same(written_) || g.channels_adjacent != f.channels_adjacent) {
-      written_ = f.channels_adjacent ? at::empty({f.batch, f.places, f.channels}, f.x.options()).transpose(1, 2).view(f.x.sizes())
-                                     : at::empty(f.x.sizes(), f.x.options());
-      g = view(written_);
+    auto same = gradient_.scalar_type() == f.x.scalar_type() ? view_as(gradient_, f.channels_adjacent) : std::nullopt;
+    if (!same) {
+      const auto options = f.x.options().memory_format(at::MemoryFormat::Contiguous);
+      same = view_as(f.channels_adjacent ? at::empty({f.batch, f.places, f.channels}, options).transpose(1, 2).view(f.x.sizes())
+                                         : at::empty(f.x.sizes(), options),
+                     f.channels_adjacent);
     }
+    g = *same;
+    written_ = g.x;
     const int64_t row = f.channels_adjacent ? f.channels : f.places;
     const bool aligned = row * f.x.element_size() % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(g.x.data_ptr()) % simd::kBytes == 0;
     streamed_ = aligned && original_.nbytes() > (size_t(32) << 20);
@@ -97,6 +113,13 @@ class Net {
   Options options_;
   bool streamed_ = false;
 };
+
+// The exponent that lifts numbers of at most `bound` to the top of half precision's range, with a bit to spare for their rounding.
+inline int half_exponent(double bound) {
+  int exponent = 15;
+  if (bound > 0 && std::isfinite(bound)) std::frexp(bound, &exponent);
+  return std::clamp(15 - exponent, -100, 100);
+}
 
 // Numbers of every sample that the stages hand on: for all samples, or for the one that a thread works on.
 template <typename T>
@@ -219,8 +242,12 @@ at::Tensor pool_backward(const at::Tensor& grad, const at::Tensor& x, const at::
 }
 
 // The loss times `upstream`, and the gradients that are wanted.
+//
+// scale [B] and teacher_map [B, places] are written if they are not null. A student in float16 has a scale: its gradient is written divided
+// by it.
 template <typename T>
-double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant variant, double upstream, std::array<bool, 2> wanted) {
+double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant variant, double upstream, std::array<bool, 2> wanted,
+                float* sample_scale, T* teacher_map) {
   const int64_t batch = student.batch(), places = student.places();
   Net<T>* const nets[2] = {&student, &teacher};
   for (int i = 0; i < 2; ++i)
@@ -238,6 +265,7 @@ double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant vari
                [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
                  T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
                  const L2<T> s(qs, places, o.eps), t(qt, places, o.eps);
+                 if (teacher_map) std::copy_n(qt, places, teacher_map + b * places);
                  s.normalize(qs, places, qs);
                  t.normalize(qt, places, qt);
                  for (int64_t i = 0; i < places; ++i) d[i] = qs[i] - qt[i];
@@ -245,7 +273,13 @@ double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant vari
                  losses[b] = variant == Variant::code ? norm * norm / static_cast<double>(places) : norm;
                  const double slope = variant == Variant::code ? 2 / static_cast<double>(places) : norm > 0 ? 1 / norm : norm;
                  const double scale = upstream * slope / static_cast<double>(batch);
-                 if (wanted[0]) s.backward(qs, d, places, scale * student.factor(), scratch.array(kWeight, slot, slots));
+                 T* const weight = scratch.array(kWeight, slot, slots);
+                 if (wanted[0]) s.backward(qs, d, places, scale * student.factor(), weight);
+                 if (sample_scale) {
+                   const int exponent = half_exponent(student.gradient_bound(qs, s.divisor(), weight));
+                   sample_scale[b] = std::ldexp(1.0f, -exponent);
+                   for (int64_t i = 0; i < places; ++i) weight[i] = std::ldexp(weight[i], exponent);
+                 }
                  if (wanted[1]) t.backward(qt, d, places, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
                },
                [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
@@ -290,24 +324,50 @@ at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor&
   return kernel(grad, x, maps, norm, channel, o, normalized);
 }
 
-template <typename T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(const at::Tensor& student, const at::Tensor& teacher, const Options& o,
-                                                                  Variant variant, double upstream, std::array<bool, 2> wanted) {
-  Net<T> s(student, o), t(teacher, o);
-  const double loss = transfer(s, t, o, variant, upstream, wanted);
-  const at::Tensor none = at::empty({0}, student.options());
-  return {at::empty({}, student.options().dtype(c10::CppTypeToScalarType<T>::value)).fill_(loss), wanted[0] ? s.finish_gradient() : none,
-          wanted[1] ? t.finish_gradient() : none};
+// x *= factor in float, rounded once.
+void scale_in_place(const at::Tensor& x, float factor) {
+  if (x.scalar_type() != at::kHalf || !x.is_non_overlapping_and_dense()) {
+    x.mul_(static_cast<double>(factor));
+    return;
+  }
+  constexpr int64_t lanes = simd::kLanes<float>;
+  auto* p = static_cast<c10::Half*>(x.data_ptr());
+  const int64_t count = x.numel();
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) narrow(widen(p + i) * factor, p + i);
+  for (; i < count; ++i) p[i] = static_cast<float>(p[i]) * factor;
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_cpu(const at::Tensor& student, const at::Tensor& teacher, double p,
-                                                               c10::string_view variant, c10::string_view reduce, double eps,
-                                                               bool save_grad) {
+template <typename T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_saved_gradient(const at::Tensor& student, const at::Tensor& teacher,
+                                                                                   const Options& o, Variant variant, bool save_grad) {
+  const auto options = student.options().memory_format(at::MemoryFormat::Contiguous);
+  constexpr at::ScalarType compute = c10::CppTypeToScalarType<T>::value;
+  const bool scaled = save_grad && student.scalar_type() == at::kHalf;
+  const at::Tensor scale = at::empty({scaled ? student.size(0) : 0}, options.dtype(at::kFloat));
+  const at::Tensor teacher_map = at::empty(save_grad ? map_shape(student) : std::vector<int64_t>{0}, options.dtype(compute));
+  Net<T> s(student, o), t(teacher, o);
+  const double loss = transfer(s, t, o, variant, 1, {save_grad, false}, scaled ? scale.mutable_data_ptr<float>() : nullptr,
+                               save_grad ? teacher_map.mutable_data_ptr<T>() : nullptr);
+  return {at::empty({}, options.dtype(compute)).fill_(loss), save_grad ? s.finish_gradient() : at::empty({0}, options), scale, teacher_map};
+}
+
+template <typename T>
+std::tuple<at::Tensor, at::Tensor> loss_gradients(const at::Tensor& student, const at::Tensor& teacher, const Options& o, Variant variant,
+                                                  double upstream, std::array<bool, 2> wanted) {
+  Net<T> s(student, o), t(teacher, o);
+  transfer<T>(s, t, o, variant, upstream, wanted, nullptr, nullptr);
+  const at::Tensor none = at::empty({0}, student.options().memory_format(at::MemoryFormat::Contiguous));
+  return {wanted[0] ? s.finish_gradient() : none, wanted[1] ? t.finish_gradient() : none};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_transfer_loss_cpu(const at::Tensor& student, const at::Tensor& teacher,
+                                                                                       double p, c10::string_view variant,
+                                                                                       c10::string_view reduce, double eps,
+                                                                                       bool save_grad) {
   check_pair(student, teacher);
-  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_gradients<double> : loss_and_gradients<float>;
-  auto [loss, grad, unused] =
-      kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), 1, std::array<bool, 2>{save_grad, false});
-  return {loss, grad};
+  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_saved_gradient<double> : loss_and_saved_gradient<float>;
+  return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), save_grad);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at::Tensor& grad_loss, const at::Tensor& student,
@@ -315,15 +375,26 @@ std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at
                                                                         c10::string_view reduce, double eps, std::array<bool, 2> wanted) {
   check_pair(student, teacher);
   check_shape(grad_loss, "grad_loss", {});
-  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_gradients<double> : loss_and_gradients<float>;
-  auto [loss, to_student, to_teacher] =
-      kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
-  return {to_student, to_teacher};
+  const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_gradients<double> : loss_gradients<float>;
+  return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
 }
 
-// The gradient of a mean arrives as one number, nearly always 1: then nothing is to be done.
-void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& grad_loss) {
-  if (grad_loss.item().toDouble() != 1) grad.mul_(grad_loss);
+// The gradient of a mean arrives as one number, nearly always 1: then nothing is to be done, unless the gradient is in float16.
+void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& scale, const at::Tensor& grad_loss) {
+  check_floating(grad, "grad");
+  check_shape(grad_loss, "grad_loss", {});
+  const double upstream = grad_loss.item().toDouble();
+  if (scale.numel() == 0) {
+    if (upstream != 1) grad.mul_(upstream);
+    return;
+  }
+  TORCH_CHECK_VALUE(grad.dim() > 0, "grad must have a dimension of samples, got ", grad.sizes());
+  check_shape(scale, "scale", {grad.size(0)});
+  const at::Tensor factors = scale.to(at::kDouble).mul_(upstream).to(at::kFloat).contiguous();
+  at::parallel_for(0, grad.size(0), std::max<int64_t>(1, 4 * kGrain * grad.size(0) / std::max<int64_t>(1, grad.numel())),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t b = begin; b < end; ++b) scale_in_place(grad.select(0, b), factors.const_data_ptr<float>()[b]);
+                   });
 }
 
 }  // namespace

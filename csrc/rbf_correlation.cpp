@@ -28,7 +28,7 @@ struct Correlation : torch::autograd::Function<Correlation> {
     static const auto op = find_op<Signature>("kdkernels::rbf_correlation");
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, y});
+    save(ctx, {x, y});
     ctx->saved_data["beta"] = beta;
     return {op.call(x, y, beta)};
   }
@@ -37,8 +37,9 @@ struct Correlation : torch::autograd::Function<Correlation> {
     static const auto op = find_op<BackwardSignature>("kdkernels::rbf_correlation_backward");
     variable_list result(3);  // one for each argument of forward
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    auto [to_x, to_y] = op.call(grads[0], saved[0], saved[1], ctx->saved_data["beta"].toDouble());
+    check_no_tangent("rbf_correlation_backward", grads[0]);
+    const auto kept = saved(ctx);
+    auto [to_x, to_y] = op.call(grads[0], kept[0], kept[1], ctx->saved_data["beta"].toDouble());
     if (ctx->needs_input_grad(0)) result[0] = to_x;
     if (ctx->needs_input_grad(1)) result[1] = to_y;
     return result;
@@ -46,6 +47,7 @@ struct Correlation : torch::autograd::Function<Correlation> {
 };
 
 Tensor correlation_autograd(const Tensor& x, const Tensor& y, double beta) {
+  check_no_tangent("rbf_correlation", x, y);
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || y.requires_grad())) {
     static const auto op = find_op<Signature>("kdkernels::rbf_correlation");
     at::AutoDispatchBelowADInplaceOrView below;
@@ -63,7 +65,7 @@ struct Loss : torch::autograd::Function<Loss> {
     auto [loss, to_sx, to_sy, to_tx, to_ty] = op.call(sx, sy, tx, ty, beta, reduction, needs);
     ctx->mark_non_differentiable({to_sx, to_sy, to_tx, to_ty});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({sx, sy, tx, ty, to_sx, to_sy, to_tx, to_ty});
+    save(ctx, {sx, sy, tx, ty, to_sx, to_sy, to_tx, to_ty});
     auto& saved = ctx->saved_data;
     saved["beta"] = beta;
     saved["reduction"] = std::move(reduction);
@@ -77,13 +79,14 @@ struct Loss : torch::autograd::Function<Loss> {
     variable_list result(6);  // one for each argument of forward
     const Tensor& grad_loss = grads[0];
     if (!grad_loss.defined()) return result;
-    const auto saved = ctx->get_saved_variables();
+    const auto kept = saved(ctx);
     auto& data = ctx->saved_data;
     const auto flags = data["needs"].toBoolList();
     const std::array<bool, 4> needs{flags[0], flags[1], flags[2], flags[3]};
-    if (at::GradMode::is_enabled()) {
-      auto [to_sx, to_sy, to_tx, to_ty] = recompute.call(grad_loss, saved[0], saved[1], saved[2], saved[3], data["beta"].toDouble(),
-                                                         data["reduction"].toStringView(), needs);
+    if (at::GradMode::is_enabled() || has_tangent(grad_loss)) {
+      check_no_tangent("rbf_correlation_loss_backward", grad_loss);
+      auto [to_sx, to_sy, to_tx, to_ty] =
+          recompute.call(grad_loss, kept[0], kept[1], kept[2], kept[3], data["beta"].toDouble(), data["reduction"].toStringView(), needs);
       const Tensor all[] = {to_sx, to_sy, to_tx, to_ty};
       for (int i = 0; i < 4; ++i)
         if (needs[i]) result[i] = all[i];
@@ -91,10 +94,15 @@ struct Loss : torch::autograd::Function<Loss> {
     }
     for (int i = 0; i < 4; ++i) {
       if (!needs[i]) continue;
-      Tensor grad = saved[4 + i];
-      if (!may_give_away(grad, grad_loss)) grad = grad.clone();
-      rescale.call(grad, grad_loss);
-      result[i] = grad.to(saved[i].scalar_type());
+      Tensor grad = kept[4 + i];
+      if (may_give_away(grad, grad_loss)) {
+        rescale.call(grad, grad_loss);
+      } else {
+        const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(1).unsqueeze(2) : grad_loss;
+        grad = grad * factor;
+        if (grad_loss.dim() > 0) grad = grad.masked_fill(factor.eq(0), 0);  // a sample that was left out, see rescale
+      }
+      result[i] = grad.to(kept[i].scalar_type());
     }
     return result;
   }
@@ -102,6 +110,7 @@ struct Loss : torch::autograd::Function<Loss> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& sx, const Tensor& sy, const Tensor& tx, const Tensor& ty,
                                                                  double beta, c10::string_view reduction, std::array<bool, 4> wanted) {
+  check_no_tangent("rbf_correlation_loss", sx, sy, tx, ty);
   if (!at::GradMode::is_enabled() || !(sx.requires_grad() || sy.requires_grad() || tx.requires_grad() || ty.requires_grad())) {
     static const auto op = find_op<LossSignature>("kdkernels::rbf_correlation_loss");
     at::AutoDispatchBelowADInplaceOrView below;

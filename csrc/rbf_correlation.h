@@ -27,7 +27,8 @@ inline void check_beta(double beta) {
 inline void check_columns(const at::Tensor& x, const char* x_name, const at::Tensor& y, const char* y_name) {
   for (const auto& [t, name] : {std::pair(&x, x_name), std::pair(&y, y_name)}) {
     check_floating(*t, name);
-    TORCH_CHECK_VALUE(t->dim() == 3, name, " must have three dimensions, got ", t->sizes());
+    TORCH_CHECK_VALUE(t->dim() == 3 && t->size(1) > 0 && t->size(2) > 0, name,
+                      " must be [B, numbers, K], with at least one number and column, got ", t->sizes());
   }
   check_device(y, y_name, x.device());
   TORCH_CHECK_VALUE(x.size(0) == y.size(0) && x.size(2) == y.size(2), x_name, " [B, M, K] and ", y_name,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops import checks
 from .ops.attention_pool import attention_transfer_loss
 from .ops.rbf_correlation import rbf_correlation_loss
 from .ops.temperature_kl import temperature_kl
@@ -61,7 +62,7 @@ class TemperatureKL(nn.Module):
 def kd_loss(
     student: Tensor,  # [B, K]
     teacher: Tensor,  # [B, K]
-    labels: Tensor,  # [B] int64
+    labels: Tensor,  # [B] int64, or probabilities [B, K]
     temperature: float | Tensor = 4.0,
     *,
     gamma: float = 0.1,
@@ -69,12 +70,36 @@ def kd_loss(
 ) -> Tensor:
     """``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, both means over the batch.
 
-    The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached.
+    The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached. Half types are computed in float32, float64 in float64.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: shapes or devices that do not fit, or an option out of its range.
 
     References:
         G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
     """
-    return gamma * F.cross_entropy(student.float(), labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+    checks.tensor("student", student, "logits")
+    checks.tensor("teacher", teacher, "logits")
+    _check_labels(labels, student)
+    if student.dim() not in (1, 2):
+        raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: flatten rows into the batch")
+    for name, weight in (("gamma", gamma), ("alpha", alpha)):
+        if not isinstance(weight, Tensor):
+            checks.not_negative(name, weight)
+    logits = student if student.dtype == torch.float64 else student.float()
+    return gamma * F.cross_entropy(logits, labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+
+
+def _check_labels(labels: Tensor, student: Tensor) -> None:
+    """Labels as F.cross_entropy takes them: class indices, or probabilities of the classes."""
+    if not isinstance(labels, Tensor) or (labels.dtype not in (torch.int64, torch.uint8) and not labels.is_floating_point()):
+        raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
+    expected = tuple(student.shape if labels.is_floating_point() else student.shape[:-1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"labels must have the shape {expected} for student {tuple(student.shape)}, got {tuple(labels.shape)}")
+    if labels.device != student.device:
+        raise ValueError(f"labels must be on the logits' device {student.device}, got {labels.device}")
 
 
 class AttentionTransfer(nn.Module):
@@ -116,8 +141,10 @@ def attention_transfer_losses(
     """:func:`kdkernels.attention_transfer_loss` of each pair of features. The teacher's are detached.
 
     Raises:
+        TypeError: student or teacher is no list of tensors.
         ValueError: lists of different lengths, or no pair.
     """
+    student, teacher = (_features_of_layers(name, x) for name, x in (("student", student), ("teacher", teacher)))
     if len(student) != len(teacher) or not len(student):
         raise ValueError(f"student and teacher must be lists of as many features, at least one, got {len(student)} and {len(teacher)}")
     each = {}
@@ -129,6 +156,14 @@ def attention_transfer_losses(
         attention_transfer_loss(s, t.detach(), power, reduce=how, variant=variant)
         for s, t, power, how in zip(student, teacher, each["p"], each["reduce"], strict=True)
     ]
+
+
+def _features_of_layers(name: str, features) -> list[Tensor]:
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"{name} must be a list of features, one tensor for each layer, got {checks.kind(features)}")
+    for i, x in enumerate(features):
+        checks.tensor(f"{name}[{i}]", x, "features")
+    return list(features)
 
 
 def svd_kd_loss(
@@ -190,7 +225,7 @@ def svd_kd_loss(
 
 def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="official", extra=1, beta=8.0):
     """:func:`svd_kd_loss`, and which samples of each pair of layers are in it: bool [pairs, B]."""
-    _check_svd_kd(student, teacher, k, grad, weighting, loss, extra)
+    _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta)
     maps, targets = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
     counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(maps, targets, strict=True)]
     with torch.no_grad():
@@ -216,22 +251,26 @@ def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weight
     return total, torch.stack(kept)
 
 
-def _check_svd_kd(student, teacher, k, grad, weighting, loss, extra) -> None:
+def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta) -> None:
+    for name, features in (("student", student), ("teacher", teacher)):
+        _features_of_layers(name, features)
     if len(student) != len(teacher) or len(student) < 2:
         raise ValueError(f"student and teacher must be lists of as many features, at least two, got {len(student)} and {len(teacher)}")
     for name, value in {"k": k, "extra": extra}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name == "k"):
+        checks.integer(name, value)
+        if value < (name == "k"):
             raise ValueError(f"{name} must be an int >= {int(name == 'k')}, got {value!r}")
-    options = {"grad": (grad, ("exact", "rank1", "official")), "weighting": (weighting, ("sigma", "none")), "loss": (loss, ("official", "mean"))}
-    for name, (value, known) in options.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    checks.choice("align", align, ("teacher", "student"))
+    checks.choice("grad", grad, ("exact", "rank1", "official"))
+    checks.choice("weighting", weighting, ("sigma", "none"))
+    checks.choice("loss", loss, ("official", "mean"))
+    checks.positive("beta", beta)
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for name, x in {"student": s, "teacher": t}.items():
-            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-                raise TypeError(f"{name}[{i}] must be floating-point features, got {getattr(x, 'dtype', type(x).__name__)}")
             if x.dim() < 3 or 0 in x.shape[1:]:
                 raise ValueError(f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(x.shape)}")
+        if s.device != student[0].device or t.device != student[0].device:
+            raise ValueError(f"layer {i}: student and teacher must be on one device, got {s.device} and {t.device}")
         if s.shape[:2] != t.shape[:2] or len(s) != len(student[0]):
             raise ValueError(f"layer {i}: student and teacher need the same batch and as many channels, got {tuple(s.shape)} and {tuple(t.shape)}")
 

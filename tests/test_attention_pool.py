@@ -120,8 +120,12 @@ def test_transfer_loss(case, p, variant, reduce, backend):
     ops = _operators(backend)
     s, t = (x.detach().double().cpu().contiguous().requires_grad_() for x in (student, teacher))
     want = reference.attention_transfer_loss(s, t, p, variant=variant, reduce=reduce)
-    loss, saved = ops.attention_transfer_loss(student, teacher, p, variant, reduce, 1e-12, True)
-    assert loss.dtype == _compute(student, teacher)
+    loss, saved, power, teacher_map = ops.attention_transfer_loss(student, teacher, p, variant, reduce, 1e-12, True)
+    assert loss.dtype == teacher_map.dtype == _compute(student, teacher)
+    assert power.shape == ((case.shape[0],) if student.dtype == torch.float16 else (0,))
+    if power.numel():
+        assert torch.equal(power.frexp()[0], torch.full_like(power, 0.5))
+        saved = (saved.double() * power.view(-1, *(1,) * (saved.dim() - 1))).as_strided(saved.shape, saved.stride())
 
     # q of both nets carries a relative error; their difference d an absolute one.
     batch, places = case.shape[0], max(1, want.new_empty(case.shape[2:]).numel())

@@ -102,7 +102,9 @@ def test_opcheck(case, device):
 
 def test_opcheck_rescale(device):
     op = torch.ops.kdkernels.attention_transfer_loss_rescale_.default
-    torch.library.opcheck(op, (torch.randn(2, 3, 4, device=device), torch.tensor(2.0, device=device)))
+    one, powers = torch.empty(0, device=device), torch.tensor([0.5, 2.0], device=device)
+    torch.library.opcheck(op, (torch.randn(2, 3, 4, device=device), one, torch.tensor(2.0, device=device)))
+    torch.library.opcheck(op, (torch.randn(2, 3, 4, device=device).half(), powers, torch.tensor(3.0, device=device)))
 
 
 def test_compile_inductor(device):

@@ -5,12 +5,14 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace kdkernels::attention_pool {
 
 struct Features {
   at::Tensor x;
   int64_t batch, channels, places;
+  int64_t map_places;  // of the whole sample, where this is a part of it
   int64_t sample_stride;
   bool channels_adjacent;
   int64_t stride;  // from one channel to the next, or, where channels are adjacent, from one place to the next
@@ -21,7 +23,7 @@ struct Features {
   }
 };
 
-// The step between neighbouring places if all of them lie at one step, else -1.
+// The step between neighbouring places if all of them lie at one step, else -1. The stride of an extent of 1 says nothing.
 inline int64_t place_stride(const at::Tensor& x) {
   int64_t step = -1, next = -1;
   for (int64_t d = x.dim() - 1; d >= 2; --d) {
@@ -33,16 +35,22 @@ inline int64_t place_stride(const at::Tensor& x) {
   return step < 0 ? 1 : step;
 }
 
-inline Features view(const at::Tensor& x) {
+// x in one of the two layouts, if its strides are of it. One channel, or one place, is adjacent to its neighbours at any stride.
+inline std::optional<Features> view_as(const at::Tensor& x, bool channels_adjacent) {
   int64_t places = 1;
   for (int64_t d = 2; d < x.dim(); ++d) places *= x.size(d);
-  const int64_t step = place_stride(x), channel = x.stride(1);
-  const bool single_place = places == 1, single_channel = x.size(1) == 1;
-  if ((channel == 1 || single_channel) && step >= 0 && (single_place || step != 1) && !(single_channel && step == 1))
-    return {x, x.size(0), x.size(1), places, x.stride(0), true, single_place ? x.size(1) : step};
-  if (step == 1) return {x, x.size(0), x.size(1), places, x.stride(0), false, channel};
-  const at::Tensor copy = x.contiguous();
-  return {copy, x.size(0), x.size(1), places, copy.stride(0), false, copy.stride(1)};
+  const int64_t channels = x.size(1), step = place_stride(x);
+  const bool adjacent = channels_adjacent ? channels == 1 || x.stride(1) == 1 : places == 1 || step == 1;
+  if (!adjacent || step < 0) return std::nullopt;
+  const int64_t stride = channels_adjacent ? (places == 1 ? channels : step) : (channels == 1 ? places : x.stride(1));
+  return Features{x, x.size(0), channels, places, places, x.stride(0), channels_adjacent, stride};
+}
+
+// x where it lies if it can be read there, else a copy. Of features that are in both layouts vectors hold what there is more of.
+inline Features view(const at::Tensor& x) {
+  const auto by_channel = view_as(x, true), by_place = view_as(x, false);
+  if (by_channel && (!by_place || by_channel->channels > by_channel->places)) return *by_channel;
+  return by_place ? *by_place : *view_as(x.contiguous(), false);
 }
 
 }  // namespace kdkernels::attention_pool

@@ -87,8 +87,10 @@ void add_rows(const Storage* x, int64_t stride, int64_t whole, bool first, const
   }
 }
 
+// The order of the sums depends on the number of places of the whole map, so that a part of it gives the same bits.
 template <typename T, typename Storage, typename Power>
-void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, const Power& power, T* out) {
+void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, int64_t map_places, const Power& power,
+                         T* out) {
   constexpr int64_t lanes = simd::kLanes<T>, most = 8, rows = 8;
   if (places < lanes) {  // what a vector holds of the next channels does no harm; the last ones end with the features
     const int64_t whole = rows_of_whole_vectors<T>(channels, stride, places);
@@ -100,7 +102,7 @@ void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int
     return;
   }
   const int64_t vectors = (places + lanes - 1) / lanes;
-  if (vectors <= most) return sum_few_columns<most>(static_cast<int>(vectors), x, channels, stride, places - lanes, power, out);
+  if (map_places <= most * lanes) return sum_few_columns<most>(static_cast<int>(vectors), x, channels, stride, places - lanes, power, out);
   // Many places: whole rows one after the other, as memory is read best, a few at a time for the sake of `out`.
   constexpr int64_t block = 8 * rows;
   const int64_t whole = places / lanes * lanes;
@@ -199,7 +201,7 @@ void pool(const Features& f, const Storage* x, bool maximum, bool mean, const Po
   } else if (f.channels_adjacent) {
     sum_channels_adjacent<T>(x, f.channels, f.stride, f.places, power, out);
   } else {
-    sum_places_adjacent<T>(x, f.channels, f.stride, f.places, power, out);
+    sum_places_adjacent<T>(x, f.channels, f.stride, f.places, f.map_places, power, out);
   }
   if (!maximum && !mean) return;
   const T count = static_cast<T>(f.channels);

@@ -43,10 +43,11 @@ def fsp_matrix(
         extents = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
         pool = _POOLS[pooling][len(extents)]
         first, second = (x if list(x.shape[2:]) == extents else pool(x, extents) for x in (first, second))
-    first, second = first.flatten(2), second.flatten(2)
-    if first.dtype in (torch.float16, torch.bfloat16):
-        first, second = first.float(), second.float()
-    return (first / first.shape[2]) @ second.mT
+    # In float whatever autocast would make of a product: sums over thousands of places have no room in half precision.
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    first, second = first.flatten(2).to(dtype), second.flatten(2).to(dtype)
+    with torch.autocast(first.device.type, enabled=False):
+        return (first / first.shape[2]) @ second.mT
 
 
 def fsp_loss(

@@ -172,8 +172,13 @@ def _(grad, x, maps, norm, channel, p, reduce, normalize, eps):
 
 @torch.library.register_fake("kdkernels::attention_transfer_loss")
 def _(student, teacher, p, variant, reduce, eps, save_grad):
-    loss = student.new_empty((), dtype=_map_dtype(student, teacher))
-    return loss, torch.empty_like(student) if save_grad else student.new_empty(0)
+    dtype = _map_dtype(student, teacher)
+    return (
+        student.new_empty((), dtype=dtype),
+        torch.empty_like(student) if save_grad else student.new_empty(0),
+        student.new_empty(student.shape[0] if save_grad and student.dtype == torch.float16 else 0, dtype=torch.float32),
+        student.new_empty(_map_shape(student) if save_grad else 0, dtype=dtype),
+    )
 
 
 @torch.library.register_fake("kdkernels::attention_transfer_loss_backward")
@@ -185,7 +190,7 @@ def _(grad_loss, student, teacher, p, variant, reduce, eps, wanted):
 
 
 @torch.library.register_fake("kdkernels::attention_transfer_loss_rescale_")
-def _(grad, grad_loss):
+def _(grad, scale, grad_loss):
     return None
 
 
@@ -224,7 +229,8 @@ def _(info, in_dims, student, teacher, p, variant, reduce, eps, save_grad):
     q = [_pool(x.flatten(0, 1), p, reduce, "l2", eps).flatten(1).unflatten(0, x.shape[:2]) for x in features]
     difference = q[0] - q[1]  # [examples, B, M]
     per_sample = difference.square().mean(2) if variant == "code" else torch.linalg.vector_norm(difference, dim=2)
-    return (per_sample.sum(1) / max(per_sample.shape[1], 1), student.new_empty(info.batch_size, 0)), (0, 0)
+    none = student.new_empty(info.batch_size, 0)
+    return (per_sample.sum(1) / max(per_sample.shape[1], 1), none, none.float(), none.to(_map_dtype(*features))), (0, 0, 0, 0)
 
 
 def _triton_kernels():
@@ -256,5 +262,8 @@ def _(*args):
 
 
 @torch.library.impl("kdkernels::attention_transfer_loss_rescale_", "CUDA")
-def _(grad, grad_loss):
-    grad.mul_(grad_loss)
+def _(grad, scale, grad_loss):
+    factor = grad_loss.float() if grad.dtype != torch.float64 else grad_loss.double()
+    if scale.numel():
+        factor = (factor * scale).view(-1, *(1,) * (grad.dim() - 1))
+    torch.mul(grad, factor, out=grad) if grad.dtype == factor.dtype else grad.copy_(grad * factor)

@@ -27,9 +27,18 @@ def takes_reference(*tensors: Tensor | None) -> bool:
         functorch = torch._C._functorch
         if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
             return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and _has_tangent(t) for t in tensors)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    # What vmap has wrapped is asked one level further out, by the vmap rule.
+    return not torch._C._functorch.is_batchedtensor(t) and forward_ad.unpack_dual(t).tangent is not None
+
+
+def is_batched(t) -> bool:
+    """Whether vmap stands behind a tensor: of ``torch.func``, or the older one of ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
 
 
 def usable(tensor: Tensor | None) -> Tensor | None:

@@ -402,13 +402,28 @@ def attention_pool_backward(
     return _scatter(x, weight, channel, p, reduce, compute)
 
 
-def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce: str) -> Tensor:
+    """The power of two by which the gradient of each sample is divided to be stored in float16, [B]: csrc/attention_pool_cpu.cpp has the bound."""
+    if p < 1:
+        slope = torch.full_like(maps, 2.0 ** (-24 * (p - 1)))
+    else:
+        slope = (maps * (channels if reduce == "mean" else 1)) ** (1 - 1 / p)
+    bound = (weight.abs() * slope).flatten(1).amax(1)
+    exponent = torch.where(bound.isfinite() & (bound > 0), torch.frexp(bound).exponent, 15)
+    return torch.ldexp(torch.ones_like(bound), (exponent - 15).clamp(-100, 100)).float()
+
+
+def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved=False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, both gradients, the scale of the student's gradient and the teacher's map: the last two where the gradient is saved."""
     compute = _compute(student, teacher)
     batch = student.shape[0]
     losses = torch.empty(batch, dtype=torch.float64, device=student.device)
-    empty = student.new_empty(0)
+    empty, no_scale = student.new_empty(0), losses.new_empty(0, dtype=torch.float32)
+    scaled = saved and student.dtype == torch.float16
     if batch == 0:
-        return losses.sum().to(compute), *(torch.empty_like(x) if w else empty for x, w in zip((student, teacher), wanted, strict=True))
+        grads = (torch.empty_like(x) if w else empty for x, w in zip((student, teacher), wanted, strict=True))
+        maps = torch.empty(0, *(student.shape[2:] if saved else ()), dtype=compute, device=student.device)
+        return losses.sum().to(compute), *grads, no_scale, maps
     (s_map, s_channel), (t_map, t_channel) = (_pool(x, p, reduce, compute) for x in (student, teacher))
     weights = [torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True)]
     numbers = (*split(eps), *split(_factor(student, p, reduce)), *split(_factor(teacher, p, reduce)))
@@ -419,17 +434,21 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted) -> tu
             PAPER=variant == "paper", HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
             COMPUTE=_tl(compute), **_row_block(places),
         )  # fmt: skip
+    scale = no_scale
+    if scaled:
+        scale = _scale_of_half(weights[0], s_map, student.shape[1], p, reduce)
+        weights[0] /= scale.view(-1, *(1,) * (s_map.dim() - 1))
     to_student = _scatter(student, weights[0], s_channel, p, reduce, compute) if wanted[0] else empty
     to_teacher = _scatter(teacher, weights[1], t_channel, p, reduce, compute) if wanted[1] else empty
-    return (losses.sum() / batch).to(compute), to_student, to_teacher
+    return (losses.sum() / batch).to(compute), to_student, to_teacher, scale, t_map if saved else t_map.new_empty(0)
 
 
-def attention_transfer_loss(student, teacher, p, variant, reduce, eps, save_grad) -> tuple[Tensor, Tensor]:
+def attention_transfer_loss(student, teacher, p, variant, reduce, eps, save_grad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::attention_transfer_loss."""
-    loss, grad, _ = _transfer(student, teacher, p, variant, reduce, eps, None, (save_grad, False))
-    return loss, grad
+    loss, grad, _, scale, teacher_map = _transfer(student, teacher, p, variant, reduce, eps, None, (save_grad, False), save_grad)
+    return loss, grad, scale, teacher_map
 
 
 def attention_transfer_loss_backward(grad_loss, student, teacher, p, variant, reduce, eps, wanted) -> tuple[Tensor, Tensor]:
     """Implements kdkernels::attention_transfer_loss_backward."""
-    return _transfer(student, teacher, p, variant, reduce, eps, grad_loss, wanted)[1:]
+    return _transfer(student, teacher, p, variant, reduce, eps, grad_loss, wanted)[1:3]
