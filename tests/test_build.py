@@ -218,62 +218,79 @@ def test_names_of_generations_are_those_of_torch():
     assert {name: cuda_toolkit.GENERATIONS.get(name) for name in theirs} == theirs
 
 
-def _setup(after: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """Runs setup.py with a torch that says it is a CUDA build; `after` sees its variables as `s`."""
-    lines = ["import runpy, sys, torch, cuda_toolkit", "torch.version.cuda = '13.0'", before, "sys.argv = ['setup.py', '--version']"]
-    program = "\n".join([*lines, "s = runpy.run_path('setup.py')", after])
+# Runs setup.py in one process once for each toolkit and environment, with a torch that says it is a CUDA build.
+SETUP = """
+import json, os, runpy, sys, torch, cuda_toolkit
+torch.version.cuda = "13.0"
+sys.argv = ["setup.py", "--version"]
+find, results = cuda_toolkit.find_toolkit, []
+for environment, fault, text in json.loads(sys.stdin.read()):
+    os.environ.update(environment)
+    cuda_toolkit.find_toolkit = (lambda *_, fault=fault: (None, [fault])) if fault else find
+    try:
+        names = runpy.run_path("setup.py")
+        first, *rest = names["extensions"]()
+        results.append({"modules": [first.name, *(m.name for m in rest)], "home": os.environ.get("CUDA_HOME"), "literal": names["c_string"](text),
+            "defines": dict((rest[0] if first.name == "kdkernels._cuda" else first).define_macros), "flags": first.extra_compile_args})
+    except SystemExit as error:
+        results.append({"error": str(error)})
+    for name in (*environment, "CUDA_HOME"):
+        os.environ.pop(name, None)
+print(json.dumps(results))
+"""
+AWKWARD = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("setup")
+    home = stand_in(folder / "toolkit")
+    wrapper = stand_in(folder / "usr", headers=False, top=home)
+    fault = "/opt/cuda is CUDA 11.8, not CUDA 13"
+    runs = [
+        ({"TORCH_CUDA_ARCH_LIST": "7.5;8.6+PTX"}, "", AWKWARD),
+        ({"KDKERNELS_CUDA": ""}, fault, ""),
+        ({"KDKERNELS_CUDA": "1"}, fault, ""),
+        ({"KDKERNELS_CUDA": "yes"}, fault, ""),
+    ]
     clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS")}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=clean | environment)
-
-
-def test_setup_builds_the_cuda_module_first(tmp_path):
-    home = stand_in(tmp_path / "toolkit")
-    wrapper = stand_in(tmp_path / "usr", headers=False, top=home)
-    run = _setup(
-        "import os; e = s['extensions'](); print([m.name for m in e][:2], os.environ['CUDA_HOME']);"
-        "print([f for f in e[0].extra_compile_args['nvcc'] if 'gencode' in f]); print(dict(e[1].define_macros))",
-        PATH=f"{wrapper}/bin:{os.environ['PATH']}",
-        TORCH_CUDA_ARCH_LIST="7.5;8.6+PTX",
-    )
+    environment = clean | {"PATH": f"{wrapper}/bin:{os.environ['PATH']}"}
+    run = subprocess.run([sys.executable, "-c", SETUP], input=json.dumps(runs), capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
-    assert f"['kdkernels._cuda', 'kdkernels._C'] {home}" in run.stdout
-    assert "['-gencode=arch=compute_86,code=sm_86', '-gencode=arch=compute_86,code=compute_86']" in run.stdout
-    assert """'KDKERNELS_CUDA_ARCHS': '"8.6+PTX"'""" in run.stdout
-    assert "kdkernels: 7.5 is left out" in run.stdout
+    *printed, results = run.stdout.splitlines()
+    return str(home), printed, json.loads(results)
 
 
-def test_setup_without_a_toolkit():
+def test_setup_builds_the_cuda_module_first(setups):
+    home, printed, (built, *_) = setups
+    assert built["modules"][:2] == ["kdkernels._cuda", "kdkernels._C"]
+    assert built["home"] == home
+    flags = [flag for flag in built["flags"]["nvcc"] if "arch" in flag]
+    assert flags == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_86,code=compute_86"]
+    assert built["defines"]["KDKERNELS_CUDA_ARCHS"] == '"8.6+PTX"'
+    assert built["defines"]["KDKERNELS_WITHOUT_CUDA"] == '""'
+    assert "kdkernels: 7.5 is left out, because the CUDA kernels need compute capability 8.0 or later" in printed
+
+
+def test_setup_without_a_toolkit(setups):
     """Without KDKERNELS_CUDA the rest is built and the reason recorded; with KDKERNELS_CUDA=1 setup.py stops with one sentence."""
-    none = "cuda_toolkit.find_toolkit = lambda *_: (None, ['/opt/cuda is CUDA 11.8, not CUDA 13'])"
-    show = "print([m.name for m in s['extensions']()]); print(dict(s['extensions']()[0].define_macros)['KDKERNELS_WITHOUT_CUDA'])"
-    run = _setup(show, none)
-    assert run.returncode == 0, run.stderr
-    assert "kdkernels: the CUDA kernels are not built: torch" in run.stdout
-    modules, reason = run.stdout.splitlines()[-2:]
-    assert modules.startswith("['kdkernels._C', 'kdkernels._cpu_")
-    assert "_cuda" not in modules
-    assert "/opt/cuda is CUDA 11.8, not CUDA 13" in reason
-    run = _setup(show, none, KDKERNELS_CUDA="1")
-    assert run.returncode != 0
-    assert run.stderr.strip().splitlines()[-1].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
-    assert "Traceback" not in run.stderr
-    run = _setup(show, none, KDKERNELS_CUDA="yes")
-    assert run.stderr.strip().startswith("KDKERNELS_CUDA must be 0")
-    assert "Traceback" not in run.stderr
+    _, printed, (_, without, insisting, wrong) = setups
+    assert without["modules"][0] == "kdkernels._C"
+    assert "kdkernels._cuda" not in without["modules"]
+    assert "/opt/cuda is CUDA 11.8, not CUDA 13" in without["defines"]["KDKERNELS_WITHOUT_CUDA"]
+    assert any(line.startswith("kdkernels: the CUDA kernels are not built: torch") for line in printed)
+    assert insisting["error"].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
+    assert wrong["error"].startswith("KDKERNELS_CUDA must be 0")
 
 
-def test_sentences_reach_the_compiler_whole(tmp_path):
-    """The reason has quotes, semicolons, dollars and spaces; ninja and the shell leave it as it is."""
-    text = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
-    (tmp_path / "main.c").write_text("#include <stdio.h>\nint main(void) { fputs(TEXT, stdout); return 0; }\n")
-    define = _setup(f"print('LITERAL', s['c_string']({text!r}))", KDKERNELS_CUDA="0").stdout.split("LITERAL ")[1].rstrip("\n")
-    (tmp_path / "build.ninja").write_text(
-        f"rule c\n  command = gcc $flags main.c -o main\nbuild main: c main.c\n  flags = {shlex.quote(f'-DTEXT={define}')}\n"
-    )
-    if shutil.which("ninja") is None:
-        pytest.skip("ninja is not on PATH")
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+def test_sentences_reach_the_compiler_whole(setups, tmp_path):
+    """Quotes, semicolons, dollars and spaces of the reason are as they were behind ninja and the shell."""
+    define = shlex.quote(f"-DTEXT={setups[2][0]['literal']}")
+    (tmp_path / "main.cpp").write_text("#include <cstdio>\nint main() { std::fputs(TEXT, stdout); }\n")
+    (tmp_path / "build.ninja").write_text(f"rule c\n  command = g++ $flags main.cpp -o main\nbuild main: c main.cpp\n  flags = {define}\n")
     subprocess.run(["ninja", "-C", str(tmp_path)], check=True, capture_output=True)
-    assert subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout == text
+    assert subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout == AWKWARD
 
 
 @pytest.mark.parametrize(
