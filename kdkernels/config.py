@@ -101,7 +101,7 @@ def build_info() -> dict:
     gpus = [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count)]
     backends, svd = {"cpu": f"C++ ({CPU_ISA})"}, {}
     if torch.version.cuda is None and torch.version.hip is None:
-        backends["cuda"] = f"unavailable, because torch {torch.__version__} is built without it: install a build of torch with CUDA or ROCm"
+        backends["cuda"] = "unavailable: install a build of torch with CUDA or ROCm"
     else:
         backends["cuda"] = "Triton" if triton else "unavailable: pip install triton"
         svd["cuda"] = "Triton" if triton else "plain torch: pip install triton, or build the CUDA kernels"
