@@ -1,18 +1,23 @@
 """Builds the extension modules: kdkernels._C (schemas, derivatives) and the CPU kernels once per instruction set, kdkernels._cpu_<isa>.
 
-KDKERNELS_CUDA=0 leaves the CUDA kernels out, KDKERNELS_CUDA=1 insists on them. KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
+Where torch is a CUDA build and a toolkit is found, also the CUDA kernels, kdkernels._cuda (cuda_toolkit.py decides).
+KDKERNELS_CUDA=0 leaves them out, KDKERNELS_CUDA=1 insists on them, TORCH_CUDA_ARCH_LIST names their GPU architectures.
+KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
 """
 
+import json
 import os
 import platform
-import shutil
+import sys
 from glob import glob
 
 from setuptools import setup
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder on the path
+import cuda_toolkit
+
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
         "kdkernels is compiled against the torch it will run with: install torch first, then pip install --no-build-isolation"
@@ -28,22 +33,36 @@ ISA_FLAGS = {
 }.get(platform.machine(), {"baseline": []})  # aarch64: NEON is the baseline
 
 
-def wants_cuda() -> bool:
-    """CUDA kernels are built exactly when torch is a CUDA build and nvcc is found; a GPU need not be there."""
-    choice = os.environ.get("KDKERNELS_CUDA", "")
-    able = torch.version.cuda is not None and (cpp_extension.CUDA_HOME is not None or shutil.which("nvcc") is not None)
-    if choice == "1" and not able:
-        raise SystemExit(
-            f"KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc; torch.version.cuda is {torch.version.cuda}, nvcc is {shutil.which('nvcc')}"
-        )
-    return able and choice != "0"
+def plan_cuda() -> cuda_toolkit.Plan:
+    """The CUDA kernels are built where torch is a CUDA build and a toolkit of the same major version is found; a GPU need not be there."""
+
+    def visible_gpus() -> list[tuple[int, int]]:
+        return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+    try:
+        plan = cuda_toolkit.plan(torch.__version__, torch.version.cuda, os.environ, visible_gpus)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if plan.reason and os.environ.get("KDKERNELS_CUDA") == "1":
+        raise SystemExit(f"KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: {plan.reason}")
+    for line in (*plan.notes, *([f"the CUDA kernels are not built: {plan.reason}"] if plan.reason else [])):
+        print(f"kdkernels: {line}")
+    return plan
+
+
+CUDA = plan_cuda()
+if CUDA.home:
+    os.environ["CUDA_HOME"] = CUDA.home  # for the import of cpp_extension, which looks for a toolkit once
+from torch.utils import cpp_extension  # noqa: E402
+
+if CUDA.home:
+    cpp_extension.CUDA_HOME = CUDA.home  # where something has imported it before
 
 
 def extensions() -> list:
     isas = os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",")
     if not set(isas) <= set(ISA_FLAGS):
         raise SystemExit(f"KDKERNELS_ISAS must name some of {','.join(ISA_FLAGS)}, got {','.join(isas)}")
-    cuda_archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if wants_cuda() and glob("csrc/*.cu") else ""
     kernels = sorted(glob("csrc/*_cpu.cpp"))
     shared = sorted(set(glob("csrc/*.cpp")) - set(kernels) - set(glob("csrc/*_cuda.cpp")))
     # -fopenmp is given to the compiler and not to the linker: the runtime must be the one torch has loaded, not a second one.
@@ -57,20 +76,28 @@ def extensions() -> list:
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
     ]
-    defines = [("KDKERNELS_ISAS", f'"{",".join(isas)}"'), ("KDKERNELS_CUDA_ARCHS", f'"{cuda_archs}"')]
+    facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
+    defines = [(name, c_string(value)) for name, value in facts.items()]
     modules = [cpp_extension.CppExtension("kdkernels._C", shared, define_macros=defines, extra_compile_args=flags)]
     for isa in isas:
         modules.append(cpp_extension.CppExtension(f"kdkernels._cpu_{isa}", kernels, extra_compile_args=flags + ISA_FLAGS[isa]))
-    if cuda_archs:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs
-        modules.append(
-            cpp_extension.CUDAExtension(
-                "kdkernels._cuda",
-                sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
-                extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden"]},
-            )
+    if CUDA.architectures:
+        cuda = cpp_extension.CUDAExtension(
+            "kdkernels._cuda",
+            sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
+            extra_compile_args={
+                "cxx": ["-O3", "-fvisibility=hidden"],
+                # torch adds no architectures of its own where the flags name some.
+                "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden", *CUDA.nvcc_flags()],
+            },
         )
+        modules.insert(0, cuda)  # first, because it is the one that fails where the toolkit is not as it should be
     return modules
+
+
+def c_string(text: str) -> str:
+    """A string literal that reaches the compiler as it is, through ninja (for which $ is special) and the shell."""
+    return json.dumps(text.encode("ascii", "replace").decode()).replace("$", r"\044")
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -30,6 +30,7 @@ pybind11::dict build_info() {
   info["isas"] = KDKERNELS_ISAS;
   info["best_isa"] = best_isa();
   info["cuda_archs"] = KDKERNELS_CUDA_ARCHS;
+  info["without_cuda"] = KDKERNELS_WITHOUT_CUDA;  // why the CUDA kernels were not built
   return info;
 }
 

@@ -10,32 +10,29 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cuda_toolkit import ARCHITECTURES, find_toolkit
+
 SOURCES = Path(__file__).parent.parent / "csrc"
 BUDGET = Path(__file__).parent / "cuda_budget.json"
-TARGETS = ("sm_80", "sm_90a", "sm_100")
+TARGETS = tuple(f"sm_{architecture.replace('.', '')}" for architecture in ARCHITECTURES)
 TYPES = {"f": "float", "d": "double"}
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
+    toolkit, _ = find_toolkit(os.environ)
+    return toolkit and os.path.join(toolkit.home, "bin", "nvcc")
 
 
 def include_folder() -> str | None:
     """Where the CUDA runtime's headers are."""
-    compiler = nvcc()
-    if compiler is None:
-        return None
-    dry = subprocess.run([compiler, "-E", "-x", "cu", "/dev/null", "--dryrun"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.*)$", dry, re.M)
-    folders = [Path(top.group(1)) / "include"] if top else []
-    folders += [folder for folder in Path(top.group(1) if top else "/").glob("targets/*/include")]
-    return next((str(folder) for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)
+    toolkit, _ = find_toolkit(os.environ)
+    return toolkit and os.path.join(toolkit.home, "include")
 
 
 def check_syntax() -> int:

@@ -29,6 +29,21 @@ def test_build_info_and_show_config(capsys):
         assert word in shown
 
 
+def test_show_config_says_why_there_are_no_cuda_kernels(capsys):
+    """The build records the reason; an op that no GPU can run here names the cure."""
+    from kdkernels.config import HAS_CUDA_KERNELS
+
+    kdkernels.show_config()
+    shown = capsys.readouterr().out
+    if not HAS_CUDA_KERNELS:
+        reason = _C.build_info()["without_cuda"]
+        assert "build" in reason
+        assert f"not built: {reason}" in shown
+    if torch.version.cuda is None and torch.version.hip is None:
+        assert "cuda -> unavailable: install a build of torch with CUDA or ROCm" in shown
+    assert "the functions of kdkernels.reference run on every device" in shown
+
+
 def test_version_is_that_of_the_distribution():
     from importlib.metadata import version
 

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..config import HAS_CUDA_KERNELS
+from ..config import HAS_CUDA_KERNELS, cuda_kernels_run_on
 from . import truncated_svd_torch as plain
 
 _OPS = ("truncated_svd", "truncated_svd_backward", "align_singular_vectors", "align_singular_vectors_backward")
 
 
 def default_driver(name: str, args: tuple) -> str:
-    """The fastest there is for these arguments of an op on a GPU: CUDA where it was built and its memory holds the matrix, else Triton, else
-    plain torch."""
-    if HAS_CUDA_KERNELS and (name.startswith("align") or _fits_cuda(*_problem(name, args))):
+    """The fastest there is for these arguments of an op on a GPU: CUDA where it was built for this GPU and its memory holds the matrix, else
+    Triton, else plain torch."""
+    if _cuda_runs(args) and (name.startswith("align") or _fits_cuda(*_problem(name, args))):
         return "cuda"
     if importlib.util.find_spec("triton") is not None and (name.startswith("align") or _fits_triton(*_problem(name, args))):
         return "triton"
     return "torch"
+
+
+def _cuda_runs(args: Sequence) -> bool:
+    return HAS_CUDA_KERNELS and cuda_kernels_run_on(next(a.device.index for a in args if isinstance(a, Tensor)))
 
 
 def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
@@ -89,7 +94,7 @@ def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver):
 
 
 def _shares_launches(xs: list[Tensor], k: int, driver: str) -> bool:
-    return driver == "cuda" or (not driver and xs[0].is_cuda and HAS_CUDA_KERNELS and all(_fits_cuda(x, k) for x in xs))
+    return driver == "cuda" or (not driver and xs[0].is_cuda and _cuda_runs(xs) and all(_fits_cuda(x, k) for x in xs))
 
 
 for _name in _OPS:

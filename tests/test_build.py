@@ -1,0 +1,371 @@
+"""What setup.py decides to build, on toolkits that are shell scripts: no compiler runs here. And what show_config says about the outcome."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_sources import BUDGET, TARGETS
+
+import cuda_toolkit
+from kdkernels import config
+from kdkernels.ops import truncated_svd_drivers as drivers
+
+ROOT = Path(__file__).parent.parent
+NVCC_12_6 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
+NVCC_13_0 = (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
+TORCH = ("2.14.1+cu130", "13.0")
+
+
+def stand_in(home: Path, version="13.0", targets=NVCC_13_0, headers=True, top: Path | None = None) -> Path:
+    """A folder with a script that answers as nvcc does."""
+    (home / "bin").mkdir(parents=True)
+    if headers:
+        (home / "include").mkdir()
+        (home / "include" / "cuda_runtime.h").touch()
+    script = home / "bin" / "nvcc"
+    script.write_text(
+        f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+  --list-gpu-arch) printf '%s\\n' {" ".join(f"compute_{t}" for t in targets)} ;;
+  --dryrun) echo '#$ _HERE_={top or home}/bin' >&2; echo '#$ TOP={top or home}/bin/..' >&2 ;;
+  *) exit 1 ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return home
+
+
+def decide(tmp_path, torch_versions=TORCH, gpus=(), path="/nowhere", **environment):
+    return cuda_toolkit.plan(
+        *torch_versions, {"PATH": f"{path}", **{k: str(v) for k, v in environment.items()}}, lambda: list(gpus), str(tmp_path / "local")
+    )
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_toolkit_of_the_environment(tmp_path, name):
+    home = stand_in(tmp_path / "toolkit")
+    plan = decide(tmp_path, **{name: home})
+    assert (plan.home, plan.architectures, plan.reason) == (str(home), ("8.0", "9.0", "10.0+PTX"), "")
+
+
+def test_nvcc_outside_its_toolkit(tmp_path):
+    """A wrapper on PATH, and a link: the toolkit is where nvcc --dryrun says, and not the folder above the one of the script."""
+    home = stand_in(tmp_path / "toolkit")
+    wrapper = stand_in(tmp_path / "usr", headers=False, top=home)
+    assert decide(tmp_path, path=wrapper / "bin").home == str(home)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    assert decide(tmp_path, path=tmp_path / "links").home == str(home)
+
+
+def test_headers_beside_nvcc_and_not_in_top(tmp_path):
+    """As distributions have it: /usr/bin/nvcc, /usr/include/cuda_runtime.h, and TOP is another folder."""
+    library = stand_in(tmp_path / "usr" / "lib" / "cuda", headers=False)
+    home = stand_in(tmp_path / "usr2", top=library)
+    assert decide(tmp_path, path=home / "bin").home == str(home)
+
+
+def test_toolkits_that_no_variable_names(tmp_path):
+    stand_in(tmp_path / "local" / "cuda", version="12.6", targets=NVCC_12_6)
+    plan = decide(tmp_path)
+    assert not plan.architectures
+    assert "is CUDA 12.6, not CUDA 13" in plan.reason
+    home = stand_in(tmp_path / "local" / "cuda-13.0")
+    plan = decide(tmp_path)
+    assert plan.home == str(home)
+    assert any("is CUDA 12.6, not CUDA 13" in note for note in plan.notes)
+
+
+def test_another_major_version(tmp_path):
+    old = stand_in(tmp_path / "old", version="12.6", targets=NVCC_12_6)
+    plan = decide(tmp_path, CUDA_HOME=old)
+    assert (plan.architectures, plan.home) == ((), "")
+    assert plan.reason == (
+        f"torch 2.14.1+cu130 needs a CUDA 13 toolkit with bin/nvcc and include/cuda_runtime.h, but {old} (found through CUDA_HOME) is CUDA 12.6, "
+        "not CUDA 13: install one or set CUDA_HOME to it, then build kdkernels again"
+    )
+    # The same major version is enough, and a toolkit further on is taken.
+    assert decide(tmp_path, ("2.10.0+cu128", "12.8"), CUDA_HOME=old).home == str(old)
+    home = stand_in(tmp_path / "new")
+    assert decide(tmp_path, CUDA_HOME=old, path=home / "bin").home == str(home)
+
+
+def test_runtime_image(tmp_path):
+    """CUDA_HOME is set, and nothing there compiles."""
+    (tmp_path / "runtime" / "lib64").mkdir(parents=True)
+    plan = decide(tmp_path, CUDA_HOME=tmp_path / "runtime")
+    assert not plan.architectures
+    assert f"{tmp_path}/runtime/bin/nvcc does not exist (found through CUDA_HOME)" in plan.reason
+
+
+def test_no_headers(tmp_path):
+    home = stand_in(tmp_path / "toolkit", headers=False)
+    plan = decide(tmp_path, path=home / "bin")
+    assert not plan.architectures
+    assert f"{home} has no include/cuda_runtime.h (found through PATH)" in plan.reason
+
+
+def test_no_nvcc_at_all(tmp_path):
+    assert "no nvcc was found through CUDA_HOME, CUDA_PATH, PATH" in decide(tmp_path).reason
+
+
+@pytest.mark.parametrize("content", ["#!/bin/sh\nexit 3\n", "#!/no/such/interpreter\n", "not a program"])
+def test_nvcc_that_does_not_run(tmp_path, content):
+    home = stand_in(tmp_path / "toolkit")
+    (home / "bin" / "nvcc").write_text(content)
+    plan = decide(tmp_path, CUDA_HOME=home)
+    assert not plan.architectures
+    assert f"{home}/bin/nvcc" in plan.reason
+
+
+def test_torch_without_cuda(tmp_path):
+    home = stand_in(tmp_path / "toolkit")
+    plan = decide(tmp_path, ("2.13.0+cpu", None), CUDA_HOME=home)
+    assert plan.reason == "torch 2.13.0+cpu has no CUDA: install a CUDA build of torch, then build kdkernels again"
+    assert "every op runs in Triton" in decide(tmp_path, ("2.13.0+rocm7.0", None), CUDA_HOME=home).reason
+
+
+def test_switch(tmp_path):
+    home = stand_in(tmp_path / "toolkit")
+    assert "KDKERNELS_CUDA=0 was set" in decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="0").reason
+    assert decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="1").architectures
+    with pytest.raises(ValueError, match=r"KDKERNELS_CUDA must be 0 .*, 1 .* or unset, got 'yes'"):
+        decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="yes")
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets", "version", "built", "left_out"),
+    [
+        ("", NVCC_13_0, "13.0", "8.0;9.0;10.0+PTX", []),
+        ("", NVCC_12_6, "12.6", "8.0;9.0+PTX", []),
+        (" ", (90, 100, 120), "14.0", "9.0;10.0+PTX", []),
+        ("7.5;8.0", NVCC_13_0, "13.0", "8.0", ["7.5 is left out"]),
+        ("7.0 7.5+PTX 8.6+PTX", NVCC_13_0, "13.0", "8.6+PTX", ["7.0 is left out", "7.5 is left out"]),
+        ("8.0;12.0+PTX", NVCC_12_6, "12.6", "8.0", ["12.0 is left out, because nvcc 12.6"]),
+        ("9.0a", NVCC_13_0, "13.0", "9.0a", []),
+        ("9.0a", (*NVCC_12_6, "90a"), "12.6", "9.0a", []),
+        ("8.0a;10.0f;12.0a+PTX", NVCC_13_0, "13.0", "10.0f;12.0a+PTX", ["8.0a is left out"]),
+        ("10.0f;10.0a", (90, 100), "12.8", "10.0a", ["10.0f is left out"]),
+        ("Ampere", NVCC_13_0, "13.0", "8.0;8.6+PTX", []),
+        ("Turing;Ampere+Tegra,Hopper", NVCC_13_0, "13.0", "8.7;9.0+PTX", ["7.5 is left out"]),
+        ("Blackwell", (90, 100, 120), "12.8", "10.0;12.0", ["10.3 is left out", "12.1 is left out"]),
+        ("8.6;8.6+PTX;8.6;", NVCC_13_0, "13.0", "8.6+PTX", []),
+        ("native", NVCC_13_0, "13.0", "8.9;12.0", []),
+    ],
+)
+def test_architectures(tmp_path, asked, targets, version, built, left_out):
+    home = stand_in(tmp_path / "toolkit", version, targets)
+    plan = decide(tmp_path, ("2.14.1", version), gpus=[(12, 0), (8, 9), (12, 0)], CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
+    assert (";".join(plan.architectures), plan.reason) == (built, "")
+    lines = [note for note in plan.notes if "is left out" in note]
+    assert len(lines) == len(left_out)
+    assert all(line.startswith(start) for line, start in zip(lines, left_out, strict=True))
+
+
+def test_no_architecture_is_left(tmp_path):
+    home = stand_in(tmp_path / "toolkit")
+    plan = decide(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="7.0;Turing")
+    assert not plan.architectures
+    assert "7.0 is left out" in plan.reason
+    assert plan.reason.endswith("build kdkernels again with TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0+PTX'")
+
+
+@pytest.mark.parametrize("asked", ["8,6", "sm_80", "8.6+ptx", "Amper", "all"])
+def test_an_architecture_that_is_none(tmp_path, asked):
+    home = stand_in(tmp_path / "toolkit")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST has .* expected entries such as 8.6, 9.0a, 10.0\+PTX or Ampere"):
+        decide(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
+
+
+def test_native_without_a_gpu(tmp_path):
+    plan = decide(tmp_path, CUDA_HOME=stand_in(tmp_path / "toolkit"), TORCH_CUDA_ARCH_LIST="native")
+    assert plan.architectures == ("8.0", "9.0", "10.0+PTX")
+    assert any("no GPU is visible" in note for note in plan.notes)
+
+
+def test_flags_of_nvcc():
+    assert cuda_toolkit.Plan(("8.0", "9.0a", "10.0+PTX")).nvcc_flags() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+def test_the_budget_holds_what_is_built():
+    assert list(json.loads(BUDGET.read_text())) == list(TARGETS) == [f"sm_{a.replace('.', '')}" for a in cuda_toolkit.ARCHITECTURES]
+
+
+def test_names_of_generations_are_those_of_torch():
+    """torch's own table, read from its source: it may know fewer names than ours, and never means another architecture."""
+    import ast
+    import inspect
+
+    from torch.utils import cpp_extension
+
+    tree = ast.parse(inspect.getsource(cpp_extension._get_cuda_arch_flags))
+    table = next(n.value.args[0] for n in ast.walk(tree) if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "named_arches")
+    theirs = dict(ast.literal_eval(table))
+    assert len(theirs) >= 14
+    assert {name: cuda_toolkit.GENERATIONS.get(name) for name in theirs} == theirs
+
+
+# Runs setup.py in one process once for each toolkit and environment, with a torch that says it is a CUDA build.
+SETUP = """
+import json, os, runpy, sys, torch, cuda_toolkit
+torch.version.cuda = "13.0"
+sys.argv = ["setup.py", "--version"]
+find, results = cuda_toolkit.find_toolkit, []
+for environment, fault, text in json.loads(sys.stdin.read()):
+    os.environ.update(environment)
+    cuda_toolkit.find_toolkit = (lambda *_, fault=fault: (None, [fault])) if fault else find
+    try:
+        names = runpy.run_path("setup.py")
+        first, *rest = names["extensions"]()
+        results.append({"modules": [first.name, *(m.name for m in rest)], "home": os.environ.get("CUDA_HOME"), "literal": names["c_string"](text),
+            "defines": dict((rest[0] if first.name == "kdkernels._cuda" else first).define_macros), "flags": first.extra_compile_args})
+    except SystemExit as error:
+        results.append({"error": str(error)})
+    for name in (*environment, "CUDA_HOME"):
+        os.environ.pop(name, None)
+print(json.dumps(results))
+"""
+AWKWARD = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("setup")
+    home = stand_in(folder / "toolkit")
+    wrapper = stand_in(folder / "usr", headers=False, top=home)
+    fault = "/opt/cuda is CUDA 11.8, not CUDA 13"
+    runs = [
+        ({"TORCH_CUDA_ARCH_LIST": "7.5;8.6+PTX"}, "", AWKWARD),
+        ({"KDKERNELS_CUDA": ""}, fault, ""),
+        ({"KDKERNELS_CUDA": "1"}, fault, ""),
+        ({"KDKERNELS_CUDA": "yes"}, fault, ""),
+    ]
+    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS")}
+    environment = clean | {"PATH": f"{wrapper}/bin:{os.environ['PATH']}"}
+    run = subprocess.run([sys.executable, "-c", SETUP], input=json.dumps(runs), capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    *printed, results = run.stdout.splitlines()
+    return str(home), printed, json.loads(results)
+
+
+def test_setup_builds_the_cuda_module_first(setups):
+    home, printed, (built, *_) = setups
+    assert built["modules"][:2] == ["kdkernels._cuda", "kdkernels._C"]
+    assert built["home"] == home
+    flags = [flag for flag in built["flags"]["nvcc"] if "arch" in flag]
+    assert flags == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_86,code=compute_86"]
+    assert built["defines"]["KDKERNELS_CUDA_ARCHS"] == '"8.6+PTX"'
+    assert built["defines"]["KDKERNELS_WITHOUT_CUDA"] == '""'
+    assert "kdkernels: 7.5 is left out, because the CUDA kernels need compute capability 8.0 or later" in printed
+
+
+def test_setup_without_a_toolkit(setups):
+    """Without KDKERNELS_CUDA the rest is built and the reason recorded; with KDKERNELS_CUDA=1 setup.py stops with one sentence."""
+    _, printed, (_, without, insisting, wrong) = setups
+    assert without["modules"][0] == "kdkernels._C"
+    assert "kdkernels._cuda" not in without["modules"]
+    assert "/opt/cuda is CUDA 11.8, not CUDA 13" in without["defines"]["KDKERNELS_WITHOUT_CUDA"]
+    assert any(line.startswith("kdkernels: the CUDA kernels are not built: torch") for line in printed)
+    assert insisting["error"].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
+    assert wrong["error"].startswith("KDKERNELS_CUDA must be 0")
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+def test_sentences_reach_the_compiler_whole(setups, tmp_path):
+    """Quotes, semicolons, dollars and spaces of the reason are as they were behind ninja and the shell."""
+    define = shlex.quote(f"-DTEXT={setups[2][0]['literal']}")
+    (tmp_path / "main.cpp").write_text("#include <cstdio>\nint main() { std::fputs(TEXT, stdout); }\n")
+    (tmp_path / "build.ninja").write_text(f"rule c\n  command = g++ $flags main.cpp -o main\nbuild main: c main.cpp\n  flags = {define}\n")
+    subprocess.run(["ninja", "-C", str(tmp_path)], check=True, capture_output=True)
+    assert subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout == AWKWARD
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 0), "8.0;9.0;10.0+PTX", True),
+        ((8, 6), "8.0;9.0;10.0+PTX", True),
+        ((8, 9), "8.0;9.0;10.0+PTX", True),
+        ((9, 0), "8.0;9.0;10.0+PTX", True),
+        ((10, 3), "8.0;9.0;10.0+PTX", True),
+        ((12, 0), "8.0;9.0;10.0+PTX", True),
+        ((7, 5), "8.0;9.0;10.0+PTX", False),
+        ((12, 0), "8.0;9.0;10.0", False),
+        ((8, 0), "8.6+PTX", False),
+        ((8, 9), "8.6", True),
+        ((9, 0), "8.6", False),
+        ((9, 0), "8.6+PTX", True),
+        ((9, 0), "9.0a", True),
+        ((10, 0), "9.0a+PTX", False),
+        ((10, 3), "10.0a", False),
+        ((10, 3), "10.0f", True),
+        ((12, 0), "10.0f+PTX", False),
+        ((12, 1), "8.0;12.0", True),
+        ((9, 0), "", False),
+    ],
+)
+def test_which_gpu_an_image_runs_on(capability, architectures, runs):
+    assert config.has_image(capability, architectures) is runs
+
+
+def test_sentences_about_the_cuda_kernels():
+    def status(architectures="8.0;9.0", gpus=(), torch_cuda="13.0", reason=""):
+        return config.cuda_kernels_status(architectures, reason, list(gpus), torch_cuda)
+
+    assert status("", reason="torch has no CUDA: install it") == "not built: torch has no CUDA: install it"
+    assert status(torch_cuda=None).endswith("install a CUDA build of torch, then build kdkernels again")
+    assert status() == "built for 8.0;9.0; torch sees no GPU: if there is one, check its driver with nvidia-smi"
+    h100, rtx, t4 = ("H100", (9, 0)), ("RTX 5090", (12, 0)), ("T4", (7, 5))
+    assert status(gpus=[h100, h100]) == "built for 8.0;9.0, used on H100 (9.0)"
+    assert status(gpus=[h100, rtx]) == (
+        "built for 8.0;9.0, which does not run on RTX 5090 (12.0), where Triton is used instead: build kdkernels again with "
+        "TORCH_CUDA_ARCH_LIST='8.0;9.0;12.0'"
+    )
+    assert status(gpus=[t4]).endswith("(7.5), where Triton is used instead: the CUDA kernels need a GPU of compute capability 8.0 or later")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the GPU at hand one of this capability, with CUDA kernels built for these architectures."""
+
+    def set_up(capability, architectures):
+        info = config._C.build_info() | {"cuda_archs": architectures}
+        monkeypatch.setattr(config, "_C", type("Built", (), {"build_info": staticmethod(lambda: info)}))
+        monkeypatch.setattr(config, "HAS_CUDA_KERNELS", bool(architectures))
+        monkeypatch.setattr(drivers, "HAS_CUDA_KERNELS", bool(architectures))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(drivers, "_fits_cuda", lambda x, k: True)
+        monkeypatch.setattr(drivers.importlib.util, "find_spec", lambda name: object())
+        config.cuda_kernels_run_on.cache_clear()
+
+    yield set_up
+    config.cuda_kernels_run_on.cache_clear()
+
+
+def test_a_gpu_without_an_image_takes_triton(gpu):
+    x, eps = torch.ones(2, 5, 4), 1e-6
+    forward, backward = (x, 2, "max_abs", False, eps, True), (None, None, x, x, x, torch.ones(2, 4), x, x, eps)
+    for capability, architectures, driver in [
+        ((8, 9), "8.0;9.0", "cuda"),
+        ((12, 0), "8.0;9.0", "triton"),
+        ((12, 0), "9.0+PTX", "cuda"),
+        ((9, 0), "", "triton"),
+    ]:
+        gpu(capability, architectures)
+        assert drivers.default_driver("truncated_svd", forward) == driver
+        assert drivers.default_driver("truncated_svd_backward", backward) == driver
+        assert drivers.default_driver("align_singular_vectors", (x, x, None, True)) == driver
+        assert drivers._cuda_runs([x, x]) == (driver == "cuda")
