@@ -62,13 +62,15 @@ class Jsd {
     constexpr int lanes = simd::kLanes<T>;
     const int64_t n = teacher.vectors();
     const Vec<T> inv_z = T(1) / s.z, zero{};
-    const Vec<T> other_shift = s.other_shift(simd::log<T>(s.z));
+    // q = exp((o - top) / T + other_shift) other_scale, whichever of the two is exact
+    const Vec<T> other_shift = select<T>(s.far, zero, s.shift - simd::log<T>(s.z));
+    const Vec<T> other_scale = select<T>(s.far, T(1) / s.other_z, splat<T>(T(1)));
     Vec<T> mean_a{}, mean_b{};
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       Vec<T> a_sum{}, b_sum{};
       for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
         const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, o = student[j];
-        const Terms t = terms(p, (teacher[j] - o) * s.inv_t - s.shift, (o - s.top) * s.inv_t + other_shift, s.far);
+        const Terms t = terms(p, (teacher[j] - o) * s.inv_t - s.shift, (o - s.top) * s.inv_t + other_shift, other_scale, s.far);
         a_sum += t.p_psi;
         b_sum += t.q_psi;
         simd::store<T>(q + j * lanes, t.q);
@@ -101,16 +103,16 @@ class Jsd {
     Vec<T> p_psi, q_psi;  // p psi(a u), q psi(beta v)
   };
 
-  // log_q is used where p is too small, or zero, to carry q = p e^-z, and where the nets are far apart.
-  Terms terms(Vec<T> p, Vec<T> z, Vec<T> log_q, Mask<T> far) const {
+  // exp(log_q) q_scale is used where p is too small, or zero, to carry q = p e^-z, and where the nets are far apart.
+  Terms terms(Vec<T> p, Vec<T> z, Vec<T> log_q, Vec<T> q_scale, Mask<T> far) const {
     Terms t;
-    const Vec<T> limit = splat<T>(-simd::Constants<T>::exp_lowest), zero{};
+    const Vec<T> limit = splat<T>(-simd::Constants<T>::exp_lowest);
     const auto part = simd::exp_parts<T>(-simd::max(-limit, z < limit ? z : limit));
     const Vec<T> u = part.scale * (part.r + part.h) + (part.scale - T(1));
     const Vec<T> ratio = part.scale * (part.r + part.h) + part.scale, inverse = T(1) / ratio, v = -u * inverse;
     t.q = p + p * u;
     const Mask<T> joined = far | ~(z > T(-16));
-    if (__builtin_expect(any(joined), 0)) t.q = select<T>(joined, simd::exp<T>(log_q), t.q);
+    if (__builtin_expect(any(joined), 0)) t.q = select<T>(joined, simd::exp<T>(log_q) * q_scale, t.q);
     const auto first = log_and_rest(a_ * u, beta_ + a_ * ratio, a_ * u > T(-0.25));
     const auto second = log_and_rest(beta_ * v, a_ + beta_ * inverse, beta_ * v > T(-0.25));
     t.a = -first.log;
