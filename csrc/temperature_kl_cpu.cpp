@@ -2,7 +2,11 @@
 #include "temperature_kl.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -34,6 +38,7 @@ struct Call {
   double weight = 1;            // of a row in the loss
   T* row_loss = nullptr;        // unweighted, or null
   T* temperature_grad = nullptr;
+  float* row_scale = nullptr;  // if not null: the student's gradient is written divided by a power of two, which goes here
   bool streamed = false;
 
   bool wants(Operand k) const { return x[k].defined(); }
@@ -46,48 +51,101 @@ struct Call {
 // What the stages of a tile hand on to one another, for one thread.
 template <typename T>
 struct Scratch {
-  explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[3 * size]) {}
+  explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[4 * size]) {}
   int64_t size;
-  std::unique_ptr<T[]> storage;
-  T *e = storage.get(), *gap = e + size, *aux = gap + size;
+  std::unique_ptr<T[]> storage, centred, gradient;
+  T *e = storage.get(), *gap = e + size, *aux = gap + size, *aux2 = aux + size;
   Ahead ahead;
+
+  // Room for the centred logits of both nets, and for a gradient: most tiles need neither.
+  T* centred_logits() {
+    if (!centred) centred.reset(new T[2 * size]);
+    return centred.get();
+  }
+  T* gradient_row() {
+    if (!gradient) gradient.reset(new T[size]);
+    return gradient.get();
+  }
 };
+
+// Nets that disagree by more than this have no digits of the Jensen-Shannon divergence to lose to cancellation, and log-sum-exps of centred
+// logits lose fewer than the centred form, whose terms grow with the divergence.
+constexpr int kDisagree = 1;
 
 // Losses and gradients of one tile. `temperature` and `weight` are those of its rows.
 template <typename T, typename Reduce>
 ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const Source<T>& teacher, Vec<T> temperature, Vec<T> weight,
                           const Sink<T>* student_out, const Sink<T>* teacher_out, Scratch<T>& scratch) {
   const Options& o = call.options;
-  const Vec<T> inv_t = T(1) / temperature;
-  const Vec<T> factor = o.scale_by_t2 ? temperature * temperature : splat<T>(T(1));
-  const Vec<T> scale = weight * factor * inv_t;
+  const bool jsd = o.direction == Direction::jsd, from_teacher = o.direction != Direction::reverse;
+  const Sink<T>*base_out = from_teacher ? teacher_out : student_out, *other_out = from_teacher ? student_out : teacher_out;
   const bool slope = call.temperature_grad != nullptr;
-  ValueAndSlope<T> result;
-  if (o.direction == Direction::jsd) {
-    const auto s = divergence<T, Reduce>(teacher, student, inv_t, scratch.e, nullptr, scratch.ahead);
-    result = Jsd<T>(o.beta).template operator()<Reduce>(s, teacher, student, scratch.e, scratch.gap, scratch.aux, scale, call.gradients(),
-                                                        teacher_out, student_out);
-  } else {
-    const bool forward = o.direction == Direction::forward;
-    const Source<T>&base = forward ? teacher : student, &other = forward ? student : teacher;
-    const Sink<T>*base_out = forward ? teacher_out : student_out, *other_out = forward ? student_out : teacher_out;
-    const bool general = slope || !o.include_entropy || o.target_eps > 0;
-    const auto s = divergence<T, Reduce>(base, other, inv_t, scratch.e, other_out || general ? scratch.gap : nullptr, scratch.ahead);
+  const bool general = slope || !o.include_entropy || o.target_eps > 0;
+  const Vec<T> scale = weight * (o.scale_by_t2 ? temperature : T(1) / temperature);
+  const T disagree = jsd ? T(kDisagree) : std::numeric_limits<T>::infinity();
+  T* gap = !jsd && (other_out || general) ? scratch.gap : nullptr;
+
+  auto finish = [&](const Divergence<T>& s, const Source<T>& base, const Source<T>& other) -> ValueAndSlope<T> {
+    if (jsd)
+      return Jsd<T>(o.beta).template operator()<Reduce>(s, base, other, scratch.e, scratch.gap, scratch.aux, scratch.aux2, scale,
+                                                        call.gradients(), base_out, other_out);
     if (general) {
       const Form<T> form{static_cast<T>(o.target_eps), o.include_entropy, static_cast<T>(call.classes)};
-      result = general_form<T, Reduce>(s, base, other, scratch.e, scratch.gap, form, scale, call.gradients(), base_out, other_out);
-    } else {
-      if (other_out) write_other_gradient<T>(s, base.vectors(), scratch.e, scratch.gap, scale, *other_out);
-      if (base_out) write_base_gradient<T>(s, base, other, scratch.e, scale, *base_out);
-      result = {s.kl, Vec<T>{}};
+      return general_form<T, Reduce>(s, base, other, scratch.e, gap, form, scale, call.gradients(), base_out, other_out);
     }
+    if (other_out) write_other_gradient<T>(s, base.vectors(), scratch.e, gap, scale, *other_out);
+    if (base_out) write_base_gradient<T>(s, base, other, scratch.e, scale, *base_out);
+    return {s.kl, Vec<T>{}, s.rest};
+  };
+
+  const Source<T>&base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
+  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.e, gap, scratch.ahead, disagree);
+  const Mask<T> which = needs_centring<T>(s);
+  ValueAndSlope<T> result;
+  if (__builtin_expect(any(which), 0)) {
+    // Rows that are not marked are computed again as they were.
+    T *centred_base = scratch.centred_logits(), *centred_other = centred_base + scratch.size;
+    centre<T, Reduce>(base, which, centred_base);
+    centre<T, Reduce>(other, which, centred_other);
+    const Source<T> b(centred_base, Element::native, base.count()), c(centred_other, Element::native, other.count());
+    result = finish(divergence<T, Reduce, true>(b, c, temperature, scratch.e, gap, {}, disagree), b, c);
+  } else {
+    result = finish(s, base, other);
   }
+  // T^2 V and its derivative 2 T V - T S, or V and -S / T.
   if (slope) {
-    const Vec<T> own = o.scale_by_t2 ? T(2) * temperature * result.value : Vec<T>{};
-    result.slope = weight * (own + factor * result.slope);
+    const Vec<T> factor = result.rest * temperature;
+    result.slope = weight * (o.scale_by_t2 ? factor * (T(2) * result.value - result.slope)
+                                           : -(result.slope * result.rest) / temperature);
   }
-  result.value *= factor;
+  result.value *= o.scale_by_t2 ? (result.rest * temperature) * temperature : result.rest;
   return result;
+}
+
+// The power of two by which a row whose largest magnitude is `largest` is divided when it is saved in float16: the largest then lies in
+// [2^14, 2^15), so that nothing overflows and what underflows is below 2^-38 of the largest.
+inline float saved_row_scale(double largest) {
+  if (!(largest > 0 && std::isfinite(largest))) return 1;
+  int exponent;
+  std::frexp(largest, &exponent);
+  return std::ldexp(1.0f, std::clamp(exponent - 15, -126, 126));
+}
+
+// Writes a gradient divided by the power of two that is returned.
+template <typename T>
+float write_scaled(T* gradient, int64_t classes, const Sink<T>& out) {
+  constexpr int lanes = simd::kLanes<T>;
+  const int64_t vectors = (classes + lanes - 1) / lanes;
+  for (int64_t j = classes; j < vectors * lanes; ++j) gradient[j] = 0;
+  Vec<T> largest{};
+  for (int64_t j = 0; j < vectors; ++j) {
+    const Vec<T> g = simd::load<T>(gradient + j * lanes);
+    largest = simd::max(g < T(0) ? -g : g, largest);
+  }
+  const float scale = saved_row_scale(simd::largest<T>(largest));
+  const Vec<T> inverse = splat<T>(T(1) / scale);
+  for (int64_t j = 0; j < vectors; ++j) out.put(j, simd::load<T>(gradient + j * lanes) * inverse);
+  return scale;
 }
 
 // Rows [begin, end) whose classes are adjacent.
@@ -100,6 +158,7 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
     if (!call.kept(row)) {
       if (call.row_loss) call.row_loss[row] = 0;
       if (call.temperature_grad) call.temperature_grad[row] = 0;
+      if (call.row_scale) call.row_scale[row] = 1;
       for (int k : {kStudentGrad, kTeacherGrad})
         if (call.wants(Operand(k))) std::memset(at(k), 0, call.classes * call.x[k].element_size());
       continue;
@@ -111,10 +170,13 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
     auto sink = [&](Operand k) { return Sink<T>(call.wants(k) ? at(k) : nullptr, call.element[k], call.classes, call.streamed); };
     const Source<T> student(at(kStudent), call.element[kStudent], call.classes),
         teacher(at(kTeacher), call.element[kTeacher], call.classes);
-    const Sink<T> to_student = sink(kStudentGrad), to_teacher = sink(kTeacherGrad);
+    const Sink<T> final_student = sink(kStudentGrad), to_teacher = sink(kTeacherGrad);
+    const Sink<T> to_student =
+        call.row_scale ? Sink<T>(scratch.gradient_row(), Element::native, call.classes, false) : final_student;
     const auto result = run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)),
                                                  splat<T>(call.row_weight(row)), call.wants(kStudentGrad) ? &to_student : nullptr,
                                                  call.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
+    if (call.row_scale) call.row_scale[row] = write_scaled(scratch.gradient_row(), call.classes, final_student);
     if (call.row_loss) call.row_loss[row] = result.value[0];
     if (call.temperature_grad) call.temperature_grad[row] = result.slope[0];
   }
@@ -204,6 +266,21 @@ class LaneTiles {
       if (call_.temperature_grad) call_.temperature_grad[row + l] = kept ? result.slope[l] : T(0);
       if (!kept) clear_lane(at[kStudentGrad], l), clear_lane(at[kTeacherGrad], l);
     }
+    if (call_.row_scale) scale_rows(at[kStudentGrad], call_.row_scale + row, here);
+  }
+
+  // Divides the rows of a gradient by powers of two.
+  void scale_rows(T* tile, float* row_scale, int here) const {
+    Vec<T> largest{}, inverse{};
+    for (int64_t j = 0; j < call_.classes; ++j) {
+      const Vec<T> g = simd::load<T>(tile + j * lanes);
+      largest = simd::max(g < T(0) ? -g : g, largest);
+    }
+    for (int l = 0; l < here; ++l) {
+      row_scale[l] = saved_row_scale(largest[l]);
+      inverse[l] = T(1) / row_scale[l];
+    }
+    for (int64_t j = 0; j < call_.classes; ++j) simd::store<T>(tile + j * lanes, simd::load<T>(tile + j * lanes) * inverse);
   }
 
   void clear_lane(T* tile, int lane) const {
@@ -223,8 +300,9 @@ void run(Call<T>& call) {
   for (int k = 0; k < kOperands; ++k) {
     at::Tensor& x = call.x[k];
     if (!x.defined()) continue;
-    x = per_lane ? with_rows_adjacent(x, dim) : with_classes_adjacent(x, dim);
+    // Converted first: a converted tensor has strides of its own, where the operand's dimensions overlap.
     if (element_of<T>(x.scalar_type()) == Element::other) x = x.to(c10::CppTypeToScalarType<T>::value);
+    x = per_lane ? with_rows_adjacent(x, dim) : with_classes_adjacent(x, dim);
     call.element[k] = element_of<T>(x.scalar_type());
   }
   const Rows layout(call.x, dim);
@@ -287,7 +365,7 @@ at::Tensor reduce(const Call<T>& call, const at::Tensor& row_loss) {
 }
 
 template <typename T>
-std::tuple<at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& student, const at::Tensor& teacher,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& student, const at::Tensor& teacher,
                                            const OptionalTensor& row_temperature, const OptionalTensor& mask,
                                            const OptionalTensor& normalizer, bool save_grad) {
   std::vector<at::Tensor> holder;
@@ -295,9 +373,13 @@ std::tuple<at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& s
   const at::Tensor row_loss = at::empty(row_shape(student, o.dim), student.options().dtype(c10::CppTypeToScalarType<T>::value));
   const at::Tensor grad = save_grad ? recycled_empty_like(student) : at::empty({0}, student.options());
   call.row_loss = row_loss.mutable_data_ptr<T>();
+  const bool scaled = save_grad && student.scalar_type() == at::kHalf;
+  const at::Tensor row_scale =
+      scaled ? at::empty(row_shape(student, o.dim), student.options().dtype(at::kFloat)) : at::empty({0}, student.options().dtype(at::kFloat));
   if (save_grad) call.x[kStudentGrad] = grad;
+  if (scaled) call.row_scale = row_scale.mutable_data_ptr<float>();
   if (call.rows > 0) run(call);
-  return {reduce(call, row_loss), grad};
+  return {reduce(call, row_loss), grad, row_scale};
 }
 
 template <typename T>
@@ -324,7 +406,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const Options& o, const 
   return {to_student, to_teacher, cast ? to_temperature.to(row_temperature->scalar_type()) : to_temperature};
 }
 
-std::tuple<at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, double temperature,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, double temperature,
                                                       const OptionalTensor& row_temperature, const OptionalTensor& mask,
                                                       const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
                                                       double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
@@ -342,6 +424,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_backward_cpu(
     std::array<bool, 3> wanted) {
   const Options o = parse_options(student, temperature, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps);
   check_inputs(student, teacher, row_temperature, mask, normalizer, o);
+  check_floating(grad_loss, "grad_loss");
+  check_device(grad_loss, "grad_loss", student.device());
   if (o.reduction == Reduction::none)
     check_shape(grad_loss, "grad_loss", row_shape(student, o.dim));
   else
@@ -350,12 +434,87 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_backward_cpu(
   return kernel(o, grad_loss, student, teacher, row_temperature, mask, normalizer, wanted);
 }
 
-// The gradient of a mean or sum arrives as one number, nearly always 1: then nothing is to be done.
-void temperature_kl_rescale_cpu(at::Tensor& grad, const at::Tensor& grad_loss, int64_t dim) {
-  if (grad_loss.dim() > 0)
-    grad.mul_(grad_loss.unsqueeze(dim));
-  else if (grad_loss.item().toDouble() != 1)
-    grad.mul_(grad_loss);
+// out = grad * scale * upstream, multiplied in T and rounded once. All have the shape of grad. The two factors meet the gradient one after
+// the other, because their product may leave the range of T where the result does not.
+template <typename Number, typename T>
+void multiply(const at::Tensor& out, const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& upstream) {
+  auto iterator = at::TensorIteratorConfig()
+                      .add_output(out)
+                      .add_const_input(grad)
+                      .add_const_input(scale)
+                      .add_const_input(upstream)
+                      .check_all_same_dtype(false)
+                      .resize_outputs(false)
+                      .build();
+  iterator.for_each([](char** data, const int64_t* strides, int64_t count) {
+    constexpr int64_t block = 256;
+    T numbers[block];
+    const bool dense = strides[0] == sizeof(Number) && strides[1] == sizeof(Number);
+    for (int64_t begin = 0; begin < count; begin += block) {
+      const int64_t here = std::min(block, count - begin);
+      char* to = data[0] + begin * strides[0];
+      const char *from = data[1] + begin * strides[1], *scales = data[2] + begin * strides[2], *factors = data[3] + begin * strides[3];
+      auto number = [](const char* p) { return *reinterpret_cast<const T*>(p); };
+      if (dense)
+        convert(reinterpret_cast<const Number*>(from), numbers, here);
+      else
+        for (int64_t i = 0; i < here; ++i) numbers[i] = static_cast<T>(*reinterpret_cast<const Number*>(from + i * strides[1]));
+      if (strides[2] == 0 && strides[3] == 0) {
+        const T first = number(scales), second = number(factors);
+        for (int64_t i = 0; i < here; ++i) numbers[i] = numbers[i] * first * second;
+      } else {
+        for (int64_t i = 0; i < here; ++i) numbers[i] = numbers[i] * number(scales + i * strides[2]) * number(factors + i * strides[3]);
+      }
+      if (dense)
+        convert(numbers, reinterpret_cast<Number*>(to), here);
+      else
+        for (int64_t i = 0; i < here; ++i) *reinterpret_cast<Number*>(to + i * strides[0]) = static_cast<Number>(numbers[i]);
+    }
+  });
+}
+
+void rescale(const at::Tensor& out, const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
+             const OptionalTensor& mask, int64_t dim) {
+  if (grad.numel() == 0) return;
+  const at::ScalarType dtype = grad.scalar_type();
+  const at::ScalarType compute = dtype == at::kDouble || grad_loss.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto rows = row_shape(grad, dim);
+  auto spread = [&](const at::Tensor& x) { return (x.dim() == 0 ? x : x.unsqueeze(dim)).expand_as(grad); };
+  at::Tensor upstream = grad_loss.to(compute);
+  if (mask && !at::isfinite(upstream).all().item().toBool())  // 0 * inf is no 0
+    upstream = at::where(*mask, upstream, at::zeros({}, upstream.options()));
+  const at::Tensor scale = row_scale.sizes() == at::IntArrayRef(rows) ? row_scale.to(compute) : at::ones({}, upstream.options());
+  auto with = [&](auto number) {
+    using Number = decltype(number);
+    if (compute == at::kDouble)
+      multiply<Number, double>(out, grad, spread(scale), spread(upstream));
+    else if constexpr (!std::is_same_v<Number, double>)
+      multiply<Number, float>(out, grad, spread(scale), spread(upstream));
+  };
+  if (dtype == at::kDouble) return with(double());
+  if (dtype == at::kFloat) return with(float());
+  if (dtype == at::kBFloat16) return with(c10::BFloat16());
+  return with(c10::Half());
+}
+
+// The gradient of a mean or sum arrives as one number, nearly always 1: then nothing is to be done but for scaled rows.
+bool is_one(const at::Tensor& row_scale, const at::Tensor& grad_loss) {
+  return row_scale.numel() == 0 && grad_loss.dim() == 0 && grad_loss.item().toDouble() == 1;
+}
+
+at::Tensor temperature_kl_rescale_cpu(const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
+                                      const OptionalTensor& mask, int64_t dim) {
+  check_rescale(grad, row_scale, grad_loss, mask, dim);
+  if (is_one(row_scale, grad_loss)) return grad.clone();
+  at::Tensor out = recycled_empty_like(grad);
+  rescale(out, grad, row_scale, grad_loss, mask, dim < 0 ? dim + grad.dim() : dim);
+  return out;
+}
+
+void temperature_kl_rescale_in_place_cpu(at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
+                                         const OptionalTensor& mask, int64_t dim) {
+  check_rescale(grad, row_scale, grad_loss, mask, dim);
+  if (!is_one(row_scale, grad_loss)) rescale(grad, grad, row_scale, grad_loss, mask, dim < 0 ? dim + grad.dim() : dim);
 }
 
 }  // namespace
@@ -364,5 +523,6 @@ void temperature_kl_rescale_cpu(at::Tensor& grad, const at::Tensor& grad_loss, i
 TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("temperature_kl", kdkernels::temperature_kl::temperature_kl_cpu);
   m.impl("temperature_kl_backward", kdkernels::temperature_kl::temperature_kl_backward_cpu);
-  m.impl("temperature_kl_rescale_", kdkernels::temperature_kl::temperature_kl_rescale_cpu);
+  m.impl("temperature_kl_rescale", kdkernels::temperature_kl::temperature_kl_rescale_cpu);
+  m.impl("temperature_kl_rescale_", kdkernels::temperature_kl::temperature_kl_rescale_in_place_cpu);
 }

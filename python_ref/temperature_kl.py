@@ -36,12 +36,18 @@ def temperature_kl(
         p = log_p.exp()
         return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
 
+    def kl_mixture(log_p: Tensor, log_q: Tensor, other: float, own: float) -> Tensor:  # KL(p || own p + other q); digits for every weight
+        present = log_p > -torch.inf
+        z = torch.where(present, log_q - torch.where(present, log_p, 0), 0)  # log q / p
+        near = z < 1
+        close = torch.log1p(other * torch.expm1(torch.where(near, z, 0)))
+        apart = torch.where(near, 0, z) + torch.log(other + own * torch.exp(-torch.where(near, 1, z)))
+        return -(log_p.exp() * torch.where(near, close, apart)).sum(-1)
+
     if direction == "reverse" or (direction == "jsd" and beta == 1):
         loss = kl(log_s, log_t)
     elif direction == "jsd" and beta != 0:
-        middle = beta * log_t.exp() + (1 - beta) * log_s.exp()
-        log_m = torch.where(middle > 0, middle, 1).log()
-        loss = beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+        loss = beta * kl_mixture(log_t, log_s, 1 - beta, beta) + (1 - beta) * kl_mixture(log_s, log_t, beta, 1 - beta)
     elif target_eps > 0 or not include_entropy:
         p = log_t.exp() + target_eps
         loss = (p * torch.where(p > 0, (p.log() if include_entropy else 0) - log_s, 0)).sum(-1)

@@ -51,6 +51,7 @@ def kl_variants():
         yield kl_variant(f"backward_eps_{layout}", classes, stride, torch.float32, **everything | dict(eps=1e-7))
         yield kl_variant(f"jsd_{layout}", classes, stride, torch.float32, **plain | dict(direction=2))
         yield kl_variant(f"jsd_backward_{layout}", classes, stride, torch.float16, **everything | dict(direction=2))
+        yield kl_variant(f"forward_{layout}_fp16", classes, stride, torch.float16, **plain)
     yield kl_variant("reverse", 1000, 1, torch.float32, **plain | dict(direction=1))
     yield kl_variant("cross_entropy", 1000, 1, torch.float32, **everything | dict(entropy=False))
     yield kl_variant("double", 100, 1, torch.float64, **everything)
@@ -64,13 +65,14 @@ def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, l
         "to_student_ptr": NAMES[dtype],
         "to_teacher_ptr": NAMES[dtype],
         "mask_ptr": "u8",
+        "row_scale_ptr": "fp32",
     }
     signature, constants = {}, {}
     sizes = kl.block_sizes(classes, class_stride, compute == "fp64")
     flags = dict(
         BETA=0.5, EPS=eps, DIRECTION=direction, T_SQUARED=True, ENTROPY=entropy, HAS_TEMPERATURE=True, HAS_MASK=True, HAS_WEIGHT=True, UPSTREAM=1,
         WANT_LOSS=loss, WANT_STUDENT=student, WANT_TEACHER=teacher, WANT_TEMPERATURE=temperature,
-        COMPUTE=triton.language.float64 if compute == "fp64" else triton.language.float32,
+        SCALED=dtype == torch.float16 and not teacher, COMPUTE=triton.language.float64 if compute == "fp64" else triton.language.float32,
         ONE_BLOCK=sizes["ONE_BLOCK"], ROWS=sizes["ROWS"], BLOCK=sizes["BLOCK"],
     )  # fmt: skip
     for argument in kl._kl_kernel.arg_names:
@@ -90,6 +92,13 @@ def kl_variant(name, classes, class_stride, dtype, *, direction, entropy, eps, l
 def rescale_variant():
     signature = {"grad_ptr": "*bf16", "scale_ptr": "*fp32", "count": "i64", "BLOCK": "constexpr"}
     return "rescale", kl._rescale_kernel, signature, {"BLOCK": 4096}, 4
+
+
+def rescale_rows_variant():
+    signature = {a: "i64" if a.startswith(("g_", "o_")) else "i32" for a in kl._rescale_rows_kernel.arg_names}
+    signature |= {"grad_ptr": "*fp16", "out_ptr": "*fp16", "row_scale_ptr": "*fp32", "upstream_ptr": "*fp32", "mask_ptr": "*u8"}
+    constants = dict(HAS_SCALE=True, PER_ROW=True, HAS_MASK=True, IN_PLACE=True, COMPUTE=triton.language.float32, ROWS=1, BLOCK=1024)
+    return "rescale_rows", kl._rescale_rows_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, 4
 
 
 def attention_variants():
@@ -247,7 +256,7 @@ def compile_part(part: int, parts: int, targets: list[str], out: Path) -> None:
 
 
 def variants(target: GPUTarget) -> list:
-    return [*kl_variants(), rescale_variant(), *attention_variants(), *rbf_variants(), *svd_variants(target)]
+    return [*kl_variants(), rescale_variant(), rescale_rows_variant(), *attention_variants(), *rbf_variants(), *svd_variants(target)]
 
 
 def main() -> None:

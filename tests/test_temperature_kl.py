@@ -76,11 +76,12 @@ def test_forward_and_gradients(case, backend):
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
     x = case.make(device)
     forward, backward = _operators(backend)
-    loss, saved = forward(*_arguments(case, x), True)
+    loss, saved, row_scale = forward(*_arguments(case, x), True)
     upstream = torch.ones(case.rows if case.reduction == "none" else (), dtype=case.compute_dtype, device=device)
     student, teacher, temperature = backward(upstream, *_arguments(case, x), [True, True, True])
     assert loss.dtype == case.compute_dtype
     assert saved.dtype == student.dtype == case.student_dtype
+    assert row_scale.shape == (case.rows if case.student_dtype == torch.float16 else (0,))
     assert teacher.dtype == case.teacher_dtype
     assert temperature.shape == case.rows
     if loss.numel() == 0 or x["student"].numel() == 0:
@@ -98,10 +99,16 @@ def test_forward_and_gradients(case, backend):
     assert_close("loss", loss, expected, rtol=rtol, atol=1e-13 * weight.max().item())
 
     # p_s - p_t is accurate relative to p |log p_s - log p_t|, which is p times the noise where that is small.
-    p, q = (torch.softmax(x[k].double().cpu() / lowest_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
+    row_t = lowest_t if x["temperature"] is None else x["temperature"].double().cpu().unsqueeze(case.dim)
+    p, q = (torch.softmax(x[k].double().cpu() / row_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
     scale = weight * (torch.maximum(p, q) * min(1.0, case.noise) + case.target_eps)
     close = functools.partial(assert_close, rtol=rtol, atol=1e-15, truncated=backend == "triton" and device == "cpu")
-    close("grad_student (saved)", saved, to_student, scale=scale)
+    if case.student_dtype == torch.float16:
+        powers = row_scale.unsqueeze(case.dim)
+        assert torch.equal(powers.log2(), powers.log2().round())
+        close("grad_student (saved)", saved, to_student / powers.double().cpu(), scale=scale / powers.double().cpu())
+    else:
+        close("grad_student (saved)", saved, to_student, scale=scale)
     close("grad_student", student, to_student, scale=scale)
     # The teacher's is p times a difference of logarithms and their mean, of which the largest sets the rounding.
     spread = 1 + min(_largest_logit(x), 1e3) / lowest_t

@@ -116,10 +116,13 @@ def test_opcheck(case, device):
     torch.library.opcheck(backward, (upstream, *_arguments(case, x), [True, True, True]))
 
 
-def test_opcheck_rescale(device):
-    op = torch.ops.kdkernels.temperature_kl_rescale_.default
-    torch.library.opcheck(op, (torch.randn(3, 4, device=device), torch.tensor(2.0, device=device), 1))
-    torch.library.opcheck(op, (torch.randn(3, 4, device=device), torch.randn(4, device=device), 0))
+@pytest.mark.parametrize("name", ["temperature_kl_rescale", "temperature_kl_rescale_"])
+def test_opcheck_rescale(name, device):
+    op = getattr(torch.ops.kdkernels, name).default
+    mask = torch.tensor([True, False, True, True], device=device)
+    unscaled, powers = torch.empty(0, device=device), torch.tensor([1.0, 2.0, 0.5, 4.0], device=device)
+    torch.library.opcheck(op, (torch.randn(3, 4, device=device), unscaled, torch.tensor(2.0, device=device), None, 1))
+    torch.library.opcheck(op, (torch.randn(3, 4, device=device), powers, torch.randn(4, device=device), mask, 0))
 
 
 def test_compile_fullgraph_without_recompiles(device):

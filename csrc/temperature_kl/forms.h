@@ -18,56 +18,60 @@ struct Form {
   T classes;
 };
 
+// V, and S of dV / dT = -S / T, both to be multiplied by `rest`.
 template <typename T>
 struct ValueAndSlope {
-  Vec<T> value, slope;  // V and dV / dT
+  Vec<T> value, slope, rest;
 };
 
-// base_out and other_out may be null.
+// base_out and other_out may be null. Logarithms are formed in units of the logits and divided by T at the end (see Divergence::unit).
 template <typename T, typename Reduce>
 ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, const Source<T>& other, const T* e, const T* gap, Form<T> form,
                               Vec<T> scale, bool gradients, const Sink<T>* base_out, const Sink<T>* other_out) {
   constexpr int lanes = simd::kLanes<T>;
   const int64_t n = base.vectors();
-  const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{};
+  const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{}, t = s.temperature;
+  const Vec<T> other_shift = s.other_shift(log_z) * t;
+  const Vec<T> to_logits = t * s.rest;  // from the units of s.mean, s.drift and s.kl
+  const Vec<T> mean = s.mean * to_logits, drift = s.drift * to_logits;
   const T eps = form.eps;
 
   // log(1 + eps / p), from whichever side does not cancel
   auto log_lift = [&](Vec<T> p, Vec<T> v) { return select<T>(p > eps, simd::log1p<T>(eps / p), simd::log<T>(p + eps) - (v - log_z)); };
 
-  Vec<T> mean_v{}, mean_lift{}, extra{};  // E_p[log p] + log z, E_p[log(1 + eps/p)], what eps adds to V
+  Vec<T> mean_v{}, mean_lift{}, extra{};  // T (E_p[log p] + log z), T E_p[log(1 + eps/p)], what eps adds to T V
   for (int64_t j = 0; j < n; ++j) {
-    const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, v = (base[j] - s.top) * s.inv_t;
+    const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, v = base[j] - s.top;
     const Mask<T> absent = p == T(0);
     mean_v += select<T>(absent, zero, p * v);
     if (eps > 0) {
-      const Vec<T> log_q = (other[j] - s.top) * s.inv_t + s.shift - log_z;
-      const Vec<T> lift = select<T>(absent, zero, p * log_lift(p, v));
+      const Vec<T> log_q = (other[j] - s.top) + other_shift;
+      const Vec<T> lift = select<T>(absent, zero, p * log_lift(p, v * s.inv_t) * t);
       mean_lift += lift;
-      const Vec<T> added = form.entropy ? lift + eps * (simd::log<T>(p + eps) - log_q) : -eps * log_q;
+      const Vec<T> added = form.entropy ? lift + eps * (simd::log<T>(p + eps) * t - log_q) : -eps * log_q;
       extra += select<T>(base.present(j), added, zero);
     }
   }
   mean_v = Reduce::template sum<T>(mean_v);
   mean_lift = Reduce::template sum<T>(mean_lift);
-  ValueAndSlope<T> result{s.kl + Reduce::template sum<T>(extra), zero};
-  if (!form.entropy) result.value += log_z - mean_v;
+  ValueAndSlope<T> result{s.kl * to_logits + Reduce::template sum<T>(extra), zero, s.inv_t};
+  if (!form.entropy) result.value += log_z * t - mean_v;
 
   const Vec<T> inv_other = inv_z / (T(1) + s.w);
   for (int64_t j = 0; gradients && j < n; ++j) {
-    const Vec<T> weight = simd::load<T>(e + j * lanes), p = weight * inv_z, v = (base[j] - s.top) * s.inv_t;
+    const Vec<T> weight = simd::load<T>(e + j * lanes), p = weight * inv_z, v = base[j] - s.top;
     const Mask<T> absent = p == T(0);
     Vec<T> to_other = (simd::load<T>(gap + j * lanes) - s.w * weight) * inv_other;  // q - p
     if (eps > 0) to_other += select<T>(base.present(j), eps * (form.classes * (p + to_other) - T(1)), zero);
-    Vec<T> a = (base[j] - other[j]) * s.inv_t - s.mean - s.drift;
+    Vec<T> a = (base[j] - other[j]) - mean - drift;
     if (!form.entropy) a -= v - mean_v;
-    if (form.entropy && eps > 0) a += log_lift(p, v) - mean_lift;
+    if (form.entropy && eps > 0) a += log_lift(p, v * s.inv_t) * t - mean_lift;
     const Vec<T> to_base = select<T>(absent, zero, p * a);
     if (other_out) other_out->put(j, to_other * scale);
-    if (base_out) base_out->put(j, to_base * scale);
-    result.slope += select<T>(to_other == T(0), zero, to_other * ((other[j] - s.top) * s.inv_t)) + select<T>(absent, zero, to_base * v);
+    if (base_out) base_out->put(j, to_base * (scale * s.inv_t));
+    result.slope += select<T>(to_other == T(0), zero, to_other * (other[j] - s.top)) + select<T>(absent, zero, to_base * (v * s.inv_t));
   }
-  result.slope = -s.inv_t * Reduce::template sum<T>(result.slope);
+  result.slope = Reduce::template sum<T>(result.slope);
   return result;
 }
 

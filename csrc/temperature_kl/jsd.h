@@ -1,11 +1,12 @@
 // Generalised Jensen-Shannon divergence of one tile: M = beta p + (1 - beta) q, p the teacher, q the student,
 //     JSD = beta KL(p || M) + (1 - beta) KL(q || M)                                  (Agarwal et al. 2024, eq. 1; beta as in TRL and Liger)
-// With z = log p - log q (from the centred divergence), u = e^-z - 1 = q/p - 1 and a = 1 - beta:
-//     A = log(p / M) = -log(1 + a u),   B = log(q / M) = A - z
-//     JSD = sum_j p f(u),  f(u) = a (1+u) log(1+u) - (1 + a u) log(1 + a u) >= 0      since sum_j p u = 0
-//         = sum_j beta p A + a q B
+// With z = log p - log q (from the centred divergence), u = q/p - 1 = e^-z - 1, v = p/q - 1 = e^z - 1 and a = 1 - beta:
+//     A = log(p / M) = -log(1 + a u),   B = log(q / M) = -log(1 + beta v)
+//     psi(x) = x - log(1 + x) >= 0
+//     E_p[A] = sum_j p psi(a u),   E_q[B] = sum_j q psi(beta v)      since sum_j p u = sum_j q v = 0
+//     JSD = beta E_p[A] + a E_q[B]
 //     dJSD / d(q logits) = a q (B - E_q[B]),   dJSD / d(p logits) = beta p (A - E_p[A])
-// Small u take f's power series sum_{k>=2} (-1)^k (a - a^k) u^k / (k (k-1)): its terms of first order are gone, so nothing cancels.
+// No term is negative, and each mean is accurate relative to itself: nothing cancels, whether the nets agree or beta is close to 0 or 1.
 #pragma once
 
 #include "divergence.h"
@@ -13,94 +14,122 @@
 
 namespace kdkernels::temperature_kl {
 
+// log(1 + x) and psi(x) = x - log(1 + x), both relative to themselves. The caller knows 1 + x more exactly where x is close to -1.
+// log(u) is n ln2 + 2 atanh(s) as in simd::log; for n = 0, s = x / (2 + x) and x - 2 s = x s.
+template <typename T>
+struct LogAndRest {
+  Vec<T> log, psi;
+  Mask<T> near;  // psi is from the series
+};
+
+template <typename T>
+KDKERNELS_INLINE LogAndRest<T> log_and_rest(Vec<T> x, Vec<T> one_plus_x) {
+  using C = simd::Constants<T>;
+  using I = Mask<T>;
+  using Int = typename simd::IntOf<T>::type;
+  constexpr int bits = C::mantissa_bits;
+  const T root_half = T(0.70710678118654752);
+  Int root_bits;
+  std::memcpy(&root_bits, &root_half, sizeof root_bits);
+  const I offset = (I)one_plus_x - root_bits;
+  const I n = offset >> bits;
+  const Vec<T> m = (Vec<T>)((offset & ((Int(1) << bits) - 1)) + root_bits);
+  LogAndRest<T> result;
+  result.near = n == I{};
+  const Vec<T> s = select<T>(result.near, x, m - T(1)) / select<T>(result.near, x + T(2), m + T(1));
+  const Vec<T> s2 = s * s;  // |s| <= 0.1716
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;
+  Vec<T> poly = splat<T>(T(1.0 / (2 * terms + 1)));
+  for (int k = terms - 1; k >= 1; --k) poly = poly * s2 + T(1.0 / (2 * k + 1));
+  const Vec<T> small = T(2) * s * s2 * poly, exponent = __builtin_convertvector(n, Vec<T>);
+  result.log = ((small + exponent * C::ln2_lo) + T(2) * s) + exponent * C::ln2_hi;
+  result.psi = select<T>(result.near, x * s - small, x - result.log);
+  return result;
+}
+
 template <typename T>
 class Jsd {
  public:
-  explicit Jsd(double beta) : beta_(static_cast<T>(beta)), a_(static_cast<T>(1 - beta)) {
-    double power = 1 - beta;
-    for (int k = 2; k < kTerms; ++k) {
-      power *= 1 - beta;
-      series_[k] = static_cast<T>(((1 - beta) - power) / (k * (k - 1.0)) * (k % 2 ? -1 : 1));
-    }
-  }
+  // Below the normal numbers of T a weight of the mixture is as good as the smallest of them.
+  explicit Jsd(double beta)
+      : beta_(std::max(static_cast<T>(beta), std::numeric_limits<T>::min())),
+        a_(std::max(static_cast<T>(1 - beta), std::numeric_limits<T>::min())) {}
 
-  // e[] is z p of the divergence(teacher, student); q[] and b[] are scratch. The sinks may be null.
+  // e[] is z p of the divergence(teacher, student); q[], a[] and b[] are scratch. The sinks may be null.
   template <typename Reduce>
-  ValueAndSlope<T> operator()(const Divergence<T>& s, const Source<T>& teacher, const Source<T>& student, const T* e, T* q, T* b,
+  ValueAndSlope<T> operator()(const Divergence<T>& s, const Source<T>& teacher, const Source<T>& student, const T* e, T* q, T* a, T* b,
                               Vec<T> scale, bool gradients, const Sink<T>* teacher_out, const Sink<T>* student_out) const {
     constexpr int lanes = simd::kLanes<T>;
     const int64_t n = teacher.vectors();
-    const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{};
-    Vec<T> value{}, mean_a{}, mean_b{};
+    const Vec<T> inv_z = T(1) / s.z, zero{};
+    // q = exp((o - top) / T + other_shift) other_scale, whichever of the two is exact
+    const Vec<T> other_shift = select<T>(s.far, zero, s.shift - simd::log<T>(s.z));
+    const Vec<T> other_scale = select<T>(s.far, T(1) / s.other_z, splat<T>(T(1)));
+    Vec<T> mean_a{}, mean_b{};
     for (int64_t begin = 0; begin < n; begin += kBlock) {
-      Vec<T> value_sum{}, a_sum{}, b_sum{};
+      Vec<T> a_sum{}, b_sum{};
       for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
-        const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z;
-        const Terms t = terms(p, (teacher[j] - student[j]) * s.inv_t - s.shift, (student[j] - s.top) * s.inv_t + s.shift - log_z);
-        const Vec<T> pa = select<T>(p == T(0), zero, p * t.a), qb = select<T>(t.q == T(0), zero, t.q * t.b);
-        value_sum += select<T>(t.near, p * t.f, beta_ * pa + a_ * qb);
-        a_sum += pa;
-        b_sum += qb;
+        const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, o = student[j];
+        const Terms t = terms(p, (teacher[j] - o) * s.inv_t - s.shift, (o - s.top) * s.inv_t + other_shift, other_scale, s.far);
+        a_sum += t.p_psi;
+        b_sum += t.q_psi;
         simd::store<T>(q + j * lanes, t.q);
+        simd::store<T>(a + j * lanes, t.a);
         simd::store<T>(b + j * lanes, t.b);
       }
-      value += value_sum;
       mean_a += a_sum;
       mean_b += b_sum;
     }
-    value = Reduce::template sum<T>(value);
     mean_a = Reduce::template sum<T>(mean_a);
     mean_b = Reduce::template sum<T>(mean_b);
 
-    const Vec<T> lone_teacher = -simd::log<T>(splat<T>(beta_));
     Vec<T> slope{};
     for (int64_t j = 0; gradients && j < n; ++j) {
-      const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, qj = simd::load<T>(q + j * lanes), bj = simd::load<T>(b + j * lanes);
-      const Vec<T> z = (teacher[j] - student[j]) * s.inv_t - s.shift;
-      const Vec<T> to_student = select<T>(qj == T(0), zero, a_ * qj * (bj - mean_b));
-      // log(p / M) = log(q / M) + z, but for a class that the student excludes: there M is beta p.
-      const Vec<T> a = select<T>(z == std::numeric_limits<T>::infinity(), lone_teacher, bj + z);
-      const Vec<T> to_teacher = select<T>(p == T(0), zero, beta_ * p * (a - mean_a));
+      const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, qj = simd::load<T>(q + j * lanes);
+      const Vec<T> to_student = select<T>(qj == T(0), zero, a_ * qj * (simd::load<T>(b + j * lanes) - mean_b));
+      const Vec<T> to_teacher = select<T>(p == T(0), zero, beta_ * p * (simd::load<T>(a + j * lanes) - mean_a));
       if (student_out) student_out->put(j, to_student * scale);
       if (teacher_out) teacher_out->put(j, to_teacher * scale);
       slope += select<T>(to_student == T(0), zero, to_student * ((student[j] - s.top) * s.inv_t)) +
                select<T>(to_teacher == T(0), zero, to_teacher * ((teacher[j] - s.top) * s.inv_t));
     }
-    return {value < T(0) ? zero : value, -s.inv_t * Reduce::template sum<T>(slope)};
+    const Vec<T> value = beta_ * mean_a + a_ * mean_b;
+    return {value < T(0) ? zero : value, Reduce::template sum<T>(slope), splat<T>(T(1))};
   }
 
  private:
-  static constexpr int kTerms = 16;
-  static constexpr T kNear = sizeof(T) == 4 ? T(0.25) : T(0.05);  // u^(kTerms - 2) is then below the rounding of T
-
   struct Terms {
-    Vec<T> q, a, b, f;  // q, log(p / M), log(q / M), f(u)
-    Mask<T> near;       // f(u) is from the series
+    Vec<T> q, a, b;       // q, log(p / M), log(q / M)
+    Vec<T> p_psi, q_psi;  // p psi(a u), q psi(beta v)
   };
 
-  // log_q is used where p is too small, or zero, to carry q = p e^-z.
-  Terms terms(Vec<T> p, Vec<T> z, Vec<T> log_q) const {
+  // exp(log_q) q_scale is used where p is too small, or zero, to carry q = p e^-z, and where the nets are far apart.
+  Terms terms(Vec<T> p, Vec<T> z, Vec<T> log_q, Vec<T> q_scale, Mask<T> far) const {
     Terms t;
-    const auto part = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), -z));
+    const Vec<T> limit = splat<T>(-simd::Constants<T>::exp_lowest);
+    const auto part = simd::exp_parts<T>(-simd::max(-limit, z < limit ? z : limit));
     const Vec<T> u = part.scale * (part.r + part.h) + (part.scale - T(1));
+    const Vec<T> ratio = part.scale * (part.r + part.h) + part.scale, inverse = T(1) / ratio, v = -u * inverse;
     t.q = p + p * u;
-    t.a = -simd::log1p<T>(a_ * u);
-    t.b = t.a - z;
-    const Mask<T> student_alone = ~(z > T(-16));
-    if (__builtin_expect(any(student_alone), 0)) {
-      t.q = select<T>(student_alone, simd::exp<T>(log_q), t.q);
-      t.b = select<T>(student_alone, -simd::log<T>(a_ + beta_ * simd::exp<T>(z)), t.b);
-      t.a = select<T>(student_alone, t.b + z, t.a);
-    }
-    Vec<T> poly = splat<T>(series_[kTerms - 1]);
-    for (int k = kTerms - 2; k >= 2; --k) poly = poly * u + series_[k];
-    t.f = poly * u * u;
-    t.near = (u < kNear) & (u > -kNear) & ~student_alone;
+    const Mask<T> joined = far | ~(z > T(-16));
+    if (__builtin_expect(any(joined), 0)) t.q = select<T>(joined, simd::exp<T>(log_q) * q_scale, t.q);
+    const auto first = log_and_rest(a_ * u, beta_ + a_ * ratio, a_ * u > T(-0.25));
+    const auto second = log_and_rest(beta_ * v, a_ + beta_ * inverse, beta_ * v > T(-0.25));
+    t.a = -first.log;
+    t.b = -second.log;
+    const Mask<T> no_p = p == T(0), no_q = t.q == T(0);
+    t.p_psi = select<T>(first.near, p * first.psi, a_ * (t.q - p) + p * t.a);
+    t.q_psi = select<T>(second.near, t.q * second.psi, beta_ * (p - t.q) + t.q * t.b);
+    t.p_psi = select<T>(no_p, a_ * t.q, t.p_psi);
+    t.q_psi = select<T>(no_q, beta_ * p, t.q_psi);
     return t;
   }
 
+  static LogAndRest<T> log_and_rest(Vec<T> x, Vec<T> one_plus_x, Mask<T> small) {
+    return temperature_kl::log_and_rest<T>(x, select<T>(small, T(1) + x, one_plus_x));
+  }
+
   T beta_, a_;
-  T series_[kTerms];
 };
 
 }  // namespace kdkernels::temperature_kl

@@ -217,7 +217,9 @@ def _(
 ):
     shape = _row_shape(student, dim) if reduction == "none" else ()
     loss = student.new_empty(shape, dtype=_compute_dtype(student, teacher))
-    return loss, torch.empty_like(student) if save_grad else student.new_empty(0)
+    scaled = save_grad and student.dtype == torch.float16
+    row_scale = student.new_empty(_row_shape(student, dim) if scaled else 0, dtype=torch.float32)
+    return loss, torch.empty_like(student) if save_grad else student.new_empty(0), row_scale
 
 
 @torch.library.register_fake("kdkernels::temperature_kl_backward")
@@ -231,8 +233,13 @@ def _(grad_loss, student, teacher, temperature, row_temperature, mask, normalize
     )
 
 
+@torch.library.register_fake("kdkernels::temperature_kl_rescale")
+def _(grad, row_scale, grad_loss, mask, dim):
+    return torch.empty_like(grad)
+
+
 @torch.library.register_fake("kdkernels::temperature_kl_rescale_")
-def _(grad, grad_loss, dim):
+def _(grad, row_scale, grad_loss, mask, dim):
     return None
 
 
@@ -245,6 +252,7 @@ derive_double_backward(
     "temperature_kl_backward", upstream=(0,), inputs=(1, 2, 4), constants=(5, 6), wanted=14, reference=_differentiable
 )
 derive_vmap("temperature_kl_backward")
+derive_vmap("temperature_kl_rescale")
 
 
 @torch.library.register_vmap("kdkernels::temperature_kl")
@@ -263,7 +271,7 @@ def _(info, in_dims, student, teacher, temperature, row_temperature, mask, norma
         loss = loss.reshape(size, loss[0].numel()).sum(1)
         if reduction != "sum":
             loss = loss / (count * classes if reduction == "mean" else count)
-    return (loss, student.new_empty(size, 0)), (0, 0)
+    return (loss, student.new_empty(size, 0), student.new_empty(size, 0, dtype=torch.float32)), (0, 0, 0)
 
 
 def _triton_kernels():
@@ -282,6 +290,11 @@ def _(*args):
 @torch.library.impl("kdkernels::temperature_kl_backward", "CUDA")
 def _(*args):
     return _triton_kernels().temperature_kl_backward(*args)
+
+
+@torch.library.impl("kdkernels::temperature_kl_rescale", "CUDA")
+def _(*args):
+    return _triton_kernels().temperature_kl_rescale(*args)
 
 
 @torch.library.impl("kdkernels::temperature_kl_rescale_", "CUDA")

@@ -18,19 +18,20 @@ _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 @triton.jit
-def _weights(b, o, present, safe, inv_t, mean):
-    """e = z p_b, d = (b - o) / T, and z p_b (e^y - 1), z p_b (e^y - 1 - y), z p_b y with y = mean - d."""
+def _weights(b, o, present, safe, b_centre, o_centre, inv_t, mean):
+    """e = z p_b, d = b - o (of centred logits), and z p_b (e^y - 1), z p_b (e^y - 1 - y), z p_b y with y = (mean - d) / T."""
     e = tl.where(present, exp_falling((b - safe) * inv_t), 0.0)
-    d = (b - o) * inv_t
-    y = mean - d
+    d = (b - b_centre) - (o - o_centre)
+    y = (mean - d) * inv_t
     scale, r, h = exp_parts(tl.minimum(y, 17.0, propagate_nan=tl.PropagateNan.ALL))
     ey = tl.where(e == 0.0, 0.0, e * y)
     up = e * (scale * (r + h) + (scale - 1.0))
-    above = e * (scale * h + (scale * r + ((scale - 1.0) - y)))
+    above = tl.where(e == 0.0, 0.0, e * (scale * h + (scale * r + ((scale - 1.0) - y))))
     # Past e^16 the product p_b e^y is formed in the exponent, where it cannot overflow.
     joined = present & ~(y < 16.0)
     highest: tl.constexpr = 709.0 if b.dtype == tl.float64 else 88.0
-    grown = tl.exp(tl.minimum((o - safe) * inv_t + mean, highest, propagate_nan=tl.PropagateNan.ALL))
+    exponent = ((o - o_centre) + (b_centre - safe)) * inv_t + mean * inv_t
+    grown = tl.exp(tl.minimum(exponent, highest, propagate_nan=tl.PropagateNan.ALL))
     up = tl.where(joined, grown - e, tl.where(present, up, 0.0))
     above = tl.where(joined, up - ey, tl.where(present, above, 0.0))
     return e, d, up, above, ey
@@ -48,6 +49,7 @@ def _kl_kernel(
     to_student_ptr,
     to_teacher_ptr,
     to_temperature_ptr,  # [rows]
+    row_scale_ptr,  # [rows], with SCALED the power of two by which the row of to_student was divided
     temperature,
     weight,
     rows,
@@ -70,6 +72,7 @@ def _kl_kernel(
     WANT_STUDENT: tl.constexpr,
     WANT_TEACHER: tl.constexpr,
     WANT_TEMPERATURE: tl.constexpr,
+    SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -104,6 +107,9 @@ def _kl_kernel(
     o_safe = tl.zeros([ROWS, 1], COMPUTE)
     o_z = tl.zeros([ROWS, 1], COMPUTE)
     far = tl.zeros([ROWS, 1], tl.int1)
+    # What is subtracted from the logits of either net before their difference is taken: 0, or their maxima where these are far apart.
+    b_centre = tl.zeros([ROWS, 1], COMPUTE)
+    o_centre = tl.zeros([ROWS, 1], COMPUTE)
 
     for start in range(0, classes, BLOCK):
         in_row = start + column < classes
@@ -119,36 +125,48 @@ def _kl_kernel(
         # log-sum-exp of the other side, needed where the nets are far apart
         o_next = tl.maximum(o_top, tl.max(tl.where(in_row, o, negative), 1, keep_dims=True))
         o_next_safe = tl.where(o_next == negative, 0.0, o_next)
+        o_before, o_before_safe = o_z, o_safe
         o_z = o_z * tl.where(o_top == negative, 0.0, tl.exp((o_safe - o_next_safe) * inv_t))
         o_z += tl.sum(tl.where(in_row, tl.exp((o - o_next_safe) * inv_t), 0.0), 1, keep_dims=True)
         o_top, o_safe = o_next, o_next_safe
 
-        # The mean so far, over all blocks.
         next_top = tl.maximum(top, tl.max(tl.where(in_row, b, negative), 1, keep_dims=True))
         next_safe = tl.where(next_top == negative, 0.0, next_top)
         began = z > 0.0
-        far = far | ((z == 0.0) & (convex > 0.0))  # classes of the other side came before any of this side
         shrink = tl.where(began, tl.exp((safe - next_safe) * inv_t), 0.0)
         top, safe = next_top, next_safe
-        e = tl.where(in_row, exp_falling((b - safe) * inv_t), 0.0)
-        d = (b - o) * inv_t
         before = z * shrink
+        began = before > 0.0
+
+        # The mean of d so far, over all blocks. Other centres move d and its mean alike.
+        apart = ~(tl.abs((safe - o_safe) * inv_t) <= 64.0)
+        b_next, o_next = tl.where(apart, safe, 0.0), tl.where(apart, o_safe, 0.0)
+        mean = tl.where(began, mean - ((b_next - b_centre) - (o_next - o_centre)), 0.0)
+        b_centre, o_centre = b_next, o_next
+        e = tl.where(in_row, exp_falling((b - safe) * inv_t), 0.0)
+        d = (b - b_centre) - (o - o_centre)
         z = before + tl.sum(e, 1, keep_dims=True)
-        total = before * mean + tl.sum(tl.where(e == 0.0, 0.0, e * d), 1, keep_dims=True)
-        next_mean = tl.where(z == 0.0, mean, total / z)
+        inv = tl.where(z == 0.0, 0.0, 1.0 / z)
+        next_mean = before * inv * mean + tl.sum(tl.where(e == 0.0, 0.0, (e * inv) * d), 1, keep_dims=True)
 
         # Moves the sums so far from the old centre to the new one, exactly: y' = y - delta.
-        delta = tl.where(began, mean - next_mean, 0.0)
+        delta = tl.where(began, (mean - next_mean) * inv_t, 0.0)
         mean = next_mean
         scale, r, h = exp_parts(-delta)
         up = scale * (r + h) + (scale - 1.0)
         above = scale * h + (scale * r + ((scale - 1.0) + delta))
         convex = (convex * (1.0 + up) - drift * up) * shrink + before * above
         drift = drift * shrink + before * delta
+        # Classes without probability so far: all that they add is the other side's.
+        highest: tl.constexpr = 709.0 if tl.float64 == COMPUTE else 88.0
+        exponent = ((o_before_safe - o_centre) + (b_centre - safe)) * inv_t + mean * inv_t
+        alone = o_before * tl.exp(tl.minimum(exponent, highest, propagate_nan=tl.PropagateNan.ALL))
+        convex = tl.where(began, convex, tl.where(o_before == 0.0, 0.0, alone))
+        drift = tl.where(began, drift, 0.0)
 
-        e, d, up, above, ey = _weights(b, o, in_row, safe, inv_t, mean)
+        e, d, up, above, ey = _weights(b, o, in_row, safe, b_centre, o_centre, inv_t, mean)
         block = tl.sum(above, 1, keep_dims=True)
-        far = far | ~(block < 1e30)
+        far = far | ((z > 0.0) & ~(block < 1e30))
         convex += block
         drift -= tl.sum(ey, 1, keep_dims=True)
 
@@ -157,16 +175,17 @@ def _kl_kernel(
     w = convex - drift
     kl = centred_kl(convex, drift, w)
     far = far | ~(convex < 1e30)
-    log_z = log(z)
-    far_shift = (safe - o_safe) * inv_t + log_z - log(o_z)
-    shift = tl.where(far, far_shift, mean + drift - kl)  # log p_b - log p_o = d - shift
-    kl = tl.where(far, mean - far_shift, kl)
+    if DIRECTION == 2:  # nets that disagree: log-sum-exps of centred logits lose fewer digits than sums that grow with the divergence
+        far = far | ~(kl <= 1.0)
+    log_z, log_oz = log(z), log(o_z)
+    t_column = t_row[:, None]
+    far_shift = ((safe - b_centre) - (o_safe - o_centre)) * inv_t + log_z - log_oz
+    shift = tl.where(far, far_shift, mean * inv_t + drift - kl)  # log p_b - log p_o = d / T - shift
+    far_kl = mean - far_shift * t_column
+    kl = tl.where(far, tl.where(far_kl < 0.0, 0.0, far_kl), kl * t_column)  # in units of the logits, like all logarithms below
     w = tl.where(far, 0.0, w)
     drift = tl.where(far, 0.0, drift)
 
-    factor = tl.full([ROWS], 1.0, COMPUTE)
-    if T_SQUARED:
-        factor = t_row * t_row
     row_weight = tl.full([ROWS], 1.0, COMPUTE) * weight
     if HAS_WEIGHT:
         row_weight = row_weight * tl.load(weight_ptr).to(COMPUTE)
@@ -174,7 +193,8 @@ def _kl_kernel(
         row_weight = row_weight * tl.load(upstream_ptr).to(COMPUTE)
     if UPSTREAM == 2:
         row_weight = row_weight * tl.load(upstream_ptr + row, mask=in_batch, other=0.0).to(COMPUTE)
-    scale_out = (row_weight * factor)[:, None] * inv_t
+    scale_out = row_weight * t_row if T_SQUARED else row_weight / t_row
+    scale_out = scale_out[:, None]
 
     A: tl.constexpr = 1.0 - BETA
     mean_v = tl.zeros([ROWS, 1], COMPUTE)
@@ -189,84 +209,108 @@ def _kl_kernel(
                 s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
                 t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
             p = tl.where(in_row, exp_falling((t - safe) * inv_t), 0.0) * inv_z
-            v = (t - safe) * inv_t
-            log_q = (s - safe) * inv_t + shift - log_z
+            v = t - safe
             if DIRECTION == 2:
-                q, log_pm, log_qm, f, near = _jsd_terms(p, (t - s) * inv_t - shift, log_q, BETA)
-                pa, qb = tl.where(p == 0.0, 0.0, p * log_pm), tl.where(q == 0.0, 0.0, q * log_qm)
-                extra += tl.sum(tl.where(in_row, tl.where(near, p * f, BETA * pa + A * qb), 0.0), 1, keep_dims=True)
-                mean_v += tl.sum(tl.where(in_row, pa, 0.0), 1, keep_dims=True)  # E_p[log p / M]
-                mean_lift += tl.sum(tl.where(in_row, qb, 0.0), 1, keep_dims=True)  # E_q[log q / M]
+                d = (t - b_centre) - (s - o_centre)
+                log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
+                q, log_pm, log_qm, p_psi, q_psi = _jsd_terms(p, d * inv_t - shift, log_q, (s - o_safe) * inv_t, o_z, far, BETA)
+                mean_v += tl.sum(tl.where(in_row, p_psi, 0.0), 1, keep_dims=True)  # E_p[log p / M]
+                mean_lift += tl.sum(tl.where(in_row, q_psi, 0.0), 1, keep_dims=True)  # E_q[log q / M]
             else:
                 mean_v += tl.sum(tl.where(p == 0.0, 0.0, p * v), 1, keep_dims=True)
                 if EPS > 0.0:
-                    lift = tl.where(p == 0.0, 0.0, p * _log_lift(p, v, log_z, EPS))
+                    near_q = ((s - o_centre) + (b_centre - safe)) + (shift - log_z) * t_column
+                    log_q = tl.where(far, (s - o_safe) - log_oz * t_column, near_q)
+                    lift = tl.where(p == 0.0, 0.0, p * _log_lift(p, v * inv_t, log_z, EPS) * t_column)
                     mean_lift += tl.sum(lift, 1, keep_dims=True)
-                    added = lift + EPS * (log(p + EPS) - log_q) if ENTROPY else -EPS * log_q
+                    added = lift + EPS * (log(p + EPS) * t_column - log_q) if ENTROPY else -EPS * log_q
                     extra += tl.sum(tl.where(in_row, added, 0.0), 1, keep_dims=True)
         if DIRECTION == 2:
-            value = tl.where(extra < 0.0, 0.0, extra)
+            value = (BETA * mean_v + A * mean_lift) * t_column
         else:
             value = kl + extra
             if not ENTROPY:
-                value += log_z - mean_v
+                value += log_z * t_column - mean_v
 
     slope = tl.zeros([ROWS, 1], COMPUTE)
     if WANT_STUDENT or WANT_TEACHER or WANT_TEMPERATURE:
-        for start in range(0, classes, BLOCK):
-            in_row = start + column < classes
-            if not ONE_BLOCK:
-                present = keep[:, None] & in_row
-                s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
-                t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
-            if DIRECTION == 1:
-                b, o = s, t
-            else:
-                b, o = t, s
-            e, d, up, above, ey = _weights(b, o, in_row, safe, inv_t, mean)
-            p, v = e * inv_z, (b - safe) * inv_t
-            if DIRECTION == 2:
-                z_gap = d - shift
-                q, log_pm, log_qm, f, near = _jsd_terms(p, z_gap, (s - safe) * inv_t + shift - log_z, BETA)
-                to_other = tl.where(q == 0.0, 0.0, A * q * (log_qm - mean_lift))
-                to_base = tl.where(p == 0.0, 0.0, BETA * p * (log_pm - mean_v))
-            else:
-                p_other = tl.exp((o - o_safe) * inv_t) / o_z
-                up = tl.where(far, p_other * z - e, up)
-                to_other = (up - w * e) * inv_z / (1.0 + w)
-                if EPS > 0.0:
-                    to_other += EPS * (classes * (p + to_other) - 1.0)
-                a = d - mean - drift
-                if not ENTROPY:
-                    a = a - (v - mean_v)
-                elif EPS > 0.0:
-                    a = a + _log_lift(p, v, log_z, EPS) - mean_lift
-                to_base = tl.where(p == 0.0, 0.0, p * a)
-            to_other, to_base = tl.where(in_row, to_other, 0.0), tl.where(in_row, to_base, 0.0)
-            slope += tl.sum(tl.where(to_other == 0.0, 0.0, to_other * ((o - safe) * inv_t)), 1, keep_dims=True)
-            slope += tl.sum(tl.where(to_base == 0.0, 0.0, to_base * v), 1, keep_dims=True)
-            if DIRECTION == 1:
-                to_s, to_t = to_base, to_other
-            else:
-                to_s, to_t = to_other, to_base
-            written = in_batch[:, None] & in_row
-            kept = keep[:, None]
-            if WANT_STUDENT:
-                where = to_student_ptr + (outer * gs_outer + i * gs_inner)[:, None] + (start + column) * gs_class
-                tl.store(where, tl.where(kept, to_s * scale_out, 0.0).to(to_student_ptr.dtype.element_ty), mask=written)
-            if WANT_TEACHER:
-                where = to_teacher_ptr + (outer * gt_outer + i * gt_inner)[:, None] + (start + column) * gt_class
-                tl.store(where, tl.where(kept, to_t * scale_out, 0.0).to(to_teacher_ptr.dtype.element_ty), mask=written)
+        # A gradient that is to be scaled is computed twice: its largest magnitude is needed first.
+        largest = tl.zeros([ROWS, 1], COMPUTE)
+        down = tl.full([ROWS, 1], 1.0, COMPUTE)
+        PASSES: tl.constexpr = 2 if SCALED else 1
+        for step in tl.static_range(PASSES):
+            for start in range(0, classes, BLOCK):
+                in_row = start + column < classes
+                if not ONE_BLOCK:
+                    present = keep[:, None] & in_row
+                    s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
+                    t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+                if DIRECTION == 1:
+                    b, o = s, t
+                else:
+                    b, o = t, s
+                e, d, up, above, ey = _weights(b, o, in_row, safe, b_centre, o_centre, inv_t, mean)
+                p, v = e * inv_z, b - safe
+                if DIRECTION == 2:
+                    log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
+                    q, log_pm, log_qm, p_psi, q_psi = _jsd_terms(p, d * inv_t - shift, log_q, (s - o_safe) * inv_t, o_z, far, BETA)
+                    to_other = tl.where(q == 0.0, 0.0, A * q * (log_qm - mean_lift))
+                    to_base = tl.where(p == 0.0, 0.0, BETA * p * (log_pm - mean_v)) * t_column
+                else:
+                    p_other = tl.exp((o - o_safe) * inv_t) / o_z
+                    up = tl.where(far, p_other * z - e, up)
+                    to_other = (up - w * e) * inv_z / (1.0 + w)
+                    if EPS > 0.0:
+                        to_other += EPS * (classes * (p + to_other) - 1.0)
+                    a = (d - mean) - drift * t_column
+                    if not ENTROPY:
+                        a = a - (v - mean_v)
+                    elif EPS > 0.0:
+                        a = a + _log_lift(p, v * inv_t, log_z, EPS) * t_column - mean_lift
+                    to_base = tl.where(p == 0.0, 0.0, p * a)
+                # The first by o / T, the second by b / T and times T.
+                to_other, to_base = tl.where(in_row, to_other, 0.0), tl.where(in_row, to_base, 0.0)
+                if WANT_TEMPERATURE:
+                    slope += tl.sum(tl.where(to_other == 0.0, 0.0, to_other * (o - o_safe)), 1, keep_dims=True)
+                    slope += tl.sum(tl.where(to_base == 0.0, 0.0, to_base * (v * inv_t)), 1, keep_dims=True)
+                to_other, to_base = to_other * scale_out, to_base * (scale_out * inv_t)
+                if DIRECTION == 1:
+                    to_s, to_t = to_base, to_other
+                else:
+                    to_s, to_t = to_other, to_base
+                written = in_batch[:, None] & in_row
+                kept = keep[:, None]
+                if step < PASSES - 1:
+                    largest = tl.maximum(largest, tl.max(tl.where(kept, tl.abs(to_s), 0.0), 1, keep_dims=True))
+                elif WANT_STUDENT:
+                    if SCALED:
+                        to_s = to_s * down
+                    where = to_student_ptr + (outer * gs_outer + i * gs_inner)[:, None] + (start + column) * gs_class
+                    tl.store(where, tl.where(kept, to_s, 0.0).to(to_student_ptr.dtype.element_ty), mask=written)
+                if WANT_TEACHER:
+                    where = to_teacher_ptr + (outer * gt_outer + i * gt_inner)[:, None] + (start + column) * gt_class
+                    tl.store(where, tl.where(kept, to_t, 0.0).to(to_teacher_ptr.dtype.element_ty), mask=written)
+            if step < PASSES - 1:
+                up_scale, down = _powers_of_two(largest)
+                tl.store(row_scale_ptr + row, tl.sum(up_scale, 1), mask=in_batch)
 
     row_value = tl.sum(value, 1)
     if WANT_LOSS:
-        tl.store(loss_ptr + row, tl.where(keep, row_value * factor, 0.0), mask=in_batch)
+        loss = row_value * t_row if T_SQUARED else row_value / t_row
+        tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=in_batch)
     if WANT_TEMPERATURE:
-        own = tl.zeros([ROWS], COMPUTE)
-        if T_SQUARED:
-            own = 2.0 * t_row * row_value
-        total_slope = row_weight * (own - factor / t_row * tl.sum(slope, 1))
+        row_slope = tl.sum(slope, 1)
+        total_slope = row_weight * (2.0 * row_value - row_slope if T_SQUARED else -row_slope / (t_row * t_row))
         tl.store(to_temperature_ptr + row, tl.where(keep, total_slope, 0.0).to(to_temperature_ptr.dtype.element_ty), mask=in_batch)
+
+
+@triton.jit
+def _powers_of_two(largest):
+    """2^n in float32 and 2^-n, so that largest * 2^-n lies in [2^14, 2^15), high in the range of float16; n = 0 for 0, inf and NaN."""
+    bits = largest.to(tl.float32).to(tl.int32, bitcast=True)
+    n = tl.minimum(tl.maximum(((bits >> 23) & 0xFF) - (127 + 14), -126), 126)
+    n = tl.where((largest > 0.0) & (largest < float("inf")), n, 0)
+    return ((n + 127) << 23).to(tl.float32, bitcast=True), ((127 - n) << 23).to(tl.float32, bitcast=True).to(largest.dtype)
 
 
 @triton.jit
@@ -276,23 +320,47 @@ def _log_lift(p, v, log_z, EPS: tl.constexpr):
 
 
 @triton.jit
-def _jsd_terms(p, z, log_q, BETA: tl.constexpr):
-    """q, log(p / M), log(q / M), f(q/p - 1) and whether the series of f holds; z = log p - log q (csrc/temperature_kl/jsd.h)."""
-    A: tl.constexpr = 1.0 - BETA
-    NEAR: tl.constexpr = 0.05 if p.dtype == tl.float64 else 0.25
-    student_alone = ~(z > -16.0)
-    scale, r, h = exp_parts(tl.where(student_alone, 0.0, -z))
+def _jsd_terms(p, z, log_q, far_q, far_z, far, BETA: tl.constexpr):
+    """q, log(p / M), log(q / M), p psi(a u) and q psi(beta v) (csrc/temperature_kl/jsd.h); z = log p - log q.
+
+    q is p e^-z, or e^log_q where p is too small for it, or e^far_q / far_z where the nets are far apart.
+    """
+    tiny: tl.constexpr = 2.3e-308 if p.dtype == tl.float64 else 1.2e-38
+    limit: tl.constexpr = 708.0 if p.dtype == tl.float64 else 87.0
+    A: tl.constexpr = max(1.0 - BETA, tiny)
+    B: tl.constexpr = max(BETA, tiny)
+    scale, r, h = exp_parts(tl.maximum(-limit, tl.minimum(limit, -z)))
     u = scale * (r + h) + (scale - 1.0)
-    log_pm = -log1p(A * u)
-    log_qm = tl.where(student_alone, -log(A + BETA * tl.exp(tl.minimum(z, 0.0))), log_pm - z)
-    log_pm = tl.where(student_alone, log_qm + z, log_pm)
-    highest: tl.constexpr = 709.0 if p.dtype == tl.float64 else 88.0
-    q = tl.where(student_alone, tl.exp(tl.minimum(log_q, highest, propagate_nan=tl.PropagateNan.ALL)), p + p * u)
-    # sum_{k >= 2} (-1)^k (a - a^k) u^k / (k (k - 1)), by Horner from k = 15
-    poly = tl.zeros(p.shape, p.dtype)
-    for i in tl.static_range(14):
-        poly = poly * u + (1 - 2 * ((15 - i) % 2)) * (A - A ** (15 - i)) / ((15 - i) * (14 - i))
-    return q, log_pm, log_qm, poly * u * u, (tl.abs(u) < NEAR) & ~student_alone
+    ratio = scale * (r + h) + scale
+    inverse = 1.0 / ratio
+    v = -u * inverse
+    exponent = tl.minimum(tl.where(far, far_q, log_q), limit, propagate_nan=tl.PropagateNan.ALL)
+    joined = tl.exp(exponent) * tl.where(far, 1.0 / far_z, 1.0)
+    q = tl.where(far | ~(z > -16.0), joined, p + p * u)
+    first, first_psi, first_near = _log_and_rest(A * u, B + A * ratio)
+    second, second_psi, second_near = _log_and_rest(B * v, A + B * inverse)
+    p_psi = tl.where(first_near, p * first_psi, A * (q - p) - p * first)
+    q_psi = tl.where(second_near, q * second_psi, B * (p - q) - q * second)
+    p_psi = tl.where(p == 0.0, A * q, p_psi)
+    q_psi = tl.where(q == 0.0, B * p, q_psi)
+    return q, -first, -second, p_psi, q_psi
+
+
+@triton.jit
+def _log_and_rest(x, sum_of_positives):
+    """log(1 + x), psi(x) = x - log(1 + x), and whether psi is from the series; 1 + x is the sum where x is close to -1."""
+    one = tl.where(x > -0.25, 1.0 + x, sum_of_positives)
+    near = tl.abs(x) < 0.29
+    safe = tl.where(near, x, 0.0)
+    s = safe / (2.0 + safe)
+    s2 = s * s
+    terms: tl.constexpr = 11 if x.dtype == tl.float64 else 5
+    series = tl.full(x.shape, 1.0 / (2 * terms + 1), x.dtype)
+    for k in tl.static_range(terms - 1):
+        series = series * s2 + 1.0 / (2 * (terms - 1 - k) + 1)
+    small = 2.0 * s * s2 * series
+    result = tl.where(near, 2.0 * s + small, log(one))
+    return result, tl.where(near, safe * s - small, x - result), near
 
 
 @triton.jit
@@ -303,6 +371,46 @@ def _rescale_kernel(grad_ptr, scale_ptr, count, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < count)
         tl.store(grad_ptr + at, (grad.to(scale.dtype) * scale).to(grad.dtype), mask=at < count)
+
+
+@triton.jit
+def _rescale_rows_kernel(
+    grad_ptr,  # [rows, C] by strides
+    out_ptr,  # [rows, C] by strides
+    row_scale_ptr,  # [rows] or unused
+    upstream_ptr,  # [] or [rows]
+    mask_ptr,  # [rows] or unused
+    rows,
+    classes,
+    inner,  # row = outer * inner + i
+    g_outer, g_inner, g_class,
+    o_outer, o_inner, o_class,
+    HAS_SCALE: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = grad * row_scale * upstream, rounded once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    in_batch = row < rows
+    outer, i = row // inner, row % inner
+    inside = in_batch[:, None] & (column < classes)
+    if IN_PLACE and not HAS_SCALE and not PER_ROW:  # the unit factor of a plain .backward() leaves everything as it is
+        inside = inside & (tl.load(upstream_ptr) != 1.0)
+    number = tl.load(grad_ptr + (outer * g_outer + i * g_inner)[:, None] + column * g_class, mask=inside, other=0.0).to(COMPUTE)
+    if HAS_SCALE:
+        number = number * tl.load(row_scale_ptr + row, mask=in_batch, other=1.0).to(COMPUTE)[:, None]
+    if PER_ROW:
+        number = number * tl.load(upstream_ptr + row, mask=in_batch, other=0.0).to(COMPUTE)[:, None]
+    else:
+        number = number * tl.load(upstream_ptr).to(COMPUTE)
+    if HAS_MASK:
+        number = tl.where(tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)[:, None], number, 0.0)
+    tl.store(out_ptr + (outer * o_outer + i * o_inner)[:, None] + column * o_class, number.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _common_layout(tensors: list[Tensor | None], dim: int) -> tuple[int, list[tuple[int, int, int]]] | None:
@@ -356,7 +464,7 @@ def compile_options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
 
 
 def _launch(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, t_squared, entropy, eps,
-            *, upstream=None, loss=None, to_student=None, to_teacher=None, to_temperature=None) -> Tensor | float:  # fmt: skip
+            *, upstream=None, loss=None, to_student=None, to_teacher=None, to_temperature=None, row_scale=None) -> Tensor | float:  # fmt: skip
     """Runs the kernel; returns the weight of a row in the loss."""
     dim = dim % student.dim()
     classes = student.shape[dim]
@@ -370,7 +478,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
     if layout is None:  # rows of three or more runs: work on a copy with the classes last
         moved = [None if x is None else x.movedim(dim, -1).contiguous() for x in (student, teacher, to_student, to_teacher)]
         _launch(*moved[:2], temperature, row_temperature, mask, normalizer, -1, direction, beta, reduction, t_squared, entropy, eps,
-                upstream=upstream, loss=loss, to_student=moved[2], to_teacher=moved[3], to_temperature=to_temperature)  # fmt: skip
+                upstream=upstream, loss=loss, to_student=moved[2], to_teacher=moved[3], to_temperature=to_temperature, row_scale=row_scale)  # fmt: skip
         for x, copy in ((to_student, moved[2]), (to_teacher, moved[3])):
             if x is not None:
                 x.copy_(copy.movedim(-1, dim))
@@ -391,6 +499,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
         to_student,
         to_teacher,
         to_temperature,
+        row_scale,
     ]
     sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
     sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
@@ -402,7 +511,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
             HAS_TEMPERATURE=row_temperature is not None, HAS_MASK=mask is not None, HAS_WEIGHT=weight_tensor is not None,
             UPSTREAM=0 if upstream is None else 1 if upstream.dim() == 0 else 2,
             WANT_LOSS=loss is not None, WANT_STUDENT=to_student is not None, WANT_TEACHER=to_teacher is not None,
-            WANT_TEMPERATURE=to_temperature is not None, COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
+            WANT_TEMPERATURE=to_temperature is not None, SCALED=row_scale is not None, COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
         )  # fmt: skip
     return result
 
@@ -425,23 +534,56 @@ def _row_shape(x: Tensor, dim: int) -> list[int]:
     return shape
 
 
+def _check(student, teacher, row_temperature, mask, normalizer, dim, upstream=None, reduction="none") -> None:
+    """What guards the memory, for ops that are called past their public function."""
+    for name, x in (("student", student), ("teacher", teacher), ("temperature", row_temperature), ("grad_loss", upstream)):
+        if x is not None and x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if not -student.dim() <= dim < student.dim():
+        raise ValueError(f"dim must lie in [{-student.dim()}, {student.dim() - 1}], got {dim}")
+    if teacher.shape != student.shape:
+        raise ValueError(f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if student.shape[dim] == 0:
+        raise ValueError(f"student and teacher must have at least one class, got shape {tuple(student.shape)}")
+    rows = tuple(_row_shape(student, dim))
+    for name, x, shape in (
+        ("temperature", row_temperature, rows),
+        ("mask", mask, rows),
+        ("grad_loss", upstream, rows if reduction == "none" else ()),
+    ):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if normalizer is not None and (normalizer.numel() != 1 or normalizer.is_complex()):
+        raise ValueError(f"normalizer must be one real number, got shape {tuple(normalizer.shape)} of {normalizer.dtype}")
+    for name, x in (("teacher", teacher), ("temperature", row_temperature), ("mask", mask), ("normalizer", normalizer), ("grad_loss", upstream)):
+        if x is not None and x.device != student.device:
+            raise ValueError(f"{name} must be on {student.device}, got {x.device}")
+
+
 def temperature_kl(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy,
-                   target_eps, save_grad) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   target_eps, save_grad) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements kdkernels::temperature_kl."""
+    _check(student, teacher, row_temperature, mask, normalizer, dim)
     compute = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     row_loss = torch.empty(_row_shape(student, dim), dtype=compute, device=student.device)
     grad = torch.empty_like(student) if save_grad else student.new_empty(0)
+    scaled = save_grad and student.dtype == torch.float16
+    row_scale = student.new_empty(_row_shape(student, dim) if scaled else 0, dtype=torch.float32)
     weight = _launch(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
-                     include_entropy, target_eps, loss=row_loss, to_student=grad if save_grad else None)  # fmt: skip
+                     include_entropy, target_eps, loss=row_loss, to_student=grad if save_grad else None,
+                     row_scale=row_scale if scaled else None)  # fmt: skip
     if reduction == "none":
-        return row_loss, grad
+        return row_loss, grad, row_scale
     total = row_loss.sum(dtype=torch.float64)
-    return (total * weight).to(compute), grad
+    return (total * weight).to(compute), grad, row_scale
 
 
 def temperature_kl_backward(grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
                             include_entropy, target_eps, wanted) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implements kdkernels::temperature_kl_backward."""
+    _check(student, teacher, row_temperature, mask, normalizer, dim, grad_loss, reduction)
     compute = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     to_student = torch.empty_like(student) if wanted[0] else None
     to_teacher = torch.empty_like(teacher) if wanted[1] else None
@@ -452,12 +594,52 @@ def temperature_kl_backward(grad_loss, student, teacher, temperature, row_temper
     return tuple(student.new_empty(0) if x is None else x for x in (to_student, to_teacher, to_temperature))
 
 
-def temperature_kl_rescale_(grad: Tensor, grad_loss: Tensor, dim: int) -> None:
+def _check_rescale(grad, row_scale, grad_loss, mask, dim) -> None:
+    _check(grad, grad, None, mask, None, dim, grad_loss, "none" if grad_loss.dim() else "sum")
+    rows = tuple(_row_shape(grad, dim))
+    if tuple(row_scale.shape) not in ((0,), rows) or row_scale.dtype != torch.float32:
+        raise ValueError(f"row_scale must be float32 and empty or of shape {rows}, got {tuple(row_scale.shape)} of {row_scale.dtype}")
+
+
+def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, mask: Tensor | None, dim: int) -> None:
+    if grad.numel() == 0:
+        return
+    layout = _common_layout([grad, out], dim % grad.dim())
+    if layout is None:  # rows of three or more runs: work on a copy with the classes last
+        moved = grad.movedim(dim, -1).contiguous()
+        _rescale(moved, moved, row_scale, grad_loss, mask, -1)
+        out.copy_(moved.movedim(-1, dim))
+        return
+    inner, strides = layout
+    classes = grad.shape[dim]
+    rows = grad.numel() // classes
+    scaled = tuple(row_scale.shape) == tuple(_row_shape(grad, dim))
+    double = torch.float64 in (grad.dtype, grad_loss.dtype)
+    block = triton.next_power_of_2(classes)
+    sizes = {"ROWS": max(1, 1024 // block), "BLOCK": min(block, 1024)} if strides[0][2] == 1 else {"ROWS": 32, "BLOCK": min(block, 32)}
+    with device_of(grad):
+        _rescale_rows_kernel[(triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(classes, sizes["BLOCK"]))](
+            grad, out, row_scale.contiguous() if scaled else grad, grad_loss.contiguous(),
+            grad if mask is None else mask.contiguous().view(torch.uint8), rows, classes, inner, *strides[0], *strides[1],
+            HAS_SCALE=scaled, PER_ROW=grad_loss.dim() > 0, HAS_MASK=mask is not None, IN_PLACE=out is grad,
+            COMPUTE=tl.float64 if double else tl.float32, **sizes,
+        )  # fmt: skip
+
+
+def temperature_kl_rescale(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Implements kdkernels::temperature_kl_rescale."""
+    _check_rescale(grad, row_scale, grad_loss, mask, dim)
+    out = torch.empty_like(grad)
+    _rescale(out, grad, row_scale, grad_loss, mask, dim)
+    return out
+
+
+def temperature_kl_rescale_(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, mask: Tensor | None, dim: int) -> None:
     """Implements kdkernels::temperature_kl_rescale_."""
-    if grad_loss.dim() > 0:
-        grad.mul_(grad_loss.unsqueeze(dim))
-    elif not torch._prims_common.is_non_overlapping_and_dense(grad):
-        grad.mul_(grad_loss)
-    elif grad.numel():
+    _check_rescale(grad, row_scale, grad_loss, mask, dim)
+    plain = row_scale.numel() == 0 and grad_loss.dim() == 0 and mask is None
+    if not plain or grad.numel() == 0 or not torch._prims_common.is_non_overlapping_and_dense(grad):
+        _rescale(grad, grad, row_scale, grad_loss, mask, dim)
+    else:
         with device_of(grad):
             _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096)

@@ -1,0 +1,314 @@
+"""temperature_kl at the ends of its range: excluded classes, offsets, small weights of the mixture, half precision under a loss scaler, and layouts."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import DEVICES
+from test_temperature_kl import _operators
+from tolerances import assert_close
+
+from kdkernels import reference, temperature_kl
+
+FORMS = {
+    "forward": {},
+    "reverse": {"direction": "reverse"},
+    "jsd": {"direction": "jsd", "beta": 0.3},
+    "target_eps": {"target_eps": 1e-3},
+    "cross_entropy": {"include_entropy": False},
+    "unscaled": {"scale_by_t2": False},
+}
+LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def _both(backend, student, teacher, temperature, dim=-1, **options):
+    """Loss and gradients to student, teacher and temperature, from a backend and from the reference in float64."""
+    o = dict(direction="forward", beta=0.5, reduction="none", scale_by_t2=True, include_entropy=True, target_eps=0.0) | options
+    forward, backward = _operators(backend)
+    arguments = (student, teacher, 1.0, temperature, None, None, dim, *o.values())
+    loss = forward(*arguments, False)[0]
+    got = (loss, *backward(torch.ones_like(loss), *arguments, [True, True, True]))
+    inputs = [x.double().clone().requires_grad_() for x in (student, teacher, temperature)]
+    exact = reference.temperature_kl(*inputs, dim=dim, **o)
+    return got, (exact.detach(), *torch.autograd.grad(exact.sum(), inputs))
+
+
+def _exclude(kind, x, low):
+    if kind == "some":
+        x[:, 1::2] = low
+    elif kind == "all":
+        x[:] = low
+    elif kind == "all but one":
+        x[:, 1:] = low
+    elif kind == "a block":  # longer than a block of the Triton kernel's, before any class that is left
+        x[:, : x.shape[1] // 2] = low
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_classes_excluded_by_low_numbers(backend, form):
+    """Finite logits have finite divergences and gradients, and the right ones: against float64."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [("some", ""), ("", "some"), ("some", "some"), ("", "all"), ("all", ""), ("all but one", "all but one"), ("all but one", ""), ("", "all but one")]
+    dtypes = list(LOWEST) if backend != "triton" else [torch.float32, torch.float16]
+    for dtype, (student_kind, teacher_kind) in itertools.product(dtypes, sides):
+        for low in {LOWEST[dtype], max(LOWEST[dtype], -1e9)}:
+            s, t = (2 * torch.randn(3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
+            temperature = torch.tensor([0.6, 1.0, 3.0]) if abs(low) < 1e300 else torch.tensor([1.0, 2.0, 3.0])
+            _exclude(student_kind, s, low)
+            _exclude(teacher_kind, t, low)
+            s, t = s.to(dtype), t.to(dtype)
+            got, want = _both(backend, s, t, temperature.to(torch.float64 if dtype == torch.float64 else torch.float32), **FORMS[form])
+            for name, a, e in zip(("loss", "student", "teacher", "temperature"), got, want, strict=True):
+                limit = torch.finfo(a.dtype).max
+                e = e.clamp(-limit, limit) if a.dtype != torch.float64 else e
+                a = a.double().nan_to_num(nan=torch.nan, posinf=limit, neginf=-limit)
+                assert a.isfinite().all(), (name, dtype, low, student_kind, teacher_kind)
+                step = max(2e-5, 2 * torch.finfo(dtype).eps if name in ("student", "teacher") else 0)
+                error = (a - e).abs() / (e.abs() + e.abs().amax(-1, keepdim=True) * 1e-2 + 1e-3)
+                assert error.max() <= step, (name, dtype, low, student_kind, teacher_kind, error.max().item())
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_offsets_between_the_nets(backend, direction):
+    """A constant added to the logits of one net changes nothing, however large it is (the sums are exact here)."""
+    s = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(1, 3)
+    t = torch.tensor([[3.0, 1.0, 2.0, 4.0]]).repeat(1, 3)
+    got, want = _both(backend, s, t, torch.tensor([2.0]), direction=direction)
+    for offset in (70.0, 2.0**12, 2.0**20):
+        moved, _ = _both(backend, s, t + offset, torch.tensor([2.0]), direction=direction)
+        for a, b, e in zip(got[:3], moved[:3], want[:3], strict=True):
+            assert_close("without offset", a, e, rtol=2e-6, scale=0.01)
+            assert_close("with offset", b, e, rtol=2e-6, scale=0.01)
+    for offset in (1e9, 1e30, LOWEST[torch.float32]):  # here nothing is left of the teacher's logits: uniform
+        got, want = _both(backend, s, torch.full_like(t, offset), torch.tensor([2.0]), direction=direction)
+        for a, e in zip(got[:3], want[:3], strict=True):
+            assert_close("uniform teacher", a, e, rtol=2e-6, scale=0.01)
+
+
+def test_uniform_teacher_by_hand():
+    low = torch.full((1, 4), LOWEST[torch.float32])
+    assert temperature_kl(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), low).item() == pytest.approx(0.553896, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_blocks_excluded_before_any_class_is_left(backend):
+    """Rows of several blocks, the first of which one net excludes."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("operands are on the CPU")
+    for low, (student_kind, teacher_kind) in itertools.product((LOWEST[torch.float32], -torch.inf), (("", "a block"), ("a block", "a block"))):
+        s = torch.randn(1, 5000)
+        t = s + 0.1 * torch.randn(1, 5000)
+        _exclude("a block", s, -12.0)  # the student has nearly learnt what the teacher excludes
+        _exclude(student_kind, s, low)
+        _exclude(teacher_kind, t, low)
+        got, want = _both(backend, s, t, torch.tensor([1.0]))
+        assert_close("loss", got[0], want[0], rtol=1e-5)
+        assert_close("student", got[1], want[1], rtol=1e-5, scale=1e-5)
+
+
+def _exact_jsd(s, t, beta):
+    """In float64 from terms of one sign (see docs/temperature_kl.md); log1p(x) - x would cancel only where its term is negligible."""
+    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
+    p, q, a = log_p.exp(), log_q.exp(), 1 - beta
+    first = torch.log(torch.as_tensor(beta + a * (log_q - log_p).exp()))
+    return (-beta * p * first - a * q * torch.log1p(beta * torch.expm1(log_p - log_q))).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_jsd_with_weights_near_the_ends(backend, beta):
+    for spread in (0.3, 1.0, 3.0):
+        s, t = spread * torch.randn(6, 10), spread * torch.randn(6, 10)
+        got, want = _both(backend, s, t, torch.ones(6), direction="jsd", beta=beta)
+        assert_close("loss", got[0], want[0], rtol=5e-6)
+        for a, e in zip(got[1:3], want[1:3], strict=True):
+            assert ((a.double() - e).norm() / e.norm()).item() <= 5e-6
+    assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-5 if min(beta, 1 - beta) < 1e-9 else 1e-8)
+
+
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("spread", [5.0, 10.0, 20.0])
+def test_jsd_of_confident_nets(backend, spread):
+    """No farther from float64 than twice the textbook form in float32."""
+    rows = 20 if backend == "triton" else 200
+    s, t = (spread * torch.randn(rows, 1000) for _ in range(2))
+    got, want = _both(backend, s, t, torch.ones(rows), direction="jsd")
+    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    log_p, log_q = torch.log_softmax(b, -1), torch.log_softmax(a, -1)
+    log_m = torch.logsumexp(torch.stack([log_p, log_q]), 0) - torch.tensor(2.0).log()
+    plain = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+    textbook = (plain.detach(), *torch.autograd.grad(plain.sum(), (a, b)))
+    for ours, theirs, exact in zip(got[:3], textbook, want[:3], strict=True):
+        assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+
+
+def _gradient(s, t, path, upstream, **options):
+    s = s.clone().requires_grad_()
+    function = temperature_kl
+    if path == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(temperature_kl, fullgraph=True, backend="aot_eager")
+    loss = function(s, t, 4.0, **options)
+    (grad,) = torch.autograd.grad(loss, s, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss), retain_graph=path == "kept")
+    return grad
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["rows", "map"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "mean"}, {"direction": "reverse"}, {"direction": "jsd"}], ids=str)
+def test_float16_gradient_is_rounded_after_the_factor(options, layout, teacher_dtype):
+    """Gradients of a mean lie below the range of float16 until the factor of a loss scaler meets them."""
+    t = torch.randn(64, 500) if layout == "rows" else torch.randn(8, 50, 6, 6)
+    s = t + 0.05 * torch.randn_like(t)
+    s, t = s.half(), t.to(teacher_dtype)
+    for upstream in (1.0, 65536.0, 3e-3 * 65536, 1e9):
+        exact = s.double().requires_grad_()
+        loss = reference.temperature_kl(exact, t.double(), 4.0, dim=1, **options)
+        (want,) = torch.autograd.grad(loss.sum() * upstream, exact)
+        got = _gradient(s, t, "given away", upstream, dim=1, **options)
+        fits = want.abs() < 65000
+        powers = 1 if upstream in (1.0, 65536.0) else 2  # roundings to float16
+        limit = powers * 2.0**-11 * want.abs() + 2.0**-25 + want.abs()[fits].max() * 2e-6 if fits.any() else 0
+        assert ((got.double() - want).abs() - limit)[fits].max() <= 0
+        assert got[want.abs() > 66000].isinf().all()
+        assert torch.equal(got, _gradient(s, t, "kept", upstream, dim=1, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradient_does_not_depend_on_the_path(dtype):
+    s, t = torch.randn(8, 100).to(dtype), torch.randn(8, 100).to(dtype)
+    mask = torch.arange(8) != 3
+    for upstream, reduction in itertools.product((0.0, 1.0, 1e-6, 65536.0, torch.inf), ("batchmean", "none")):
+        paths = [_gradient(s, t, path, upstream, reduction=reduction, mask=mask) for path in ("given away", "kept", "compiled")]
+        assert torch.equal(paths[0].nan_to_num(7.0), paths[1].nan_to_num(7.0))
+        assert torch.equal(paths[0].nan_to_num(7.0), paths[2].nan_to_num(7.0))
+        assert not paths[0][3].any()  # a row that is masked out has no gradient, whatever comes from upstream
+
+
+def test_upstream_of_each_row():
+    s, t = torch.randn(5, 7, 40).half(), torch.randn(5, 7, 40).half()
+    upstream = torch.randn(5, 40) * 10.0 ** torch.randint(-6, 6, (5, 40))
+    exact = s.double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.temperature_kl(exact, t.double(), 4.0, dim=1, reduction="none"), exact, upstream.double())
+    for path in ("given away", "kept"):
+        got = _gradient(s, t, path, upstream, dim=1, reduction="none")
+        row = want.abs().amax(1, keepdim=True)
+        fits = (want.abs() < 65000).expand_as(want)
+        limit = 2 * 2.0**-11 * want.abs() + 2.0**-24 + 2e-6 * row
+        assert ((got.double() - want).abs() - limit)[fits].max() <= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_triton_rescales_like_the_cpu(dtype):
+    from kdkernels.triton import temperature_kl as kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("operands are on the CPU")
+    for shape, dim in (((5, 37), 1), ((3, 7, 4, 5), 1), ((6, 5), 0)):
+        grad = torch.randn(shape).to(dtype)
+        grad = grad.transpose(0, -1).contiguous().transpose(0, -1) if len(shape) == 2 else grad
+        rows = [n for i, n in enumerate(shape) if i != dim]
+        mask, scale = torch.rand(rows) > 0.3, 2.0 ** torch.randint(-20, 20, rows)
+        for upstream, row_scale in itertools.product((torch.tensor(2.0), torch.tensor(1.0), torch.randn(rows)), (torch.empty(0), scale)):
+            want = torch.ops.kdkernels.temperature_kl_rescale(grad, row_scale, upstream, mask, dim)
+            in_place = grad.clone()
+            kernels.temperature_kl_rescale_(in_place, row_scale, upstream, mask, dim)
+            apart = kernels.temperature_kl_rescale(grad, row_scale, upstream, mask, dim)
+            kept = mask.unsqueeze(dim)
+            for got in (in_place, apart):
+                if row_scale.numel() or upstream.dim() or upstream != 1:
+                    assert_close("rescaled", got, torch.where(kept, want, 0), rtol=2 * torch.finfo(dtype).eps)
+                else:
+                    assert torch.equal(torch.where(kept, got, 0), torch.where(kept, grad, 0))
+
+
+def _random_layout(rng, shape, dtype):
+    """A tensor of this shape over memory of a random layout: permuted, sliced, with steps, expanded."""
+    order = rng.sample(range(len(shape)), len(shape))
+    expanded = [rng.random() < 0.25 for _ in shape]
+    starts, steps = [rng.randint(0, 2) for _ in shape], [rng.choice((1, 1, 1, 2, 3)) for _ in shape]
+    memory = [1 if expanded[d] else starts[d] + shape[d] * steps[d] for d in order]
+    x = (2 * torch.randn(memory)).to(dtype).permute([order.index(d) for d in range(len(shape))])
+    for d in range(len(shape)):
+        if not expanded[d]:
+            x = x.narrow(d, starts[d], shape[d] * steps[d])[(slice(None),) * d + (slice(None, None, steps[d]),)]
+    return x.expand(shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_layout_of_any_dtypes(seed):
+    """Values and gradients of random shapes, strides and pairs of dtypes."""
+    rng = random.Random(seed)
+    for _ in range(60):
+        shape = [rng.choice((1, 2, 3, 5, 8, 9, 17, 31)) for _ in range(rng.choice((1, 2, 2, 3, 4)))]
+        while torch.Size(shape).numel() > 4000:
+            shape[rng.randrange(len(shape))] = 1
+        dim = rng.randrange(-len(shape), len(shape))
+        dtypes = rng.choices(list(LOWEST), k=2)
+        s, t = (_random_layout(rng, shape, dtype) for dtype in dtypes)
+        rows = [n for d, n in enumerate(shape) if d != dim % len(shape)]
+        temperature = 1 + torch.rand(rows)
+        got, want = _both("cpu", s, t, temperature, dim, **FORMS[rng.choice(list(FORMS))])
+        what = (shape, dim, dtypes, s.stride(), t.stride())
+        for name, a, e in zip(("loss", "student", "teacher", "temperature"), got, want, strict=True):
+            step = max(torch.finfo(a.dtype).eps, 1e-5 if torch.float64 not in dtypes or name == "temperature" else 1e-12)
+            assert a.shape == e.shape, what
+            assert (a.double() - e).abs().max() <= step * (1 + e.abs().max()), (name, *what)
+
+
+X = torch.zeros(4, 6)
+ROWS = torch.ones(4)
+NONE = torch.zeros(0)
+GOOD = (X, X, 1.0, None, None, None, -1, "forward", 0.5, "sum", True, True, 0.0)
+WRONG = [
+    *((i, x) for i in (0, 1) for x in (X.to(torch.float8_e4m3fn), X.to(torch.float8_e5m2), X.long(), X.to(torch.complex64), X[:, :5], X[0], X[:, :0])),
+    (2, 0.0), (2, float("nan")), (2, float("inf")),
+    (3, torch.ones(3)), (3, ROWS.long()), (3, ROWS.to(torch.float8_e4m3fn)), (3, torch.ones(())),
+    (4, ROWS), (4, torch.ones(4, 6, dtype=torch.bool)), (4, torch.ones(5, dtype=torch.bool)),
+    (5, torch.ones(2)), (5, torch.ones((), dtype=torch.complex64)), (5, torch.ones(0)), (5, torch.tensor(True)),
+    (6, 2), (6, -3), (7, "up"), (8, 1.5), (8, float("nan")), (9, "all"), (12, -1.0), (12, float("nan")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_raw_ops_refuse_what_they_cannot_read(backend):
+    forward, backward = _operators(backend)
+    for position, bad in WRONG:
+        if backend == "triton" and position in (2, 7, 8, 9, 12) or (backend == "triton" and isinstance(bad, torch.Tensor) and bad.dtype == torch.bool):
+            continue  # what memory does not depend on
+        arguments = [*GOOD[:position], bad, *GOOD[position + 1 :]]
+        for call in (lambda a: forward(*a, True), lambda a: backward(torch.ones(()), *a, [True, True, True])):
+            with pytest.raises((TypeError, ValueError, RuntimeError)):
+                call(arguments)
+    for bad in (torch.ones(4), torch.ones(1), torch.ones((), dtype=torch.long), torch.ones(()).to(torch.float8_e5m2)):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            backward(bad, *GOOD, [True, True, True])
+    if backend == "cpu":
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            backward(torch.ones(()), *GOOD, [True])
+    empty = (X[:0], X[:0], *GOOD[2:])
+    assert forward(*empty, True)[0] == 0
+
+
+def test_raw_rescale_refuses_what_it_cannot_read():
+    from kdkernels.triton import temperature_kl as kernels
+
+    one, mask = torch.ones(()), torch.ones(4, dtype=torch.bool)
+    ops = torch.ops.kdkernels.temperature_kl_rescale, torch.ops.kdkernels.temperature_kl_rescale_
+    wrong = [
+        (X.long(), NONE, one, None, 1), (X.to(torch.float8_e4m3fn), NONE, one, None, 1), (X.to(torch.complex64), NONE, one, None, 1),
+        (X, torch.ones(3), one, None, 1), (X, ROWS.double(), one, None, 1), (X, torch.ones(4, 6), one, None, 1),
+        (X, NONE, torch.ones(3), None, 1), (X, NONE, one.long(), None, 1), (X, NONE, one, mask[:3], 1), (X, NONE, one, ROWS, 1),
+        (X, NONE, one, None, 2), (X, NONE, one, None, -3),
+    ]  # fmt: skip
+    for op, arguments in itertools.product((*ops, kernels.temperature_kl_rescale, kernels.temperature_kl_rescale_), wrong):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            op(*arguments)
+    with pytest.raises(RuntimeError):  # several elements in one place
+        ops[1](torch.zeros(1, 6).expand(4, 6), NONE, torch.tensor(2.0), None, 1)
+    for op in ops:
+        op(X[:0].clone(), NONE, one, None, 1)
+        op(X[:, :0].clone(), NONE, torch.tensor(2.0), None, 1)
