@@ -11,8 +11,11 @@ inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::
   TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name, " must have the same shape, got ", a.sizes(), " and ", b.sizes());
 }
 
+// The kernels know these four; torch has more floating point types (float8), at::isFloatingType() holds for them too.
 inline void check_floating(const at::Tensor& x, const char* name) {
-  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), name, " must be floating point, got ", x.scalar_type());
+  const at::ScalarType dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
+                   " must be floating point (float64, float32, bfloat16 or float16), got ", dtype);
 }
 
 inline void check_shape(const at::Tensor& x, const char* name, at::IntArrayRef shape) {

@@ -15,13 +15,14 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using at::Tensor;
 
-using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&, const OptionalTensor&,
+using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&, const OptionalTensor&,
                                                     const OptionalTensor&, int64_t, c10::string_view, double, c10::string_view, bool, bool,
                                                     double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
                                                              const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
                                                              double, c10::string_view, bool, bool, double, std::array<bool, 3>);
-using RescaleSignature = void(Tensor&, const Tensor&, int64_t);
+using RescaleSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+using RescaleInPlaceSignature = void(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 
 struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
@@ -31,12 +32,12 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, grad] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
+    auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
                                 scale_by_t2, include_entropy, target_eps, save_grad);
-    ctx->mark_non_differentiable({grad});
+    ctx->mark_non_differentiable({grad, row_scale});
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(
-        {student, teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()), normalizer.value_or(Tensor()), grad});
+        {student, teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()), normalizer.value_or(Tensor()), grad, row_scale});
     auto& saved = ctx->saved_data;
     saved["temperature"] = temperature;
     saved["dim"] = dim;
@@ -49,11 +50,12 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     saved["save_grad"] = save_grad;
     saved["needs"] =
         std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
-    return {loss, grad};
+    return {loss, grad, row_scale};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
-    static const auto rescale = find_op<RescaleSignature>("kdkernels::temperature_kl_rescale_");
+    static const auto rescale = find_op<RescaleSignature>("kdkernels::temperature_kl_rescale");
+    static const auto rescale_in_place = find_op<RescaleInPlaceSignature>("kdkernels::temperature_kl_rescale_");
     static const auto recompute = find_op<BackwardSignature>("kdkernels::temperature_kl_backward");
     torch::autograd::variable_list result(13);  // one for each argument of forward
     const Tensor& grad_loss = grads[0];
@@ -61,17 +63,17 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
     const int64_t dim = data["dim"].toInt();
+    auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
       Tensor grad = saved[5];
       if (may_give_away(grad, grad_loss)) {
-        rescale.call(grad, grad_loss, dim);
+        rescale_in_place.call(grad, saved[6], grad_loss, optional(saved[3]), dim);
         result[0] = grad;
       } else {
-        result[0] = grad * (grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss).to(grad.scalar_type());
+        result[0] = rescale.call(grad, saved[6], grad_loss, optional(saved[3]), dim);
       }
       return result;
     }
-    auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     const auto needs = data["needs"].toBoolList();
     auto [to_student, to_teacher, to_temperature] = recompute.call(
         grad_loss, saved[0], saved[1], data["temperature"].toDouble(), optional(saved[2]), optional(saved[3]), optional(saved[4]), dim,
@@ -84,7 +86,7 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
   }
 };
 
-std::tuple<Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
+std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
                                                    const OptionalTensor& row_temperature, const OptionalTensor& mask,
                                                    const OptionalTensor& normalizer, int64_t dim, c10::string_view direction, double beta,
                                                    c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps,
@@ -98,7 +100,7 @@ std::tuple<Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const 
   }
   const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, std::string(direction), beta,
                                         std::string(reduction), scale_by_t2, include_entropy, target_eps);
-  return {out[0], out[1]};
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
@@ -106,17 +108,22 @@ std::tuple<Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const 
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without
-  // `dim`. The second result is dLoss/dStudent if save_grad, which the derivative sets, else it is empty.
+  // `dim`. If save_grad, which the derivative sets, the second result is dLoss/dStudent, else it is empty. The gradient of float16 logits is
+  // saved as grad_student * row_scale, one power of two for each row, because gradients of a mean over a batch lie below the range of
+  // float16 until a loss scaler's factor meets them; for other types row_scale is empty.
   m.def(
       "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
       "dim, "
       "str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
-      "-> (Tensor loss, Tensor grad_student)");
+      "-> (Tensor loss, Tensor grad_student, Tensor row_scale)");
   m.def(
       "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
       "Tensor? normalizer, int dim, str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
       "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
-  m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor grad_loss, int dim) -> ()");
+  // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may be
+  // empty. Rows that the mask leaves out are 0 whatever grad_loss is.
+  m.def("temperature_kl_rescale(Tensor grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> Tensor");
+  m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {

@@ -7,6 +7,7 @@
 #include <c10/util/string_view.h>
 
 #include <array>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,9 @@ inline Options parse_options(const at::Tensor& student, double temperature, int6
                              c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
   Options o{temperature, dim < 0 ? dim + student.dim() : dim, {}, beta, {}, scale_by_t2, include_entropy, target_eps};
   TORCH_CHECK_VALUE(o.dim >= 0 && o.dim < student.dim(), "dim must lie in [", -student.dim(), ", ", student.dim() - 1, "], got ", dim);
-  TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature must be a finite number > 0, got ", temperature);
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta must lie in [0, 1], got ", beta);
+  TORCH_CHECK_VALUE(target_eps >= 0 && std::isfinite(target_eps), "target_eps must be a finite number >= 0, got ", target_eps);
   if (direction == "forward")
     o.direction = Direction::forward;
   else if (direction == "reverse")
@@ -85,8 +88,31 @@ inline void check_inputs(const at::Tensor& student, const at::Tensor& teacher, c
     check_device(*mask, "mask", student.device());
   }
   if (normalizer) {
+    TORCH_CHECK_TYPE(!normalizer->is_complex() && normalizer->scalar_type() != at::kBool && normalizer->element_size() >= 2,
+                     "normalizer must be a floating point number or an integer, got ", normalizer->scalar_type());
     TORCH_CHECK_VALUE(normalizer->numel() == 1, "normalizer must have one element, got shape ", normalizer->sizes());
     check_device(*normalizer, "normalizer", student.device());
+  }
+}
+
+// Arguments of the rescale ops; see their schemas.
+inline void check_rescale(const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
+                          const std::optional<at::Tensor>& mask, int64_t dim) {
+  check_floating(grad, "grad");
+  check_floating(grad_loss, "grad_loss");
+  TORCH_CHECK_VALUE(dim >= -grad.dim() && dim < grad.dim(), "dim must lie in [", -grad.dim(), ", ", grad.dim() - 1, "], got ", dim);
+  const auto rows = row_shape(grad, dim < 0 ? dim + grad.dim() : dim);
+  check_device(grad_loss, "grad_loss", grad.device());
+  check_device(row_scale, "row_scale", grad.device());
+  if (grad_loss.dim() > 0) check_shape(grad_loss, "grad_loss", rows);
+  if (row_scale.sizes() != at::IntArrayRef{0}) {
+    TORCH_CHECK_TYPE(row_scale.scalar_type() == at::kFloat, "row_scale must be float32, got ", row_scale.scalar_type());
+    check_shape(row_scale, "row_scale", rows);
+  }
+  if (mask) {
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask must be bool, got ", mask->scalar_type());
+    check_shape(*mask, "mask", rows);
+    check_device(*mask, "mask", grad.device());
   }
 }
 

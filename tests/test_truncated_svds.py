@@ -66,7 +66,7 @@ def test_errors():
         (ValueError, "xs must hold at least one", [], 1),
         (TypeError, r"xs\[1\] must be a tensor", [x, None], 1),
         (TypeError, r"xs\[0\] must be float64", [x.int()], 1),
-        (ValueError, r"k must be an int in \[1, min\(M, N\)\] = \[1, 2\]", [x, x[:, :2]], 3),
+        (ValueError, r"k must be an int in \[0, min\(M, N\)\] = \[0, 2\]", [x, x[:, :2]], 3),
         (ValueError, "xs must be on one device", [x, x.to("meta")], 1),
     ]:
         with pytest.raises(error, match=match):

@@ -71,6 +71,7 @@ class Source {
     }
   }
   int64_t vectors() const { return full_ + (rest_ > 0); }
+  int64_t count() const { return full_ * lanes + rest_; }
   KDKERNELS_INLINE Vec<T> operator[](int64_t j) const {
     if constexpr (std::is_same_v<T, float>) {
       if (element_ == Element::bfloat16 && j < full_) return widen(static_cast<const c10::BFloat16*>(body_) + j * lanes);
