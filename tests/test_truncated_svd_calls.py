@@ -213,7 +213,9 @@ def test_raw_ops_refuse_what_they_cannot_read(driver):
     """In a process of its own: a signal is a failure, and not the end of all tests."""
     if driver == "triton":
         pytest.importorskip("triton")
-    code = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_truncated_svd_calls as t; t.raw_calls_are_refused({driver!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_truncated_svd_calls as t; t.raw_calls_are_refused({driver!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-1500:]}"
 

@@ -91,7 +91,7 @@ def test_a_largest_value_that_has_no_room(driver):
     _, s, v = truncated_svd(x, 2, driver=driver)
     assert s[:, 0].isinf().all()
     wide = x.detach().double().requires_grad_()
-    _, ws, wv = reference.truncated_svd(wide, 2)
+    _, _ws, wv = reference.truncated_svd(wide, 2)
     torch.testing.assert_close(v.detach().double(), wv.detach(), rtol=0, atol=1e-4)
     upstream = torch.zeros_like(v)
     upstream[..., 0] = torch.arange(5)

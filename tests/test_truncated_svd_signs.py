@@ -46,7 +46,7 @@ def test_known_answer():
 @pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (30, 17), (100, 90)])
 @pytest.mark.parametrize("near", [0.0, 1e-5, 5e-5, 2e-4], ids=str)
 def test_the_same_signs_everywhere(m, n, near):
-    """For any k, batch, type, layout and implementation, and for both signs of a matrix: also where the tie is not quite one, and where it is none."""
+    """For any k, batch, type, layout and implementation, and for both signs of a matrix: also where the tie is not quite one, or none."""
     x = _tied(m, n, near)
     expected = _signs(x)
     for driver in DRIVERS:
@@ -89,7 +89,7 @@ def _equal_cosines(dtype=torch.float32):
 def test_a_tie_of_cosines(driver, dtype):
     teacher, student = _equal_cosines(dtype)
     for own in (student, student * torch.tensor([1.0, -1.0, 1.0], dtype=dtype)):
-        s, t = align_singular_vectors(own, teacher, driver=driver)
+        s, _t = align_singular_vectors(own, teacher, driver=driver)
         torch.testing.assert_close(s[..., 0], own[..., 0], rtol=0, atol=0)
         torch.testing.assert_close(reference.align_singular_vectors(own, teacher)[0], s)
     better = student.clone()
