@@ -35,7 +35,9 @@ struct Align : torch::autograd::Function<Align> {
     if (!teacher.requires_grad() && !needs_grad(weight)) constants.push_back(t);
     ctx->mark_non_differentiable(constants);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({student, teacher, weight.value_or(Tensor()), match, flips});
+    // What was made in inference mode cannot be saved.
+    auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
+    ctx->save_for_backward({savable(student), savable(teacher), savable(weight.value_or(Tensor())), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
     ctx->saved_data["driver"] = driver;
     ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
@@ -46,9 +48,10 @@ struct Align : torch::autograd::Function<Align> {
     static const auto op = find_op<BackwardWithDriver>("kdkernels::align_singular_vectors_backward");
     variable_list result(5);  // one for each argument of forward
     if (!grads[0].defined() && !grads[1].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
+    for (const Tensor& grad : grads) check_no_tangent("align_singular_vectors_backward", grad);
+    const auto kept = saved(ctx);
     const auto needs = ctx->saved_data["needs"].toBoolList();
-    auto [s, t, w] = op.call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
+    auto [s, t, w] = op.call(optional(grads[0]), optional(grads[1]), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
                              ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
                              ctx->saved_data["driver"].toStringRef());
     if (needs[0]) result[0] = s;
@@ -60,6 +63,7 @@ struct Align : torch::autograd::Function<Align> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                     bool flip_teacher, c10::string_view driver) {
+  check_no_tangent("align_singular_vectors", student, teacher, weight.value_or(Tensor()));
   const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
   if (!at::GradMode::is_enabled() || !any) {
     static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");

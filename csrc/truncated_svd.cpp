@@ -25,7 +25,7 @@ struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
     auto [u, s, v, state] = op.call(x, k, sign, return_u, gap_eps, true, driver);
     ctx->mark_non_differentiable({state});
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, u, s, v, state});
+    save(ctx, {x, u, s, v, state});
     ctx->saved_data["gap_eps"] = gap_eps;
     ctx->saved_data["driver"] = driver;
     return {u, s, v, state};
@@ -35,9 +35,10 @@ struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
     static const auto op = find_op<BackwardWithDriver>("kdkernels::truncated_svd_backward");
     variable_list result(6);  // one for each argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
+    for (const Tensor& grad : grads) check_no_tangent("truncated_svd_backward", grad);
+    const auto kept = saved(ctx);
     auto optional = [](const Tensor& g) { return g.defined() ? std::optional<Tensor>(g) : std::nullopt; };
-    result[0] = op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], saved[3], saved[4],
+    result[0] = op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), kept[0], kept[1], kept[2], kept[3], kept[4],
                         ctx->saved_data["gap_eps"].toDouble(), ctx->saved_data["driver"].toStringRef());
     return result;
   }
@@ -45,6 +46,7 @@ struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double gap_eps,
                                                     bool save_state, c10::string_view driver) {
+  check_no_tangent("truncated_svd", x);
   if (!at::GradMode::is_enabled() || !x.requires_grad()) {
     static const auto op = find_op<WithDriver>("kdkernels::truncated_svd");
     at::AutoDispatchBelowADInplaceOrView below;

@@ -35,6 +35,15 @@ def _has_tangent(t: Tensor) -> bool:
     return not torch._C._functorch.is_batchedtensor(t) and forward_ad.unpack_dual(t).tangent is not None
 
 
+def is_linearised() -> bool:
+    """Whether ``torch.func.linearize`` traces the derivative in forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def is_batched(t) -> bool:
     """Whether vmap stands behind a tensor: of ``torch.func``, or the older one of ``is_grads_batched``."""
     functorch = torch._C._functorch
