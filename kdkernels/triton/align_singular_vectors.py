@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def block_size(n: int) -> int:
 
 def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[..., n, k] as contiguous [B, k, n]."""
-    return None if t is None else t.to(dtype).mT.contiguous().flatten(0, -3) if t.dim() > 2 else t.to(dtype).mT.contiguous()[None]
+    return None if t is None else t.to(dtype).mT.contiguous().view(-1, t.shape[-1], t.shape[-2])
 
 
 def _compute(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -126,7 +126,7 @@ def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | No
         with device_of(teacher):
             _align_kernel[(match.numel(),)](
                 s, t, t if w is None else w, out_s, out_t, match, flips, many, k, n, HAS_WEIGHT=w is not None, FLIP_TEACHER=flip_teacher,
-                BLOCK=block_size(n), num_warps=4,
+                BLOCK=block_size(n), **compile_options(4),
             )  # fmt: skip
     return out_s.mT, out_t.mT, match, flips
 
@@ -155,7 +155,7 @@ def align_singular_vectors_backward(
             _align_backward_kernel[(match.numel() // k * (many + k),)](
                 s if up_s is None else up_s, s if up_t is None else up_t, s, t, s if w is None else w, match, flips, *results, many, k, n,
                 HAS_UP_STUDENT=up_s is not None, HAS_UP_TEACHER=up_t is not None, HAS_WEIGHT=w is not None, FLIP_TEACHER=flip_teacher,
-                WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1], WANT_WEIGHT=wanted[2], BLOCK=block_size(n), num_warps=4,
+                WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1], WANT_WEIGHT=wanted[2], BLOCK=block_size(n), **compile_options(4),
             )  # fmt: skip
     to_s, to_t, to_w = results
     return (

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 from .math import join, split
 from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, compute_dtype, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
@@ -141,7 +141,7 @@ def _solve_kernel(
         lam = (s * scale) * (s * scale)
         recompute = True
         if HAS_STATE:
-            recompute = last < ILL_CONDITIONED * first
+            recompute = last < first * ILL_CONDITIONED
             if not recompute:
                 own_ptr = state_ptr + b * state_size
                 lambda_ptr = own_ptr + p * (p + 1) // 2 + 3 * p
@@ -305,11 +305,11 @@ def truncated_svd_backward(
             m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
             empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,
             *strides, size, p, q, k, *split(gap_eps), HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
-            T=compute, **sizes, PRECISION=precision(double), BLOCK=512, num_warps=warps_for(p),
+            T=compute, **sizes, PRECISION=precision(double), BLOCK=512, **compile_options(warps_for(p)),
         )  # fmt: skip
         _update_kernel[(batch * triton.cdiv(q, columns),)](
             m, to, a, pointer["b"], z, pointer["gb"], coefficients, *strides, *out_strides, p, q, k,
-            HAS_B=gb is not None, T=compute, PB=sizes["PB"], BQ=columns, num_warps=4,
+            HAS_B=gb is not None, T=compute, PB=sizes["PB"], BQ=columns, **compile_options(4),
         )  # fmt: skip
     if to.data_ptr() != gradient.data_ptr():
         gradient.copy_(to.view(gradient.shape))
