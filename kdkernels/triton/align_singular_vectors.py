@@ -24,7 +24,7 @@ def _align_kernel(
         for first in range(0, n, BLOCK):
             inside = first + lane < n
             own = tl.load(teacher_ptr + task * n + first + lane, inside, other=0.0).to(tl.float64)
-            total += own * tl.load(student_ptr + j * n + first + lane, inside, other=0.0).to(tl.float64)
+            total += own * tl.load(student_ptr + tl.cast(j, tl.int64) * n + first + lane, inside, other=0.0).to(tl.float64)
         cosine = tl.sum(total, 0)
         better = (j == 0) | (tl.abs(cosine) > tl.abs(best))
         chosen = tl.where(better, j, chosen)
@@ -38,7 +38,7 @@ def _align_kernel(
         inside = first + lane < n
         tl.store(
             out_student_ptr + task * n + first + lane,
-            of_student * tl.load(student_ptr + chosen * n + first + lane, inside, other=0.0),
+            of_student * tl.load(student_ptr + tl.cast(chosen, tl.int64) * n + first + lane, inside, other=0.0),
             inside,
         )
         tl.store(

@@ -73,7 +73,7 @@ def _normalize(matrix_ptr, total, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.c
     return power_of_two(-half)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_size"])
 def _decompose_kernel(
     x_ptr, matrix_ptr, a_ptr, s_ptr, sigma_ptr, scale_ptr, state_ptr, residual_ptr, work_ptr, rows_ptr,
     x_batch, x_p, x_q, state_size, p, q, k,
@@ -283,39 +283,40 @@ def _finish_kernel(
     b_ptr += b * k * q
     sigma_ptr += b * k
     lane = tl.arange(0, BLOCK)
+    wide_q = tl.cast(q, tl.int64)  # k q may exceed 32 bits
     scale = tl.load(scale_ptr + b)
     if scale > 0.0:
         largest = tl.full([], 0.0, tl.float64)
         for j in range(0, k):
-            sigma = tl.sqrt(_squares(b_ptr + j * q, q, BLOCK))
+            sigma = tl.sqrt(_squares(b_ptr + j * wide_q, q, BLOCK))
             tl.store(sigma_ptr + j, sigma)
             largest = tl.where(j == 0, sigma, largest)
             exact = ((sigma > 0.5 * largest) & (sigma > tiny)).to(tl.int32)
             if sigma > tiny:
-                _scale_to_one(b_ptr + j * q, sigma, q, BLOCK)
+                _scale_to_one(b_ptr + j * wide_q, sigma, q, BLOCK)
             place = -1
             while exact == 0:
                 if place >= 0:
                     for first in range(0, q, BLOCK):
-                        tl.store(b_ptr + j * q + first + lane, (first + lane == place).to(T), first + lane < q)
+                        tl.store(b_ptr + j * wide_q + first + lane, (first + lane == place).to(T), first + lane < q)
                     tl.debug_barrier()
                 left = tl.full([], 1.0, tl.float64)
                 for _ in range(0, 3):
-                    norm = _remove_before(b_ptr, j, q, BLOCK)
+                    norm = _remove_before(b_ptr, j, wide_q, BLOCK)
                     left *= norm
-                    _scale_to_one(b_ptr + j * q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
+                    _scale_to_one(b_ptr + j * wide_q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
                 enough = tl.where(place < 0, 1e-4, 0.5 / tl.sqrt(tl.cast(q, tl.float64)))
                 place += 1
                 exact = ((left > enough) | (place >= q)).to(tl.int32)
         tl.debug_barrier()
         if SIGN:
             if SIGN_ON_A:
-                _fix_signs(a_ptr, b_ptr, p, q, k, True, BLOCK)
+                _fix_signs(a_ptr, b_ptr, p, wide_q, k, True, BLOCK)
             else:
-                _fix_signs(b_ptr, a_ptr, q, p, k, True, BLOCK)
+                _fix_signs(b_ptr, a_ptr, wide_q, p, k, True, BLOCK)
     else:
-        for first in range(0, k * q, BLOCK):
-            tl.store(b_ptr + first + lane, tl.full([BLOCK], float("nan"), T), first + lane < k * q)
+        for first in range(0, k * wide_q, BLOCK):
+            tl.store(b_ptr + first + lane, tl.full([BLOCK], float("nan"), T), first + lane < k * wide_q)
     tl.debug_barrier()
     _write_s(s_ptr + b * k, sigma_ptr, scale, k, KB)
 
