@@ -17,13 +17,29 @@ endif
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo test bench bench-quick bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo test test-torch bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
 
 test: $(BUILT)
 	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
+
+# The tests with one release of torch and the Triton that belongs to it, in an environment of its own: make test-torch VERSION=2.10.0. The package is
+# built in a copy of the working tree, whose own extension modules belong to another torch, without CUDA and for this CPU's best instruction set alone.
+TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
+FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
+BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
+
+test-torch:
+	$(if $(VERSION),,$(error say which release of torch: make test-torch VERSION=2.10.0))
+	python3 -m venv $(TORCH_ENVIRONMENT)
+	$(TORCH_ENVIRONMENT)/bin/python -m pip install -q torch==$(VERSION) 'setuptools>=77' ninja pybind11 wheel
+	rm -rf $(TORCH_ENVIRONMENT)/source
+	mkdir $(TORCH_ENVIRONMENT)/source
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(TORCH_ENVIRONMENT)/source
+	cd $(TORCH_ENVIRONMENT)/source && KDKERNELS_CUDA=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation -e '.[train,export,dev]' torch==$(VERSION)
+	cd $(TORCH_ENVIRONMENT)/source && ../bin/python -m pytest --durations=15 -n 2 --dist=worksteal $(TEST_FLAGS)
 
 bench: $(BUILT)
 	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
@@ -73,7 +89,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks runs
 
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv

@@ -120,9 +120,7 @@ def _reference(
 
 
 def _row_shape(logits: Tensor, dim: int) -> tuple:
-    shape = list(logits.shape)
-    del shape[dim]
-    return tuple(shape)
+    return (*logits.shape[:dim], *logits.shape[dim:][1:])  # torch.compile of torch 2.10 takes no `del` from a list of symbolic sizes
 
 
 def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 
 TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
 
@@ -27,7 +27,7 @@ def _align_kernel(
         for first in range(0, n, BLOCK):
             inside = first + lane < n
             own = tl.load(teacher_ptr + task * n + first + lane, inside, other=0.0).to(tl.float64)
-            total += own * tl.load(student_ptr + j * n + first + lane, inside, other=0.0).to(tl.float64)
+            total += own * tl.load(student_ptr + tl.cast(j, tl.int64) * n + first + lane, inside, other=0.0).to(tl.float64)
         cosine = tl.sum(total, 0)
         better = (task_of_vector >= many) & (chosen == many) & (tl.abs(cosine) >= (1 - TIES) * most)
         chosen = tl.where(better, j, chosen)
@@ -43,7 +43,7 @@ def _align_kernel(
         inside = first + lane < n
         tl.store(
             out_student_ptr + task * n + first + lane,
-            of_student * tl.load(student_ptr + chosen * n + first + lane, inside, other=0.0),
+            of_student * tl.load(student_ptr + tl.cast(chosen, tl.int64) * n + first + lane, inside, other=0.0),
             inside,
         )
         tl.store(
@@ -112,7 +112,7 @@ def block_size(n: int) -> int:
 
 def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[..., n, k] as contiguous [B, k, n]."""
-    return None if t is None else t.to(dtype).mT.contiguous().flatten(0, -3) if t.dim() > 2 else t.to(dtype).mT.contiguous()[None]
+    return None if t is None else t.to(dtype).mT.contiguous().view(-1, t.shape[-1], t.shape[-2])
 
 
 def _compute(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -131,7 +131,7 @@ def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | No
         with device_of(teacher):
             _align_kernel[(match.numel(),)](
                 s, t, t if w is None else w, out_s, out_t, match, flips, many, k, n, HAS_WEIGHT=w is not None, FLIP_TEACHER=flip_teacher,
-                BLOCK=block_size(n), num_warps=4,
+                BLOCK=block_size(n), **compile_options(4),
             )  # fmt: skip
     return out_s.mT, out_t.mT, match, flips
 
@@ -160,7 +160,7 @@ def align_singular_vectors_backward(
             _align_backward_kernel[(match.numel() // k * (many + k),)](
                 s if up_s is None else up_s, s if up_t is None else up_t, s, t, s if w is None else w, match, flips, *results, many, k, n,
                 HAS_UP_STUDENT=up_s is not None, HAS_UP_TEACHER=up_t is not None, HAS_WEIGHT=w is not None, FLIP_TEACHER=flip_teacher,
-                WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1], WANT_WEIGHT=wanted[2], BLOCK=block_size(n), num_warps=4,
+                WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1], WANT_WEIGHT=wanted[2], BLOCK=block_size(n), **compile_options(4),
             )  # fmt: skip
     to_s, to_t, to_w = results
     return (

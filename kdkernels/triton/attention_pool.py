@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 from .math import join, split
 
 _SHORT_POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -104,7 +104,7 @@ def _pool_kernel(
             sums += _value(x, p, POWER)
         total = tl.sum(sums, 0)
         if MEAN:
-            total = total / channels.to(COMPUTE)
+            total = total / tl.cast(channels, COMPUTE)  # Triton makes a size of 1 a constant, which has no .to()
     tl.store(map_ptr + sample * places + s, total, s < places)
 
 
@@ -193,7 +193,7 @@ def _weight_kernel(
     _weigh(q_ptr + at, g_ptr + at, weight_ptr + at, norm, eps, factor, places, KIND, COMPUTE, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last, smaller batch must not compile the kernel again
 def _transfer_kernel(
     student_ptr,  # maps [B, S], overwritten
     teacher_ptr,  # maps [B, S], overwritten
@@ -233,10 +233,10 @@ def _transfer_kernel(
         loss = tl.sqrt(square)
         slope = tl.where(loss > 0.0, 1.0 / tl.where(loss > 0.0, loss, 1.0), loss)
     else:
-        loss = square / places.to(COMPUTE)
-        slope = 2.0 / places.to(COMPUTE) + 0.0 * loss
+        loss = square / tl.cast(places, COMPUTE)
+        slope = 2.0 / tl.cast(places, COMPUTE) + 0.0 * loss
     tl.store(loss_ptr + sample, loss.to(tl.float64))
-    scale = slope / batch.to(COMPUTE)
+    scale = slope / tl.cast(batch, COMPUTE)
     if HAS_UPSTREAM:
         scale = scale * tl.load(upstream_ptr).to(COMPUTE)
     if WANT_STUDENT or WANT_TEACHER:
@@ -270,10 +270,11 @@ def _scatter_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(places, BLOCK_S)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    # All in the first dimension of the grid: the others hold no more than 65,535 programs.
+    blocks, channel_blocks = tl.cdiv(places, BLOCK_S), tl.cdiv(channels, BLOCK_C)
+    sample = (tl.program_id(0) // (blocks * channel_blocks)).to(tl.int64)
     s = (tl.program_id(0) % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) // blocks % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (c[:, None] < channels) & (s[None, :] < places)
     c64, s64 = c[:, None].to(tl.int64), s[None, :].to(tl.int64)
     x = tl.load(x_ptr + sample * x_sample + c64 * x_channel + s64 * x_place, inside, other=0.0).to(COMPUTE)
@@ -285,8 +286,8 @@ def _scatter_kernel(
     tl.store(grad_ptr + sample * g_sample + c64 * g_channel + s64 * g_place, g.to(grad_ptr.dtype.element_ty), inside)
 
 
-def block_sizes(channels: int, places: int, place_stride: int, double: bool = False) -> dict[str, int]:
-    """BLOCK_C, BLOCK_S and num_warps of a tile of features: long where memory is adjacent, 4096 numbers (1024 doubles) at most."""
+def block_sizes(channels: int, places: int, place_stride: int, double: bool = False) -> dict[str, int | bool]:
+    """BLOCK_C, BLOCK_S and the compiler's options for a tile of features: long where memory is adjacent, 4096 numbers (1024 doubles) at most."""
     most = 1024 if double else 4096
     if place_stride == 1:
         block_s = min(256, max(16, triton.next_power_of_2(places)))
@@ -294,12 +295,12 @@ def block_sizes(channels: int, places: int, place_stride: int, double: bool = Fa
     else:
         block_c = min(256, max(16, triton.next_power_of_2(channels)))
         block_s = min(max(1, triton.next_power_of_2(places)), most // block_c, 16)
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": max(1, min(8, block_c * block_s // (128 if double else 512)))}
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s} | compile_options(max(1, min(8, block_c * block_s // (128 if double else 512))))
 
 
-def _row_block(places: int) -> dict[str, int]:
+def _row_block(places: int) -> dict[str, int | bool]:
     block = min(1024, max(32, triton.next_power_of_2(places)))
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"BLOCK": block} | compile_options(max(1, block // 256))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
@@ -339,7 +340,7 @@ def _pool(x: Tensor, p: float, reduce: str, compute: torch.dtype) -> tuple[Tenso
     if x.numel() == 0:
         return maps, channel
     x = _readable(x)
-    channels, places = x.shape[1], maps[0].numel()
+    channels, places = x.shape[1], x.shape[2:].numel()
     strides = _strides(x)
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
@@ -357,11 +358,11 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: str, 
         return grad
     x = _readable(x)
     out = grad if _strides(grad) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    channels, places = x.shape[1], weight[0].numel()
+    channels, places = x.shape[1], x.shape[2:].numel()
     strides = _strides(x)
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
-        _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]), triton.cdiv(channels, sizes["BLOCK_C"]))](
+        _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]) * triton.cdiv(channels, sizes["BLOCK_C"]),)](
             x, out, weight, channel if reduce == "max" else weight, *strides, *_strides(out), channels, places, *split(p),
             MAX=reduce == "max", POWER=_power(p), COMPUTE=_tl(compute), **sizes,
         )  # fmt: skip
@@ -378,7 +379,7 @@ def attention_pool(x: Tensor, p: float, reduce: str, normalize: str, eps: float)
     maps, channel = _pool(x, p, reduce, compute)
     norm = torch.empty(x.shape[0] if normalize == "l2" else 0, dtype=torch.float64, device=x.device)
     if normalize and maps.numel():
-        places = maps[0].numel()
+        places = x.shape[2:].numel()
         with device_of(x):
             _normalize_kernel[(x.shape[0],)](
                 maps, norm, places, *split(eps), SOFTMAX=normalize == "softmax", COMPUTE=_tl(compute), **_row_block(places)
@@ -393,7 +394,7 @@ def attention_pool_backward(
     if x.numel() == 0:
         return torch.empty_like(x)
     compute = _compute(x)
-    weight, places = torch.empty_like(maps), maps[0].numel()
+    weight, places = torch.empty_like(maps), x.shape[2:].numel()
     with device_of(x):
         _weight_kernel[(x.shape[0],)](
             maps, grad.contiguous(), weight, norm if normalize == "l2" else maps, *split(_factor(x, p, reduce)), *split(eps), places,
@@ -427,7 +428,7 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved
     (s_map, s_channel), (t_map, t_channel) = (_pool(x, p, reduce, compute) for x in (student, teacher))
     weights = [torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True)]
     numbers = (*split(eps), *split(_factor(student, p, reduce)), *split(_factor(teacher, p, reduce)))
-    places = s_map[0].numel()
+    places = s_map.shape[1:].numel()
     with device_of(student):
         _transfer_kernel[(batch,)](
             s_map, t_map, losses, *(s_map if w is None else w for w in weights), s_map if upstream is None else upstream, *numbers, batch, places,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 from .math import exp_falling, exp_parts, join, split
 
 # What a column is marked with: the terms that do, or that its pairs are to be summed. More than 16 do not fit the registers, and pairs are cheap.
@@ -68,7 +68,7 @@ def _mark_kernel(
     apart = tl.abs(x_middle - y_middle)
     by_x = x_radius <= y_radius
     z = scale * scale * tl.where(by_x, x_radius * (y_radius + apart), y_radius * (x_radius + apart))
-    pairs_are_few = m * n <= 64 * (m + n)
+    pairs_are_few = tl.cast(m, tl.int64) * n <= 64 * (tl.cast(m, tl.int64) + n)
     few, many = z <= join(few_hi, few_lo, tl.float64), z <= join(many_hi, many_lo, tl.float64)
     tl.store(center_ptr + column, tl.where(by_x, x_middle, y_middle))
     tl.store(mark_ptr + column, tl.where(z != z, 0, tl.where(pairs_are_few, _PAIRS, tl.where(few, _FEW, tl.where(many, _MANY, _PAIRS)))))
@@ -195,7 +195,7 @@ def _load_pair(s_ptr, t_ptr, i, n, center, scale):
     return change, tl.where(i < n, ((s - center) + (t - center)) * scale, 1e100)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_blocks"])
 def _pairs_kernel(
     sx_ptr, sy_ptr, tx_ptr, ty_ptr,
     to_sx_ptr, to_sy_ptr, to_tx_ptr, to_ty_ptr,
@@ -209,7 +209,8 @@ def _pairs_kernel(
     BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
     """A block of x against all of y, or, in the programs behind those, of y against all of x: the loss is the same seen from there."""
-    column, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    blocks = x_blocks + tl.cdiv(n, BLOCK)
+    column, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     if tl.load(mark_ptr + column) == _PAIRS:
         scale, slope = join(scale_hi, scale_lo, tl.float64), join(slope_hi, slope_lo, tl.float64)
         center = tl.load(center_ptr + column)
@@ -254,15 +255,16 @@ def _correlation_kernel(
     x_ptr, y_ptr, out_ptr, m, columns, numbers, inverse_hi, inverse_lo, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Numbers [BLOCK] of a row [N * K] of the result: x [B * M, K] against y [B, N * K]."""
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(numbers, BLOCK)  # 64 bits wide if `numbers` is, and so is j
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * columns + j % columns, j < numbers, other=0.0).to(COMPUTE)
     y = tl.load(y_ptr + row // m * numbers + j, j < numbers, other=0.0).to(COMPUTE)
     value = exp_falling(-(x - y) * (x - y) * join(inverse_hi, inverse_lo, COMPUTE))
     tl.store(out_ptr + row * numbers + j, value, j < numbers)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _correlation_backward_kernel(
     grad_ptr,  # [B, M, N, K] by strides
     x_ptr, y_ptr, to_x_ptr,  # [B, M, K], [B, N, K], [B, M, K]
@@ -272,16 +274,18 @@ def _correlation_backward_kernel(
     inverse_hi, inverse_lo,
     COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    block, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks, column_blocks = tl.cdiv(m, BLOCK_M), tl.cdiv(columns, BLOCK_K)
+    block = (tl.program_id(0) // column_blocks % blocks).to(tl.int64)
+    sample = (tl.program_id(0) // (column_blocks * blocks)).to(tl.int64)
     inverse = join(inverse_hi, inverse_lo, COMPUTE)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
-    k = tl.arange(0, BLOCK_K)[None, None, :]
+    k = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     x = tl.load(x_ptr + (sample * m + i) * columns + k, (i < m) & (k < columns), other=0.0).to(COMPUTE)
     to_x = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], COMPUTE)
     for start in range(0, n, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)[None, :, None]
         y = tl.load(y_ptr + (sample * n + j) * columns + k, (j < n) & (k < columns), other=0.0).to(COMPUTE)
-        at = grad_ptr + sample * g_sample + i.to(tl.int64) * g_row + j.to(tl.int64) * g_number + k * g_column
+        at = grad_ptr + sample * g_sample + i * g_row + j.to(tl.int64) * g_number + k * g_column
         g = tl.load(at, (i < m) & (j < n) & (k < columns), other=0.0).to(COMPUTE)
         d = x - y
         g = g * exp_falling(-d * d * inverse) * d * (2.0 * inverse)
@@ -305,17 +309,19 @@ def _tl(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def term_sizes(rank: int) -> dict[str, int]:
-    return {"RANK": rank, "BLOCK": 64 if rank == _FEW.value else 32, "num_warps": 4 if rank == _FEW.value else 8}
+def term_sizes(rank: int) -> dict[str, int | bool]:
+    few = rank == _FEW.value
+    return {"RANK": rank, "BLOCK": 64 if few else 32} | compile_options(4 if few else 8)
 
 
-def pair_sizes() -> dict[str, int]:
-    return {"BLOCK": 32, "BLOCK_OTHER": 16, "num_warps": 4}
+def pair_sizes() -> dict[str, int | bool]:
+    return {"BLOCK": 32, "BLOCK_OTHER": 16} | compile_options(4)
 
 
-def dense_sizes(columns: int, double: bool) -> dict[str, int]:
-    block_k = triton.next_power_of_2(columns)
-    return {"BLOCK_M": 8, "BLOCK_N": max(1, (512 if double else 1024) // (8 * block_k)), "BLOCK_K": block_k, "num_warps": 4}
+def dense_sizes(columns: int, double: bool) -> dict[str, int | bool]:
+    tile, block_m = (512 if double else 1024), 8
+    block_k = min(triton.next_power_of_2(columns), tile // block_m)
+    return {"BLOCK_M": block_m, "BLOCK_N": tile // (block_m * block_k), "BLOCK_K": block_k} | compile_options(4)
 
 
 def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tuple[Tensor, list[Tensor]]:
@@ -337,10 +343,10 @@ def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tu
         blocks = [triton.cdiv(length, sizes["BLOCK"]) for length in (m, n)]
         parts = torch.zeros(count, blocks[0], dtype=torch.float64, device=device)
         with device_of(sx):
-            _mark_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, *split(scale), *limits, **wants, BLOCK=256)
+            _mark_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, *split(scale), *limits, **wants, BLOCK=256, **compile_options(4))
             for rank in (_FEW.value, _MANY.value):
                 _terms_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, *numbers, **wants, **term_sizes(rank))
-            _pairs_kernel[(count, sum(blocks))](*rows, *targets, parts, centers, marks, m, n, blocks[0], *numbers, **wants, **sizes)
+            _pairs_kernel[(count * sum(blocks),)](*rows, *targets, parts, centers, marks, m, n, blocks[0], *numbers, **wants, **sizes)
         losses += parts.sum(1)
     per_sample = losses.view(batch, columns).sum(1)
     if reduction != "none":
@@ -383,8 +389,8 @@ def rbf_correlation(x: Tensor, y: Tensor, beta: float) -> Tensor:
     out = torch.empty(batch, m, n, columns, dtype=compute, device=x.device)
     if out.numel():
         with device_of(x):
-            _correlation_kernel[(batch * m, triton.cdiv(n * columns, 1024))](
-                x.contiguous(), y.contiguous(), out, m, columns, n * columns, *split(1 / beta), COMPUTE=_tl(compute), BLOCK=1024
+            _correlation_kernel[(batch * m * triton.cdiv(n * columns, 1024),)](
+                x.contiguous(), y.contiguous(), out, m, columns, n * columns, *split(1 / beta), COMPUTE=_tl(compute), BLOCK=1024, **compile_options(4)
             )
     return out
 
@@ -395,11 +401,11 @@ def rbf_correlation_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float) ->
     if grad.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(y)
     sizes = dense_sizes(columns, compute == torch.float64)
-    blocks = triton.cdiv(m, sizes["BLOCK_M"])
+    blocks, column_blocks = triton.cdiv(m, sizes["BLOCK_M"]), triton.cdiv(columns, sizes["BLOCK_K"])
     to_x = torch.empty(x.shape, dtype=compute, device=x.device)
     parts = torch.empty(blocks, *y.shape, dtype=compute, device=x.device)
     with device_of(x):
-        _correlation_backward_kernel[(blocks, batch)](
+        _correlation_backward_kernel[(batch * blocks * column_blocks,)](
             grad, x.contiguous(), y.contiguous(), to_x, parts, *grad.stride(), batch, m, n, columns, *split(1 / beta), COMPUTE=_tl(compute), **sizes
         )
     return torch.empty_like(x).copy_(to_x), torch.empty_like(y).copy_(parts.sum(0))

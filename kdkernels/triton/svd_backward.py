@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of
 from .math import join, split
 from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, compute_dtype, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, power_of_two, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
@@ -105,7 +105,7 @@ def _remove(z, a_ptr, p, k, PB: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_size"])
 def _solve_kernel(
     x_ptr, matrix_ptr, a_ptr, b_ptr, s_ptr, ga_ptr, gs_ptr, gb_ptr, mg_ptr, state_ptr, fresh_ptr, work_ptr, rows_ptr, z_ptr, coefficients_ptr,
     x_batch, x_p, x_q, state_size, p, q, k, gap_high, gap_low,
@@ -129,6 +129,7 @@ def _solve_kernel(
     rows_ptr += b * 8 * p * KB
     coefficients_ptr += b * (2 * k + k * k + 2)
     gap_eps = join(gap_high, gap_low, tl.float64)
+    wide_q = tl.cast(q, tl.int64)  # k q may exceed 32 bits
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     vectors, inside = j[None, :] * p + c[:, None], (c < p)[:, None] & (j < k)[None, :]
     square, in_square = j[:, None] * k + j[None, :], (j < k)[:, None] & (j < k)[None, :]
@@ -157,7 +158,7 @@ def _solve_kernel(
         if HAS_A:
             largest = tl.maximum(largest, _largest(ga_ptr, k * p, BLOCK))
         if HAS_B:
-            largest = tl.maximum(largest, _largest(gb_ptr, k * q, BLOCK))
+            largest = tl.maximum(largest, _largest(gb_ptr, k * wide_q, BLOCK))
         if HAS_S:
             largest = tl.maximum(largest, _largest(gs_ptr, k, BLOCK) / scale)
         # Or as near as leaves scale / unit a number.
@@ -198,8 +199,8 @@ def _solve_kernel(
         if HAS_S:
             tl.store(of_w + j, tl.load(gs_ptr + j, j < k, other=0.0).to(tl.float64) * (unit / scale) * inverse, j < k)
         if HAS_B:
-            products = _products(b_ptr, gb_ptr, q, k, unit, KB, 256)
-            turned = tl.trans(_differences(products, _lengths(gb_ptr, q, k, unit, KB, 256), T))  # [i, j]: B_ji
+            products = _products(b_ptr, gb_ptr, wide_q, k, unit, KB, 256)
+            turned = tl.trans(_differences(products, _lengths(gb_ptr, wide_q, k, unit, KB, 256), T))  # [i, j]: B_ji
             shares = s[None, :] * turned * turn - products * inverse[None, :]
             # [i, j]: what y_j takes of b_i, stored by j
             tl.store(of_b + j[None, :] * k + j[:, None], shares, in_square)
@@ -211,7 +212,7 @@ def _solve_kernel(
         if HAS_A:
             used = used | _any(ga_ptr, k * p, BLOCK)
         if HAS_B:
-            used = used | _any(gb_ptr, k * q, BLOCK)
+            used = used | _any(gb_ptr, k * wide_q, BLOCK)
         if HAS_S:
             used = used | _any(gs_ptr, k, BLOCK)
         value = tl.where((first == 0.0) | (not used), 0.0, float("nan")).to(tl.float64)
@@ -305,16 +306,18 @@ def truncated_svd_backward(
     with device_of(x):
         if gb is not None:
             rows_together = min(sizes["PB"], 32)
-            _product_kernel[(batch * triton.cdiv(p, rows_together),)](m, gb, mg, *strides, p, q, k, T=compute, BP=rows_together, BQ=64, num_warps=4)
+            _product_kernel[(batch * triton.cdiv(p, rows_together),)](
+                m, gb, mg, *strides, p, q, k, T=compute, BP=rows_together, BQ=64, **compile_options(4)
+            )
         _solve_kernel[(batch,)](
             m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
             empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,
             *strides, size, p, q, k, *split(gap_eps), HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
-            T=compute, **sizes, PRECISION=precision(double), BLOCK=512, num_warps=warps_for(p),
+            T=compute, **sizes, PRECISION=precision(double), BLOCK=512, **compile_options(warps_for(p)),
         )  # fmt: skip
         _update_kernel[(batch * triton.cdiv(q, columns),)](
             m, to, a, pointer["b"], z, pointer["gb"], coefficients, *strides, *out_strides, p, q, k,
-            HAS_B=gb is not None, T=compute, PB=sizes["PB"], BQ=columns, num_warps=4,
+            HAS_B=gb is not None, T=compute, PB=sizes["PB"], BQ=columns, **compile_options(4),
         )  # fmt: skip
     if to.data_ptr() != gradient.data_ptr():
         gradient.copy_(to.view(gradient.shape))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import compile_options
+
 ILL_CONDITIONED = tl.constexpr(0.15)  # see csrc/truncated_svd_cta/problem.h
 SIGN_TIES = tl.constexpr(1e-4)  # the same
 _MOST_NUMBERS = 1 << 11  # of p x k vectors, padded, that a program keeps in registers
@@ -24,10 +26,10 @@ def block_sizes(p: int, q: int, k: int, double: bool) -> dict[str, int]:
     return {"PB": pb, "KB": kb, "RB": max(1, min(pb, numbers // pb)), "BP": min(pb, 16 if double else 32), "BQ": 16}
 
 
-def gram_sizes(p: int, double: bool) -> dict[str, int]:
-    """BP, BQ and num_warps of the kernel that squares M."""
+def gram_sizes(p: int, double: bool) -> dict[str, int | bool]:
+    """BP, BQ and the compiler's options of the kernel that squares M."""
     side = min(padded(p), 32 if double else 64)
-    return {"BP": side, "BQ": 32, "num_warps": 8 if side == 64 else 4}
+    return {"BP": side, "BQ": 32} | compile_options(8 if side == 64 else 4)
 
 
 def warps_for(p: int) -> int:

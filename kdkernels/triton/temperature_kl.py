@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of
+from .launch import compile_options, device_of, is_dense
 from .math import centred_kl, exp_falling, exp_parts, log, log1p
 
 _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
@@ -455,14 +455,6 @@ def block_sizes(classes: int, class_stride: int, double: bool = False) -> dict[s
     return {"ROWS": rows, "BLOCK": block, "ONE_BLOCK": one_block, "num_warps": max(1, rows * block // (32 * per_thread))}
 
 
-def compile_options(num_warps: int, nvidia: bool) -> dict[str, int | bool]:
-    """Options of the compiler. ptxas left alone spills a few registers to fit more programs on a processor; these kernels need none to wait on."""
-    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    if nvidia:
-        options["maxnreg"] = min(255, 65536 // (32 * num_warps))
-    return options
-
-
 def _launch(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, t_squared, entropy, eps,
             *, upstream=None, loss=None, to_student=None, to_teacher=None, to_temperature=None, row_scale=None) -> Tensor | float:  # fmt: skip
     """Runs the kernel; returns the weight of a row in the loss."""
@@ -502,7 +494,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
         row_scale,
     ]
     sizes = block_sizes(classes, strides[0][2], compute == torch.float64)
-    sizes |= compile_options(sizes["num_warps"], torch.version.hip is None)
+    sizes |= compile_options(sizes["num_warps"])
     with device_of(student):
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             student, teacher, *(student if p is None else p for p in pointers), float(temperature), float(weight), rows, classes, inner,
@@ -529,9 +521,7 @@ def _row_weight(reduction, classes, rows, mask, normalizer) -> tuple[float, Tens
 
 
 def _row_shape(x: Tensor, dim: int) -> list[int]:
-    shape = list(x.shape)
-    del shape[dim]
-    return shape
+    return [*x.shape[:dim], *x.shape[dim:][1:]]
 
 
 def _check(student, teacher, row_temperature, mask, normalizer, dim, upstream=None, reduction="none") -> None:
@@ -638,8 +628,8 @@ def temperature_kl_rescale_(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, 
     """Implements kdkernels::temperature_kl_rescale_."""
     _check_rescale(grad, row_scale, grad_loss, mask, dim)
     plain = row_scale.numel() == 0 and grad_loss.dim() == 0 and mask is None
-    if not plain or grad.numel() == 0 or not torch._prims_common.is_non_overlapping_and_dense(grad):
+    if not plain or not is_dense(grad):
         _rescale(grad, grad, row_scale, grad_loss, mask, dim)
-    else:
+    elif grad.numel():
         with device_of(grad):
-            _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096)
+            _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096, **compile_options(4))

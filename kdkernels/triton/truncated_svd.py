@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .align_singular_vectors import align_singular_vectors, align_singular_vectors_backward  # noqa: F401  the same set of ops
-from .launch import device_of
+from .launch import compile_options, device_of
 from .svd_backward import truncated_svd_backward  # noqa: F401  the same set of ops
 from .svd_sizes import (
     ILL_CONDITIONED,
@@ -77,7 +77,7 @@ def _normalize(matrix_ptr, total, own, p, T: tl.constexpr, PB: tl.constexpr, RB:
     return power_of_two(-half)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_size"])
 def _decompose_kernel(
     x_ptr, matrix_ptr, a_ptr, s_ptr, sigma_ptr, scale_ptr, state_ptr, residual_ptr, work_ptr, rows_ptr,
     x_batch, x_p, x_q, state_size, p, q, k,
@@ -164,7 +164,7 @@ def _decompose_kernel(
         tl.debug_barrier()
         # Values near the round's largest are exact, or all where that is a rounding of the first.
         first, all_first = tl.sqrt(tl.maximum(tl.max(values, 0), 0.0)), tl.load(sigma_ptr)
-        exact = tl.sum(((j < wanted) & (tl.sqrt(tl.maximum(values, 0.0)) >= ILL_CONDITIONED * first)).to(tl.int32), 0)
+        exact = tl.sum(((j < wanted) & (tl.sqrt(tl.maximum(values, 0.0)) >= first * ILL_CONDITIONED)).to(tl.int32), 0)
         done = (first == 0.0) | ((found > 0) & (first / unit <= 4 * eps * all_first))
         found += tl.where(done, wanted, exact)
     tl.store(scale_ptr + b, tl.where(finite, scale, 0.0))
@@ -288,39 +288,40 @@ def _finish_kernel(
     b_ptr += b * k * q
     sigma_ptr += b * k
     lane = tl.arange(0, BLOCK)
+    wide_q = tl.cast(q, tl.int64)  # k q may exceed 32 bits
     scale = tl.load(scale_ptr + b)
     if scale > 0.0:
         largest = tl.full([], 0.0, tl.float64)
         for j in range(0, k):
-            sigma = tl.sqrt(_squares(b_ptr + j * q, q, BLOCK))
+            sigma = tl.sqrt(_squares(b_ptr + j * wide_q, q, BLOCK))
             tl.store(sigma_ptr + j, sigma)
             largest = tl.where(j == 0, sigma, largest)
             exact = ((sigma > 0.5 * largest) & (sigma > tiny)).to(tl.int32)
             if sigma > tiny:
-                _scale_to_one(b_ptr + j * q, sigma, q, BLOCK)
+                _scale_to_one(b_ptr + j * wide_q, sigma, q, BLOCK)
             place = -1
             while exact == 0:
                 if place >= 0:
                     for first in range(0, q, BLOCK):
-                        tl.store(b_ptr + j * q + first + lane, (first + lane == place).to(T), first + lane < q)
+                        tl.store(b_ptr + j * wide_q + first + lane, (first + lane == place).to(T), first + lane < q)
                     tl.debug_barrier()
                 left = tl.full([], 1.0, tl.float64)
                 for _ in range(0, 3):
-                    norm = _remove_before(b_ptr, j, q, BLOCK)
+                    norm = _remove_before(b_ptr, j, wide_q, BLOCK)
                     left *= norm
-                    _scale_to_one(b_ptr + j * q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
-                enough = tl.where(place < 0, 1e-4, 0.5 / tl.sqrt(q.to(tl.float64)))
+                    _scale_to_one(b_ptr + j * wide_q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
+                enough = tl.where(place < 0, 1e-4, 0.5 / tl.sqrt(tl.cast(q, tl.float64)))
                 place += 1
                 exact = ((left > enough) | (place >= q)).to(tl.int32)
         tl.debug_barrier()
         if SIGN:
             if SIGN_ON_A:
-                _fix_signs(a_ptr, b_ptr, p, q, k, True, BLOCK)
+                _fix_signs(a_ptr, b_ptr, p, wide_q, k, True, BLOCK)
             else:
-                _fix_signs(b_ptr, a_ptr, q, p, k, True, BLOCK)
+                _fix_signs(b_ptr, a_ptr, wide_q, p, k, True, BLOCK)
     else:
-        for first in range(0, k * q, BLOCK):
-            tl.store(b_ptr + first + lane, tl.full([BLOCK], float("nan"), T), first + lane < k * q)
+        for first in range(0, k * wide_q, BLOCK):
+            tl.store(b_ptr + first + lane, tl.full([BLOCK], float("nan"), T), first + lane < k * wide_q)
     tl.debug_barrier()
     _write_s(s_ptr + b * k, sigma_ptr, scale, k, KB)
 
@@ -353,15 +354,15 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
             _gram_kernel[(batch * blocks * (blocks + 1) // 2,)](x, matrix, *strides, p, q, **gram, **common)
             _decompose_kernel[(batch,)](
                 x, matrix, a, s, sigma, scale, state, residual, work, rows, *strides, state.shape[1], p, q, k,
-                FIX_SIGN=bool(sign) and not wants_b, WRITE_S=not wants_b, **common, **sizes, **search_sizes(double), num_warps=warps_for(p),
+                FIX_SIGN=bool(sign) and not wants_b, WRITE_S=not wants_b, **common, **sizes, **search_sizes(double), **compile_options(warps_for(p)),
             )  # fmt: skip
             if wants_b:
                 columns = column_block(p, double)
                 _project_kernel[(batch * triton.cdiv(q, columns),)](
-                    x, a, b, scale, *strides, p, q, k, T=as_tl(dtype), PB=sizes["PB"], BQ=columns, num_warps=4
+                    x, a, b, scale, *strides, p, q, k, T=as_tl(dtype), PB=sizes["PB"], BQ=columns, **compile_options(4)
                 )
                 _finish_kernel[(batch,)](
-                    a, b, s, sigma, scale, p, q, k, SIGN=bool(sign), SIGN_ON_A=tall, T=as_tl(dtype), KB=sizes["KB"], BLOCK=1024, num_warps=4
+                    a, b, s, sigma, scale, p, q, k, SIGN=bool(sign), SIGN_ON_A=tall, T=as_tl(dtype), KB=sizes["KB"], BLOCK=1024, **compile_options(4)
                 )
     a = a.view(*shape, k, p).mT
     b = b.view(*shape, k, q).mT if wants_b else b
