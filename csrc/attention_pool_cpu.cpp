@@ -306,6 +306,7 @@ at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor&
   check_features(x, "x");
   const Options o = parse_options(p, reduce, eps);
   const Normalize normalized = parse_normalize(normalize);
+  check_floating(grad, "grad");
   check_shape(grad, "grad", map_shape(x));
   check_shape(maps, "maps", map_shape(x));
   TORCH_CHECK_TYPE(maps.scalar_type() == compute_dtype(x), "maps must be ", compute_dtype(x), ", got ", maps.scalar_type());
@@ -374,6 +375,7 @@ std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at
                                                                         const at::Tensor& teacher, double p, c10::string_view variant,
                                                                         c10::string_view reduce, double eps, std::array<bool, 2> wanted) {
   check_pair(student, teacher);
+  check_floating(grad_loss, "grad_loss");
   check_shape(grad_loss, "grad_loss", {});
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_gradients<double> : loss_gradients<float>;
   return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
@@ -382,7 +384,9 @@ std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at
 // The gradient of a mean arrives as one number, nearly always 1: then nothing is to be done, unless the gradient is in float16.
 void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& scale, const at::Tensor& grad_loss) {
   check_floating(grad, "grad");
+  check_floating(grad_loss, "grad_loss");
   check_shape(grad_loss, "grad_loss", {});
+  TORCH_CHECK_VALUE(scale.dim() == 1 && scale.scalar_type() == at::kFloat, "scale must be float32 and [B] or [0], got ", scale.sizes());
   const double upstream = grad_loss.item().toDouble();
   if (scale.numel() == 0) {
     if (upstream != 1) grad.mul_(upstream);

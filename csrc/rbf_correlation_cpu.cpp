@@ -235,7 +235,9 @@ LossAndGradients rbf_correlation_loss_cpu(const at::Tensor& sx, const at::Tensor
 // gradient [B, n, K] *= grad_loss, one number or one for each sample. A sample whose own is 0 gets 0, also where its gradient is not
 // finite: it was left out.
 void rbf_correlation_loss_rescale_cpu(at::Tensor& gradient, const at::Tensor& grad_loss) {
-  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || grad_loss.sizes() == at::IntArrayRef{gradient.size(0)},
+  check_floating(gradient, "gradient");
+  check_floating(grad_loss, "grad_loss");
+  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || gradient.dim() == 3 && grad_loss.sizes() == at::IntArrayRef{gradient.size(0)},
                     "grad_loss must be one number or [B], got ", grad_loss.sizes());
   if (gradient.numel() == 0) return;
   if (grad_loss.dim() == 0) {
@@ -252,6 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rbf_correlation_loss_
                                                                                              double beta, c10::string_view reduction,
                                                                                              std::array<bool, 4> wanted) {
   auto [loss, to_sx, to_sy, to_tx, to_ty] = rbf_correlation_loss_cpu(sx, sy, tx, ty, beta, reduction, wanted);
+  check_floating(grad_loss, "grad_loss");
   check_shape(grad_loss, "grad_loss", loss.sizes());
   const at::Tensor* inputs[] = {&sx, &sy, &tx, &ty};
   at::Tensor* gradients[] = {&to_sx, &to_sy, &to_tx, &to_ty};
@@ -347,6 +350,7 @@ std::tuple<at::Tensor, at::Tensor> rbf_correlation_backward_cpu(const at::Tensor
                                                                 double beta) {
   check_columns(x, "x", y, "y");
   check_beta(beta);
+  check_floating(grad, "grad");
   check_shape(grad, "grad", {x.size(0), x.size(1), y.size(1), x.size(2)});
   return compute_dtype(x, y) == at::kDouble ? differentiate<double>(grad, x, y, beta) : differentiate<float>(grad, x, y, beta);
 }

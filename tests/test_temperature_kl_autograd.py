@@ -264,7 +264,7 @@ ERRORS = [
     (dict(temperature=-1), ValueError, "temperature must be a finite number > 0"),
     (dict(temperature=float("nan")), ValueError, "temperature must be a finite number > 0"),
     (dict(temperature=float("inf")), ValueError, "temperature must be a finite number > 0"),
-    (dict(temperature=torch.tensor([1.0, 1.0, 0.0, 1.0])), ValueError, "temperature must be > 0 everywhere, got 0 in row 2"),
+    (dict(temperature=torch.tensor([1.0, 1.0, 0.0, 1.0])), ValueError, "temperature must be finite and > 0 everywhere, got 0 in row 2"),
     (dict(temperature=torch.ones(3)), ValueError, r"temperature must broadcast to the rows \(4,\)"),
     (dict(temperature=torch.ones(4, dtype=torch.long)), TypeError, "temperature must be floating point"),
     (dict(temperature="4"), TypeError, "temperature must be a number or a tensor, got str"),

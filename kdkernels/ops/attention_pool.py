@@ -104,8 +104,10 @@ def attention_transfer_loss(
         TypeError: features of a wrong type.
         ValueError: batches, devices or numbers of dimensions that differ, or an option out of its range.
 
-    The gradient to the student is written in the forward when only the student requires one. Double backward and ``torch.func`` transforms
-    go through :func:`kdkernels.reference.attention_transfer_loss`.
+    The gradient to the student is written in the forward when only the student requires one. The graph then keeps this gradient, the student's
+    features and the teacher's map (its features for p < 1). A float16 gradient is kept with a power of two for each sample and multiplied by
+    the upstream gradient in float32. Second derivatives, forward mode and ``torch.func`` go through
+    :func:`kdkernels.reference.attention_transfer_loss`.
 
     References:
         S. Zagoruyko, N. Komodakis. Paying More Attention to Attention. ICLR 2017. https://arxiv.org/abs/1612.03928

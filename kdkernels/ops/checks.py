@@ -50,6 +50,18 @@ def share(name: str, value) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
+def positive_values(name: str, value: Tensor | None) -> None:
+    """Finite numbers > 0 in a tensor on the CPU, whatever transforms of torch.func wrap it. One on a GPU is not read back."""
+    functorch = torch._C._functorch
+    while isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        value = value.detach()
+        bad = ~(value.isfinite() & (value > 0))
+        if bad.any():
+            raise ValueError(f"{name} must be finite and > 0 everywhere, got {value[bad].flatten()[0].item()}")
+
+
 def integer(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {kind(value)}")

@@ -4,7 +4,7 @@ The C++ extension registers schema, kernels and first derivative of each op. Thi
 
 - forward mode and ``torch.func``: :func:`takes_reference` tells a public function to call the reference, which torch differentiates in every mode;
 - second and higher derivatives: :func:`derive_double_backward` differentiates the op's backward through the reference;
-- vmap of a backward op (batched gradients, vectorised Jacobians): :func:`derive_vmap` calls the op once for each example.
+- vmap of a backward op: :func:`derive_vmap` calls the op once for each example.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def takes_reference(*tensors: Tensor | None) -> bool:
         if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
             return True
     return forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and _has_tangent(t) for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _has_tangent(t: Tensor) -> bool:
@@ -136,9 +141,7 @@ def derive_double_backward(
 
 def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
     """Tensors with the dimension that vmap hides in front; those that have none are expanded."""
-    return [
-        None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)
-    ]
+    return [None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)]
 
 
 def derive_vmap(name: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..reference import temperature_kl as reference
 from . import checks
-from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
+from .registration import derive_double_backward, derive_vmap, examples_first, is_transformed, takes_reference, usable
 
 _DIRECTIONS = ("forward", "reverse", "jsd")
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -69,11 +67,13 @@ def temperature_kl(
 
     Raises:
         TypeError: logits, temperature or mask of a wrong type.
-        ValueError: shapes or devices that differ, T <= 0, or an option out of its range. (A CUDA tensor of temperatures is not read back
-            to be checked; T <= 0 gives NaN there.)
+        ValueError: shapes or devices that differ, T that is not a finite number > 0, or an option out of its range. (CUDA tensors of temperatures
+            and normalizers are not read back to be checked; T <= 0 gives NaN there.)
 
-    The gradient to the student costs no pass of its own: the forward writes it when only the student requires one. Double backward and
-    ``torch.func`` transforms go through :func:`kdkernels.reference.temperature_kl`.
+    The gradient to the student costs no pass of its own: the forward writes it when only the student requires one. The graph then keeps this
+    gradient and the student's logits; of the teacher's logits it keeps nothing for ``"forward"`` without ``target_eps``. A float16 gradient is kept
+    with a power of two for each row and multiplied by the upstream gradient in float32, so a loss scaler's factor meets it before its
+    small numbers underflow. Second derivatives, forward mode and ``torch.func`` go through :func:`kdkernels.reference.temperature_kl`.
 
     References:
         G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
@@ -89,6 +89,9 @@ def temperature_kl(
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student.device)
+    if is_transformed() and not torch.compiler.is_compiling():  # past which the kernel does not check them
+        checks.positive_values("temperature", rows_temperature)
+        checks.positive_values("normalizer", normalizer)
     options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)
     return _dispatch(student, teacher, temperature, rows_temperature, mask, normalizer, *options)
 
@@ -246,9 +249,7 @@ def _differentiable(student, teacher, row_temperature, arguments):
     return (_reference(student, teacher, temperature, row_temperature, mask, normalizer, *options),)
 
 
-derive_double_backward(
-    "temperature_kl_backward", upstream=(0,), inputs=(1, 2, 4), constants=(5, 6), wanted=14, reference=_differentiable
-)
+derive_double_backward("temperature_kl_backward", upstream=(0,), inputs=(1, 2, 4), constants=(5, 6), wanted=14, reference=_differentiable)
 derive_vmap("temperature_kl_backward")
 derive_vmap("temperature_kl_rescale")
 

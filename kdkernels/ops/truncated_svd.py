@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..reference import align_singular_vectors as align_reference
 from ..reference import truncated_svd as svd_reference
-from . import checks
-from . import truncated_svd_drivers  # noqa: F401  registers what runs on GPUs
-from .registration import derive_double_backward, derive_vmap, examples_first, is_batched, is_linearised, takes_reference, usable
+from . import (
+    checks,
+    truncated_svd_drivers,  # noqa: F401  registers what runs on GPUs
+)
+from .registration import derive_double_backward, derive_vmap, examples_first, is_batched, is_linearised, is_transformed, takes_reference, usable
 
 _SIGNS = ("max_abs", None)
 _FLIPS = ("teacher", "student")
@@ -142,7 +144,7 @@ def truncated_svds(
     k, noise = checked[0][0], [own for _, own in checked]
     if k == 0:
         return [_no_triplets(x, return_u) for x in xs]
-    if torch._C._are_functorch_transforms_active() or takes_reference(*xs):  # one by one, as the transforms know it
+    if is_transformed():  # one by one, as the transforms know it
         return [truncated_svd(x, k, sign=sign, return_u=return_u, gap_eps=gap_eps, driver=driver) for x in xs]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     us, ss, vs, _states = _group_op(xs, k, sign or "", return_u, noise, save, driver or "")

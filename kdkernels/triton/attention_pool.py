@@ -405,10 +405,8 @@ def attention_pool_backward(
 
 def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce: str) -> Tensor:
     """The power of two by which the gradient of each sample is divided to be stored in float16, [B]: csrc/attention_pool_cpu.cpp has the bound."""
-    if p < 1:
-        slope = torch.full_like(maps, 2.0 ** (-24 * (p - 1)))
-    else:
-        slope = (maps * (channels if reduce == "mean" else 1)) ** (1 - 1 / p)
+    whole = maps * channels if reduce == "mean" else maps
+    slope = 2.0 ** (-24 * (p - 1)) if p < 1 else whole ** (1 - 1 / p)
     bound = (weight.abs() * slope).flatten(1).amax(1)
     exponent = torch.where(bound.isfinite() & (bound > 0), torch.frexp(bound).exponent, 15)
     return torch.ldexp(torch.ones_like(bound), (exponent - 15).clamp(-100, 100)).float()

@@ -1,0 +1,174 @@
+"""attention_pool and attention_transfer_loss on features of any strides, of half precision under a loss scaler, and on any number of threads."""
+
+import random
+
+import pytest
+import torch
+from layouts import random_layout, random_shape
+
+from kdkernels import attention_pool, attention_transfer_loss, reference
+
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _close(name, got, want, dtype):
+    """Within the rounding of the features' type and of the sums, of the largest number."""
+    rtol = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
+    error = (got.double() - want).abs().max().item() if got.numel() else 0.0
+    assert error <= rtol * want.abs().max().item() + 1e-12 if got.numel() else True, f"{name}: off by {error:.2e}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_layout(seed):
+    """Values and gradients of random shapes, strides and dtypes, extents of 1 among them, against the reference in float64."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(100):
+        shape = random_shape(rng, rng.choice((3, 4, 4, 5)))
+        dtype, p = rng.choice(DTYPES), rng.choice((1.0, 1.5, 2.0, 2.7))
+        options = {"reduce": rng.choice(("mean", "sum", "max")), "normalize": rng.choice((None, "l2", "softmax"))}
+        x = random_layout(rng, shape, dtype, 0.7)
+        other = random_layout(rng, [shape[0], rng.choice((1, 3, 8)), *shape[2:]], rng.choice(DTYPES), 0.7)
+        case = f"{dtype} {shape} {x.stride()} p={p} {options}"
+        own, wide = x.detach().requires_grad_(), x.detach().double().contiguous().requires_grad_()
+        got, want = attention_pool(own, p, **options), reference.attention_pool(wide, p, **options)
+        _close(f"maps of {case}", got, want.detach(), got.dtype)
+        up = random_layout(rng, got.shape, got.dtype)
+        _close(f"gradient of {case}", *(torch.autograd.grad(y, x, up.to(y.dtype))[0] for y, x in ((got, own), (want, wide))), dtype)
+
+        options = {"reduce": options["reduce"], "variant": rng.choice(("code", "paper"))}
+        case = f"{case} and {other.dtype} {other.shape} {other.stride()} {options}"
+        t, wide_t = other.detach(), other.detach().double().contiguous()
+        for both in (False, True):  # the gradient that the forward saves, and the one that the backward computes
+            inputs = [(own, wide)]
+            if both:
+                t, wide_t = t.requires_grad_(), wide_t.requires_grad_()
+                inputs.append((t, wide_t))
+            got, want = (f(a, b, p, **options) for f, a, b in ((attention_transfer_loss, own, t), (reference.attention_transfer_loss, wide, wide_t)))
+            gradients = (torch.autograd.grad(y, x) for y, x in ((got, [i[0] for i in inputs]), (want, [i[1] for i in inputs])))
+            for a, b in zip(*gradients, strict=True):
+                assert a.isfinite().all() or not b.isfinite().all(), case
+                if wide.shape[2:].numel() > 1:  # of one place the map is 1 whatever it holds: there only finite rounding is left
+                    narrow = max((own.dtype, t.dtype), key=lambda d: torch.finfo(d).eps)
+                    _close(f"gradient of the loss of {case}", a, b, torch.promote_types(narrow, a.dtype) if narrow.itemsize > 2 else narrow)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 1, 1), (3, 1, 4, 5), (1, 8, 1, 1), (2, 1, 1, 1), (2, 16, 1, 7)], ids=str)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_extents_of_one_at_any_stride(shape, reduce):
+    """The stride of an extent of 1 says nothing of the layout: the gradient must not be written by it."""
+    for step in (1, 2, 16):
+        for dim in range(4):
+            sizes = [n * (step if d == dim else 1) + 3 for d, n in enumerate(shape)]
+            for order in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)):
+                memory = torch.randn([sizes[d] for d in order]).permute([order.index(d) for d in range(4)])
+                cut = tuple(slice(0, n * (step if d == dim else 1), step if d == dim else 1) for d, n in enumerate(shape))
+                x = memory[cut].detach().requires_grad_()
+                wide = x.detach().double().contiguous().requires_grad_()
+                up = torch.randn(attention_pool(x).shape)
+                (got,) = torch.autograd.grad(attention_pool(x, reduce=reduce), x, up)
+                (want,) = torch.autograd.grad(reference.attention_pool(wide, reduce=reduce), wide, up.double())
+                torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "kept graph"])
+@pytest.mark.parametrize("upstream", [1.0, 65536.0, 1000 * 65536.0, 3e-3])
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_gradients_are_rounded_after_the_factor(dtype, p, upstream, kept):
+    """Under a loss scaler: what reaches the features is the exact gradient rounded twice at most, also where it is small before the factor."""
+    torch.manual_seed(0)
+    s, t = (torch.randn(8, c, 12, 12).to(dtype) for c in (16, 4))
+    s.requires_grad_()
+    wide = s.detach().double().requires_grad_()
+    (got,) = torch.autograd.grad(attention_transfer_loss(s, t, p) * upstream, s, retain_graph=kept)
+    (want,) = torch.autograd.grad(reference.attention_transfer_loss(wide, t.double(), p) * upstream, wide)
+    tiny, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    fits = want.abs() < most
+    error = (got.double() - want)[fits].abs()
+    assert (error <= 1.01 * torch.finfo(dtype).eps * want[fits].abs() + 2 * tiny * torch.finfo(dtype).eps + 2e-5 * want.abs().max() * 2**-11).all()
+    assert torch.equal(got.isinf(), ~fits)
+
+
+def test_half_gradients_of_compiled_losses_are_the_same():
+    torch._dynamo.reset()
+    s, t = torch.randn(4, 8, 6, 6).half().requires_grad_(), torch.randn(4, 3, 6, 6).half()
+
+    def scaled(s):
+        return attention_transfer_loss(s, t) * 65536.0
+
+    got, want = (torch.autograd.grad(f(s), s)[0] for f in (torch.compile(scaled, fullgraph=True, backend="aot_eager"), scaled))
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
+
+
+def test_triton_saves_half_gradients_like_the_cpu():
+    from kdkernels.triton import attention_pool as kernels
+
+    op = torch.ops.kdkernels.attention_transfer_loss
+    for p, reduce in ((2.0, "mean"), (0.5, "sum"), (3.0, "max")):
+        s, t = torch.randn(3, 5, 4, 3).half(), torch.randn(3, 2, 4, 3)
+        (loss, grad, scale, maps), (want_loss, want, want_scale, want_maps) = (
+            f(s, t, p, "code", reduce, 1e-12, True) for f in (kernels.attention_transfer_loss, op)
+        )
+        torch.testing.assert_close(loss, want_loss)
+        torch.testing.assert_close(maps, want_maps)
+        assert torch.equal(scale.frexp()[0], torch.full_like(scale, 0.5))
+        assert grad.isfinite().all()
+        exact = want.double() * want_scale.view(-1, 1, 1, 1)
+        torch.testing.assert_close(grad.double() * scale.view(-1, 1, 1, 1), exact, rtol=4e-3, atol=1e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", [(1, 70, 20, 20), (1, 33, 9, 15), (3, 130, 12, 13)], ids=str)
+def test_bits_depend_on_neither_threads_nor_batch(shape, layout):
+    """A sample gives the same bits alone and in a batch, with one thread and with four, which share out its places."""
+    x = torch.randn(4, *shape[1:])
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "NHWC" else x
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            for part in (x, x[: shape[0]]):
+                maps = attention_pool(part, 1.5, normalize="l2")
+                a = part.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+                (grad,) = torch.autograd.grad(attention_pool(a, 2.0, normalize="l2"), a, torch.ones_like(maps))
+                results.append((maps[:1], grad[:1]))
+    finally:
+        torch.set_num_threads(threads)
+    for maps, grad in results[1:]:
+        assert torch.equal(maps, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_raw_ops_refuse_what_they_cannot_read():
+    """Wrong sizes, types and options, in every position: an error, never memory of others."""
+    ops = torch.ops.kdkernels
+    x = torch.randn(2, 3, 4, 4)
+    maps, norm, channel = ops.attention_pool(x, 2.0, "max", "l2", 1e-12)
+    bad = [torch.zeros(2, 3, 0), torch.zeros(2, 0, 4), torch.zeros(2, 3), x.to(torch.float8_e4m3fn), x.long(), x.to(torch.complex64), x[:1], x[:, :, :3]]
+    one = torch.ones(())
+    for wrong in bad:
+        for call in (
+            lambda w: ops.attention_pool_backward(maps, w, maps, norm, channel, 2.0, "max", "l2", 1e-12),
+            lambda w: ops.attention_pool_backward(w, x, maps, norm, channel, 2.0, "max", "l2", 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, w, norm, channel, 2.0, "max", "l2", 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, maps, w, channel, 2.0, "max", "l2", 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, maps, norm, w, 2.0, "max", "l2", 1e-12),
+            lambda w: ops.attention_transfer_loss(x, w, 2.0, "code", "mean", 1e-12, True),
+            lambda w: ops.attention_transfer_loss(w, x, 2.0, "code", "mean", 1e-12, True),
+            lambda w: ops.attention_transfer_loss_backward(w, x, x, 2.0, "code", "mean", 1e-12, [True, True]),
+            lambda w: ops.attention_transfer_loss_backward(one, w, x, 2.0, "code", "mean", 1e-12, [True, True]),
+            lambda w: ops.attention_transfer_loss_rescale_(x.clone(), w, one),
+            lambda w: ops.attention_transfer_loss_rescale_(x.clone(), torch.ones(2), w),
+        ):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                call(wrong)
+    for wrong in bad[:6]:
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.attention_pool(wrong, 2.0, "mean", "", 1e-12)
+    for arguments in ((0.0, "mean", "", 1e-12), (2.0, "none", "", 1e-12), (2.0, "mean", "l1", 1e-12), (2.0, "mean", "", float("nan"))):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.attention_pool(x, *arguments)
+
+
