@@ -15,9 +15,9 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using at::Tensor;
 
-using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&, const OptionalTensor&,
-                                                    const OptionalTensor&, int64_t, c10::string_view, double, c10::string_view, bool, bool,
-                                                    double, bool);
+using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&,
+                                                            const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view, double,
+                                                            c10::string_view, bool, bool, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
                                                              const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
                                                              double, c10::string_view, bool, bool, double, std::array<bool, 3>);
@@ -32,8 +32,8 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
-                                scale_by_t2, include_entropy, target_eps, save_grad);
+    auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta,
+                                           reduction, scale_by_t2, include_entropy, target_eps, save_grad);
     ctx->mark_non_differentiable({grad, row_scale});
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(
@@ -87,10 +87,10 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
 };
 
 std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
-                                                   const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                   const OptionalTensor& normalizer, int64_t dim, c10::string_view direction, double beta,
-                                                   c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps,
-                                                   bool save_grad) {
+                                                           const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                           const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
+                                                           double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
+                                                           double target_eps, bool save_grad) {
   const bool needs_grad = student.requires_grad() || teacher.requires_grad() || (row_temperature && row_temperature->requires_grad());
   if (!at::GradMode::is_enabled() || !needs_grad) {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without
-  // `dim`. If save_grad, which the derivative sets, the second result is dLoss/dStudent, else it is empty. The gradient of float16 logits is
-  // saved as grad_student * row_scale, one power of two for each row, because gradients of a mean over a batch lie below the range of
+  // `dim`. If save_grad, which the derivative sets, the second result is dLoss/dStudent, else it is empty. The gradient of float16 logits
+  // is saved as grad_student * row_scale, one power of two for each row, because gradients of a mean over a batch lie below the range of
   // float16 until a loss scaler's factor meets them; for other types row_scale is empty.
   m.def(
       "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
@@ -120,8 +120,8 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
       "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
       "Tensor? normalizer, int dim, str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
       "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
-  // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may be
-  // empty. Rows that the mask leaves out are 0 whatever grad_loss is.
+  // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may
+  // be empty. Rows that the mask leaves out are 0 whatever grad_loss is.
   m.def("temperature_kl_rescale(Tensor grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> Tensor");
   m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
 }

@@ -115,8 +115,7 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
   // T^2 V and its derivative 2 T V - T S, or V and -S / T.
   if (slope) {
     const Vec<T> factor = result.rest * temperature;
-    result.slope = weight * (o.scale_by_t2 ? factor * (T(2) * result.value - result.slope)
-                                           : -(result.slope * result.rest) / temperature);
+    result.slope = weight * (o.scale_by_t2 ? factor * (T(2) * result.value - result.slope) : -(result.slope * result.rest) / temperature);
   }
   result.value *= o.scale_by_t2 ? (result.rest * temperature) * temperature : result.rest;
   return result;
@@ -171,8 +170,7 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
     const Source<T> student(at(kStudent), call.element[kStudent], call.classes),
         teacher(at(kTeacher), call.element[kTeacher], call.classes);
     const Sink<T> final_student = sink(kStudentGrad), to_teacher = sink(kTeacherGrad);
-    const Sink<T> to_student =
-        call.row_scale ? Sink<T>(scratch.gradient_row(), Element::native, call.classes, false) : final_student;
+    const Sink<T> to_student = call.row_scale ? Sink<T>(scratch.gradient_row(), Element::native, call.classes, false) : final_student;
     const auto result = run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)),
                                                  splat<T>(call.row_weight(row)), call.wants(kStudentGrad) ? &to_student : nullptr,
                                                  call.wants(kTeacherGrad) ? &to_teacher : nullptr, scratch);
@@ -366,16 +364,16 @@ at::Tensor reduce(const Call<T>& call, const at::Tensor& row_loss) {
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Options& o, const at::Tensor& student, const at::Tensor& teacher,
-                                           const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                           const OptionalTensor& normalizer, bool save_grad) {
+                                                       const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                       const OptionalTensor& normalizer, bool save_grad) {
   std::vector<at::Tensor> holder;
   Call<T> call = make_call<T>(o, student, teacher, row_temperature, mask, normalizer, holder);
   const at::Tensor row_loss = at::empty(row_shape(student, o.dim), student.options().dtype(c10::CppTypeToScalarType<T>::value));
   const at::Tensor grad = save_grad ? recycled_empty_like(student) : at::empty({0}, student.options());
   call.row_loss = row_loss.mutable_data_ptr<T>();
   const bool scaled = save_grad && student.scalar_type() == at::kHalf;
-  const at::Tensor row_scale =
-      scaled ? at::empty(row_shape(student, o.dim), student.options().dtype(at::kFloat)) : at::empty({0}, student.options().dtype(at::kFloat));
+  const at::Tensor row_scale = scaled ? at::empty(row_shape(student, o.dim), student.options().dtype(at::kFloat))
+                                      : at::empty({0}, student.options().dtype(at::kFloat));
   if (save_grad) call.x[kStudentGrad] = grad;
   if (scaled) call.row_scale = row_scale.mutable_data_ptr<float>();
   if (call.rows > 0) run(call);
@@ -407,10 +405,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const Options& o, const 
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, double temperature,
-                                                      const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                      const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
-                                                      double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
-                                                      double target_eps, bool save_grad) {
+                                                                  const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                                  const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
+                                                                  double beta, c10::string_view reduction, bool scale_by_t2,
+                                                                  bool include_entropy, double target_eps, bool save_grad) {
   const Options o = parse_options(student, temperature, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps);
   check_inputs(student, teacher, row_temperature, mask, normalizer, o);
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? forward<double> : forward<float>;
