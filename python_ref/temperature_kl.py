@@ -28,6 +28,8 @@ def temperature_kl(
 
     def log_probabilities(x: Tensor) -> Tensor:  # an excluded class (-inf) is excluded at every T: it adds no 0 * inf to T's gradient
         excluded, rows_t = x == -torch.inf, temperature[..., None]
+        top = x.detach().amax(-1, keepdim=True) if x.shape[-1] else 0  # very low logits would leave T's gradient no digits
+        x = x - torch.where(torch.isfinite(torch.as_tensor(top)), top, 0)
         return torch.log_softmax(torch.where(excluded, x / rows_t.detach(), torch.where(excluded, 0, x) / rows_t), -1)
 
     log_s, log_t = log_probabilities(s), log_probabilities(t)

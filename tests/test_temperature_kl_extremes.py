@@ -61,7 +61,9 @@ def test_classes_excluded_by_low_numbers(backend, form):
         ("all but one", ""),
         ("", "all but one"),
     ]
-    dtypes = list(LOWEST) if backend != "triton" else [torch.float32, torch.float16]
+    dtypes = list(LOWEST)
+    if backend == "triton":  # its interpreter is slow
+        sides, dtypes = sides[:5], [torch.float32]
     for dtype, (student_kind, teacher_kind) in itertools.product(dtypes, sides):
         for low in {LOWEST[dtype], max(LOWEST[dtype], -1e9)}:
             s, t = (2 * torch.randn(3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -120,11 +122,10 @@ def test_blocks_excluded_before_any_class_is_left(backend):
 
 
 def _exact_jsd(s, t, beta):
-    """In float64 from terms of one sign (see docs/temperature_kl.md); log1p(x) - x would cancel only where its term is negligible."""
+    """In float64 from terms of one sign (docs/temperature_kl.md), where the textbook form has no digits for a beta near 0 or 1."""
     log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
-    p, q, a = log_p.exp(), log_q.exp(), 1 - beta
-    first = torch.log(torch.as_tensor(beta + a * (log_q - log_p).exp()))
-    return (-beta * p * first - a * q * torch.log1p(beta * torch.expm1(log_p - log_q))).sum(-1)
+    u, v = (1 - beta) * torch.expm1(log_q - log_p), beta * torch.expm1(log_p - log_q)
+    return (beta * log_p.exp() * (u - torch.log1p(u)) + (1 - beta) * log_q.exp() * (v - torch.log1p(v))).sum(-1)
 
 
 @pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
@@ -133,10 +134,12 @@ def test_jsd_with_weights_near_the_ends(backend, beta):
     for spread in (0.3, 1.0, 3.0):
         s, t = spread * torch.randn(6, 10), spread * torch.randn(6, 10)
         got, want = _both(backend, s, t, torch.ones(6), direction="jsd", beta=beta)
-        assert_close("loss", got[0], want[0], rtol=5e-6)
-        for a, e in zip(got[1:3], want[1:3], strict=True):
+        assert_close("loss", got[0], _exact_jsd(s.double(), t.double(), beta), rtol=5e-6)
+        inputs = [x.double().requires_grad_() for x in (s, t)]
+        exact = torch.autograd.grad(_exact_jsd(*inputs, beta).sum(), inputs)
+        for a, e in zip(got[1:3], exact, strict=True):
             assert ((a.double() - e).norm() / e.norm()).item() <= 5e-6
-    assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-5 if min(beta, 1 - beta) < 1e-9 else 1e-8)
+    assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-15 / min(beta, 1 - beta) + 1e-12)
 
 
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])

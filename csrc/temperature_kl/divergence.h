@@ -8,9 +8,9 @@
 // These identities hold for every m: the rounding of the first mean is taken up by E_p[x] and costs nothing. No term is a difference of
 // two large numbers, so loss and gradient keep their digits however close the nets are. Two exponentials per class; no maximum over o.
 //
-// d itself is such a difference where the logits of one net are far from those of the other: one net has another offset, or excludes classes
-// by a very low finite number. The mean of d tells (it is E_p[d] whatever the classes without probability hold). Such rows are computed
-// again from logits from which each net's own maximum has been subtracted (needs_centring, centre).
+// d itself is such a difference where the logits of one net are far from those of the other: one net has another offset, or excludes
+// classes by a very low finite number. The mean of d tells (it is E_p[d] whatever the classes without probability hold). Such rows are
+// computed again from logits from which each net's own maximum has been subtracted (needs_centring, centre).
 #pragma once
 
 #include "tile.h"
@@ -105,8 +105,8 @@ void far_apart(const Source<T>& base, const Source<T>& other, const T* e, T* gap
 
 // Fills e[] with z p_b and, if asked, gap[] with z p_b (e^y - 1). `ahead` is what will be read next, after this tile: it is fetched
 // while the second exponential keeps the memory idle. With `centred` the logits of rows far apart are centred, and classes without
-// probability may hold anything; without it `far` says only that the row needs this. Rows whose nets disagree by more than `disagree` are far
-// apart too.
+// probability may hold anything; without it `far` says only that the row needs this. Rows whose nets disagree by more than `disagree` are
+// far apart too.
 template <typename T, typename Reduce, bool centred>
 Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> temperature, T* e, T* gap, Ahead ahead,
                          T disagree = std::numeric_limits<T>::infinity()) {
@@ -170,7 +170,8 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> t
   s.kl = centred_kl<T>(convex, s.drift, s.w);
   s.shift = s.mean + s.drift - s.kl;
 
-  s.far = ~((convex < T(1e30)) & (s.kl <= disagree));
+  // Sums of terms >= 0: a negative one comes from terms that were cut off at the end of the range of T.
+  s.far = ~((convex < T(1e30)) & (convex > T(-1)) & (s.kl <= disagree));
   if (centred && any(s.far)) far_apart<T, Reduce>(base, other, e, gap, s);
   return s;
 }

@@ -166,7 +166,7 @@ def _kl_kernel(
 
         e, d, up, above, ey = _weights(b, o, in_row, safe, b_centre, o_centre, inv_t, mean)
         block = tl.sum(above, 1, keep_dims=True)
-        far = far | ((z > 0.0) & ~(block < 1e30))
+        far = far | ((z > 0.0) & ~((block < 1e30) & (block > -1e30)))
         convex += block
         drift -= tl.sum(ey, 1, keep_dims=True)
 
@@ -174,7 +174,7 @@ def _kl_kernel(
     convex, drift = convex * inv_z, drift * inv_z
     w = convex - drift
     kl = centred_kl(convex, drift, w)
-    far = far | ~(convex < 1e30)
+    far = far | ~((convex < 1e30) & (convex > -1.0))  # negative: terms were cut off at the end of the range
     if DIRECTION == 2:  # nets that disagree: log-sum-exps of centred logits lose fewer digits than sums that grow with the divergence
         far = far | ~(kl <= 1.0)
     log_z, log_oz = log(z), log(o_z)
@@ -394,13 +394,13 @@ def _rescale_rows_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = grad * row_scale * upstream, rounded once."""
+    if IN_PLACE and not HAS_SCALE and not PER_ROW:  # the unit factor of a plain .backward() leaves everything as it is
+        rows = tl.where(tl.load(upstream_ptr) == 1.0, 0, rows)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_batch = row < rows
     outer, i = row // inner, row % inner
     inside = in_batch[:, None] & (column < classes)
-    if IN_PLACE and not HAS_SCALE and not PER_ROW:  # the unit factor of a plain .backward() leaves everything as it is
-        inside = inside & (tl.load(upstream_ptr) != 1.0)
     number = tl.load(grad_ptr + (outer * g_outer + i * g_inner)[:, None] + column * g_class, mask=inside, other=0.0).to(COMPUTE)
     if HAS_SCALE:
         number = number * tl.load(row_scale_ptr + row, mask=in_batch, other=1.0).to(COMPUTE)[:, None]
