@@ -192,6 +192,7 @@ def _write_s(s_ptr, sigma_ptr, scale, k, KB: tl.constexpr):
 def _fix_signs(own_ptr, other_ptr, n, others, k, BOTH: tl.constexpr, BLOCK: tl.constexpr):
     """The entry of largest magnitude of every vector of `own`, the first of equals (see kSignTies), is made positive."""
     lane = tl.arange(0, BLOCK)
+    n, others = tl.cast(n, tl.int64), tl.cast(others, tl.int64)  # k of them may exceed 32 bits; both, for their loops share a counter
     for j in range(0, k):
         best = tl.full([], 0.0, own_ptr.dtype.element_ty)
         for first in range(0, n, BLOCK):
@@ -316,9 +317,9 @@ def _finish_kernel(
         tl.debug_barrier()
         if SIGN:
             if SIGN_ON_A:
-                _fix_signs(a_ptr, b_ptr, p, wide_q, k, True, BLOCK)
+                _fix_signs(a_ptr, b_ptr, p, q, k, True, BLOCK)
             else:
-                _fix_signs(b_ptr, a_ptr, wide_q, p, k, True, BLOCK)
+                _fix_signs(b_ptr, a_ptr, q, p, k, True, BLOCK)
     else:
         for first in range(0, k * wide_q, BLOCK):
             tl.store(b_ptr + first + lane, tl.full([BLOCK], float("nan"), T), first + lane < k * wide_q)
