@@ -35,7 +35,9 @@ struct Align : torch::autograd::Function<Align> {
     if (!teacher.requires_grad() && !needs_grad(weight)) constants.push_back(t);
     ctx->mark_non_differentiable(constants);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({student, teacher, weight.value_or(Tensor()), match, flips});
+    // What was made in inference mode cannot be saved.
+    auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
+    ctx->save_for_backward({savable(student), savable(teacher), savable(weight.value_or(Tensor())), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
     ctx->saved_data["driver"] = driver;
     ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};

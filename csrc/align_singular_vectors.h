@@ -10,6 +10,10 @@
 
 namespace kdkernels::align_singular_vectors {
 
+// Cosines whose magnitude is less than this share below the largest count as equal to it, and the first of equals is taken: which of two
+// equal ones comes out larger is decided by rounding.
+constexpr double kTies = 1e-6;
+
 // The drivers' ops, see driver_op.
 using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                              const std::optional<at::Tensor>&, bool);
@@ -23,14 +27,17 @@ inline bool in_double(const at::Tensor& student, const at::Tensor& teacher) {
 }
 
 inline void check(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& weight) {
-  check_floating(student, "student");
-  check_floating(teacher, "teacher");
+  check_type(student, "student");
+  check_type(teacher, "teacher");
   check_device(teacher, "teacher", student.device());
   TORCH_CHECK_VALUE(
       teacher.dim() >= 2 && teacher.size(-1) > 0 && teacher.size(-2) > 0 && student.dim() == teacher.dim() && student.size(-1) > 0,
       "student and teacher must be [..., N, K] and [..., N, k], got ", student.sizes(), " and ", teacher.sizes());
   check_shape(student, "student", batched(teacher, {teacher.size(-2), student.size(-1)}));
-  if (weight) check_shape(*weight, "weight", batched(teacher, {teacher.size(-1)}));
+  if (!weight) return;
+  check_type(*weight, "weight");
+  check_device(*weight, "weight", student.device());
+  check_shape(*weight, "weight", batched(teacher, {teacher.size(-1)}));
 }
 
 inline void check_backward(const std::optional<at::Tensor>& grad_student, const std::optional<at::Tensor>& grad_teacher,
@@ -38,13 +45,28 @@ inline void check_backward(const std::optional<at::Tensor>& grad_student, const 
                            const at::Tensor& match, const at::Tensor& flips, std::array<bool, 3> wanted) {
   check(student, teacher, weight);
   TORCH_CHECK_VALUE(weight || !wanted[2], "weight is not there to have a gradient");
-  for (const auto* grad : {&grad_student, &grad_teacher})
-    if (*grad && (*grad)->defined()) check_shape(**grad, "grad", teacher.sizes());
+  for (const auto* grad : {&grad_student, &grad_teacher}) {
+    if (!*grad || !(*grad)->defined()) continue;
+    check_type(**grad, "grad");
+    check_device(**grad, "grad", student.device());
+    check_shape(**grad, "grad", teacher.sizes());
+  }
+  check_device(match, "match", student.device());
+  check_device(flips, "flips", student.device());
   check_shape(match, "match", batched(teacher, {teacher.size(-1)}));
   check_shape(flips, "flips", batched(teacher, {teacher.size(-1)}));
   const bool wide = in_double(student, teacher);
   TORCH_CHECK_TYPE(match.scalar_type() == at::kLong && flips.scalar_type() == (wide ? at::kDouble : at::kFloat),
                    "match must be int64 and flips of the computing type");
+}
+
+// Of tensors on the CPU; on a GPU nothing waits for the device, and kernels take nothing of a vector that is not there.
+inline void check_match(const at::Tensor& match, int64_t many) {
+  const at::Tensor index = match.contiguous();
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    const int64_t j = index.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_VALUE(j >= 0 && j < many, "match must lie in [0, ", many, "), got ", j);
+  }
 }
 
 }  // namespace kdkernels::align_singular_vectors

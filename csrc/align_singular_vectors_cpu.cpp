@@ -31,15 +31,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& student, const 
   const Tensor out_s = at::empty(batched(teacher, {k, n}), options), out_t = at::empty(batched(teacher, {k, n}), options);
   const Tensor match = at::empty(batched(teacher, {k}), options.dtype(at::kLong)), flips = at::empty(batched(teacher, {k}), options);
   at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (many * k * n)), [&](int64_t begin, int64_t end) {
+    std::vector<double> cosine(many);
     for (int64_t i = begin * k; i < end * k; ++i) {
       const T *own = t.const_data_ptr<T>() + i * n, *others = s.const_data_ptr<T>() + i / k * many * n;
-      double best = 0;
-      int64_t chosen = 0;
+      double most = 0;
       for (int64_t j = 0; j < many; ++j) {
-        const double cosine = simd::dot_product(others + j * n, own, n);
-        if (j == 0 || std::abs(cosine) > std::abs(best)) best = cosine, chosen = j;
+        cosine[j] = simd::dot_product(others + j * n, own, n);
+        most = std::max(most, std::abs(cosine[j]));
       }
-      const T flip = best < 0 ? T(-1) : T(1), factor = w.defined() ? w.const_data_ptr<T>()[i] : T(1);
+      // The first of equals. NaN equals nothing: the first vector then.
+      int64_t chosen = 0;
+      while (chosen < many && !(std::abs(cosine[chosen]) >= (1 - kTies) * most)) ++chosen;
+      if (chosen == many) chosen = 0;
+      const T flip = cosine[chosen] < 0 ? T(-1) : T(1), factor = w.defined() ? w.const_data_ptr<T>()[i] : T(1);
       match.mutable_data_ptr<int64_t>()[i] = chosen;
       flips.mutable_data_ptr<T>()[i] = flip;
       scaled<T>(others + chosen * n, flip_teacher ? factor : factor * flip, n, out_s.mutable_data_ptr<T>() + i * n);
@@ -102,13 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> align_backward_cpu(const std::optional<Tensor
     return driver_op<BackwardSignature>("align_singular_vectors_backward", driver)
         .call(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted);
   check_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, wanted);
-  const Tensor index = match.contiguous();
-  for (int64_t i = 0; i < index.numel(); ++i) {
-    const int64_t j = index.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_VALUE(j >= 0 && j < student.size(-1), "match must lie in [0, ", student.size(-1), "), got ", j);
-  }
-  return (in_double(student, teacher) ? backward<double> : backward<float>)(grad_student, grad_teacher, student, teacher, weight, index,
-                                                                            flips.contiguous(), flip_teacher, wanted);
+  check_match(match, student.size(-1));
+  return (in_double(student, teacher) ? backward<double> : backward<float>)(grad_student, grad_teacher, student, teacher, weight,
+                                                                            match.contiguous(), flips.contiguous(), flip_teacher, wanted);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <string_view>
 
 #include "check.h"
@@ -13,9 +14,22 @@ namespace kdkernels::truncated_svd {
 // Gram matrices square the condition: below this share of the largest singular value a result is taken from a more exact method.
 constexpr double kIllConditioned = 0.15;
 
+// Entries of a vector whose magnitude is less than this share below the largest count as equal to it where the sign is fixed: which of two
+// equal entries comes out larger is decided by rounding. Vectors of float32 have errors of some 1e-5.
+constexpr double kSignTies = 1e-4;
+
 // Singular values below this share of the largest are zero to the derivative: 1 / sigma is left out.
 template <typename T>
 constexpr double kNull = sizeof(T) == 4 ? 1e-6 : 1e-13;
+
+// Whether squares of a matrix with this largest singular value leave the range of T, so that it is taken in a unit of its own. This is the
+// derivative's rule; the forward's, by the trace of the Gram matrix (Direct::gram_of), is stricter, so that every matrix it takes so is
+// here.
+template <typename T>
+bool out_of_range(T largest) {
+  constexpr T low = sizeof(T) == 4 ? T(2e-12) : T(2e-100), high = sizeof(T) == 4 ? T(1e13) : T(1e140);
+  return (largest > 0 && largest < low) || largest > high;
+}
 
 // The drivers' ops: truncated_svd_<driver> takes what truncated_svd does, without the driver.
 using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, c10::string_view, bool, double,
@@ -24,7 +38,7 @@ using BackwardSignature = at::Tensor(const std::optional<at::Tensor>&, const std
                                      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double);
 
 inline void check_matrices(const at::Tensor& x, int64_t k) {
-  check_floating(x, "x");
+  check_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0, "x must be matrices [..., M, N] with M, N >= 1, got ", x.sizes());
   TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(-1), x.size(-2)), "k must lie in [1, min(M, N)], got ", k, " for ", x.sizes());
 }
@@ -42,7 +56,7 @@ inline at::ScalarType compute_dtype(const at::Tensor& x) {
 struct BackwardInputs {
   BackwardInputs(const std::optional<at::Tensor>& grad_u, const std::optional<at::Tensor>& grad_s, const std::optional<at::Tensor>& grad_v,
                  const at::Tensor& x, const at::Tensor& u_, const at::Tensor& s_, const at::Tensor& v_, double gap_eps)
-      : k(s_.size(-1)), dtype(compute_dtype(x)) {
+      : k(s_.dim() > 0 ? s_.size(-1) : 0), dtype(compute_dtype(x)) {
     check_matrices(x, k);
     const int64_t rows = x.size(-2), columns = x.size(-1);
     const bool has_u = u_.dim() == x.dim();
@@ -50,9 +64,18 @@ struct BackwardInputs {
     check_shape(v_, "v", batched(x, {columns, k}));
     if (has_u) check_shape(u_, "u", batched(x, {rows, k}));
     TORCH_CHECK_VALUE(has_u || rows >= columns, "u is needed where M < N");
-    TORCH_CHECK_VALUE(gap_eps > 0, "gap_eps must be > 0, got ", gap_eps);
+    TORCH_CHECK_VALUE(gap_eps > 0 && gap_eps <= std::numeric_limits<double>::max(), "gap_eps must be finite and > 0, got ", gap_eps);
+    auto check_made_of_x = [&](const at::Tensor& t, const char* name) {
+      check_device(t, name, x.device());
+      TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", as the forward gave it, got ", t.scalar_type());
+    };
+    check_made_of_x(s_, "s");
+    check_made_of_x(v_, "v");
+    if (has_u) check_made_of_x(u_, "u");
     auto given = [&](const std::optional<at::Tensor>& g, const char* name, at::IntArrayRef sizes) {
       if (!g || !g->defined()) return at::Tensor();
+      check_type(*g, name);
+      check_device(*g, name, x.device());
       check_shape(*g, name, sizes);
       return *g;
     };

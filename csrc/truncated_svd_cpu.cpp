@@ -13,6 +13,53 @@ Tensor rows(const Tensor& t, const std::vector<int64_t>& which, at::ScalarType d
   return t.index_select(0, index_of(which)).to(dtype);
 }
 
+// The signs that were given out, to triplets that were made again.
+void take_signs(const Tensor& given, Triplets& again) {
+  const Tensor product = again.v.mul(given).sum(-1, true), flip = product.sign().add(product.eq(0));
+  again.v = again.v.mul(flip);
+  if (again.u.numel() > 0) again.u = again.u.mul(flip);
+}
+
+// Writes gradients [n, M, N] of double or float to their places. Double reaches further than float does, and units further than double: a
+// gradient past the largest number is held there. Half types say so with an infinity, which is what scalers of gradients look for.
+void put(const std::vector<int64_t>& which, const Tensor& result, const Tensor& gradient) {
+  if (gradient.scalar_type() == at::kFloat) result.clamp_(-std::numeric_limits<float>::max(), std::numeric_limits<float>::max());
+  if (gradient.scalar_type() == at::kDouble) result.clamp_(-std::numeric_limits<double>::max(), std::numeric_limits<double>::max());
+  if (gradient.dim() == 3) {
+    gradient.index_copy_(0, index_of(which), result.to(gradient.scalar_type()));
+    return;
+  }
+  const Matrices to(gradient);
+  for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
+}
+
+// Gradients of matrices whose squares leave the range of their type: those of x = X / c, c a power of two, which has the same vectors and
+// sigma / c. What comes of vectors is c times that of X; what comes of values is that of X, whatever c is.
+void gradients_in_units(const std::vector<int64_t>& which, const Cotangents& grads, const Matrices& m, const Triplets& t, double gap_eps,
+                        const Tensor& gradient) {
+  if (which.empty()) return;
+  const InUnits units(some_matrices(m, which, at::kDouble));
+  const bool wide = t.s.scalar_type() == at::kDouble;
+  Triplets exact = Decomposition<double>(units.x, t.s.size(-1), false, !m.tall || t.u.defined(), true, wide, Tier::direct).run();
+  take_signs(rows(t.v, which, at::kDouble), exact);
+  auto part = [&](const Tensor& u, const Tensor& s, const Tensor& v) {
+    const Cotangents given{rows(u, which, at::kDouble), rows(s, which, at::kDouble), rows(v, which, at::kDouble)};
+    return Backward<double>(given, units.x, exact, gap_eps, Tier::direct).run();
+  };
+  Tensor result = part(grads.u, {}, grads.v).mul(units.first).mul(units.second);
+  if (grads.s.defined()) result = result.add(part({}, grads.s, {}));
+  put(which, result, gradient);
+}
+
+template <typename T>
+std::vector<int64_t> matrices_out_of_range(const Tensor& s) {
+  std::vector<int64_t> which;
+  const int64_t k = s.size(-1);
+  for (int64_t b = 0; b < s.size(0); ++b)
+    if (out_of_range(s.const_data_ptr<T>()[b * k])) which.push_back(b);
+  return which;
+}
+
 // Gradients of some matrices, made again by the direct tier in T.
 template <typename T>
 void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, const Matrices& m, const Triplets& t, double gap_eps,
@@ -23,21 +70,10 @@ void redo_gradients(const std::vector<int64_t>& which, const Cotangents& grads, 
   Triplets exact{rows(t.u, which, type), rows(t.s, which, type), rows(t.v, which, type), at::empty({0}, x.options())};
   if (sizeof(T) == 8) {
     exact = Decomposition<T>(x, t.s.size(-1), false, !m.tall || t.u.defined(), true, false, Tier::direct).run();
-    // The signs that were given out.
-    const Tensor flip = exact.v.mul(rows(t.v, which, type)).sum(-1, true).sign();
-    exact.v = exact.v.mul(flip);
-    if (exact.u.numel() > 0) exact.u = exact.u.mul(flip);
+    take_signs(rows(t.v, which, type), exact);
   }
   const Cotangents given{rows(grads.u, which, type), rows(grads.s, which, type), rows(grads.v, which, type)};
-  const Tensor result = Backward<T>(given, x, exact, gap_eps, Tier::direct).run();
-  // Double reaches further than float does; half types say so with an infinity, which is what scalers of gradients look for.
-  if (gradient.scalar_type() == at::kFloat) result.clamp_(-std::numeric_limits<float>::max(), std::numeric_limits<float>::max());
-  if (gradient.dim() == 3) {
-    gradient.index_copy_(0, index_of(which), result.to(gradient.scalar_type()));
-    return;
-  }
-  const Matrices to(gradient);
-  for (size_t i = 0; i < which.size(); ++i) to.one(which[i]).copy_(result.select(0, static_cast<int64_t>(i)));
+  put(which, Backward<T>(given, x, exact, gap_eps, Tier::direct).run(), gradient);
 }
 
 // Whether anything of a triplet has a gradient: [B, k].
@@ -88,12 +124,13 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
     const int64_t lanes = simd::kBytes / static_cast<int64_t>(dtype == at::kDouble ? sizeof(double) : sizeof(float));
     const int64_t numbers =
         (m.batch + lanes - 1) / lanes * lanes * (dtype == at::kDouble ? GroupState<double>::size(m.p, k) : GroupState<float>::size(m.p, k));
-    TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.is_contiguous() && state.numel() == numbers &&
+    TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.device() == x.device() && state.is_contiguous() && state.numel() == numbers &&
                           reinterpret_cast<uintptr_t>(state.const_data_ptr()) % simd::kBytes == 0,
                       "state must be that of the forward, or empty");
   }
   if (dtype == at::kDouble) {
     const Tensor gradient = Backward<double>(grads, x, t, gap_eps, Tier::direct).run();
+    gradients_in_units(matrices_out_of_range<double>(t.s), grads, m, t, gap_eps, gradient);
     leave_out_the_unused(grads, t.s, gradient);
     return gradient;
   }
@@ -101,13 +138,14 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   const Tier tier = gap_eps <= 1e-4 && state.numel() == 0 ? tier_for<float>(m, k) : Tier::direct;
   std::vector<int64_t> unsolved, ill;
   const Tensor gradient = Backward<float>(grads, x, t, gap_eps, tier).run(&unsolved);
+  const float* sigma = t.s.const_data_ptr<float>();
+  std::erase_if(unsolved, [&](int64_t b) { return out_of_range(sigma[b * k]); });
   redo_gradients<float>(unsolved, grads, m, t, gap_eps, gradient);
   // Matrices whose forward was done again in double have their derivative from there too, but where nothing of the triplets that asked for
   // it was used: SVD-KD has a spare vector that it takes only where an order changed.
-  const float* sigma = t.s.const_data_ptr<float>();
   Tensor used;
   for (int64_t b = 0; b < m.batch; ++b) {
-    if (!(sigma[b * k + k - 1] < kIllConditioned * sigma[b * k])) continue;
+    if (out_of_range(sigma[b * k]) || !(sigma[b * k + k - 1] < kIllConditioned * sigma[b * k])) continue;
     if (!used.defined()) used = used_triplets(grads, m.batch, k);
     const bool* own = used.const_data_ptr<bool>() + b * k;
     for (int64_t j = k - 1; sigma[b * k + j] < kIllConditioned * sigma[b * k]; --j)
@@ -117,6 +155,7 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
       }
   }
   redo_gradients<double>(ill, grads, m, t, gap_eps, gradient);
+  gradients_in_units(matrices_out_of_range<float>(t.s), grads, m, t, gap_eps, gradient);
   leave_out_the_unused(grads, t.s, gradient);
   return gradient;
 }

@@ -126,6 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_host(const Tensor& student, c
 std::tuple<Tensor, Tensor, Tensor> backward_host(const std::optional<Tensor>& grad_student, const std::optional<Tensor>& grad_teacher,
                                                  const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                  const Tensor& match, const Tensor& flips, bool flip_teacher, std::array<bool, 3> wanted) {
+  check_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, wanted);
+  check_match(match, student.size(-1));
   return align_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted, nullptr);
 }
 }  // namespace

@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "truncated_svd/decomposition.h"
+#include "truncated_svd/rounds.h"
 
 namespace kdkernels::truncated_svd {
 namespace {

@@ -2,10 +2,18 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <vector>
 
 namespace kdkernels {
+
+// The types that kernels of singular vectors read.
+inline void check_type(const at::Tensor& x, const char* name) {
+  const at::ScalarType type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+                   " must be float64, float32, bfloat16 or float16, got ", type);
+}
 
 // The shape of a batch of matrices with other last sizes.
 inline std::vector<int64_t> batched(const at::Tensor& x, std::initializer_list<int64_t> last) {

@@ -251,9 +251,14 @@ def _student_vectors(maps: list[Tensor], counts: list[int], grad: str) -> list[t
     with torch.no_grad():
         results = _decompose(maps, counts, return_u=True)
     for i, (x, (u, s, v)) in enumerate(zip(maps, results, strict=True)):
-        if grad == "rank1" or x.shape[1] < x.shape[2]:
-            results[i] = (u, s, _with_rank1_gradient(x, u, s, v))
+        wide = x.shape[1] < x.shape[2]
+        results[i] = (u, s, _with_rank1_gradient(x, u, s, v) if grad == "rank1" or wide else _with_zero_gradient(x, v))
     return results
+
+
+def _with_zero_gradient(x: Tensor, v: Tensor) -> Tensor:
+    """v, with a derivative that is 0 whatever x holds: a loss of such vectors alone has a backward too."""
+    return v + x[:, :0].sum().to(v.dtype)
 
 
 def _with_rank1_gradient(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:

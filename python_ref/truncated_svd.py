@@ -20,9 +20,10 @@ def truncated_svd(
     broken = ~x.isfinite().flatten(-2).all(-1)[..., None, None]
     u, s, vh = torch.linalg.svd(torch.where(broken, torch.zeros_like(x), x), full_matrices=False)
     u, s, v = u[..., :k], s[..., :k], vh.mT[..., :k]
-    if sign == "max_abs":
-        largest = v.detach().gather(-2, v.detach().abs().argmax(-2, keepdim=True))
-        flip = torch.where(largest < 0, -1.0, 1.0).to(v.dtype)
+    if sign == "max_abs" and v.numel() > 0:
+        size = v.detach().abs()
+        first = (size >= (1 - 1e-4) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True)  # of those that count as largest
+        flip = torch.where(v.detach().gather(-2, first) < 0, -1.0, 1.0).to(v.dtype)
         u, v = u * flip, v * flip
     u, s, v = (t.masked_fill(b, float("nan")) for t, b in ((u, broken), (s, broken[..., 0]), (v, broken)))
     return u if return_u else None, s, v
@@ -37,9 +38,10 @@ def align_singular_vectors(
 ) -> tuple[Tensor, Tensor]:  # [..., N, k] each
     """For each teacher vector the student's of largest |cosine|, one of the two flipped to agree. See :func:`kdkernels.align_singular_vectors`."""
     student, teacher = (t if t.dtype == torch.float64 else t.float() for t in (student, teacher))
-    cosine = student.mT @ teacher  # [..., K, k]
-    match = cosine.detach().abs().argmax(-2, keepdim=True)  # the first of equals
-    flips = torch.where(cosine.detach().gather(-2, match) < 0, -1.0, 1.0).to(student.dtype)
+    cosine = student.detach().mT @ teacher.detach()  # [..., K, k]
+    size = cosine.abs()
+    match = (size >= (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True)  # the first of equals
+    flips = torch.where(cosine.gather(-2, match) < 0, -1.0, 1.0).to(student.dtype)
     chosen = student.gather(-1, match.expand(*student.shape[:-1], match.shape[-1]))
     chosen, teacher = (chosen, teacher * flips) if flip == "teacher" else (chosen * flips, teacher)
     return (chosen, teacher) if weight is None else (chosen * weight[..., None, :], teacher * weight[..., None, :])

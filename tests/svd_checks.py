@@ -47,9 +47,10 @@ def check(x, k, u, s, v):
 
 
 def check_signs(v):
-    """The first entry of largest magnitude of every column is positive."""
-    largest = v.gather(-2, v.abs().argmax(-2, keepdim=True))
-    assert (largest > 0).all()
+    """The first entry of largest magnitude of every column is positive; those within 1e-4 of the largest count as equal, give or take a rounding."""
+    size = v.abs()
+    firsts = [(size >= bound * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True) for bound in (1 - 1e-4 - 1e-6, 1 - 1e-4 + 1e-6)]
+    assert ((v.gather(-2, firsts[0]) > 0) | (v.gather(-2, firsts[1]) > 0)).all()
 
 
 def check_left_out(svd, batch, shape, k, dtype):

@@ -148,27 +148,40 @@ def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, svd):
         assert torch.equal(given.grad[good], whole.grad[good])
 
 
-@pytest.mark.parametrize("shape", [(20, 12), (12, 40), (150, 120)], ids=str)
-def test_same_bits_for_any_batch_and_threads(shape):
-    x = torch.randn(41, *shape).relu()
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "ks"), [(20, 12, (1, 12)), (12, 40, (2, 12)), (150, 120, (2,))])
+def test_same_bits_for_any_batch_and_threads(m, n, ks, dtype):
+    """Of all spectra together: flat ones, those that are decomposed by rounds, in another type or in a unit of their own, and a broken one."""
+    named = kinds(m, n)
+    some = ("relu", "graded", "spread", "1e-30", "zero", "outlier", "near cluster", "low rank and noise", "one huge")
+    x = torch.cat([named[name] for name in some]).to(dtype)
+    x[4, 0, 0] = float("nan")
+    count, threads = len(x), torch.get_num_threads()
+    order = torch.randperm(count)
 
-    def run(x):
+    def run(x, k):
         given = x.clone().requires_grad_()
-        u, s, v = truncated_svd(given, 2, return_u=True)
+        u, s, v = truncated_svd(given, k, return_u=True)
         (v[..., 0, :] ** 2 + u[..., 1, :] * s).sum().backward()
         return [t.detach() for t in (u, s, v)] + [given.grad]
 
-    whole = run(x)
-    parts = [run(x[i : i + 7]) for i in range(0, 41, 7)]
-    try:
-        torch.set_num_threads(1)
-        single = run(x)
-    finally:
-        torch.set_num_threads(threads)
-    for i, t in enumerate(whole):
-        assert torch.equal(t, torch.cat([part[i] for part in parts]))
-        assert torch.equal(t, single[i])
+    def joined(parts):
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    for k in ks:
+        try:
+            torch.set_num_threads(1)
+            single = run(x, k)
+            torch.set_num_threads(2)
+            whole = run(x, k)
+        finally:
+            torch.set_num_threads(threads)
+        sevens = joined([run(x[i : i + 7], k) for i in range(0, count, 7)])
+        ones = joined([run(x[i : i + 1], k) for i in range(0, count, 4)])
+        permuted = run(x[order], k)
+        for i, t in enumerate(whole):
+            for other, expected in ((single[i], t), (sevens[i], t), (permuted[i], t[order]), (ones[i], t[::4])):
+                torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -241,9 +254,9 @@ def test_errors():
         (TypeError, "x must be float64, float32", (torch.ones(3, 3, dtype=torch.int64), 1), {}),
         (TypeError, "x must be float64, float32", (torch.ones(3, 3, dtype=torch.complex64), 1), {}),
         (ValueError, r"x must be matrices \[..., M, N\]", (torch.ones(3), 1), {}),
-        (ValueError, r"x must be matrices \[..., M, N\]", (torch.ones(3, 0), 1), {}),
-        (ValueError, r"k must be an int in \[1, min\(M, N\)\] = \[1, 3\], got 4", (x, 4), {}),
-        (ValueError, "k must be an int", (x, 0), {}),
+        (ValueError, r"k must be an int in \[0, min\(M, N\)\] = \[0, 0\], got 1", (torch.ones(3, 0), 1), {}),
+        (ValueError, r"k must be an int in \[0, min\(M, N\)\] = \[0, 3\], got 4", (x, 4), {}),
+        (ValueError, "k must be an int", (x, -1), {}),
         (ValueError, "k must be an int", (x, 1.0), {}),
         (ValueError, "k must be an int", (x, True), {}),
         (ValueError, "sign must be one of", (x, 1), {"sign": "plus"}),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from matrix_cases import kinds
+from torch.utils.checkpoint import checkpoint
 
 from kdkernels import truncated_svds
 
@@ -66,11 +67,69 @@ def test_errors():
         (ValueError, "xs must hold at least one", [], 1),
         (TypeError, r"xs\[1\] must be a tensor", [x, None], 1),
         (TypeError, r"xs\[0\] must be float64", [x.int()], 1),
-        (ValueError, r"k must be an int in \[1, min\(M, N\)\] = \[1, 2\]", [x, x[:, :2]], 3),
+        (ValueError, r"k must be an int in \[0, min\(M, N\)\] = \[0, 2\]", [x, x[:, :2]], 3),
         (ValueError, "xs must be on one device", [x, x.to("meta")], 1),
     ]:
         with pytest.raises(error, match=match):
             truncated_svds(xs, k)
+
+
+def test_checkpoint():
+    """Which computes again what a backward reads, and lets it be read once."""
+    x, y = (torch.randn(shape, requires_grad=True) for shape in ((2, 6, 4), (3, 3, 5)))
+
+    def loss(x, y):
+        return _loss(truncated_svds([x, y], 2, return_u=True))
+
+    expected = torch.autograd.grad(loss(x, y), [x, y])
+    got = torch.autograd.grad(checkpoint(loss, x, y, use_reentrant=False), [x, y])
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_members_without_a_gradient(svd):
+    """Some ask for none, one was made in inference mode: their results ask for none either, and nothing of them is kept for the backward."""
+    x = torch.randn(2, 6, 4, device=svd.device, requires_grad=True)
+    with torch.inference_mode():
+        teacher = torch.randn(2, 7, 4, device=svd.device)
+    other = torch.randn(2, 40, 30, device=svd.device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        results = truncated_svds([teacher, x, other], 2, return_u=True, driver=svd.driver)
+    assert sum(t.numel() for t in saved) < 1000
+    assert [v.requires_grad for _, _, v in results] == [False, True, False]
+    for result, given in zip(results, (teacher, x, other), strict=True):
+        for a, b in zip(result, svd(given, 2, return_u=True), strict=True):
+            assert torch.equal(a, b)
+    (got,) = torch.autograd.grad(_loss(results[1:2]), x, retain_graph=True)
+    assert torch.equal(got, torch.autograd.grad(_loss([svd(x, 2, return_u=True)]), x)[0])
+    s, _ = svd.align(results[1][2], results[0][2], results[0][1])
+    assert torch.autograd.grad(s.sum(), x)[0].isfinite().all()
+    weight = torch.rand(2, 2, device=svd.device, requires_grad=True)
+    with torch.inference_mode():
+        student = torch.randn(2, 4, 3, device=svd.device)
+        w = results[0][2].clone()
+    s, t = svd.align(student, w, weight)
+    torch.testing.assert_close(torch.autograd.grad((s * t).sum(), weight)[0], 2 * ((s * t).sum(1) / weight).detach())
+
+
+def test_double_backward_of_a_part():
+    """A member that no loss uses, one that asks for nothing, and outputs of which some are not used."""
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def first(x, y):
+        return truncated_svds([z, x, y], 2)[1][2]
+
+    assert torch.autograd.gradgradcheck(lambda x: first(x, y), (x,))
+    of_x, of_y = torch.autograd.grad(first(x, y).sum(), [x, y], create_graph=True, allow_unused=True)
+    assert of_x.requires_grad
+    assert of_y is None or not of_y.any()
+    (again,) = torch.autograd.grad(of_x.square().sum(), x)
+    own = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(truncated_svds([own], 2)[0][2].sum(), own, create_graph=True)
+    torch.testing.assert_close(again, torch.autograd.grad(expected.square().sum(), own)[0])
 
 
 def test_double_backward():

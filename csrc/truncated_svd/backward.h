@@ -3,8 +3,8 @@
 
 #include "../memory.h"
 #include "conjugate_gradients.h"
-#include "decomposition.h"
 #include "derivative.h"
+#include "rounds.h"
 
 namespace kdkernels::truncated_svd {
 

@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/stack.h>
 
 #include "../truncated_svd.h"
@@ -27,11 +26,11 @@ struct Slots {
         vectors(groups * Direct<T>::kGroup * k * direct.vector_stride()),
         lambda(groups * Direct<T>::kGroup * k),
         scales(groups * Direct<T>::kGroup, 1),
-        finite(groups * Direct<T>::kGroup) {}
+        range(groups * Direct<T>::kGroup) {}
   Buffer<T> grams, vectors;
   std::vector<double> lambda;
   std::vector<double> scales;
-  std::vector<uint8_t> finite;
+  std::vector<Range> range;
 };
 
 // Runs sample stages and group stages in turn over a batch. A group stays with one thread and in its cache from stage to stage where there
@@ -95,12 +94,30 @@ inline Tensor some_matrices(const Matrices& m, const std::vector<int64_t>& which
   return at::stack(each);
 }
 
+// x [n, M, N] of double, finite, each matrix times the power of two that brings its largest number near 1. The power comes as two factors
+// [n, 1, 1], for it may be out of range itself.
+struct InUnits {
+  explicit InUnits(const Tensor& given) : first(at::empty({given.size(0), 1, 1}, given.options())), second(at::empty_like(first)) {
+    const Tensor largest = given.abs().amax({-2, -1}).contiguous();
+    for (int64_t b = 0; b < given.size(0); ++b) {
+      const int exponent = -std::ilogb(largest.const_data_ptr<double>()[b]);
+      first.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent / 2);
+      second.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent - exponent / 2);
+    }
+    x = given.mul(first).mul(second);
+  }
+  Tensor first, second, x;
+};
+
+// The triplets of matrices [n, M, N] of double whose kept values span orders of magnitude, see rounds.h. u is empty unless wants_b.
+Triplets by_rounds(const Tensor& x, int64_t k, bool wants_b);
+
 template <typename T>
 class Decomposition {
  public:
-  // lapack: whether matrices of double that squaring hurts go there.
-  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool lapack, Tier tier)
-      : m_(x), k_(k), sign_(sign), lapack_(lapack), tier_(tier), direct_(m_, k), fate_(m_.batch, Fate::fine) {
+  // rounds: whether matrices of double that squaring hurts are decomposed by rounds.
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool rounds, Tier tier)
+      : m_(x), k_(k), sign_(sign), rounds_(rounds), tier_(tier), direct_(m_, k), fate_(m_.batch, Fate::fine) {
     const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
     wants_b_ = return_u || !m_.tall;
     out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
@@ -119,9 +136,10 @@ class Decomposition {
     else
       stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
         finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_,
-               {slots.scales[slot], slots.finite[slot] != 0}, local.reader);
+               {slots.scales[slot], slots.range[slot]}, local.reader);
       });
     redo(Fate::open);
+    redo(Fate::out);
     redo(Fate::ill);
     return std::move(out_);
   }
@@ -133,7 +151,7 @@ class Decomposition {
   }
 
  private:
-  enum class Fate : uint8_t { fine, open, ill };  // open: the Krylov tier gave it up
+  enum class Fate : uint8_t { fine, open, out, ill };  // open: the Krylov tier gave it up; out: see Range
 
   void krylov() {
     constexpr int64_t group = Krylov<T>::kGroup;
@@ -165,7 +183,7 @@ class Decomposition {
         [&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
           const Scaling scaling = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
           slots.scales[slot] = scaling.scale;
-          slots.finite[slot] = scaling.finite;
+          slots.range[slot] = scaling.range;
         },
         [&](Slots<T>& slots, Local<T>& local, int64_t g, int64_t group, int64_t count) {
           Vec<T>* memory =
@@ -181,7 +199,11 @@ class Decomposition {
 
   void finish(int64_t b, const T* a, const double* lambda, const Scaling& scaling, Reader<T>& reader) {
     T *small = a_ + b * k_ * m_.p, *large = wants_b_ ? b_ + b * k_ * m_.q : nullptr, *s = out_.s.template mutable_data_ptr<T>() + b * k_;
-    if (!scaling.finite) {
+    if (scaling.range == Range::out) {
+      fate_[b] = Fate::out;
+      return;
+    }
+    if (scaling.range == Range::broken) {
       constexpr T nan = std::numeric_limits<T>::quiet_NaN();
       std::fill(small, small + k_ * m_.p, nan);
       if (large) std::fill(large, large + k_ * m_.q, nan);
@@ -194,7 +216,7 @@ class Decomposition {
       std::copy_n(a + j * direct_.vector_stride(), m_.p, small + j * m_.p);
       s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
     }
-    if (ill && (lapack_ || sizeof(T) == 4)) return;
+    if (ill && (rounds_ || sizeof(T) == 4)) return;
     if (large) {
       project(b, a, scaling.scale, reader, large);
       std::vector<double> sigma(k_);
@@ -225,26 +247,27 @@ class Decomposition {
     }
   }
 
-  // Matrices that the Krylov tier gave up go to the direct one. Squaring a matrix of float costs digits where the kept values span orders
-  // of magnitude: those are done again in double, where squaring leaves more than float has. Double has nothing better than LAPACK's.
+  // Matrices that the Krylov tier gave up go to the direct one. Those of float whose squares leave its range, or whose kept values span
+  // orders of magnitude, so that squaring costs digits, are done again in double, which has room for both. Of double the first are scaled,
+  // and the second decomposed by rounds.
   void redo(Fate fate) {
+    constexpr bool wide = sizeof(T) == 8;
     std::vector<int64_t> which;
     for (int64_t b = 0; b < m_.batch; ++b)
       if (fate_[b] == fate) which.push_back(b);
-    if (which.empty() || (fate == Fate::ill && sizeof(T) == 8 && !lapack_)) return;
-    const Tensor x = some_matrices(m_, which, fate == Fate::ill ? at::kDouble : m_.tensor().scalar_type());
+    if (which.empty() || (fate == Fate::ill && wide && !rounds_)) return;
+    const Tensor x = some_matrices(m_, which, fate == Fate::open ? m_.tensor().scalar_type() : at::kDouble);
     Triplets again;
     if (fate == Fate::open) {
-      again = Decomposition<T>(x, k_, sign_, wants_b_, false, lapack_, Tier::direct).run();
-    } else if (sizeof(T) == 4) {
-      again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
+      again = Decomposition<T>(x, k_, sign_, wants_b_, false, rounds_, Tier::direct).run();
+    } else if (fate == Fate::out && wide) {
+      const InUnits units(x);
+      again = Decomposition<double>(units.x, k_, sign_, wants_b_, false, rounds_, Tier::direct).run();
+      again.s = again.s.div(units.first.squeeze(-1)).div(units.second.squeeze(-1));
+    } else if (wide) {
+      again = by_rounds(x, k_, wants_b_);
     } else {
-      try {
-        const auto [u, s, vh] = at::linalg_svd(x, false);
-        again = {u.narrow(-1, 0, k_).transpose(-1, -2), s.narrow(-1, 0, k_), vh.narrow(-2, 0, k_), {}};
-      } catch (const c10::LinAlgError&) {  // LAPACK did not converge: what squaring gives is what there is
-        again = Decomposition<T>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
-      }
+      again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
     }
     const Tensor index = index_of(which);
     out_.s.index_copy_(0, index, again.s.to(kType<T>));
@@ -255,7 +278,7 @@ class Decomposition {
 
   const Matrices m_;
   int64_t k_;
-  bool sign_, lapack_, wants_b_;
+  bool sign_, rounds_, wants_b_;
   Tier tier_;
   Direct<T> direct_;
   std::vector<Fate> fate_;

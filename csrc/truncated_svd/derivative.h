@@ -19,6 +19,7 @@
 
 #include <cmath>
 
+#include "../truncated_svd.h"
 #include "products.h"
 
 namespace kdkernels::truncated_svd {

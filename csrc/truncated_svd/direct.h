@@ -9,10 +9,13 @@
 
 namespace kdkernels::truncated_svd {
 
-// How a matrix was scaled for its Gram matrix; finite: no NaN and no infinity is in it.
+// broken: a NaN or an infinity is in a matrix; out: its squares leave the range of the type, so it is taken in a unit of its own.
+enum class Range : uint8_t { fine, broken, out };
+
+// How a matrix was scaled for its Gram matrix.
 struct Scaling {
   double scale = 1;  // of M: a power of two
-  bool finite = true;
+  Range range = Range::fine;
 };
 
 template <typename T>
@@ -28,23 +31,18 @@ class Direct {
   int64_t vector_stride() const { return gram_stride_; }  // of "a" vectors, which are 0 from p on
   int64_t gram_size() const { return m_.p * gram_stride_; }
 
-  // Gram matrix of matrix b, [p, vector_stride()], brought to a trace in [1/4, 1) where the matrix is neither zero nor broken.
+  // Gram matrix of matrix b, [p, vector_stride()], brought to a trace in [1/4, 1); zero where the matrix is, or is broken or out of range.
+  // Bounds: see out_of_range.
   Scaling gram_of(int64_t b, Reader<T>& reader, T* matrix) const {
     constexpr double low = sizeof(T) == 4 ? 1e-24 : 1e-200, high = sizeof(T) == 4 ? 1e34 : 1e290;
     Scaling result;
     gram<T>(reader, m_, b, 1, matrix, gram_stride_);
-    double total = trace(matrix);
+    const double total = trace(matrix);
     if (!(total > low && total < high)) {  // squares out of range, or numbers that are none
       const double largest = reader.largest(b);
-      result.finite = largest == largest;
-      if (!result.finite || largest == 0) {
-        std::fill(matrix, matrix + gram_size(), T(0));
-        return result;
-      }
-      // The largest number comes near 1, or as near as a power of two that T has brings it.
-      result.scale = std::ldexp(1.0, std::min(-std::ilogb(largest), std::numeric_limits<T>::max_exponent - 2));
-      gram<T>(reader, m_, b, static_cast<T>(result.scale), matrix, gram_stride_);
-      total = trace(matrix);
+      if (largest != 0) result.range = largest == largest ? Range::out : Range::broken;
+      std::fill(matrix, matrix + gram_size(), T(0));
+      return result;
     }
     int exponent;
     std::frexp(total, &exponent);
@@ -52,7 +50,7 @@ class Direct {
     const T factor = static_cast<T>(std::ldexp(1.0, -2 * half));
     for (int64_t i = 0; i < m_.p; ++i)
       for (int64_t j = 0; j <= i; ++j) matrix[i * gram_stride_ + j] *= factor;
-    result.scale = std::min(std::ldexp(result.scale, -half), std::ldexp(1.0, std::numeric_limits<T>::max_exponent - 2));
+    result.scale = std::ldexp(1.0, -half);
     return result;
   }
 

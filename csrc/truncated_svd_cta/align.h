@@ -7,6 +7,7 @@
 namespace kdkernels::align_singular_vectors::gpu {
 
 using kdkernels::truncated_svd::gpu::absolute;
+using kdkernels::truncated_svd::gpu::larger;
 using kdkernels::truncated_svd::gpu::Limits;
 
 template <typename T, typename Cta>
@@ -14,13 +15,18 @@ KDKERNELS_GPU void forward(Cta& cta, const ForwardProblem& m, int64_t task) {
   const int n = m.n;
   const T* own = static_cast<const T*>(m.teacher) + task * n;
   const T* others = static_cast<const T*>(m.student) + task / m.k * m.many * n;
-  double best = 0;
+  auto cosine = [&](int j) {
+    return cta.template sum<double>(n,
+                                    [&](int i) { return static_cast<double>(others[int64_t(j) * n + i]) * static_cast<double>(own[i]); });
+  };
+  double most = 0;
+  for (int j = 0; j < m.many; ++j) most = larger(most, absolute(cosine(j)));
+  // The first of equals. NaN equals nothing: the first vector then.
   int chosen = 0;
-  for (int j = 0; j < m.many; ++j) {
-    const double cosine =
-        cta.template sum<double>(n, [&](int i) { return static_cast<double>(others[int64_t(j) * n + i]) * static_cast<double>(own[i]); });
-    if (j == 0 || absolute(cosine) > absolute(best)) best = cosine, chosen = j;
-  }
+  double best = cosine(0);
+  const double least = (1 - kTies) * most;
+  for (int j = 1; j < m.many && !(absolute(best) >= least); ++j) best = cosine(j), chosen = j;
+  if (!(absolute(best) >= least)) chosen = 0;
   const T flip = best < 0 ? T(-1) : T(1), factor = m.weight ? static_cast<const T*>(m.weight)[task] : T(1);
   const T of_student = m.flip_teacher ? factor : factor * flip, of_teacher = m.flip_teacher ? factor * flip : factor;
   cta.each(1, [&](int) {

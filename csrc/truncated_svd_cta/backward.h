@@ -19,8 +19,8 @@ KDKERNELS_GPU double turn(const double* lambda, int j, int i, double gap_eps) {
 
 // What a matrix's coefficients mean, see coefficients_size.
 struct Coefficients {
-  double *of_w, *of_gb, *of_b, *factor;
-  KDKERNELS_GPU Coefficients(double* from, int k) : of_w(from), of_gb(of_w + k), of_b(of_gb + k), factor(of_b + k * k) {}
+  double *of_w, *of_gb, *of_b, *factor, *scale;
+  KDKERNELS_GPU Coefficients(double* from, int k) : of_w(from), of_gb(of_w + k), of_b(of_gb + k), factor(of_b + k * k), scale(factor + 1) {}
 };
 
 template <typename Cta, typename T>
@@ -48,21 +48,29 @@ class Solve {
           0)) {  // a matrix of zeros: so is its derivative; or one that holds no numbers, and gives none but to a loss that left it out
       const double value = first == 0 || unused() ? 0.0 : Limits<double>::nan;
       cta_.each(k_ * p_, [&](int i) { z[i] = static_cast<T>(value); });
-      cta_.each(static_cast<int>(coefficients_size(k_)), [&](int i) { to.of_w[i] = value; });
+      cta_.each(static_cast<int>(coefficients_size(k_)) - 1, [&](int i) { to.of_w[i] = value; });
+      cta_.each(1, [&](int) { *to.scale = 1; });
       return;
     }
-    const bool fresh = !problem_.state || !(static_cast<double>(s[k_ - 1]) >= kIllConditioned * first);
-    const State<T> state(static_cast<T*>(const_cast<void*>(problem_.state)) + (fresh ? 0 : b_ * state_size(p_, k_)), p_, k_);
-    const double scale = fresh ? unit_for<T>(first) : static_cast<double>(*state.scale);
+    // The state says what s rounds: below the normal numbers to a few digits, and past the largest to an infinity.
+    const State<T> state(static_cast<T*>(const_cast<void*>(problem_.state)) + (problem_.state ? b_ * state_size(p_, k_) : 0), p_, k_);
+    auto kept_lambda = [&](int j) { return static_cast<double>(state.lambda_high[j]) + static_cast<double>(state.lambda_low[j]); };
+    const bool fresh = !problem_.state || !(kept_lambda(k_ - 1) >= kIllConditioned * kIllConditioned * kept_lambda(0));
+    constexpr double most = static_cast<double>(Limits<T>::largest);
+    const double scale = fresh ? unit_for<T>(first < most ? first : most) : static_cast<double>(*state.scale);
     const T* a = static_cast<const T*>(problem_.a) + b_ * k_ * p_;
     cta_.warps(k_, [&](const Warp& warp, int j) {
       warp.each(stride_, [&](int i) { a_[j * stride_ + i] = i < p_ ? a[int64_t(j) * p_ + i] : T(0); });
     });
     double *inverse = room_.sigma, *lambda = room_.lambda;
+    auto sigma = [&](int j) {
+      const double own = static_cast<double>(s[j]);
+      return fresh ? (own < most ? own : most) * scale : square_root(kept_lambda(j));
+    };
     cta_.each(k_, [&](int j) {
-      const double own = static_cast<double>(s[j]) * scale;
-      inverse[j] = static_cast<double>(s[j]) > Limits<T>::null * first ? 1 / own : 0;
-      lambda[j] = fresh ? own * own : static_cast<double>(state.lambda_high[j]) + static_cast<double>(state.lambda_low[j]);
+      const double own = sigma(j);
+      inverse[j] = own > Limits<T>::null * sigma(0) ? 1 / own : 0;
+      lambda[j] = fresh ? own * own : kept_lambda(j);
     });
     Source<T> m{problem_.x, b_ * problem_.x.stride_batch, p_, q_, T(1), a_, 0, room_.along};
     const double unit = unit_of_cotangents(scale);
@@ -106,10 +114,9 @@ class Solve {
       to.of_w[j] = gs ? static_cast<double>(gs[b_ * k_ + j]) * (unit / scale) * inverse[j] : 0.0;
       to.of_gb[j] = gb ? unit * inverse[j] : 0.0;
       for (int i = 0; i < k_; ++i)
-        to.of_b[j * k_ + i] =
-            gb ? static_cast<double>(s[j]) * scale * of_b[j * k_ + i] * turn(lambda, i, j, gap_eps) - inside[i * k_ + j] * inverse[j] : 0.0;
+        to.of_b[j * k_ + i] = gb ? sigma(j) * of_b[j * k_ + i] * turn(lambda, i, j, gap_eps) - inside[i * k_ + j] * inverse[j] : 0.0;
     });
-    cta_.each(1, [&](int) { *to.factor = scale / unit; });
+    cta_.each(1, [&](int) { *to.factor = scale / unit, *to.scale = scale; });
   }
 
  private:
@@ -129,7 +136,7 @@ class Solve {
     return from ? static_cast<const T*>(from) + b_ * k_ * int64_t(n) : nullptr;
   }
 
-  // A power of two that brings the largest cotangent near 1.
+  // A power of two that brings the largest cotangent near 1, or as near as leaves scale / unit a number.
   KDKERNELS_STAGE double unit_of_cotangents(double scale) {
     double largest = 0;
     auto see = [&](const void* from, int n, double factor) {
@@ -141,7 +148,9 @@ class Solve {
     see(problem_.ga, p_, 1);
     see(problem_.gb, q_, 1);
     see(problem_.gs, 1, 1 / scale);
-    return largest > 0 && is_finite(largest) ? unit_for<T>(largest) : 1;
+    if (!(largest > 0)) return 1;
+    const double unit = is_finite(largest) ? unit_for<T>(largest) : power_of_two(2 - Limits<T>::max_exponent);
+    return larger(unit, scale * power_of_two(2 - Limits<double>::max_exponent));
   }
 
   // r_j = P (ga_j + M gb_j / sigma_j), in units, to z.
@@ -237,21 +246,14 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   T* wy = sums + kPairs * Cta::kThreads;  // [columns][2 kVectors]
   T* results = pieces.take<T>(k > kVectors ? columns * stride : 0);
 
-  const T* s = static_cast<const T*>(problem.s) + b * k;
   const T *a = static_cast<const T*>(problem.a) + b * k * p, *z = static_cast<const T*>(problem.z) + b * k * p;
   const T* gb = problem.gb ? static_cast<const T*>(problem.gb) + b * k * q : nullptr;
   const T* vectors = gb ? static_cast<const T*>(problem.b) + b * k * q : nullptr;
   const Coefficients from(problem.coefficients + b * coefficients_size(k), k);
-  const bool fresh = !problem.state || !(static_cast<double>(s[k - 1]) >= kIllConditioned * static_cast<double>(s[0]));
-  const double first_sigma = static_cast<double>(s[0]);
-  const double scale =
-      !(first_sigma > 0) ? 1
-      : fresh ? unit_for<T>(first_sigma)
-              : static_cast<double>(*State<T>(static_cast<T*>(const_cast<void*>(problem.state)) + b * state_size(p, k), p, k).scale);
   const double factor = *from.factor;
   const bool moderate = factor > 8.673617379884035e-19 && factor < 1.152921504606847e18;  // 2^-60, 2^60
   const Source<T> m{problem.x, b * problem.x.stride_batch, p, q, T(1), nullptr, 0, nullptr};
-  const T m_scale = static_cast<T>(scale);
+  const T m_scale = static_cast<T>(*from.scale);
   const View& out = problem.gradient;
   auto put = [&](int i, int c, T value) {
     if (factor == 0)

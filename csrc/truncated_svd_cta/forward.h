@@ -42,17 +42,17 @@ class Forward {
 
   KDKERNELS_GPU void run(int64_t b) {
     Source<T> m{problem_.x, b * problem_.x.stride_batch, p_, q_, T(1), room_.vectors, 0, room_.along};
-    double scale;
-    if (!first_gram(m, scale)) return;
+    double scale, first_unit;
+    if (!first_gram(m, scale, first_unit)) return;
     for (int found = 0;;) {
       const int wanted = k_ - found;
-      const double unit = found == 0 ? 1.0 : residual_gram(m);
+      const double unit = found == 0 ? first_unit : residual_gram(m);
       tridiagonalize(cta_, p_, room_.matrix, room_);
-      if (found == 0 && state_) save(scale);
+      if (found == 0 && state_) save(scale, unit);
       largest_eigenvalues(cta_, p_, wanted, room_);
       eigenvectors(cta_, p_, wanted, room_);
       sort(wanted);
-      if (found == 0 && state_) save_lambda();
+      if (found == 0 && state_) save_lambda(unit);
       take_vectors(found, wanted);
       const double* lambda = room_.lambda;
       cta_.each(wanted, [&](int j) { room_.sigma[found + j] = square_root(lambda[j]) / unit; });
@@ -83,9 +83,10 @@ class Forward {
   }
 
  private:
-  // G of scale M, with a trace in [1/4, 1). False: M holds a NaN or an infinity, and so do the results.
-  KDKERNELS_STAGE bool first_gram(Source<T>& m, double& scale) {
-    scale = 1;
+  // G of unit scale M, with a trace in [1/4, 1). The scale is a normal number of T; unit is 1, but where that leaves something to do.
+  // False: M holds a NaN or an infinity, and so do the results.
+  KDKERNELS_STAGE bool first_gram(Source<T>& m, double& scale, double& unit) {
+    scale = unit = 1;
     gram(cta_, m, room_.tiles, room_.matrix);
     double total = trace(cta_, p_, room_.matrix);
     if (!(total > Limits<T>::trace_low && total < Limits<T>::trace_high)) {
@@ -112,9 +113,9 @@ class Forward {
       gram(cta_, m, room_.tiles, room_.matrix);
       total = trace(cta_, p_, room_.matrix);
     }
-    scale *= normalize(total);
-    const double most = power_of_two(Limits<T>::max_exponent - 2);
-    if (scale > most) scale = most;
+    constexpr int most = Limits<T>::max_exponent - 2;
+    const int wanted = exponent_of(scale) + exponent_of(normalize(total)), own = wanted < -most ? -most : wanted > most ? most : wanted;
+    scale = power_of_two(own), unit = power_of_two(wanted - own);
     return true;
   }
 
@@ -127,6 +128,7 @@ class Forward {
     return 1;
   }
 
+  // Brings a trace of `total` into [1/4, 1) with the square of the power of two that is returned.
   KDKERNELS_GPU double normalize(double total) {
     const int exponent = exponent_of(total) + 1, half = (exponent + (exponent > 0 ? 1 : 0)) / 2;
     const T factor = static_cast<T>(power_of_two(-2 * half));
@@ -149,20 +151,23 @@ class Forward {
     cta_.each(k_, [&](int j) { s_[j] = value; });
   }
 
-  KDKERNELS_STAGE void save(double scale) {
+  // Of scale M.
+  KDKERNELS_STAGE void save(double scale, double unit) {
     const State<T> state(state_, p_, k_);
     const T* matrix = room_.matrix;
+    const T back = static_cast<T>(1 / (unit * unit));
     cta_.warps(p_, [&](const Warp& warp, int i) {
       warp.each(i + 1, [&](int c) { state.reflectors[int64_t(i) * (i + 1) / 2 + c] = matrix[int64_t(i) * matrix_stride(p_) + c]; });
     });
-    cta_.each(p_, [&](int i) { state.tau[i] = room_.tau[i], state.d[i] = room_.d[i], state.e[i] = room_.e[i]; });
+    cta_.each(p_, [&](int i) { state.tau[i] = room_.tau[i], state.d[i] = back * room_.d[i], state.e[i] = back * room_.e[i]; });
     cta_.each(1, [&](int) { *state.scale = static_cast<T>(scale); });
   }
-  KDKERNELS_GPU void save_lambda() {
+  KDKERNELS_GPU void save_lambda(double unit) {
     const State<T> state(state_, p_, k_);
     cta_.each(k_, [&](int j) {
-      state.lambda_high[j] = static_cast<T>(room_.lambda[j]);
-      state.lambda_low[j] = static_cast<T>(room_.lambda[j] - static_cast<double>(static_cast<T>(room_.lambda[j])));
+      const double lambda = room_.lambda[j] / (unit * unit);
+      state.lambda_high[j] = static_cast<T>(lambda);
+      state.lambda_low[j] = static_cast<T>(lambda - static_cast<double>(static_cast<T>(lambda)));
     });
   }
 
@@ -247,14 +252,15 @@ class Forward {
     cta_.barrier();
   }
 
-  // The entry of largest magnitude, the first of equals, of the side that decides is made positive.
+  // The entry of largest magnitude, the first of equals (see kSignTies), of the side that decides is made positive.
   KDKERNELS_STAGE void signs() {
     T *own = problem_.sign_on_a ? a_ : b_, *other = problem_.sign_on_a ? b_ : a_;
     const int n = problem_.sign_on_a ? p_ : q_, others = problem_.sign_on_a ? q_ : p_;
     cta_.warps(k_, [&](const Warp& warp, int j) {
       T* x = own + int64_t(j) * n;
       const T most = warp.max<T>(T(0), n, [&](int i) { return absolute(x[i]); });
-      const int first = warp.min<int>(n, n, [&](int i) { return absolute(x[i]) == most ? i : n; });
+      const T least = static_cast<T>(1 - kSignTies) * most;
+      const int first = warp.min<int>(n, n, [&](int i) { return absolute(x[i]) >= least ? i : n; });
       const bool flip = first < n && x[first] < T(0);
       warp.each(1, [&](int) { room_.order[j] = flip; });
     });

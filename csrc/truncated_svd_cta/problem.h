@@ -15,6 +15,9 @@ namespace kdkernels::truncated_svd::gpu {
 // Below this share of the largest, singular values are taken from what is left of M without those above (docs/truncated_svd.md).
 constexpr double kIllConditioned = 0.15;
 
+// Entries of a vector whose magnitude is less than this share below the largest count as equal to it where the sign is fixed.
+constexpr double kSignTies = 1e-4;
+
 constexpr int kMaxSide = 1024;    // of the smaller side
 constexpr int kTogether = 8;      // vectors whose factors are kept at a time
 constexpr int kMaxProblems = 16;  // in one launch
@@ -56,14 +59,17 @@ KDKERNELS_BOTH int64_t state_size(int p, int k) {
   return int64_t(p) * (p + 1) / 2 + 3 * p + 2 * k + 1;
 }
 
-// The numbers of a matrix in `coefficients`: what y_j takes of w_j, of gb_j and of b_i, and the factor of the gradient.
+// The numbers of a matrix in `coefficients`: what y_j takes of w_j, of gb_j and of b_i, the factor of the gradient, and the scale of M.
 KDKERNELS_BOTH int64_t coefficients_size(int k) {
-  return 2 * k + int64_t(k) * k + 1;
+  return 2 * k + int64_t(k) * k + 2;
 }
 
 }  // namespace kdkernels::truncated_svd::gpu
 
 namespace kdkernels::align_singular_vectors::gpu {
+
+// Cosines whose magnitude is less than this share below the largest count as equal to it.
+constexpr double kTies = 1e-6;
 
 // student [batch, many, n], teacher [batch, k, n], weight [batch, k] or null, all of the computing type.
 struct ForwardProblem {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +40,11 @@ def truncated_svd(
     Args:
         x: matrices, float64, float32, bfloat16 or float16 (computed in float32), with any number of batch dimensions and any strides: a
             feature map seen as [B, H*W, C] is not copied (see :func:`feature_svd`).
-        k: how many triplets, 1 to min(M, N).
-        sign: "max_abs": the entry of largest magnitude of every v, the lowest index of equals, is positive, and u follows. It is the same on
-            every device and for any batch. ``None`` leaves signs as they come.
+        k: how many triplets, 0 to min(M, N). Where k is 0, results are empty and gradients zeros.
+        sign: "max_abs": the entry of largest magnitude of every v is positive, and u follows. Entries within a share of 1e-4 of the largest
+            count as equal to it, and the one of lowest index decides: which of two equal entries comes out larger is a matter of rounding. So
+            signs are the same on every device, in every type, for any k and any batch, unless an entry lies just at that bound.
+            ``None`` leaves signs as they come.
         return_u: also the left singular vectors.
         gap_eps: the noise of x, as a share of :math:`\sigma_1`. Where the derivative of triplet j divides by a difference d of squared singular
             values, it takes :math:`d / (d^2 + \epsilon_j^2)` with :math:`\epsilon_j` = gap_eps :math:`\sigma_1 \sigma_j`, what that noise does to
@@ -72,7 +75,9 @@ def truncated_svd(
         https://arxiv.org/abs/1807.06819
     """
     _check_matrices("x", x)
-    gap_eps = _check_options(k, min(x.shape[-2:]), sign, gap_eps, driver, _compute_dtype(x))
+    k, gap_eps = _check_options(k, min(x.shape[-2:]), sign, return_u, gap_eps, driver, _compute_dtype(x))
+    if k == 0:
+        return _no_triplets(x, return_u)
     if takes_the_reference():
         return svd_reference(x, k, sign=sign, return_u=return_u)
     u, s, v, _state = _svd_op(x, k, sign or "", return_u, gap_eps, False, driver or "")
@@ -94,12 +99,11 @@ def feature_svd(
 
     Raises:
         TypeError: features of a wrong type.
-        ValueError: fewer than three dimensions, no channel or no place, or an option out of its range.
+        ValueError: fewer than three dimensions, or an option out of its range.
     """
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
-    if features.dim() < 3 or 0 in features.shape[1:]:
-        raise ValueError(f"features must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(features.shape)}")
+    _check_type("features", features)
+    if features.dim() < 3:
+        raise ValueError(f"features must have the shape [B, C, *spatial], got {tuple(features.shape)}")
     return truncated_svd(features.flatten(2).transpose(1, 2), k, sign=sign, return_u=return_u, gap_eps=gap_eps, driver=driver)
 
 
@@ -116,7 +120,8 @@ def truncated_svds(
     kernels decompose all of them in one launch for each kind of kernel, and so for the gradients; elsewhere it is a loop.
 
     Args:
-        xs: batches of matrices on one device; k is at most the smallest of their sides.
+        xs: batches of matrices on one device; k is at most the smallest of their sides. Nothing is kept for a backward of those that need no
+            gradient.
 
     Returns:
         What :func:`truncated_svd` returns, for each x.
@@ -125,6 +130,8 @@ def truncated_svds(
         TypeError: an x of a wrong type.
         ValueError: no x, devices that differ, or an option out of its range.
     """
+    if isinstance(xs, (Tensor, str)) or not isinstance(xs, Iterable):
+        raise TypeError(f"xs must be a list of tensors, got {type(xs).__name__}")
     xs = list(xs)
     if not xs:
         raise ValueError("xs must hold at least one batch of matrices")
@@ -133,7 +140,10 @@ def truncated_svds(
         if x.device != xs[0].device:
             raise ValueError(f"xs must be on one device, got {xs[0].device} and {x.device}")
     least = min(min(x.shape[-2:]) for x in xs)
-    noise = [_check_options(k, least, sign, gap_eps, driver, _compute_dtype(x)) for x in xs]
+    checked = [_check_options(k, least, sign, return_u, gap_eps, driver, _compute_dtype(x)) for x in xs]
+    k, noise = checked[0][0], [own for _, own in checked]
+    if k == 0:
+        return [_no_triplets(x, return_u) for x in xs]
     if takes_the_reference():
         return [svd_reference(x, k, sign=sign, return_u=return_u) for x in xs]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
@@ -151,9 +161,10 @@ def align_singular_vectors(
 ) -> tuple[Tensor, Tensor]:  # [..., N, k] each
     r"""Orders and flips singular vectors so that a student's can be compared with a teacher's, one by one.
 
-    For teacher vector i, :math:`m(i) = \arg\max_j |\langle s_j, t_i \rangle|` (the first of equals) is the student's vector that is nearest to its
-    line; the results are :math:`w_i s_{m(i)}` and :math:`w_i t_i`, one of the two flipped so that their product is not negative. Two
-    teacher vectors may find the same student vector, as in the authors' code.
+    For teacher vector i, :math:`m(i) = \arg\max_j |\langle s_j, t_i \rangle|` is the student's vector that is nearest to its line, the first of
+    those within a share of 1e-6 of the largest; the results are :math:`w_i s_{m(i)}` and :math:`w_i t_i`, one of the two flipped so that their
+    product is not negative. Two teacher vectors may find the same student vector, as in the authors' code. Of no teacher vectors, or of vectors
+    without entries, results are empty and gradients zeros.
 
     Args:
         student: K vectors as columns, float64, float32, bfloat16 or float16. SVD-KD takes K = k + 1: order may change from one network to another.
@@ -186,40 +197,65 @@ def align_singular_vectors(
         if weight.shape != teacher.shape[:-2] + teacher.shape[-1:] or weight.device != teacher.device:
             expected = (*teacher.shape[:-2], teacher.shape[-1])
             raise ValueError(f"weight must have the shape {expected} on {teacher.device}, got {tuple(weight.shape)} on {weight.device}")
-    if flip not in _FLIPS:
-        raise ValueError(f"flip must be one of {_FLIPS}, got {flip!r}")
+    if student.shape[-1] == 0 and teacher.shape[-1] > 0:
+        raise ValueError(f"student must hold a vector for those of teacher to choose, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    _check_choice("flip", flip, _FLIPS)
+    _check_choice("driver", driver, _DRIVERS)
+    if 0 in teacher.shape[-2:]:
+        dtype = _compute_dtype(student, teacher)
+        results = (_nothing(t, teacher.shape, dtype) for t in (student, teacher))
+        return tuple(t if weight is None else t * weight.to(dtype)[..., None, :] for t in results)
     if takes_the_reference():
         return align_reference(student, teacher, weight, flip=flip)
-    _check_driver(driver)
     return _align_op(student, teacher, weight, flip == "teacher", driver or "")[:2]
 
 
-def _check_matrices(name: str, x: Tensor) -> None:
+def _check_type(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 2 or 0 in x.shape[-2:]:
-        raise ValueError(f"{name} must be matrices [..., M, N] with M, N >= 1, got {tuple(x.shape)}")
 
 
-def _check_options(k, least: int, sign, gap_eps: float | None, driver, dtype: torch.dtype) -> float:
-    """Checks what truncated_svd is asked; returns gap_eps for matrices computed in dtype."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= least:
-        raise ValueError(f"k must be an int in [1, min(M, N)] = [1, {least}], got {k!r}")
-    if sign not in _SIGNS:
-        raise ValueError(f"sign must be one of {_SIGNS}, got {sign!r}")
+def _check_matrices(name: str, x: Tensor) -> None:
+    _check_type(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must be matrices [..., M, N], got {tuple(x.shape)}")
+
+
+def _check_options(k, least: int, sign, return_u, gap_eps, driver, dtype: torch.dtype) -> tuple[int, float]:
+    """Checks what truncated_svd is asked; returns k and gap_eps for matrices computed in dtype."""
+    # Integers of numpy are integers; a torch.SymInt is one of a dynamic shape.
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt, numbers.Integral)) or not 0 <= k <= least:
+        raise ValueError(f"k must be an int in [0, min(M, N)] = [0, {least}], got {k!r}")
+    _check_choice("sign", sign, _SIGNS)
+    if not isinstance(return_u, bool):
+        raise TypeError(f"return_u must be a bool, got {return_u!r}")
     if gap_eps is None:
         gap_eps = 1e-12 if dtype == torch.float64 else 1e-6
+    if isinstance(gap_eps, bool) or not isinstance(gap_eps, (float, int, numbers.Real)):
+        raise TypeError(f"gap_eps must be a number, got {gap_eps!r}")
     if not 0 <= gap_eps < math.inf:
         raise ValueError(f"gap_eps must be a finite number >= 0, got {gap_eps}")
-    _check_driver(driver)
-    return max(gap_eps, torch.finfo(dtype).eps / 2)
+    _check_choice("driver", driver, _DRIVERS)
+    return int(k), max(float(gap_eps), torch.finfo(dtype).eps / 2)
 
 
-def _check_driver(driver: str | None) -> None:
-    if driver not in _DRIVERS:
-        raise ValueError(f"driver must be one of {_DRIVERS}, got {driver!r}")
+def _check_choice(name: str, value, known: tuple) -> None:
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def _nothing(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without numbers, whose gradient gives zeros to x."""
+    return x[:0].to(dtype).reshape(tuple(shape))
+
+
+def _no_triplets(x: Tensor, return_u: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Zero of them, of matrices of any size."""
+    *batch, m, n = x.shape
+    u, s, v = (_nothing(x, shape, _compute_dtype(x)) for shape in ((*batch, m, 0), (*batch, 0), (*batch, n, 0)))
+    return u if return_u else None, s, v
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -279,23 +315,36 @@ def _(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver):
 
 
 def _setup_group(ctx, inputs, output) -> None:
-    xs, _k, _sign, _return_u, ctx.gap_eps, _save_state, ctx.driver = inputs
+    xs, _k, _sign, _return_u, gap_eps, _save_state, ctx.driver = inputs
     ctx.set_materialize_grads(False)
     ctx.count = len(xs)
-    ctx.save_for_backward(*xs, *(t for tensors in output for t in tensors))
+    # The others may have been made in inference mode, and what autograd saves must not.
+    ctx.members = [i for i, x in enumerate(xs) if x.requires_grad]
+    ctx.gap_eps = [gap_eps[i] for i in ctx.members]
+    others = set(range(len(xs))) - set(ctx.members)
+    states = output[3]
+    ctx.mark_non_differentiable(*states, *(tensors[i] for tensors in output[:3] for i in others))
+    ctx.save_for_backward(*(tensors[i] for tensors in (xs, *output) for i in ctx.members))
 
 
 def _backward_group(ctx, *grads):
-    n = ctx.count
-    saved = [list(ctx.saved_tensors[i * n : (i + 1) * n]) for i in range(5)]  # x, u, s, v, state
-    upstream = [part or [None] * n for part in grads[:3]]
+    n, saved = len(ctx.members), ctx.saved_tensors  # read once: checkpoint computes again what is read
+    x, u, s, v, state = (saved[i * n : (i + 1) * n] for i in range(5))
+    gu, gs, gv = ([None if part is None else part[i] for i in ctx.members] for part in grads[:3])
+    members = list(zip(ctx.members, gu, gs, gv, x, u, s, v, state, ctx.gap_eps, strict=True))
+    used = [m for m in members if any(g is not None for g in m[1:4])]
+    result: list[Tensor | None] = [None] * ctx.count
     if torch.is_grad_enabled():  # create_graph: one by one, for those have a double backward
-        matrices = zip(*upstream, *saved, ctx.gap_eps, strict=True)
-        return [torch.ops.kdkernels.truncated_svd_backward(*own, ctx.driver) for own in matrices], *(None,) * 6
-    none = saved[0][0].new_empty(0)
-    shaped = zip(upstream, (saved[0], saved[2], saved[0]), strict=True)
-    given = [[none if g is None or g.dim() != t.dim() else g for g, t in zip(part, like, strict=True)] for part, like in shaped]
-    return list(torch.ops.kdkernels.truncated_svd_group_backward(*given, *saved, ctx.gap_eps, ctx.driver)), *(None,) * 6
+        for i, *own in used:
+            result[i] = torch.ops.kdkernels.truncated_svd_backward(*own, ctx.driver)
+    elif used:
+        places, *lists, gap_eps = (list(part) for part in zip(*used, strict=True))
+        none = lists[3][0].new_empty(0)
+        for part, like in zip(lists[:3], (lists[3], lists[5], lists[3]), strict=True):
+            part[:] = [none if g is None or g.dim() != t.dim() else g for g, t in zip(part, like, strict=True)]
+        for i, gradient in zip(places, torch.ops.kdkernels.truncated_svd_group_backward(*lists, gap_eps, ctx.driver), strict=True):
+            result[i] = gradient
+    return result, *(None,) * 6
 
 
 torch.library.register_autograd("kdkernels::truncated_svd_group", _backward_group, setup_context=_setup_group)

@@ -7,6 +7,7 @@ the host, csrc/truncated_svd_host.cpp), "triton" and "torch" (the modules beside
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 
 import torch
@@ -53,22 +54,119 @@ def _triton_kernels(args: tuple):
     return kernels
 
 
+# What the drivers that are Python are given, checked as the C++ ones check it (csrc/truncated_svd.h, csrc/align_singular_vectors.h): whoever
+# calls an op past its public function may read no memory that is not a tensor's.
+
+
+def _expect(fine: bool, message: str) -> None:
+    if not fine:
+        raise ValueError(message)
+
+
+def _check_types(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        _expect(t.device == device, f"{name} must be on {device}, got {t.device}")
+
+
+def _check_shape(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    _expect(t is None or t.shape == shape, f"{name} must have shape {shape}, got {None if t is None else tuple(t.shape)}")
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def _check_truncated_svd(x: Tensor, k: int, sign: str = "", *_options) -> None:
+    _check_types(x.device, x=x)
+    _expect(x.dim() >= 2 and 0 not in x.shape[-2:], f"x must be matrices [..., M, N] with M, N >= 1, got {tuple(x.shape)}")
+    _expect(1 <= k <= min(x.shape[-2:]), f"k must lie in [1, min(M, N)], got {k} for {tuple(x.shape)}")
+    _expect(sign in ("max_abs", ""), f"sign must be max_abs or None, got {sign}")
+
+
+def _check_truncated_svd_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps) -> None:
+    k = s.shape[-1] if s.dim() > 0 else 0
+    _check_truncated_svd(x, k)
+    *batch, m, n = x.shape
+    has_u = u.dim() == x.dim()
+    _check_types(x.device, u=u, s=s, v=v, state=state, grad_u=grad_u, grad_s=grad_s, grad_v=grad_v)
+    _check_shape("s", s, (*batch, k))
+    for name, t, shape in (("u", u if has_u else None, (*batch, m, k)), ("v", v, (*batch, n, k))):
+        _check_shape(name, t, shape)
+    for name, t in (("s", s), ("v", v), *((("u", u),) if has_u else ())):
+        if t.dtype != _compute_dtype(x):
+            raise TypeError(f"{name} must be {_compute_dtype(x)}, as the forward gave it, got {t.dtype}")
+    _expect(has_u or m >= n, "u is needed where M < N")
+    _expect(0 < gap_eps < math.inf, f"gap_eps must be finite and > 0, got {gap_eps}")
+    for name, t, shape in (
+        ("grad_u", grad_u, (*batch, m, k) if has_u else (0,)),
+        ("grad_s", grad_s, (*batch, k)),
+        ("grad_v", grad_v, (*batch, n, k)),
+    ):
+        _check_shape(name, t, shape)
+
+
+def _check_align_singular_vectors(student, teacher, weight, *_options) -> None:
+    _check_types(student.device, student=student, teacher=teacher, weight=weight)
+    _expect(
+        teacher.dim() >= 2 and 0 not in teacher.shape[-2:] and student.shape[:-1] == teacher.shape[:-1] and student.shape[-1] > 0,
+        f"student and teacher must be [..., N, K] and [..., N, k], got {tuple(student.shape)} and {tuple(teacher.shape)}",
+    )
+    _check_shape("weight", weight, (*teacher.shape[:-2], teacher.shape[-1]))
+
+
+def _check_align_singular_vectors_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted) -> None:
+    _check_align_singular_vectors(student, teacher, weight)
+    _check_types(student.device, grad_student=grad_student, grad_teacher=grad_teacher)
+    small = (*teacher.shape[:-2], teacher.shape[-1])
+    for name, t, shape in (
+        ("grad_student", grad_student, tuple(teacher.shape)),
+        ("grad_teacher", grad_teacher, tuple(teacher.shape)),
+        ("match", match, small),
+        ("flips", flips, small),
+    ):
+        _check_shape(name, t, shape)
+    if match.dtype != torch.int64 or flips.dtype != _compute_dtype(student, teacher):
+        raise TypeError("match must be int64 and flips of the computing type")
+    for name, t in (("match", match), ("flips", flips)):
+        _expect(t.device == student.device, f"{name} must be on {student.device}, got {t.device}")
+    _expect(weight is not None or not wanted[2], "weight is not there to have a gradient")
+    if match.device.type == "cpu" and match.numel() > 0:  # nothing waits for a GPU, whose kernels take nothing of a vector that is not there
+        low, high = match.aminmax()
+        _expect(low >= 0 and high < student.shape[-1], f"match must lie in [0, {student.shape[-1]}), got {low} to {high}")
+
+
 def _register(name: str) -> None:
-    torch.library.impl(f"kdkernels::{name}_torch", "CompositeExplicitAutograd")(getattr(plain, name))
+    check = globals()[f"_check_{name}"]
+
+    def in_torch(*args):
+        check(*args)
+        return getattr(plain, name)(*args)
 
     def in_triton(*args):
+        check(*args)
         return getattr(_triton_kernels(args), name)(*args)
 
     def on_gpu(*args):
         *args, driver = args
         return getattr(torch.ops.kdkernels, f"{name}_{driver or default_driver(name, args)}")(*args)
 
+    torch.library.impl(f"kdkernels::{name}_torch", "CompositeExplicitAutograd")(in_torch)
     torch.library.impl(f"kdkernels::{name}_triton", "CPU")(in_triton)
     torch.library.impl(f"kdkernels::{name}_triton", "CUDA")(in_triton)
     torch.library.impl(f"kdkernels::{name}", "CUDA")(on_gpu)
 
 
+def _check_lists(count: int, **lists) -> None:
+    for name, given in lists.items():
+        _expect(len(given) == count > 0, f"{name} must have one entry for each x, got {len(given)} for {count}")
+
+
 def _group(x, k, sign, return_u, gap_eps, save_state, driver):
+    _check_lists(len(x), gap_eps=gap_eps)
     if _shares_launches(x, k, driver):
         return torch.ops.kdkernels.truncated_svd_group_cuda(x, k, sign, return_u, gap_eps, save_state)
     each = [torch.ops.kdkernels.truncated_svd(m, k, sign, return_u, noise, save_state, driver) for m, noise in zip(x, gap_eps, strict=True)]
@@ -76,7 +174,8 @@ def _group(x, k, sign, return_u, gap_eps, save_state, driver):
 
 
 def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, driver):
-    if _shares_launches(x, s[0].shape[-1], driver):
+    _check_lists(len(x), grad_u=grad_u, grad_s=grad_s, grad_v=grad_v, u=u, s=s, v=v, state=state, gap_eps=gap_eps)
+    if _shares_launches(x, s[0].shape[-1] if s[0].dim() > 0 else 0, driver):
         return torch.ops.kdkernels.truncated_svd_group_backward_cuda(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps)
 
     def given(g: Tensor, like: Tensor) -> Tensor | None:

@@ -11,10 +11,22 @@ from ..reference import truncated_svd as svd_reference
 
 def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        u, s, v = svd_reference(x, k, sign=sign or None, return_u=True)
+        # In units in which no square leaves its range.
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        first, second = _units(x.to(dtype))
+        u, s, v = svd_reference(x.to(dtype) * first * second, k, sign=sign or None, return_u=True)
+        s = s / second[..., 0] / first[..., 0]
     m, n = x.shape[-2:]
     u = u.mT.contiguous().mT if return_u or m < n else u.new_empty(0)
     return u, s.contiguous(), v.mT.contiguous().mT, s.new_empty(0)
+
+
+def _units(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The power of two that brings the largest number of each matrix near 1, as two factors [..., 1, 1], for it may be out of range itself."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest.isfinite() & (largest > 0), largest, torch.ones_like(largest))
+    first = torch.ldexp(torch.ones_like(largest), -(torch.frexp(largest).exponent // 2))
+    return first, torch.ldexp(torch.ones_like(largest), -torch.frexp(largest * first).exponent)
 
 
 def truncated_svd_backward(
@@ -42,12 +54,11 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     ga, gb = (grad_v, grad_u) if tall else (grad_u, grad_v)
     if u is None or gb is None or gb.dim() != x.dim():
         gb = None
-    # Units in which the largest singular value is about 1, so that no square leaves its range.
-    largest = s[..., :1].double().nan_to_num()
-    unit = torch.where(largest > 0, 1 / largest, torch.ones_like(largest))[..., None]  # [..., 1, 1]
-    m = m * unit
-    sigma = (s.double().nan_to_num() * unit[..., 0]).unsqueeze(-2)  # [..., 1, k]
-    null = 1e-6 if s.dtype == torch.float32 else 1e-13
+    # Units in which no square leaves its range. Singular values are measured in them: s may have rounded to a few digits, or to an infinity.
+    units = _units(m)
+    m = m * units[0] * units[1]
+    sigma = (m.mT @ a).norm(dim=-2, keepdim=True)  # [..., 1, k]
+    null = (1e-6 if s.dtype == torch.float32 else 1e-13) * sigma[..., :1]
     inverse = torch.where(sigma > null, 1 / sigma, torch.zeros_like(sigma))
     mg = m @ gb.double() if gb is not None else torch.zeros_like(a)
     g = mg * inverse + (ga.double() if ga is not None and ga.dim() == x.dim() else 0)
@@ -78,17 +89,19 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         z = z + a @ (0.5 * differences(a, ga.double()) * turn)
     w = m.mT @ a
     y = m.mT @ z
-    if grad_s is not None:
-        y = y + (grad_s.double().unsqueeze(-2) / unit) * inverse * w
     if gb is not None:
         b = (u if tall else v).double().nan_to_num()
         y = y + (gb.double() - b @ (b.mT @ gb.double())) * inverse + b @ (sigma.mT * differences(b, gb.double()) * turn).mT
-    gradient = (z @ w.mT + a @ y.mT) * unit
+    gradient = (z @ w.mT + a @ y.mT) * units[0] * units[1]
+    if grad_s is not None:  # the derivative of values knows no unit
+        gradient = gradient + a @ (grad_s.double().unsqueeze(-2) * inverse * w).mT
+    if x.dtype in (torch.float32, torch.float64):  # held at the largest number; half types say with an infinity that they have none
+        gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
     unused = broken  # a matrix that holds no numbers was left out of the loss where nothing of its triplets was used
     for g, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
         if g is not None and g.dim() == rank:
-            unused = unused & (g.reshape(*x.shape[:-2], -1) == 0).all(-1)[..., None, None]
+            unused = unused & (g == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
     gradient = gradient.masked_fill(unused, 0).to(x.dtype)
     return torch.empty_like(x).copy_(gradient)
 
@@ -100,7 +113,8 @@ def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | No
             student.to(dtype), teacher.to(dtype), None if weight is None else weight.to(dtype), flip="teacher" if flip_teacher else "student"
         )
         cosine = student.to(dtype).mT @ teacher.to(dtype)
-        match = cosine.abs().argmax(-2)
+        size = cosine.abs()
+        match = (size >= (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2)
         flips = torch.where(cosine.gather(-2, match.unsqueeze(-2)).squeeze(-2) < 0, -1.0, 1.0).to(dtype)
     return *(t.mT.contiguous().mT for t in outputs), match, flips
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .launch import device_of
 
+TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
+
 
 @triton.jit
 def _align_kernel(
@@ -18,17 +20,20 @@ def _align_kernel(
     task = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     student_ptr += task // k * many * n
-    best, chosen = tl.full([], 0.0, tl.float64), 0
-    for j in range(0, many):
+    most, best, chosen = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), many
+    for task_of_vector in range(0, 2 * many):  # the largest cosine, then the first that counts as equal to it
+        j = task_of_vector % many
         total = tl.zeros([BLOCK], tl.float64)
         for first in range(0, n, BLOCK):
             inside = first + lane < n
             own = tl.load(teacher_ptr + task * n + first + lane, inside, other=0.0).to(tl.float64)
             total += own * tl.load(student_ptr + j * n + first + lane, inside, other=0.0).to(tl.float64)
         cosine = tl.sum(total, 0)
-        better = (j == 0) | (tl.abs(cosine) > tl.abs(best))
+        better = (task_of_vector >= many) & (chosen == many) & (tl.abs(cosine) >= (1 - TIES) * most)
         chosen = tl.where(better, j, chosen)
         best = tl.where(better, cosine, best)
+        most = tl.where((task_of_vector < many) & (tl.abs(cosine) > most), tl.abs(cosine), most)
+    chosen = tl.where(chosen == many, 0, chosen)  # of NaN
     flip = tl.where(best < 0.0, -1.0, 1.0).to(out_student_ptr.dtype.element_ty)
     factor = tl.load(weight_ptr + task) if HAS_WEIGHT else flip * flip
     of_student, of_teacher = (factor, factor * flip) if FLIP_TEACHER else (factor * flip, factor)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .launch import device_of
 from .math import join, split
 from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, compute_dtype, one_batch, precision, state_size, warps_for
-from .svd_stages import apply_q, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
+from .svd_stages import apply_q, power_of_two, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def _solve_kernel(
 ):  # fmt: skip
     """z [B, k, p], and what y_j takes of w_j, of gb_j and of b_i, the factor of the gradient and the scale of M: [B, 2 k + k^2 + 2]."""
     null: tl.constexpr = 1e-13 if tl.float64 == T else 1e-6
+    most: tl.constexpr = 1.7976931348623157e308 if tl.float64 == T else 3.4028234663852886e38
     b = tl.program_id(0).to(tl.int64)
     x_ptr += b * x_batch
     matrix_ptr += b * p * p
@@ -135,19 +136,21 @@ def _solve_kernel(
     s = tl.load(s_ptr + j, j < k, other=0.0).to(tl.float64)
     first = tl.load(s_ptr).to(tl.float64)
     if first > 0.0:
-        last = tl.load(s_ptr + k - 1).to(tl.float64)
         own_ptr = fresh_ptr + b * state_size
-        scale = unit_for(first, T)
-        lam = (s * scale) * (s * scale)
+        scale = unit_for(tl.minimum(first, most), T)
+        s = tl.minimum(s, most) * scale
+        lam = s * s
         recompute = True
-        if HAS_STATE:
-            recompute = last < ILL_CONDITIONED * first
+        if HAS_STATE:  # which says what s rounds: below the normal numbers to a few digits, and past the largest to an infinity
+            lambda_ptr = state_ptr + b * state_size + p * (p + 1) // 2 + 3 * p
+            kept = tl.load(lambda_ptr + j, j < k, other=0.0).to(tl.float64) + tl.load(lambda_ptr + k + j, j < k, other=0.0).to(tl.float64)
+            recompute = tl.sum(tl.where(j == k - 1, kept, 0.0), 0) < ILL_CONDITIONED * ILL_CONDITIONED * tl.max(kept, 0)
             if not recompute:
                 own_ptr = state_ptr + b * state_size
-                lambda_ptr = own_ptr + p * (p + 1) // 2 + 3 * p
                 scale = tl.load(lambda_ptr + 2 * k).to(tl.float64)
-                lam = tl.load(lambda_ptr + j, j < k, other=0.0).to(tl.float64) + tl.load(lambda_ptr + k + j, j < k, other=0.0).to(tl.float64)
-        inverse = tl.where(s > null * first, 1.0 / tl.where(s > 0.0, s * scale, 1.0), 0.0)
+                lam = kept
+                s = tl.sqrt(kept)
+        inverse = tl.where(s > null * tl.max(s, 0), 1.0 / tl.where(s > 0.0, s, 1.0), 0.0)
 
         # A power of two that brings the largest cotangent near 1.
         largest = tl.full([], 0.0, tl.float64)
@@ -157,7 +160,9 @@ def _solve_kernel(
             largest = tl.maximum(largest, _largest(gb_ptr, k * q, BLOCK))
         if HAS_S:
             largest = tl.maximum(largest, _largest(gs_ptr, k, BLOCK) / scale)
-        unit = tl.where((largest > 0.0) & (largest < float("inf")), unit_for(largest, T), 1.0)
+        # Or as near as leaves scale / unit a number.
+        unit = tl.where(largest < float("inf"), unit_for(largest, T), power_of_two(tl.full([], -1022 if tl.float64 == T else -126, tl.int32)))
+        unit = tl.where(largest > 0.0, tl.maximum(unit, scale * 2.2250738585072014e-308), 1.0)
 
         # r_j = P (ga_j + M gb_j / sigma_j)
         z = tl.zeros([PB, KB], T)
@@ -195,7 +200,7 @@ def _solve_kernel(
         if HAS_B:
             products = _products(b_ptr, gb_ptr, q, k, unit, KB, 256)
             turned = tl.trans(_differences(products, _lengths(gb_ptr, q, k, unit, KB, 256), T))  # [i, j]: B_ji
-            shares = (s * scale)[None, :] * turned * turn - products * inverse[None, :]
+            shares = s[None, :] * turned * turn - products * inverse[None, :]
             # [i, j]: what y_j takes of b_i, stored by j
             tl.store(of_b + j[None, :] * k + j[:, None], shares, in_square)
             tl.store(of_gb + j, unit * inverse, j < k)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ILL_CONDITIONED = tl.constexpr(0.15)  # see csrc/truncated_svd_cta/problem.h
+SIGN_TIES = tl.constexpr(1e-4)  # the same
 _MOST_NUMBERS = 1 << 11  # of p x k vectors, padded, that a program keeps in registers
 _MOST_SIDE = 1024
 

@@ -18,6 +18,7 @@ from .launch import device_of
 from .svd_backward import truncated_svd_backward  # noqa: F401  the same set of ops
 from .svd_sizes import (
     ILL_CONDITIONED,
+    SIGN_TIES,
     as_tl,
     block_sizes,
     check_fits,
@@ -65,10 +66,13 @@ def _gram_kernel(
 
 
 @triton.jit
-def _normalize(matrix_ptr, total, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr):
-    """matrix times the square of the power of two that is returned: its trace comes into [1/4, 1)."""
-    exponent = exponent_of(total) + 1
+def _normalize(matrix_ptr, total, own, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr):
+    """matrix times the square of the power of two that is returned: its trace comes into [1/4, 1), or as near as leaves own times that power a
+    normal number of T."""
+    most: tl.constexpr = 1022 if tl.float64 == T else 126
+    exponent, held = exponent_of(total) + 1, exponent_of(own)
     half = tl.where(exponent > 0, (exponent + 1) // 2, -((-exponent) // 2))
+    half = tl.minimum(tl.maximum(half, held - most), held + most)
     multiply(matrix_ptr, p, power_of_two(-2 * half).to(T), T, PB, RB)
     return power_of_two(-half)
 
@@ -84,7 +88,6 @@ def _decompose_kernel(
     low: tl.constexpr = 1e-200 if tl.float64 == T else 1e-24
     high: tl.constexpr = 1e290 if tl.float64 == T else 1e34
     eps: tl.constexpr = 2.220446049250313e-16 if tl.float64 == T else 1.1920929e-7
-    most: tl.constexpr = 1022 if tl.float64 == T else 126
     b = tl.program_id(0).to(tl.int64)
     x_ptr += b * x_batch
     matrix_ptr += b * p * p
@@ -103,7 +106,7 @@ def _decompose_kernel(
     total = trace(matrix_ptr, p, PB)
     finite = total == total
     if (total > low) & (total < high):
-        scale *= _normalize(matrix_ptr, total, p, T, PB, RB)
+        scale *= _normalize(matrix_ptr, total, scale, p, T, PB, RB)
     else:
         largest = tl.full([], 0.0, T)
         broken = 0
@@ -119,7 +122,7 @@ def _decompose_kernel(
             scale = unit_for(largest.to(tl.float64), T)
             residual_gram(matrix_ptr, x_ptr, x_p, x_q, p, q, scale.to(T), a_ptr, 0, T, BP, BQ, PRECISION)
             total = trace(matrix_ptr, p, PB)
-            scale = tl.minimum(scale * _normalize(matrix_ptr, total, p, T, PB, RB), power_of_two(tl.full([], most, tl.int32)))
+            scale *= _normalize(matrix_ptr, total, scale, p, T, PB, RB)
         else:
             multiply(matrix_ptr, p, tl.full([], 0.0, T), T, PB, RB)
 
@@ -130,7 +133,7 @@ def _decompose_kernel(
             residual_gram(matrix_ptr, x_ptr, x_p, x_q, p, q, scale.to(T), a_ptr, found, T, BP, BQ, PRECISION)
             total = trace(matrix_ptr, p, PB)
             if total > low:
-                unit = _normalize(matrix_ptr, total, p, T, PB, RB)
+                unit = _normalize(matrix_ptr, total, tl.full([], 1.0, tl.float64), p, T, PB, RB)
             else:
                 unit = tl.full([], 1.0, tl.float64)
                 multiply(matrix_ptr, p, tl.full([], 0.0, T), T, PB, RB)
@@ -187,17 +190,19 @@ def _write_s(s_ptr, sigma_ptr, scale, k, KB: tl.constexpr):
 
 @triton.jit
 def _fix_signs(own_ptr, other_ptr, n, others, k, BOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The entry of largest magnitude of every vector of `own`, the first of equals, is made positive."""
+    """The entry of largest magnitude of every vector of `own`, the first of equals (see kSignTies), is made positive."""
     lane = tl.arange(0, BLOCK)
     for j in range(0, k):
-        best = tl.full([], -1.0, own_ptr.dtype.element_ty)
-        value = tl.full([], 0.0, own_ptr.dtype.element_ty)
+        best = tl.full([], 0.0, own_ptr.dtype.element_ty)
         for first in range(0, n, BLOCK):
-            x = tl.load(own_ptr + j * n + first + lane, first + lane < n, other=0.0)
-            size, place = tl.max(tl.abs(x), 0, return_indices=True)
-            here = tl.sum(tl.where(lane == place, x, 0.0), 0)
-            value = tl.where(size > best, here, value)
-            best = tl.maximum(best, size)
+            best = tl.maximum(best, tl.max(tl.abs(tl.load(own_ptr + j * n + first + lane, first + lane < n, other=0.0)), 0))
+        value, found = tl.full([], 0.0, own_ptr.dtype.element_ty), 0
+        for first in range(0, n, BLOCK):
+            inside = first + lane < n
+            x = tl.load(own_ptr + j * n + first + lane, inside, other=0.0)
+            place = tl.min(tl.where(inside & (tl.abs(x) >= best * (1 - SIGN_TIES)), lane, BLOCK), 0)
+            value = tl.where(found == 0, tl.sum(tl.where(lane == place, x, 0.0), 0), value)
+            found += (place < BLOCK).to(tl.int32)
         tl.debug_barrier()
         if value < 0.0:
             for first in range(0, n, BLOCK):

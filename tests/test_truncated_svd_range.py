@@ -1,0 +1,121 @@
+"""Numbers at both ends of their type's range: denormal matrices and huge ones, whose squares, sums or singular values have no room in it."""
+
+import math
+
+import pytest
+import torch
+from matrix_cases import with_singular_values
+from svd_checks import check_signs
+from tolerances import rounding
+
+from kdkernels import reference, truncated_svd
+
+DRIVERS = [None, "cuda", "torch"]
+# Powers of two, so that the matrix is exactly the scaled one where it is not denormal.
+SCALES = {torch.float32: [2.0**-133, 2.0**-110, 2.0**-60, 2.0**70, 2.0**125, 2.0**127], torch.float64: [2.0**-1030, 2.0**-700, 2.0**600, 2.0**1023]}
+
+
+def _case(m, n, dtype, scale):
+    """A matrix of `dtype`, and the same in float64 in a unit in which it is about 1."""
+    s = torch.linspace(1.0, 0.4, min(m, n)) ** 2
+    base = torch.stack([with_singular_values(s, m, n, seed) for seed in range(3)])
+    base = base / base.abs().max() * 0.99
+    x = base.to(dtype) * torch.tensor(scale, dtype=dtype)
+    assert x.isfinite().all()
+    assert (x != 0).any()
+    e = round(math.log2(scale))
+    return x, _times(x.double(), -e), e
+
+
+def _times(t, e):
+    """t 2^e, in two steps: the factor may be out of range."""
+    for part in (e // 2, e - e // 2):
+        t = t * 2.0**part
+    return t
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("dtype", list(SCALES), ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(9, 6, 2), (6, 9, 6), (1, 4, 1), (110, 120, 1)])
+def test_vectors_values_and_gradients(m, n, k, dtype, driver):
+    if max(m, n) > 50 and driver:
+        pytest.skip("one size shows it")
+    g = torch.Generator().manual_seed(1)
+    gu0, gs, gv0 = (torch.randn(3, *shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k,), (n, k)))
+    for scale in SCALES[dtype]:
+        x, unit, e = _case(m, n, dtype, scale)
+        small = 2.0**-20 if scale < 1 else 1.0  # gradients of vectors are as many times 1 / scale, and have room
+        gu, gv = small * gu0, small * gv0
+        squares = torch.linalg.svdvals(unit) ** 2
+        gaps = (squares[..., :k, None] - squares[..., None, :]).abs() / squares[..., :1, None]
+        gaps[..., torch.arange(k), torch.arange(k)] = 1
+        gap = min(gaps.min().item(), (squares[..., k - 1] / squares[..., 0]).min().item())
+        limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
+        digits = 2.0 ** -min(24 if dtype == torch.float32 else 53, e + (149 if dtype == torch.float32 else 1074))
+        given = x.clone().requires_grad_()
+        u, s, v = truncated_svd(given, k, return_u=True, driver=driver)
+        wide = unit.requires_grad_()
+        wu, ws, wv = reference.truncated_svd(wide, k, return_u=True)
+        most = torch.finfo(dtype).max
+        expected = _times(ws.detach(), e)
+        torch.testing.assert_close(s.detach().double(), expected.to(dtype).double(), rtol=100 * rounding(dtype) + 4 * digits, atol=0)
+        check_signs(v)
+        close = {"rtol": 0, "atol": limit}
+        torch.testing.assert_close(v.detach().double(), wv.detach(), **close)
+        torch.testing.assert_close(u.detach().double(), wu.detach(), **close)
+        for upstream in ("v", "s", "usv"):
+            ours = [t for name, t in zip("usv", (u, s, v), strict=True) if name in upstream]
+            cotangents = [t for name, t in zip("usv", (gu, gs, gv), strict=True) if name in upstream]
+            (got,) = torch.autograd.grad(ours, given, [t.to(dtype) for t in cotangents], retain_graph=True)
+            # In units: what comes of vectors is divided by the scale, what comes of values is not.
+            vectors = [(t, c) for name, t, c in zip("uv", (wu, wv), (gu, gv), strict=True) if name in upstream]
+            true = torch.zeros_like(unit)
+            if vectors:
+                (part,) = torch.autograd.grad([t for t, _ in vectors], wide, [c for _, c in vectors], retain_graph=True)
+                true = true + _times(part, -e)
+            if "s" in upstream:
+                true = true + torch.autograd.grad(ws, wide, gs, retain_graph=True)[0]
+            true = true.clamp(-most, most).to(dtype).double()
+            assert got.isfinite().all(), f"{scale:.0e} {upstream}"
+            size = true.abs().amax((-2, -1), keepdim=True)
+            # Rounded once, to a multiple of the smallest number.
+            allowed = (limit + 30 * digits / gap) * size + 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert ((got.double() - true).abs() <= allowed).all(), f"{scale:.0e} {upstream}: {((got.double() - true).abs() / size).max():.1e}"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_largest_value_that_has_no_room(driver):
+    """Entries of 3e38 are numbers of float32, and their singular value is not: it is an infinity, and vectors and gradients are what they are."""
+    base = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.5
+    x = (3e38 * base).float().requires_grad_()
+    _, s, v = truncated_svd(x, 2, driver=driver)
+    assert s[:, 0].isinf().all()
+    wide = x.detach().double().requires_grad_()
+    _, _ws, wv = reference.truncated_svd(wide, 2)
+    torch.testing.assert_close(v.detach().double(), wv.detach(), rtol=0, atol=1e-4)
+    upstream = torch.zeros_like(v)
+    upstream[..., 0] = torch.arange(5)
+    (got,) = torch.autograd.grad(v, x, upstream * 1e20)
+    (true,) = torch.autograd.grad(wv, wide, upstream.double() * 1e20)
+    assert got.isfinite().all()
+    if driver != "cuda":  # whose second value is small here, and its form of G then comes of s
+        assert (got.double() - true).norm() <= 1e-4 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", list(SCALES), ids=str)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_batch_of_all_scales(dtype, driver):
+    """Neighbours do not see them, to the bit."""
+    base = torch.rand(6, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scales = torch.tensor([*SCALES[dtype][:2], 1.0, 1.0, *SCALES[dtype][-2:]], dtype=torch.float64)
+    x = (base.to(dtype) * (scales / 2).to(dtype)[:, None, None]).requires_grad_()
+    u, s, v = truncated_svd(x, 2, return_u=True, driver=driver)
+    (u.sum() + v.sum()).backward()
+    assert x.grad.isfinite().all()
+    for i in range(6):
+        own = x[i : i + 1].detach().requires_grad_()
+        one = truncated_svd(own, 2, return_u=True, driver=driver)
+        (one[0].sum() + one[2].sum()).backward()
+        for a, b in zip((u, s, v, x.grad), (*one, own.grad), strict=True):
+            if driver != "torch":
+                assert torch.equal(a[i : i + 1], b)

@@ -1,0 +1,97 @@
+"""Which sign a singular vector gets where entries tie, and which vector a teacher's finds where cosines do: decided by position, not by rounding."""
+
+import pytest
+import torch
+from conftest import SVD
+from matrix_cases import laid_out
+
+from kdkernels import align_singular_vectors, reference, truncated_svd
+
+DRIVERS = [None, "cuda", "torch"]
+
+
+def _tied(m, n, near=0.0, seed=0):
+    """Matrices whose first right vectors have two entries each of one largest magnitude and of other signs: the first is `near` below the second."""
+    g = torch.Generator().manual_seed(seed)
+    batch = []
+    for _ in range(5):
+        first, second = torch.randperm(n, generator=g)[:2].sort().values.tolist()
+        v = 0.1 * torch.rand(n, 1, generator=g, dtype=torch.float64)
+        v[first], v[second] = 1 - near, -1.0
+        u = torch.randn(m, 1, generator=g, dtype=torch.float64)
+        noise = torch.randn(m, n, generator=g, dtype=torch.float64)
+        noise -= noise @ v @ v.mT / v.square().sum()
+        batch.append(u @ v.mT + 0.05 * noise)
+    return torch.stack(batch)
+
+
+def _signs(x, k=1, **options):
+    _, _, v = truncated_svd(x, k, **options)
+    size = v[..., 0].abs()
+    first = (size >= (1 - 1e-4) * size.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    assert (v[..., 0].gather(-1, first) > 0).all()
+    return v[..., 0].sign()
+
+
+def test_known_answer():
+    x = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    for driver in DRIVERS:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            for k in (1, 2):
+                assert truncated_svd(x.to(dtype), k, driver=driver)[2][:, 0].sign().tolist() == [1, -1]
+                assert truncated_svd(-x.to(dtype), k, driver=driver)[2][:, 0].sign().tolist() == [1, -1]
+    assert reference.truncated_svd(x, 1)[2][:, 0].sign().tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (30, 17), (100, 90)])
+@pytest.mark.parametrize("near", [0.0, 1e-5, 5e-5, 2e-4], ids=str)
+def test_the_same_signs_everywhere(m, n, near):
+    """For any k, batch, type, layout and implementation, and for both signs of a matrix: also where the tie is not quite one, or none."""
+    x = _tied(m, n, near)
+    expected = _signs(x)
+    for driver in DRIVERS:
+        for dtype in (torch.float32, torch.float64):
+            given = x.to(dtype)
+            for k in (1, 2, min(m, n)) if n < 50 else (1, 2):
+                assert torch.equal(_signs(given, k, driver=driver).double(), expected)
+            for layout in ("columns", "neither"):
+                assert torch.equal(_signs(laid_out(given, layout), driver=driver).double(), expected)
+            assert torch.equal(_signs(-given, driver=driver).double(), expected)
+            assert torch.equal(_signs(given, return_u=True, driver=driver).double(), expected)
+            assert torch.equal(torch.stack([_signs(own, driver=driver) for own in given]).double(), expected)
+    half = x.bfloat16()  # whose own numbers decide
+    assert torch.equal(_signs(half), _signs(half.double()).float())
+
+
+def test_in_triton(monkeypatch):
+    pytest.importorskip("triton")
+    svd = SVD("cuda" if torch.cuda.is_available() else "cpu", "triton")
+    for near in (0.0, 3e-5, 1e-3):
+        x = _tied(7, 6, near).float()
+        expected = _signs(x.double()).float()
+        for options in ({}, {"return_u": True}):
+            assert torch.equal(_signs(x.to(svd.device), 2, driver="triton", **options).cpu(), expected)
+    for teacher, student in (_equal_cosines(),):
+        s, _ = svd.align(student.to(svd.device), teacher.to(svd.device))
+        torch.testing.assert_close(s[..., 0].cpu(), student[..., 0])
+
+
+def _equal_cosines(dtype=torch.float32):
+    """Student's vectors at 45 degrees to either side of the teacher's, up to a rounding in favour of the second."""
+    teacher = torch.tensor([[1.0], [0.0], [0.0]], dtype=dtype)
+    root = 0.5**0.5
+    student = torch.tensor([[root, root + 1e-7, 0.1], [root, -root, 0.0], [0.0, 0.0, 1.0]], dtype=dtype)
+    return teacher, student
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tie_of_cosines(driver, dtype):
+    teacher, student = _equal_cosines(dtype)
+    for own in (student, student * torch.tensor([1.0, -1.0, 1.0], dtype=dtype)):
+        s, _t = align_singular_vectors(own, teacher, driver=driver)
+        torch.testing.assert_close(s[..., 0], own[..., 0], rtol=0, atol=0)
+        torch.testing.assert_close(reference.align_singular_vectors(own, teacher)[0], s)
+    better = student.clone()
+    better[0, 1] += 1e-4  # no tie
+    torch.testing.assert_close(align_singular_vectors(better, teacher, driver=driver)[0][..., 0], better[..., 1], rtol=0, atol=0)
