@@ -11,8 +11,6 @@ from .launch import compile_options, device_of
 
 TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
 
-TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
-
 
 @triton.jit
 def _align_kernel(
