@@ -103,9 +103,9 @@ struct Loss : torch::autograd::Function<Loss> {
         rescale.call(grad, kept[3], grad_loss);
         result[0] = grad;
       } else {
-        std::vector<int64_t> of_samples(grad.dim(), 1);
-        of_samples[0] = -1;
-        result[0] = scaled(grad, kept[3].numel() > 0 ? kept[3].view(of_samples) : kept[3], grad_loss);
+        Tensor scale = kept[3];
+        for (int64_t d = 1; has_scale(grad) && d < grad.dim(); ++d) scale = scale.unsqueeze(-1);
+        result[0] = scaled(grad, scale, grad_loss);
       }
       return result;
     }

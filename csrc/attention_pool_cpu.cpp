@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "attention_pool/maps.h"
@@ -325,18 +326,22 @@ at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor&
   return kernel(grad, x, maps, norm, channel, o, normalized);
 }
 
-// x *= factor in float, rounded once.
-void scale_in_place(const at::Tensor& x, float factor) {
-  if (x.scalar_type() != at::kHalf || !x.is_non_overlapping_and_dense()) {
-    x.mul_(static_cast<double>(factor));
-    return;
-  }
+// p[i] *= factor in float, rounded once.
+template <typename Half>
+void scale_in_place(Half* p, int64_t count, float factor) {
   constexpr int64_t lanes = simd::kLanes<float>;
-  auto* p = static_cast<c10::Half*>(x.data_ptr());
-  const int64_t count = x.numel();
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) narrow(widen(p + i) * factor, p + i);
-  for (; i < count; ++i) p[i] = static_cast<float>(p[i]) * factor;
+  for (; i < count; ++i) p[i] = static_cast<Half>(static_cast<float>(p[i]) * factor);
+}
+
+void scale_in_place(const at::Tensor& x, float factor) {
+  if (!x.is_non_overlapping_and_dense())
+    x.copy_(x.to(at::kFloat).mul_(factor));
+  else if (x.scalar_type() == at::kHalf)
+    scale_in_place(static_cast<c10::Half*>(x.data_ptr()), x.numel(), factor);
+  else
+    scale_in_place(static_cast<c10::BFloat16*>(x.data_ptr()), x.numel(), factor);
 }
 
 template <typename T>
@@ -388,13 +393,16 @@ void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& sca
   check_shape(grad_loss, "grad_loss", {});
   TORCH_CHECK_VALUE(scale.dim() == 1 && scale.scalar_type() == at::kFloat, "scale must be float32 and [B] or [0], got ", scale.sizes());
   const double upstream = grad_loss.item().toDouble();
-  if (scale.numel() == 0) {
-    if (upstream != 1) grad.mul_(upstream);
+  if (scale.numel() == 0 && upstream == 1) return;
+  if (grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kDouble) {
+    check_shape(scale, "scale", {0});
+    grad.mul_(upstream);
     return;
   }
   TORCH_CHECK_VALUE(grad.dim() > 0, "grad must have a dimension of samples, got ", grad.sizes());
-  check_shape(scale, "scale", {grad.size(0)});
-  const at::Tensor factors = scale.to(at::kDouble).mul_(upstream).to(at::kFloat).contiguous();
+  if (scale.numel() > 0) check_shape(scale, "scale", {grad.size(0)});
+  const at::Tensor scales = scale.numel() > 0 ? scale.to(at::kDouble) : at::ones({grad.size(0)}, scale.options().dtype(at::kDouble));
+  const at::Tensor factors = scales.mul(upstream).to(at::kFloat).contiguous();
   at::parallel_for(0, grad.size(0), std::max<int64_t>(1, 4 * kGrain * grad.size(0) / std::max<int64_t>(1, grad.numel())),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t b = begin; b < end; ++b) scale_in_place(grad.select(0, b), factors.const_data_ptr<float>()[b]);

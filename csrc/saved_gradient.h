@@ -41,11 +41,16 @@ inline bool may_give_away(const at::Tensor& grad, const at::Tensor& grad_loss) {
   return !torch::autograd::get_current_graph_task_keep_graph() && !is_traced(grad) && !is_traced(grad_loss) && !has_tangent(grad_loss);
 }
 
-// grad * scale * grad_loss, multiplied in float or double and rounded once. scale is empty for 1. Both factors must broadcast to grad.
+// Whether a saved gradient comes with a scale, by which it was divided: float16 alone has too small a range.
+inline bool has_scale(const at::Tensor& grad) {
+  return grad.scalar_type() == at::kHalf;
+}
+
+// grad * scale * grad_loss, multiplied in float or double and rounded once. The factors must broadcast to grad.
 inline at::Tensor scaled(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& grad_loss) {
   const at::ScalarType compute = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor factor = grad_loss.to(compute);
-  if (scale.numel() > 0) factor = factor * scale;
+  if (has_scale(grad)) factor = factor * scale;
   return (grad.to(compute) * factor).to(grad.scalar_type());
 }
 

@@ -89,7 +89,7 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
       // The gradient against the student itself is 0 and has the derivative of every other; the saved one has the value.
       const Tensor rest = std::get<0>(differentiable(grad_loss, kept[0].detach()));
       const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss;
-      const Tensor scale = kept[6].numel() > 0 ? kept[6].unsqueeze(dim) : kept[6];
+      const Tensor scale = has_scale(kept[5]) ? kept[6].unsqueeze(dim) : kept[6];
       const Tensor value = scaled(kept[5], scale, factor);
       result[0] = rest + (kept[3].defined() ? value.masked_fill(kept[3].logical_not().unsqueeze(dim), 0) : value);
       return result;

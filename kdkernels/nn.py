@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .ops import checks
 from .ops.attention_pool import attention_transfer_loss
 from .ops.rbf_correlation import rbf_correlation_loss
+from .ops.registration import usable
 from .ops.temperature_kl import temperature_kl
 from .ops.truncated_svd import align_singular_vectors, truncated_svds
 
@@ -88,7 +89,7 @@ def kd_loss(
         if not isinstance(weight, Tensor):
             checks.not_negative(name, weight)
     logits = student if student.dtype == torch.float64 else student.float()
-    return gamma * F.cross_entropy(logits, labels) + alpha * temperature_kl(student, teacher.detach(), temperature)
+    return gamma * F.cross_entropy(logits, usable(labels)) + alpha * temperature_kl(student, teacher.detach(), temperature)
 
 
 def _check_labels(labels: Tensor, student: Tensor) -> None:

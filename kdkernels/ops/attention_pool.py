@@ -265,7 +265,11 @@ def _(*args):
 
 @torch.library.impl("kdkernels::attention_transfer_loss_rescale_", "CUDA")
 def _(grad, scale, grad_loss):
-    factor = grad_loss.float() if grad.dtype != torch.float64 else grad_loss.double()
+    compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    factor = grad_loss.to(compute)
     if scale.numel():
         factor = (factor * scale).view(-1, *(1,) * (grad.dim() - 1))
-    torch.mul(grad, factor, out=grad) if grad.dtype == factor.dtype else grad.copy_(grad * factor)
+    if grad.dtype == compute:
+        grad.mul_(factor)
+    else:
+        grad.copy_(grad.to(compute) * factor)

@@ -79,6 +79,8 @@ def second_derivative(
     create_graph = torch.is_grad_enabled()
     chosen = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
     to_upstream, to_inputs = [None] * len(upstream), [None] * len(inputs)
+    if not chosen:
+        return to_upstream, to_inputs
     with torch.enable_grad():
         given = [None if t is None else _handle(t) if t.requires_grad or i in chosen else t for i, t in enumerate(inputs)]
         above = [None if g is None else _handle(g) if g.requires_grad else g for g in upstream]
