@@ -157,7 +157,16 @@ def test_raw_ops_refuse_what_they_cannot_read():
     ops = torch.ops.kdkernels
     x = torch.randn(2, 3, 4, 4)
     maps, norm, channel = ops.attention_pool(x, 2.0, "max", "l2", 1e-12)
-    bad = [torch.zeros(2, 3, 0), torch.zeros(2, 0, 4), torch.zeros(2, 3), x.to(torch.float8_e4m3fn), x.long(), x.to(torch.complex64), x[:1], x[:, :, :3]]
+    bad = [
+        torch.zeros(2, 3, 0),
+        torch.zeros(2, 0, 4),
+        torch.zeros(2, 3),
+        x.to(torch.float8_e4m3fn),
+        x.long(),
+        x.to(torch.complex64),
+        x[:1],
+        x[:, :, :3],
+    ]
     one = torch.ones(())
     for wrong in bad:
         for call in (
@@ -181,5 +190,3 @@ def test_raw_ops_refuse_what_they_cannot_read():
     for arguments in ((0.0, "mean", "", 1e-12), (2.0, "none", "", 1e-12), (2.0, "mean", "l1", 1e-12), (2.0, "mean", "", float("nan"))):
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             ops.attention_pool(x, *arguments)
-
-

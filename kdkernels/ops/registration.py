@@ -20,14 +20,15 @@ from torch.utils import _pytree as pytree
 def takes_reference(*tensors: Tensor | None) -> bool:
     """Whether this call must go through the reference, because the C++ derivative does not exist for the transform that is applied.
 
-    That is the case under ``torch.func.grad``, ``vjp``, ``jvp`` and the like if they are the innermost transform (under vmap, the op's vmap rule asks
-    again one level further out), and in forward mode if one of the tensors carries a tangent.
+    That is the case under ``torch.func.grad``, ``vjp``, ``jvp`` and the like, also where the call is a vmap rule's and they stand further out, and in
+    forward mode if one of the tensors carries a tangent. What vmap has wrapped is left to the op's vmap rule, which asks again.
     """
+    given = [t for t in tensors if isinstance(t, Tensor)]
     if torch._C._are_functorch_transforms_active():
         functorch = torch._C._functorch
-        if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
+        if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap or any(functorch.is_gradtrackingtensor(t) for t in given):
             return True
-    return forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and _has_tangent(t) for t in tensors)
+    return forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given)
 
 
 def is_transformed() -> bool:
@@ -36,7 +37,6 @@ def is_transformed() -> bool:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    # What vmap has wrapped is asked one level further out, by the vmap rule.
     return not torch._C._functorch.is_batchedtensor(t) and forward_ad.unpack_dual(t).tangent is not None
 
 
