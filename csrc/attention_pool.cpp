@@ -72,7 +72,6 @@ struct Loss : torch::autograd::Function<Loss> {
     const bool save_grad = student.requires_grad() && !teacher.requires_grad();
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, grad, scale, teacher_map] = op.call(student, teacher, p, variant, reduce, eps, save_grad);
-    ctx->mark_non_differentiable({grad, scale, teacher_map});
     ctx->set_materialize_grads(false);
     // Higher derivatives need of the teacher its map alone: features of one channel, |f|^p = map, stand for it. Roots of maps of p < 1 can
     // leave their range.
@@ -86,7 +85,7 @@ struct Loss : torch::autograd::Function<Loss> {
     saved["save_grad"] = save_grad;
     saved["map_only"] = map_only;
     saved["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad()};
-    return {loss, grad, scale, teacher_map};
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -130,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, 
     return op.call(student, teacher, p, variant, reduce, eps, save_grad);
   }
   const auto out = Loss::apply(student, teacher, p, std::string(variant), std::string(reduce), eps);
-  return {out[0], out[1], out[2], out[3]};
+  // The saved gradient is the graph's alone: its backward may scale it in place.
+  return {out[0], nothing(student), nothing(student, at::kFloat), nothing(student, compute_dtype(student, teacher))};
 }
 
 }  // namespace

@@ -63,14 +63,13 @@ struct Loss : torch::autograd::Function<Loss> {
     const std::array<bool, 4> needs{sx.requires_grad(), sy.requires_grad(), tx.requires_grad(), ty.requires_grad()};
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, to_sx, to_sy, to_tx, to_ty] = op.call(sx, sy, tx, ty, beta, reduction, needs);
-    ctx->mark_non_differentiable({to_sx, to_sy, to_tx, to_ty});
     ctx->set_materialize_grads(false);
     save(ctx, {sx, sy, tx, ty, to_sx, to_sy, to_tx, to_ty});
     auto& saved = ctx->saved_data;
     saved["beta"] = beta;
     saved["reduction"] = std::move(reduction);
     saved["needs"] = std::vector<bool>(needs.begin(), needs.end());
-    return {loss, to_sx, to_sy, to_tx, to_ty};
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -117,7 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& s
     return op.call(sx, sy, tx, ty, beta, reduction, wanted);
   }
   const auto out = Loss::apply(sx, sy, tx, ty, beta, std::string(reduction));
-  return {out[0], out[1], out[2], out[3], out[4]};
+  // The saved gradients are the graph's alone: its backward may scale them in place.
+  const at::ScalarType dtype = out[0].scalar_type();
+  return {out[0], nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype)};
 }
 
 }  // namespace

@@ -36,6 +36,11 @@ void check_no_tangent(const char* op, const Tensors&... inputs) {
                               " has no derivative in forward mode. Call the public function of kdkernels, which has one.");
 }
 
+// The result of an op that its caller did not ask for.
+inline at::Tensor nothing(const at::Tensor& like, std::optional<at::ScalarType> dtype = std::nullopt) {
+  return at::empty({0}, like.options().dtype(dtype.value_or(like.scalar_type())));
+}
+
 // Whether a saved gradient may be changed and given away: not where the graph is kept or traced, which needs it again.
 inline bool may_give_away(const at::Tensor& grad, const at::Tensor& grad_loss) {
   return !torch::autograd::get_current_graph_task_keep_graph() && !is_traced(grad) && !is_traced(grad_loss) && !has_tangent(grad_loss);

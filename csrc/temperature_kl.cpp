@@ -34,7 +34,6 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta,
                                            reduction, scale_by_t2, include_entropy, target_eps, save_grad);
-    ctx->mark_non_differentiable({grad, row_scale});
     ctx->set_materialize_grads(false);
     // KL(p_t || p_s) depends on the teacher in its terms of first order in log p_s alone: the saved gradient holds them.
     const bool without_teacher = save_grad && direction == "forward" && target_eps == 0;
@@ -53,7 +52,7 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     saved["save_grad"] = save_grad;
     saved["needs"] =
         std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
-    return {loss, grad, row_scale};
+    return {loss};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
@@ -117,7 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student
   }
   const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, std::string(direction), beta,
                                         std::string(reduction), scale_by_t2, include_entropy, target_eps);
-  return {out[0], out[1], out[2]};
+  // The saved gradient is the graph's alone: its backward may scale it in place.
+  return {out[0], nothing(student), nothing(student, at::kFloat)};
 }
 
 }  // namespace
