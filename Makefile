@@ -94,12 +94,12 @@ clean:
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q -c constraints.txt torch setuptools ninja pybind11 wheel
+	$(PY) -m pip install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11 wheel
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
 	touch $@ .venv/.fresh
 
 # The dependencies' rule has built the package too; make had seen by then that it was not built.
-$(BUILT): $(DEPENDENCIES) setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
+$(BUILT): $(DEPENDENCIES) setup.py cuda_toolkit.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	@if [ -e .venv/.fresh ]; then rm .venv/.fresh; else $(PY) -m pip install -q --no-build-isolation --no-deps -e .; fi
 	mkdir -p $(dir $@)
 	touch $@
