@@ -114,8 +114,10 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
   }
   // T^2 V and its derivative 2 T V - T S, or V and -S / T.
   if (slope) {
-    const Vec<T> factor = result.rest * temperature;
-    result.slope = weight * (o.scale_by_t2 ? factor * (T(2) * result.value - result.slope) : -(result.slope * result.rest) / temperature);
+    const T unit = T(kSlopeUnit), back = T(1) / unit;
+    result.slope = o.scale_by_t2 ? (T(2) * unit * result.value - result.slope) * (result.rest * temperature)  // rest is 1 or 1 / T
+                                 : -(result.slope * result.rest) / temperature;
+    result.slope = (result.slope * weight) * back;
   }
   result.value *= o.scale_by_t2 ? (result.rest * temperature) * temperature : result.rest;
   return result;

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from conftest import DEVICES
-from test_temperature_kl import _operators
 from layouts import random_layout, random_shape
+from test_temperature_kl import _operators
 from tolerances import assert_close
 
 from kdkernels import reference, temperature_kl
@@ -33,6 +33,15 @@ def _both(backend, student, teacher, temperature, dim=-1, **options):
     inputs = [x.double().clone().requires_grad_() for x in (student, teacher, temperature)]
     exact = reference.temperature_kl(*inputs, dim=dim, **o)
     return got, (exact.detach(), *torch.autograd.grad(exact.sum(), inputs))
+
+
+def _rounding_of_base(s, t, temperature, dim, direction="forward", scale_by_t2=True, **_):
+    """What float32 leaves of p (a - E_p[a]), the gradient to the side that weighs, a the difference of the logits: a rounding of its largest."""
+    b, o = (x.double().movedim(dim, -1) for x in ((s, t) if direction == "reverse" else (t, s)))
+    p = torch.softmax((b - b.amax(-1, keepdim=True)) / temperature.double().unsqueeze(-1), -1)
+    apart = (b - b.amax(-1, keepdim=True)) - (o - o.amax(-1, keepdim=True))
+    largest = torch.minimum((b - o).abs(), apart.abs() + 8).where(p > 0, 0).amax(-1, keepdim=True)
+    return 2.0**-22 * p * largest / (1 if scale_by_t2 else temperature.double().unsqueeze(-1) ** 2)
 
 
 def _exclude(kind, x, low):
@@ -61,25 +70,28 @@ def test_classes_excluded_by_low_numbers(backend, form):
         ("all but one", ""),
         ("", "all but one"),
     ]
-    dtypes = list(LOWEST)
-    if backend == "triton":  # its interpreter is slow
-        sides, dtypes = sides[:5], [torch.float32]
-    for dtype, (student_kind, teacher_kind) in itertools.product(dtypes, sides):
-        for low in {LOWEST[dtype], max(LOWEST[dtype], -1e9)}:
-            s, t = (2 * torch.randn(3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
-            temperature = torch.tensor([0.6, 1.0, 3.0]) if abs(low) < 1e300 else torch.tensor([1.0, 2.0, 3.0])
-            _exclude(student_kind, s, low)
-            _exclude(teacher_kind, t, low)
-            s, t = s.to(dtype), t.to(dtype)
-            got, want = _both(backend, s, t, temperature.to(torch.float64 if dtype == torch.float64 else torch.float32), **FORMS[form])
+    for dtype, dim in itertools.product([torch.float32] if backend == "triton" else LOWEST, [-1] if backend == "triton" else [-1, 0]):
+        lowest = max(LOWEST[dtype], -1e300)  # below, the reference in float64 has no range left
+        for low in {lowest, max(lowest, -1e9)}:
+            s, t = (2 * torch.randn(len(sides), 3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
+            for i, (student_kind, teacher_kind) in enumerate(sides):
+                _exclude(student_kind, s[i], low)
+                _exclude(teacher_kind, t[i], low)
+            temperature = torch.tensor([0.6, 1.0, 3.0] if abs(low) < 1e300 else [1.0, 2.0, 3.0], dtype=torch.promote_types(dtype, torch.float32))
+            s, t = (x.to(dtype).movedim(-1, dim).contiguous() for x in (s, t))  # rows of all kinds, neighbours where dim is 0
+            got, want = _both(backend, s, t, temperature.repeat(len(sides), 1), dim, **FORMS[form])
             for name, a, e in zip(("loss", "student", "teacher", "temperature"), got, want, strict=True):
-                limit = torch.finfo(a.dtype).max
-                e = e.clamp(-limit, limit) if a.dtype != torch.float64 else e
-                a = a.double().nan_to_num(nan=torch.nan, posinf=limit, neginf=-limit)
-                assert a.isfinite().all(), (name, dtype, low, student_kind, teacher_kind)
                 step = max(2e-5, 2 * torch.finfo(dtype).eps if name in ("student", "teacher") else 0)
-                error = (a - e).abs() / (e.abs() + e.abs().amax(-1, keepdim=True) * 1e-2 + 1e-3)
-                assert error.max() <= step, (name, dtype, low, student_kind, teacher_kind, error.max().item())
+                limit = torch.finfo(a.dtype).max  # beyond it infinity is the answer
+                a = a.double().nan_to_num(nan=torch.nan, posinf=limit, neginf=-limit)
+                e = e.clamp(-limit, limit)
+                if a.dim() == 3:
+                    a, e = a.movedim(dim, -1), e.movedim(dim, -1)
+                error, allowed = (a - e).abs(), step * (e.abs() + e.abs().amax(-1, keepdim=True) * 1e-2) + 2.0**-23
+                if name == ("student" if form == "reverse" else "teacher"):
+                    allowed = allowed + _rounding_of_base(s, t, temperature.expand(len(sides), 3), dim, **FORMS[form])
+                wrong = ~(error <= allowed).flatten(1).all(1)
+                assert not wrong.any(), (name, dtype, dim, low, [sides[i] for i in wrong.nonzero()], (error / allowed).max().item())
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -158,12 +170,8 @@ def test_jsd_of_confident_nets(backend, spread):
         assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
 
 
-def _gradient(s, t, path, upstream, **options):
+def _gradient(s, t, path, upstream, function=temperature_kl, **options):
     s = s.clone().requires_grad_()
-    function = temperature_kl
-    if path == "compiled":
-        torch._dynamo.reset()
-        function = torch.compile(temperature_kl, fullgraph=True, backend="aot_eager")
     loss = function(s, t, 4.0, **options)
     (grad,) = torch.autograd.grad(loss, s, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss), retain_graph=path == "kept")
     return grad
@@ -194,8 +202,11 @@ def test_float16_gradient_is_rounded_after_the_factor(options, layout, teacher_d
 def test_gradient_does_not_depend_on_the_path(dtype):
     s, t = torch.randn(8, 100).to(dtype), torch.randn(8, 100).to(dtype)
     mask = torch.arange(8) != 3
+    torch._dynamo.reset()
+    compiled = torch.compile(temperature_kl, fullgraph=True, backend="aot_eager")
     for upstream, reduction in itertools.product((0.0, 1.0, 1e-6, 65536.0, torch.inf), ("batchmean", "none")):
-        paths = [_gradient(s, t, path, upstream, reduction=reduction, mask=mask) for path in ("given away", "kept", "compiled")]
+        paths = [_gradient(s, t, path, upstream, reduction=reduction, mask=mask) for path in ("given away", "kept")]
+        paths.append(_gradient(s, t, "given away", upstream, compiled, reduction=reduction, mask=mask))
         assert torch.equal(paths[0].nan_to_num(7.0), paths[1].nan_to_num(7.0))
         assert torch.equal(paths[0].nan_to_num(7.0), paths[2].nan_to_num(7.0))
         assert not paths[0][3].any()  # a row that is masked out has no gradient, whatever comes from upstream
@@ -262,7 +273,8 @@ ROWS = torch.ones(4)
 NONE = torch.zeros(0)
 GOOD = (X, X, 1.0, None, None, None, -1, "forward", 0.5, "sum", True, True, 0.0)
 WRONG = [
-    *((i, x) for i in (0, 1) for x in (X.to(torch.float8_e4m3fn), X.to(torch.float8_e5m2), X.long(), X.to(torch.complex64), X[:, :5], X[0], X[:, :0])),
+    *((i, X.to(dtype)) for i in (0, 1) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.long, torch.complex64)),
+    *((i, x) for i in (0, 1) for x in (X[:, :5], X[0], X[:, :0])),
     (2, 0.0), (2, float("nan")), (2, float("inf")),
     (3, torch.ones(3)), (3, ROWS.long()), (3, ROWS.to(torch.float8_e4m3fn)), (3, torch.ones(())),
     (4, ROWS), (4, torch.ones(4, 6, dtype=torch.bool)), (4, torch.ones(5, dtype=torch.bool)),

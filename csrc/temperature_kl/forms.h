@@ -18,11 +18,14 @@ struct Form {
   T classes;
 };
 
-// V, and S of dV / dT = -S / T, both to be multiplied by `rest`.
+// V, and S of dV / dT = -S / T, both to be multiplied by `rest`. S is kept times kSlopeUnit, so that its sum has room where its terms are
+// logits near the end of the range of T: d(T^2 V) / dT = 2 T V - T S may be in the range where S or 2 V is not.
 template <typename T>
 struct ValueAndSlope {
   Vec<T> value, slope, rest;
 };
+
+constexpr float kSlopeUnit = 0x1p-12f;
 
 // base_out and other_out may be null. Logarithms are formed in units of the logits and divided by T at the end (see Divergence::unit).
 template <typename T, typename Reduce>
@@ -69,7 +72,8 @@ ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, con
     const Vec<T> to_base = select<T>(absent, zero, p * a);
     if (other_out) other_out->put(j, to_other * scale);
     if (base_out) base_out->put(j, to_base * (scale * s.inv_t));
-    result.slope += select<T>(to_other == T(0), zero, to_other * (other[j] - s.top)) + select<T>(absent, zero, to_base * (v * s.inv_t));
+    result.slope += select<T>(to_other == T(0), zero, to_other * T(kSlopeUnit) * (other[j] - s.top)) +
+                    select<T>(absent, zero, to_base * T(kSlopeUnit) * (v * s.inv_t));
   }
   result.slope = Reduce::template sum<T>(result.slope);
   return result;

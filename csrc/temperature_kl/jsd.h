@@ -94,7 +94,7 @@ class Jsd {
                select<T>(to_teacher == T(0), zero, to_teacher * ((teacher[j] - s.top) * s.inv_t));
     }
     const Vec<T> value = beta_ * mean_a + a_ * mean_b;
-    return {value < T(0) ? zero : value, Reduce::template sum<T>(slope), splat<T>(T(1))};
+    return {value < T(0) ? zero : value, Reduce::template sum<T>(slope) * T(kSlopeUnit), splat<T>(T(1))};
   }
 
  private:

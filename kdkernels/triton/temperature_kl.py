@@ -232,6 +232,8 @@ def _kl_kernel(
             if not ENTROPY:
                 value += log_z * t_column - mean_v
 
+    # T S of dV / dT = -S / T, times UNIT: logits near the end of the range have a sum in range where the derivative of T^2 V has one.
+    UNIT: tl.constexpr = 2.0**-12
     slope = tl.zeros([ROWS, 1], COMPUTE)
     if WANT_STUDENT or WANT_TEACHER or WANT_TEMPERATURE:
         # A gradient that is to be scaled is computed twice: its largest magnitude is needed first.
@@ -271,8 +273,8 @@ def _kl_kernel(
                 # The first by o / T, the second by b / T and times T.
                 to_other, to_base = tl.where(in_row, to_other, 0.0), tl.where(in_row, to_base, 0.0)
                 if WANT_TEMPERATURE:
-                    slope += tl.sum(tl.where(to_other == 0.0, 0.0, to_other * (o - o_safe)), 1, keep_dims=True)
-                    slope += tl.sum(tl.where(to_base == 0.0, 0.0, to_base * (v * inv_t)), 1, keep_dims=True)
+                    slope += tl.sum(tl.where(to_other == 0.0, 0.0, to_other * UNIT * (o - o_safe)), 1, keep_dims=True)
+                    slope += tl.sum(tl.where(to_base == 0.0, 0.0, to_base * UNIT * (v * inv_t)), 1, keep_dims=True)
                 to_other, to_base = to_other * scale_out, to_base * (scale_out * inv_t)
                 if DIRECTION == 1:
                     to_s, to_t = to_base, to_other
@@ -300,7 +302,8 @@ def _kl_kernel(
         tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=in_batch)
     if WANT_TEMPERATURE:
         row_slope = tl.sum(slope, 1)
-        total_slope = row_weight * (2.0 * row_value - row_slope if T_SQUARED else -row_slope / (t_row * t_row))
+        total_slope = 2.0 * UNIT * row_value - row_slope if T_SQUARED else -row_slope / t_row / t_row
+        total_slope = (total_slope * row_weight) * (1.0 / UNIT)
         tl.store(to_temperature_ptr + row, tl.where(keep, total_slope, 0.0).to(to_temperature_ptr.dtype.element_ty), mask=in_batch)
 
 
@@ -470,7 +473,8 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
     if layout is None:  # rows of three or more runs: work on a copy with the classes last
         moved = [None if x is None else x.movedim(dim, -1).contiguous() for x in (student, teacher, to_student, to_teacher)]
         _launch(*moved[:2], temperature, row_temperature, mask, normalizer, -1, direction, beta, reduction, t_squared, entropy, eps,
-                upstream=upstream, loss=loss, to_student=moved[2], to_teacher=moved[3], to_temperature=to_temperature, row_scale=row_scale)  # fmt: skip
+                upstream=upstream, loss=loss, to_student=moved[2], to_teacher=moved[3], to_temperature=to_temperature,
+                row_scale=row_scale)  # fmt: skip
         for x, copy in ((to_student, moved[2]), (to_teacher, moved[3])):
             if x is not None:
                 x.copy_(copy.movedim(-1, dim))
@@ -503,7 +507,8 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
             HAS_TEMPERATURE=row_temperature is not None, HAS_MASK=mask is not None, HAS_WEIGHT=weight_tensor is not None,
             UPSTREAM=0 if upstream is None else 1 if upstream.dim() == 0 else 2,
             WANT_LOSS=loss is not None, WANT_STUDENT=to_student is not None, WANT_TEACHER=to_teacher is not None,
-            WANT_TEMPERATURE=to_temperature is not None, SCALED=row_scale is not None, COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
+            WANT_TEMPERATURE=to_temperature is not None, SCALED=row_scale is not None,
+            COMPUTE=tl.float64 if compute == torch.float64 else tl.float32, **sizes,
         )  # fmt: skip
     return result
 
