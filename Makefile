@@ -94,7 +94,7 @@ clean:
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q -c constraints.txt torch setuptools ninja pybind11 wheel
+	$(PY) -m pip install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11 wheel
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
 	touch $@ .venv/.fresh
 
