@@ -1,13 +1,17 @@
-"""Rehearses the launches of the Triton kernels on a GPU that is not there: python triton_launches.py TARGET CALLS [OP ...]. CALLS are some of
-"shapes", "cases", "large" and "main", see below.
+"""Rehearses the launches of the Triton kernels on GPUs that are not there: python triton_launches.py TARGETS CALLS [OP ...]. TARGETS are some of
+sm_80, sm_90, sm_100 and gfx942, CALLS some of "main", "double", "shapes", "cases" and "large" (see below); both are separated by commas.
 
 The launchers of kdkernels/triton/ run on fake CUDA tensors, and Triton's own code binds the arguments, specialises the kernel on them and compiles
 it, exactly as on a GPU: an integer equal to 1 becomes a constant, one that is a multiple of 16 and an aligned pointer are known to be so, a size
 above 2^31 is 64 bits wide. Only the GPU's driver is a stand-in, which checks each launch and runs nothing. So no result is computed here: that the
 kernels compute the right numbers is what the tests in Triton's interpreter show. Because a fake tensor has no memory, its size is not limited.
 
-Every specialisation is taken through Triton's front end, which checks types. "shapes" and "main" are all compiled to the end, with ptxas, and must
-not spill registers; of "cases" and "large" the first of each kind is, and all of them if KDKERNELS_REHEARSE=all stands in the environment.
+What is checked of which call:
+- every launch: the grid is one that a driver takes, all tensors are on the device of the launch, and Triton can bind and specialise the arguments;
+- Triton's front end, which checks types, translates a specialisation if two of its switches and argument types were not seen together before. The
+  compiler's later stages depend on sizes and alignment too, the front end does not;
+- the calls named in COMPILED, which are "main" and "double", are compiled to the end, with ptxas, and must not spill registers.
+With KDKERNELS_REHEARSE=all in the environment every specialisation is compiled to the end, which takes many minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,14 +56,16 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 class StandIn:
-    """Takes the place of the GPU's driver in Triton. It has two devices, and knows which one is current."""
+    """Takes the place of the GPU's driver in Triton. It has two devices, and knows which one is current. Stand-ins of one process must not share
+    devices, because Triton keeps compiled kernels by device."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, first_device: int = 0):
         self.name, self.target = name, gpu_target(name)
         self.utils = self
-        self.device = self.device_of_tensors = 0
-        self.all_stages = False  # whether each kernel is compiled to the end, or the first of every kind
-        self.kinds: set[str] = set()
+        self.first_device = self.device = self.device_of_tensors = first_device
+        self.all_stages = False  # whether specialisations are compiled to the end
+        self.translated: Counter[str] = Counter()
+        self.pairs: dict[str, set] = defaultdict(set)
         self.launches: Counter[str] = Counter()
         self.specialised: Counter[str] = Counter()
         self.compiled: Counter[str] = Counter()
@@ -96,17 +102,19 @@ class StandIn:
         return launch
 
     def compile(self, source, target: GPUTarget, options: dict, **others):
-        """Takes the place of triton.compile. Kernels of one kind differ in switches and in what is known of their integers."""
+        """Takes the place of triton.compile."""
         name = source.fn.__name__
         self.specialised[name] += 1
-        sizes = {source.fn.arg_names[i]: str(value) for (i,), value in source.constants.items() if not isinstance(value, (bool, float))}
-        declared = {parameter.name for parameter in source.fn.params if parameter.is_constexpr}
-        arguments = {argument: "i32" if kind == "constexpr" else kind for argument, kind in source.signature.items() if argument not in declared}
-        kind = str((name, options["num_warps"], arguments, {argument: sizes[argument] for argument in sizes if argument in declared}))
-        if self.all_stages or kind not in self.kinds:
-            self.kinds.add(kind)
+        if self.all_stages:
             return triton_compile(source, target=target, options=options, **others)
-        return FrontEnd(self, source, target, options)
+        traits = {**source.signature, **{source.fn.arg_names[path[0]]: trait(value) for path, value in source.constants.items()}}
+        pairs = set(itertools.combinations(sorted((argument, str(value)) for argument, value in traits.items()), 2))
+        kernel = NotCompiled(self, name)
+        if not pairs <= self.pairs[name]:
+            self.pairs[name] |= pairs
+            self.translated[name] += 1
+            kernel.translate(source, target, options)
+        return kernel
 
     def check(self, name: str, grid: tuple[int, int, int], arguments: tuple) -> None:
         """What a driver would refuse, or what Triton's launcher would not run without a word."""
@@ -129,19 +137,32 @@ class StandIn:
             self.device = before
 
 
-class FrontEnd:
-    """A kernel that was only translated to Triton's first representation, where types are checked and constants are folded."""
+def trait(constant) -> str:
+    """What a constant means to the front end: switches are told apart, sizes of blocks and other numbers only as zero, one, or more."""
+    if isinstance(constant, int) and constant > 3:
+        return "several"
+    if isinstance(constant, float):
+        return "zero" if constant == 0 else "not zero"
+    return str(constant)
+
+
+class NotCompiled:
+    """Stands for a kernel that is not compiled to the end."""
 
     function = packed_metadata = None
 
-    def __init__(self, stand_in: StandIn, source, target: GPUTarget, options: dict):
+    def __init__(self, stand_in: StandIn, name: str):
+        self.run = stand_in.launcher_cls(None, SimpleNamespace(name=name))
+
+    @staticmethod
+    def translate(source, target: GPUTarget, options: dict) -> None:
+        """Takes a kernel to Triton's first representation: types are checked and constants are folded."""
         backend = make_backend(target)
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
         parsed = backend.parse_options(options)
         source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
-        self.run = stand_in.launcher_cls(source, SimpleNamespace(name=source.fn.__name__))
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
@@ -180,9 +201,9 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
 
 
 @contextlib.contextmanager
-def rehearsal(target: str):
+def rehearsal(target: str, first_device: int = 0):
     """Within it CUDA tensors are fake, and Triton's driver is a stand-in for a GPU of the target."""
-    stand_in = StandIn(target)
+    stand_in = StandIn(target, first_device)
     driver.set_active(stand_in)
     triton.compiler.compile = stand_in.compile
     FakeTensor.data_ptr = _address
@@ -217,9 +238,10 @@ def kl_calls(kind: str):
         arguments = (x["student"], x["teacher"], case.temperature, x["temperature"], x["mask"], x["normalizer"], *case.options.values())
         for wanted in flags:
             if wanted in ("loss", "loss and gradient"):
-                loss, grad = kl.temperature_kl(*arguments, wanted != "loss")
+                loss, grad, row_scale = kl.temperature_kl(*arguments, wanted != "loss")
             if wanted == "loss and gradient":
-                kl.temperature_kl_rescale_(grad, torch.ones_like(loss), case.dim)
+                for rescale in (kl.temperature_kl_rescale, kl.temperature_kl_rescale_):
+                    rescale(grad, row_scale, torch.ones_like(loss), x["mask"], case.dim)
             elif wanted != "loss":
                 upstream = empty(*(case.rows if case.reduction == "none" else ()), dtype=case.compute_dtype)
                 kl.temperature_kl_backward(upstream, *arguments, [name in wanted for name in ("student", "teacher", "temperature")])
@@ -414,43 +436,60 @@ def svd_calls(kind: str):
         yield "align, long vectors", partial(align, 3 << 29, 4, 4)
 
 
-# The calls of "shapes" that are compiled for every target.
-MAIN = {
-    "(512, 32000) torch.bfloat16",
-    "(8, 21, 64, 64) torch.float32",
-    "backward (512, 32000)",
-    "jsd backward (8, 1000, 8, 8)",
-    "double",
-    "(128, 256, 56, 56) contiguous",
-    "(128, 256, 56, 56) channels_last torch.float16",
-    "(128, 3, 3, 3) channels_last torch.float64",
-    "loss code 56 torch.float32",
-    "loss paper 56 torch.float64",
-    "loss torch.bfloat16",
-    "loss torch.float64",
-    "4 columns torch.float32",
-    "50 columns torch.float64",
-    "64 x 256 torch.bfloat16",
-    "784 x 512 torch.float32",
-    "align torch.float32",
+# The calls of "shapes" that are compiled to the end, under the name of the kind.
+COMPILED = {
+    "main": {
+        "(512, 32000) torch.bfloat16",
+        "(8, 21, 64, 64) torch.float32",
+        "backward (512, 32000)",
+        "jsd backward (8, 1000, 8, 8)",
+        "(128, 256, 56, 56) contiguous",
+        "(128, 256, 56, 56) channels_last torch.float16",
+        "loss code 56 torch.float32",
+        "loss torch.bfloat16",
+        "4 columns torch.float32",
+        "64 x 256 torch.bfloat16",
+        "784 x 512 torch.float32",
+        "align torch.float32",
+    },
+    "double": {
+        "double",
+        "(128, 3, 3, 3) channels_last torch.float64",
+        "loss paper 56 torch.float64",
+        "loss torch.float64",
+        "50 columns torch.float64",
+    },
 }
 CALLS = {"temperature_kl": kl_calls, "attention_pool": attention_calls, "rbf_correlation": rbf_calls, "truncated_svd": svd_calls}
 
 
-def main() -> None:
-    target, kinds, *ops = sys.argv[1:]
+def rehearse(gpu: StandIn, kinds: list[str], ops: list[str]) -> dict[str, str]:
+    """Makes the calls, and returns the tracebacks of those that failed."""
     failed = {}
-    with rehearsal(target) as gpu:
-        for op, kind in itertools.product(ops or CALLS, kinds.split(",")):
-            gpu.all_stages = kind in ("shapes", "main") or os.environ.get("KDKERNELS_REHEARSE") == "all"
-            calls = [(name, call, 0) for name, call in CALLS[op]("shapes" if kind == "main" else kind) if kind != "main" or name in MAIN]
-            for name, call, gpu.device_of_tensors in [*calls, (f"{calls[0][0]} on another device", calls[0][1], 1)]:
-                try:
-                    call()
-                except Exception:
-                    failed[f"{op}, {kind}: {name}"] = traceback.format_exc()
-    for name in sorted(gpu.launches):
-        print(f"{name}: {gpu.launches[name]} launches, {gpu.specialised[name]} specialisations, {gpu.compiled[name]} of them compiled to the end")
+    for kind, op in itertools.product(kinds, ops):
+        gpu.all_stages = kind in COMPILED or os.environ.get("KDKERNELS_REHEARSE") == "all"
+        compiled = COMPILED.get(kind)
+        calls = [(name, call) for name, call in CALLS[op]("shapes" if compiled else kind) if compiled is None or name in compiled]
+        placed = [(name, call, gpu.first_device) for name, call in calls]
+        if compiled is None:
+            placed.append((f"{calls[0][0]} on another device", calls[0][1], gpu.first_device + 1))
+        for name, call, gpu.device_of_tensors in placed:
+            try:
+                call()
+            except Exception:
+                failed[f"{gpu.name}, {op}, {kind}: {name}"] = traceback.format_exc()
+    return failed
+
+
+def main() -> None:
+    targets, kinds, *ops = sys.argv[1:]
+    failed = {}
+    for i, target in enumerate(targets.split(",")):
+        with rehearsal(target, 2 * i) as gpu:
+            failed |= rehearse(gpu, kinds.split(","), ops or list(CALLS))
+        for name in sorted(gpu.launches):
+            counts = f"{gpu.specialised[name]} specialisations, {gpu.translated[name]} only translated, {gpu.compiled[name]} compiled to the end"
+            print(f"{target} {name}: {gpu.launches[name]} launches, {counts}")
     for name, error in failed.items():
         print(f"{name}\n{error}")
     if failed:
