@@ -37,7 +37,7 @@ ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, con
   const Vec<T> other_shift = s.other_shift(log_z) * t;
   const Vec<T> to_logits = t * s.rest;  // from the units of s.mean, s.drift and s.kl
   const Vec<T> mean = s.mean * to_logits, drift = s.drift * to_logits;
-  const T eps = form.eps;
+  const T eps = form.eps, unit = T(kSlopeUnit);  // V too is kept times the unit: what eps adds has room
 
   // log(1 + eps / p), from whichever side does not cancel
   auto log_lift = [&](Vec<T> p, Vec<T> v) { return select<T>(p > eps, simd::log1p<T>(eps / p), simd::log<T>(p + eps) - (v - log_z)); };
@@ -52,13 +52,13 @@ ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, con
       const Vec<T> lift = select<T>(absent, zero, p * log_lift(p, v * s.inv_t) * t);
       mean_lift += lift;
       const Vec<T> added = form.entropy ? lift + eps * (simd::log<T>(p + eps) * t - log_q) : -eps * log_q;
-      extra += select<T>(base.present(j), added, zero);
+      extra += select<T>(base.present(j), added * unit, zero);
     }
   }
   mean_v = Reduce::template sum<T>(mean_v);
   mean_lift = Reduce::template sum<T>(mean_lift);
-  ValueAndSlope<T> result{s.kl * to_logits + Reduce::template sum<T>(extra), zero, s.inv_t};
-  if (!form.entropy) result.value += log_z * t - mean_v;
+  ValueAndSlope<T> result{s.kl * (to_logits * unit) + Reduce::template sum<T>(extra), zero, s.inv_t / unit};
+  if (!form.entropy) result.value += (log_z * t - mean_v) * unit;
 
   const Vec<T> inv_other = inv_z / (T(1) + s.w);
   for (int64_t j = 0; gradients && j < n; ++j) {
@@ -75,7 +75,7 @@ ValueAndSlope<T> general_form(const Divergence<T>& s, const Source<T>& base, con
     result.slope += select<T>(to_other == T(0), zero, to_other * T(kSlopeUnit) * (other[j] - s.top)) +
                     select<T>(absent, zero, to_base * T(kSlopeUnit) * (v * s.inv_t));
   }
-  result.slope = Reduce::template sum<T>(result.slope);
+  result.slope = Reduce::template sum<T>(result.slope) * unit;
   return result;
 }
 

@@ -617,7 +617,7 @@ def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, ma
             grad, out, row_scale.contiguous() if scaled else grad, grad_loss.contiguous(),
             grad if mask is None else mask.contiguous().view(torch.uint8), rows, classes, inner, *strides[0], *strides[1],
             HAS_SCALE=scaled, PER_ROW=grad_loss.dim() > 0, HAS_MASK=mask is not None, IN_PLACE=out is grad,
-            COMPUTE=tl.float64 if double else tl.float32, **sizes,
+            COMPUTE=tl.float64 if double else tl.float32, **sizes, **compile_options(4),
         )  # fmt: skip
 
 
