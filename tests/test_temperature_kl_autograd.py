@@ -276,7 +276,7 @@ ERRORS = [
     (dict(target_eps=-1e-7), ValueError, "target_eps must be"),
     (dict(target_eps=1e-7, direction="reverse"), ValueError, "direction='forward' only"),
     (dict(include_entropy=False, direction="jsd"), ValueError, "direction='forward' only"),
-    (dict(mask=torch.ones(4)), TypeError, "mask must be a bool tensor, got torch.float32"),
+    (dict(mask=torch.ones(4)), TypeError, "mask must be a bool tensor, got a tensor of torch.float32"),
     (dict(mask=torch.ones(4, 6, dtype=torch.bool)), ValueError, r"mask must have the shape of the rows \(4,\), got \(4, 6\)"),
     (dict(normalizer=0), ValueError, "normalizer must be a finite number > 0"),
     (dict(normalizer=torch.ones(2)), ValueError, "normalizer must have one element"),

@@ -26,14 +26,14 @@ def tensor(name: str, value, what: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {'nested' if value.is_nested else value.layout}")
 
 
-def _real(name: str, value) -> None:
+def _real(name: str, value, kinds: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
         hint = ": it is a constant to the derivative, pass a float" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {kind(value)}{hint}")
+        raise TypeError(f"{name} must be {kinds}, got {kind(value)}{hint}")
 
 
-def positive(name: str, value) -> None:
-    _real(name, value)
+def positive(name: str, value, kinds: str = "a number") -> None:
+    _real(name, value, kinds)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 

@@ -84,7 +84,7 @@ def temperature_kl(
     if isinstance(temperature, Tensor):
         rows_temperature, temperature = _rows_temperature(temperature, student, dim), 1.0
     else:
-        checks.positive("temperature", temperature)
+        checks.positive("temperature", temperature, "a number or a tensor")
     if direction == "jsd" and (beta == 0 or beta == 1):
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
@@ -192,7 +192,7 @@ def _check_normalizer(normalizer, student, reduction) -> None:
         if normalizer.device != student.device:
             raise ValueError(f"normalizer must be on the logits' device {student.device}, got {normalizer.device}")
     else:
-        checks.positive("normalizer", normalizer)
+        checks.positive("normalizer", normalizer, "a number or a tensor of one")
 
 
 def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

@@ -199,7 +199,10 @@ def _kl_kernel(
     A: tl.constexpr = 1.0 - BETA
     mean_v = tl.zeros([ROWS, 1], COMPUTE)
     mean_lift = tl.zeros([ROWS, 1], COMPUTE)
-    value = kl
+    # V and T S of dV / dT = -S / T are kept times UNIT: sums of logits near the end of the range have room, and a derivative of T^2 V that is in
+    # range is found.
+    UNIT: tl.constexpr = 2.0**-12
+    value = kl * UNIT
     if DIRECTION == 2 or EPS > 0.0 or not ENTROPY:
         extra = tl.zeros([ROWS, 1], COMPUTE)
         for start in range(0, classes, BLOCK):
@@ -224,16 +227,14 @@ def _kl_kernel(
                     lift = tl.where(p == 0.0, 0.0, p * _log_lift(p, v * inv_t, log_z, EPS) * t_column)
                     mean_lift += tl.sum(lift, 1, keep_dims=True)
                     added = lift + EPS * (log(p + EPS) * t_column - log_q) if ENTROPY else -EPS * log_q
-                    extra += tl.sum(tl.where(in_row, added, 0.0), 1, keep_dims=True)
+                    extra += tl.sum(tl.where(in_row, added * UNIT, 0.0), 1, keep_dims=True)
         if DIRECTION == 2:
-            value = (BETA * mean_v + A * mean_lift) * t_column
+            value = (BETA * mean_v + A * mean_lift) * (t_column * UNIT)
         else:
-            value = kl + extra
+            value += extra
             if not ENTROPY:
-                value += log_z * t_column - mean_v
+                value += (log_z * t_column - mean_v) * UNIT
 
-    # T S of dV / dT = -S / T, times UNIT: logits near the end of the range have a sum in range where the derivative of T^2 V has one.
-    UNIT: tl.constexpr = 2.0**-12
     slope = tl.zeros([ROWS, 1], COMPUTE)
     if WANT_STUDENT or WANT_TEACHER or WANT_TEMPERATURE:
         # A gradient that is to be scaled is computed twice: its largest magnitude is needed first.
@@ -298,11 +299,11 @@ def _kl_kernel(
 
     row_value = tl.sum(value, 1)
     if WANT_LOSS:
-        loss = row_value * t_row if T_SQUARED else row_value / t_row
+        loss = (row_value * t_row if T_SQUARED else row_value / t_row) * (1.0 / UNIT)
         tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=in_batch)
     if WANT_TEMPERATURE:
         row_slope = tl.sum(slope, 1)
-        total_slope = 2.0 * UNIT * row_value - row_slope if T_SQUARED else -row_slope / t_row / t_row
+        total_slope = 2.0 * row_value - row_slope if T_SQUARED else -row_slope / t_row / t_row
         total_slope = (total_slope * row_weight) * (1.0 / UNIT)
         tl.store(to_temperature_ptr + row, tl.where(keep, total_slope, 0.0).to(to_temperature_ptr.dtype.element_ty), mask=in_batch)
 
