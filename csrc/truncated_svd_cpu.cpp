@@ -2,6 +2,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "truncated_svd/backward.h"
 
 namespace kdkernels::truncated_svd {
@@ -139,7 +141,7 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   std::vector<int64_t> unsolved, ill;
   const Tensor gradient = Backward<float>(grads, x, t, gap_eps, tier).run(&unsolved);
   const float* sigma = t.s.const_data_ptr<float>();
-  std::erase_if(unsolved, [&](int64_t b) { return out_of_range(sigma[b * k]); });
+  unsolved.erase(std::remove_if(unsolved.begin(), unsolved.end(), [&](int64_t b) { return out_of_range(sigma[b * k]); }), unsolved.end());
   redo_gradients<float>(unsolved, grads, m, t, gap_eps, gradient);
   // Matrices whose forward was done again in double have their derivative from there too, but where nothing of the triplets that asked for
   // it was used: SVD-KD has a spare vector that it takes only where an order changed.

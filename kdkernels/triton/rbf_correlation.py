@@ -335,7 +335,8 @@ def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tu
     marks = torch.empty(count, dtype=torch.int32, device=device)
     if count:
         scale = math.sqrt(2 / beta)
-        targets = [losses if g is None else g for g in gradients]
+        unused = losses.to(compute)  # of the gradients' type: a kernel chooses between two of them
+        targets = [unused if g is None else g for g in gradients]
         numbers = (*split(scale), *split(2 * scale / (batch if reduction == "batchmean" else 1)))
         limits = [part for rank in (_FEW.value, _MANY.value) for part in split(largest_z(rank, compute == torch.float64))]
         wants = {f"WANT_{name}": bool(w) for name, w in zip(("SX", "SY", "TX", "TY"), wanted, strict=True)}

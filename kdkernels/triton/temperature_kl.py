@@ -400,8 +400,9 @@ def _rescale_rows_kernel(
     """out = grad * row_scale * upstream, rounded once."""
     if IN_PLACE and not HAS_SCALE and not PER_ROW:  # the unit factor of a plain .backward() leaves everything as it is
         rows = tl.where(tl.load(upstream_ptr) == 1.0, 0, rows)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(classes, BLOCK)
+    row = (program // blocks) * ROWS + tl.arange(0, ROWS)
+    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_batch = row < rows
     outer, i = row // inner, row % inner
     inside = in_batch[:, None] & (column < classes)
@@ -614,7 +615,7 @@ def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, ma
     block = triton.next_power_of_2(classes)
     sizes = {"ROWS": max(1, 1024 // block), "BLOCK": min(block, 1024)} if strides[0][2] == 1 else {"ROWS": 32, "BLOCK": min(block, 32)}
     with device_of(grad):
-        _rescale_rows_kernel[(triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(classes, sizes["BLOCK"]))](
+        _rescale_rows_kernel[(triton.cdiv(rows, sizes["ROWS"]) * triton.cdiv(classes, sizes["BLOCK"]),)](
             grad, out, row_scale.contiguous() if scaled else grad, grad_loss.contiguous(),
             grad if mask is None else mask.contiguous().view(torch.uint8), rows, classes, inner, *strides[0], *strides[1],
             HAS_SCALE=scaled, PER_ROW=grad_loss.dim() > 0, HAS_MASK=mask is not None, IN_PLACE=out is grad,
