@@ -86,7 +86,9 @@ def kd_loss(
     if student.dim() not in (1, 2):
         raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: flatten rows into the batch")
     for name, weight in (("gamma", gamma), ("alpha", alpha)):
-        if not isinstance(weight, Tensor):
+        if isinstance(weight, Tensor):
+            checks.tensor(name, weight, "weights")
+        else:
             checks.not_negative(name, weight)
     logits = student if student.dtype == torch.float64 else student.float()
     return gamma * F.cross_entropy(logits, usable(labels)) + alpha * temperature_kl(student, teacher.detach(), temperature)
@@ -94,7 +96,7 @@ def kd_loss(
 
 def _check_labels(labels: Tensor, student: Tensor) -> None:
     """Labels as F.cross_entropy takes them: class indices, or probabilities of the classes."""
-    if not isinstance(labels, Tensor) or (labels.dtype not in (torch.int64, torch.uint8) and not labels.is_floating_point()):
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8, *checks.FLOATING):
         raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
     expected = tuple(student.shape if labels.is_floating_point() else student.shape[:-1])
     if tuple(labels.shape) != expected:

@@ -82,6 +82,19 @@ def test_extents_of_one_at_any_stride(shape, reduce):
                 torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_empty_batches_of_any_strides(reduce):
+    """An empty batch that was expanded has strides of 0, which contiguous() leaves as they are."""
+    for x in (torch.zeros(1, 1, 1).expand(0, 4, 5), torch.zeros(1, 4, 1).expand(0, 4, 5), torch.empty(5, 4, 0).permute(2, 1, 0)):
+        x = x.detach().requires_grad_()
+        for maps in (attention_pool(x, reduce=reduce), attention_pool(x, reduce=reduce, normalize="l2")):
+            assert maps.shape == (0, 5)
+            assert torch.autograd.grad(maps.sum(), x)[0].shape == x.shape
+        for loss in (attention_transfer_loss(x, torch.empty(0, 2, 5), reduce=reduce), attention_transfer_loss(x, x.detach(), reduce=reduce)):
+            assert loss.item() == 0
+            assert torch.autograd.grad(loss, x)[0].shape == x.shape
+
+
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept graph"])
 @pytest.mark.parametrize("upstream", [1.0, 65536.0, 1000 * 65536.0, 3e-3])
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 4.0])

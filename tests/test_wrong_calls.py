@@ -10,7 +10,7 @@ from kdkernels import nn
 
 X, F, V = torch.randn(4, 10), torch.rand(2, 3, 4, 4), torch.randn(2, 5, 2)
 LABELS = torch.arange(4)
-NUMBERS = [None, "2", [2.0], {}, True, torch.tensor(2.0, requires_grad=True), math.nan, -1.0, 1j]
+NUMBERS = [None, "2", [2.0], {}, True, torch.tensor(2.0, requires_grad=True), math.nan, -1.0, 1j, 10**400]
 POSITIVE = [*NUMBERS, 0, math.inf]
 TENSORS = [None, "x", 3.0, [1.0], X.long(), X.to(torch.complex64), X.to(torch.float8_e4m3fn), X.to_sparse()]
 CHOICES = [3, "other", ["mean"], torch.ones(2), b"mean"]
@@ -97,9 +97,9 @@ CALLS = {
         {
             "student": [*TENSORS, X[None]],
             "teacher": [*TENSORS, X[:3]],
-            "labels": [None, 3, [0] * 4, LABELS[:3], LABELS.bool(), X[:3]],
+            "labels": [None, 3, [0] * 4, LABELS[:3], LABELS.bool(), X[:3], X.to(torch.float8_e4m3fn)],
             "temperature": [None, "4", 0, math.nan],
-            "gamma": [None, "x", math.nan],
+            "gamma": [None, "x", math.nan, X.to_sparse()],
             "alpha": [None, [1.0], -1.0],
         },
     ),

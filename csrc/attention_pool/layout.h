@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <optional>
@@ -48,6 +49,8 @@ inline std::optional<Features> view_as(const at::Tensor& x, bool channels_adjace
 
 // x where it lies if it can be read there, else a copy. Of features that are in both layouts vectors hold what there is more of.
 inline Features view(const at::Tensor& x) {
+  // An empty batch may have any strides, and contiguous() leaves it as it is.
+  if (x.numel() == 0) return *view_as(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)), false);
   const auto by_channel = view_as(x, true), by_place = view_as(x, false);
   if (by_channel && (!by_place || by_channel->channels > by_channel->places)) return *by_channel;
   return by_place ? *by_place : *view_as(x.contiguous(), false);

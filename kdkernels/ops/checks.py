@@ -30,6 +30,8 @@ def _real(name: str, value, kinds: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
         hint = ": it is a constant to the derivative, pass a float" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be {kinds}, got {kind(value)}{hint}")
+    if isinstance(value, int) and abs(value) > 2**1000:
+        raise ValueError(f"{name} must be in the range of float64, got an int of {value.bit_length()} bits")
 
 
 def positive(name: str, value, kinds: str = "a number") -> None:
