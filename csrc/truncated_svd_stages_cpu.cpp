@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "check.h"
 #include "truncated_svd/rounds.h"
 
 namespace kdkernels::truncated_svd {
@@ -16,6 +17,26 @@ using at::Tensor;
 template <typename Body>
 void with_type(const Tensor& x, Body&& body) {
   x.scalar_type() == at::kDouble ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
+}
+
+void check_beside(const Tensor& x, const char* name, const Tensor& d, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == d.scalar_type(), name, " must be of the dtype of d, ", d.scalar_type(), ", got ", x.scalar_type());
+  check_shape(x, name, shape);
+}
+
+// x [B, m, n] with m, n >= 1.
+void check_matrices(const Tensor& x, const char* name) {
+  check_floating(x, name);
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, name, " must be [B, m, n] with m, n >= 1, got ", x.sizes());
+}
+
+// The diagonal d [B, p] and what lies beside it, e [B, p - 1], p >= 1, of one dtype.
+void check_tridiagonal(const Tensor& d, const Tensor& e, bool of_doubles) {
+  const at::ScalarType dtype = d.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || (dtype == at::kFloat && !of_doubles), "d must be float64", of_doubles ? "" : " or float32",
+                   ", got ", dtype);
+  TORCH_CHECK_VALUE(d.dim() == 2 && d.size(1) > 0, "d must be [B, p] with p >= 1, got ", d.sizes());
+  check_beside(e, "e", d, {d.size(0), d.size(1) - 1});
 }
 
 // x [B, n], contiguous -> lanes of samples first, first + 1, ... (0 past the end), and back.
@@ -34,6 +55,7 @@ void from_lanes(const Vec<T>* lanes, int64_t first, const Tensor& x) {
 
 // G = M M^T [B, p, p], its lower triangle.
 Tensor gram_stage(const Tensor& x) {
+  check_matrices(x, "x");
   const Matrices m(x);
   const Tensor out = at::zeros({m.batch, m.p, m.p}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   with_type(out, [&](auto* type) {
@@ -51,6 +73,9 @@ Tensor gram_stage(const Tensor& x) {
 
 // Symmetric g [B, p, p], of norm about 1 -> d [B, p], e [B, p - 1], Q [B, p, p].
 std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
+  check_matrices(g, "g");
+  TORCH_CHECK_TYPE(g.scalar_type() == at::kDouble || g.scalar_type() == at::kFloat, "g must be float64 or float32, got ", g.scalar_type());
+  TORCH_CHECK_VALUE(g.size(1) == g.size(2), "g must be [B, p, p], got ", g.sizes());
   const int64_t batch = g.size(0), p = g.size(1);
   const Tensor d = at::empty({batch, p}, g.options()), e = at::empty({batch, p - 1}, g.options()),
                q = at::empty({batch, p * p}, g.options());
@@ -81,7 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
 }
 
 // d [B, p], e [B, p - 1] of positive semi-definite matrices -> the k largest eigenvalues.
-Tensor bisection_stage(const Tensor& d, const Tensor& e, int64_t k) {
+Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
+  check_tridiagonal(d_in, e_in, false);
+  TORCH_CHECK_VALUE(k >= 1 && k <= d_in.size(1), "k must be in 1 .. p, got ", k);
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1);
   const Tensor out = at::empty({batch, k}, d.options());
   with_type(d, [&](auto* type) {
@@ -105,7 +133,11 @@ Tensor bisection_stage(const Tensor& d, const Tensor& e, int64_t k) {
 }
 
 // d [B, p], e [B, p - 1], lambda [B, k], float64 -> refined lambda, vectors [B, k, p].
-std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d, const Tensor& e, const Tensor& lambda) {
+std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in) {
+  check_tridiagonal(d_in, e_in, true);
+  TORCH_CHECK_VALUE(lambda_in.dim() == 2 && lambda_in.size(1) > 0, "lambda must be [B, k] with k >= 1, got ", lambda_in.sizes());
+  check_beside(lambda_in, "lambda", d_in, {d_in.size(0), lambda_in.size(1)});
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1), k = lambda.size(1);
   const Tensor values = at::empty_like(lambda), vectors = at::empty({batch, k * p}, d.options());
   Buffer<Doubles> memory(2 * p + k + k * p);
@@ -123,7 +155,11 @@ std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d, const Tensor
 }
 
 // Re[(lambda + i eps - T)^-1] r for d [B, p], e [B, p - 1], lambda [B], r [B, p], float64.
-Tensor resolvent_stage(const Tensor& d, const Tensor& e, const Tensor& lambda, double eps, const Tensor& r) {
+Tensor resolvent_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in, double eps, const Tensor& r_in) {
+  check_tridiagonal(d_in, e_in, true);
+  check_beside(lambda_in, "lambda", d_in, {d_in.size(0)});
+  check_beside(r_in, "r", d_in, d_in.sizes());
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous(), r = r_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1);
   const Tensor out = at::empty_like(r);
   Buffer<Doubles> memory(3 * p + 1);
@@ -142,6 +178,8 @@ Tensor resolvent_stage(const Tensor& d, const Tensor& e, const Tensor& lambda, d
 
 // A float decomposition by the tier that is named, whatever the shape: s [B, k], v [B, k, N].
 std::tuple<Tensor, Tensor> tier_stage(const Tensor& x, int64_t k, bool krylov) {
+  check_matrices(x, "x");
+  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(1), x.size(2)), "k must be in 1 .. min(m, n), got ", k);
   Triplets t = Decomposition<float>(x, k, true, false, false, true, krylov ? Tier::krylov : Tier::direct).run();
   return {t.s, t.v};
 }

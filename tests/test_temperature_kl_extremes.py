@@ -144,14 +144,14 @@ def _exact_jsd(s, t, beta):
 @pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 def test_jsd_with_weights_near_the_ends(backend, beta):
-    for spread in (0.3, 1.0, 3.0):
-        s, t = spread * torch.randn(6, 10), spread * torch.randn(6, 10)
-        got, want = _both(backend, s, t, torch.ones(6), direction="jsd", beta=beta)
+    for spread, rows, classes in ((0.3, 6, 10), (1.0, 6, 10), (3.0, 6, 10), (10.0, 200, 3)):
+        s, t = (spread * torch.randn(rows, classes) for _ in range(2))
+        got, want = _both(backend, s, t, torch.ones(rows), direction="jsd", beta=beta)
         assert_close("loss", got[0], _exact_jsd(s.double(), t.double(), beta), rtol=5e-6)
         inputs = [x.double().requires_grad_() for x in (s, t)]
         exact = torch.autograd.grad(_exact_jsd(*inputs, beta).sum(), inputs)
-        for a, e in zip(got[1:3], exact, strict=True):
-            assert ((a.double() - e).norm() / e.norm()).item() <= 5e-6
+        for a, e in zip(got[1:3], exact, strict=True):  # a difference of logits of size d is rounded by d eps
+            assert ((a.double() - e).norm() / e.norm()).item() <= 5e-6 * max(1.0, spread / 3)
     assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-15 / min(beta, 1 - beta) + 1e-12)
 
 

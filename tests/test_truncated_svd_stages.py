@@ -115,3 +115,34 @@ def test_resolvent(p, eps):
         assert ((got - expected).norm(dim=1) <= (1e-13 + 4e-16 * p / eps) * expected.norm(dim=1) + 1e-15 * p / eps**2 * r.norm(dim=1)).all()
     zeros = torch.zeros(1, p, dtype=torch.float64)
     assert torch.equal(OPS._svd_resolvent(zeros, zeros[:, 1:], zeros[:, 0].contiguous(), 0.0, r[:1]), zeros)
+
+
+def test_bad_calls_are_refused():
+    x, d, e, values = torch.randn(2, 4, 4), torch.rand(2, 4).double(), torch.rand(2, 3).double(), torch.rand(2, 2).double()
+    eye = torch.eye(4).expand(2, 4, 4)
+    for bad in (torch.randn(4, 4), torch.randn(4), torch.randn(2, 0, 4), torch.randn(2, 4, 0), torch.ones(2, 4, 4, dtype=torch.int64)):
+        for call in (OPS._svd_gram, OPS._svd_tridiagonal, lambda bad: OPS._svd_tier(bad, 1, False), lambda bad: OPS._svd_tier(bad, 1, True)):
+            with pytest.raises((TypeError, ValueError), match="must be"):
+                call(bad)
+    calls = [
+        (OPS._svd_tier, (x, 0, True), "k"),
+        (OPS._svd_tier, (x, -1, False), "k"),
+        (OPS._svd_tier, (x, 5, False), "k"),
+        (OPS._svd_tridiagonal, (torch.randn(2, 4, 5),), "g"),
+        (OPS._svd_tridiagonal, (eye.half(),), "g"),
+        (OPS._svd_bisection, (d, e, 0), "k"),
+        (OPS._svd_bisection, (d, e, 5), "k"),
+        (OPS._svd_bisection, (d, d, 1), "e"),
+        (OPS._svd_bisection, (d, e.float(), 1), "e"),
+        (OPS._svd_bisection, (d[:, :0], e, 1), "d"),
+        (OPS._svd_inverse_iteration, (d, e, values[:1]), "lambda"),
+        (OPS._svd_inverse_iteration, (d.float(), e.float(), values.float()), "d"),
+        (OPS._svd_resolvent, (d, e, values, 1e-3, d), "lambda"),
+        (OPS._svd_resolvent, (d, e, d[:, 0], 1e-3, e), "r"),
+    ]
+    for op, arguments, name in calls:
+        with pytest.raises((TypeError, ValueError), match=f"{name} must"):
+            op(*arguments)
+    assert [t.shape[0] for t in OPS._svd_tier(x[:0], 1, False)] == [0, 0]
+    strided = torch.rand(4, 4).double().T[::2]  # read by their strides
+    assert torch.equal(OPS._svd_bisection(strided, e, 2), OPS._svd_bisection(strided.contiguous(), e, 2))

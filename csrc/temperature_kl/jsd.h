@@ -110,7 +110,7 @@ class Jsd {
     const auto part = simd::exp_parts<T>(-simd::max(-limit, z < limit ? z : limit));
     const Vec<T> u = part.scale * (part.r + part.h) + (part.scale - T(1));
     const Vec<T> ratio = part.scale * (part.r + part.h) + part.scale, inverse = T(1) / ratio, v = -u * inverse;
-    t.q = p + p * u;
+    t.q = p * ratio;  // p + p u would leave nothing of a q much smaller than p
     const Mask<T> joined = far | ~(z > T(-16));
     if (__builtin_expect(any(joined), 0)) t.q = select<T>(joined, simd::exp<T>(log_q) * q_scale, t.q);
     const auto first = log_and_rest(a_ * u, beta_ + a_ * ratio, a_ * u > T(-0.25));

@@ -340,7 +340,7 @@ def _jsd_terms(p, z, log_q, far_q, far_z, far, BETA: tl.constexpr):
     v = -u * inverse
     exponent = tl.minimum(tl.where(far, far_q, log_q), limit, propagate_nan=tl.PropagateNan.ALL)
     joined = tl.exp(exponent) * tl.where(far, 1.0 / far_z, 1.0)
-    q = tl.where(far | ~(z > -16.0), joined, p + p * u)
+    q = tl.where(far | ~(z > -16.0), joined, p * ratio)
     first, first_psi, first_near = _log_and_rest(A * u, B + A * ratio)
     second, second_psi, second_near = _log_and_rest(B * v, A + B * inverse)
     p_psi = tl.where(first_near, p * first_psi, A * (q - p) - p * first)
