@@ -82,6 +82,8 @@ def kd_loss(
     """
     checks.tensor("student", student, "logits")
     checks.tensor("teacher", teacher, "logits")
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     _check_labels(labels, student)
     if student.dim() not in (1, 2):
         raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: flatten rows into the batch")

@@ -33,7 +33,7 @@ def attention_pool(
 
 def attention_transfer_loss(
     student: Tensor,  # [B, C, *spatial]
-    teacher: Tensor,  # [B, D, *spatial]
+    teacher: Tensor,  # [B, D, *spatial], of any extents in space
     p: float = 2.0,
     *,
     variant: str = "code",
@@ -41,7 +41,20 @@ def attention_transfer_loss(
     eps: float = 1e-12,
 ) -> Tensor:
     """Distance of the normalised maps: mean square, or mean norm of a sample's. See :func:`kdkernels.attention_transfer_loss`."""
+    if student.shape[2:] != teacher.shape[2:]:
+        extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+        student, teacher = average_to(student, extents), average_to(teacher, extents)
     maps = [attention_pool(x, p, reduce=reduce, normalize="l2", eps=eps).flatten(1) for x in (student, teacher)]
     difference = maps[0] - maps[1]
     per_sample = difference.square().mean(1) if variant == "code" else torch.linalg.vector_norm(difference, dim=1)
     return per_sample.sum() / max(len(per_sample), 1)
+
+
+def average_to(x: Tensor, extents: list[int]) -> Tensor:
+    """Adaptive average pooling of x [B, C, *spatial] to the extents, where they differ."""
+    if list(x.shape[2:]) == list(extents):
+        return x
+    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    if len(extents) not in pools:
+        raise ValueError(f"features of {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")
+    return pools[len(extents)](x, extents)

@@ -7,7 +7,7 @@ from torch import Tensor
 def temperature_kl(
     student: Tensor,  # [..., C, ...], classes in dimension `dim`
     teacher: Tensor,  # like student
-    temperature: float | Tensor = 1.0,  # a tensor broadcasts to the rows
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to the rows; it may keep `dim`, with extent 1
     *,
     dim: int = -1,
     direction: str = "forward",
@@ -22,14 +22,18 @@ def temperature_kl(
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     s, t = student.movedim(dim, -1).to(dtype), teacher.movedim(dim, -1).to(dtype)
     rows = s.shape[:-1]
-    temperature = torch.as_tensor(temperature, device=s.device).to(dtype).expand(rows)
+    temperature = torch.as_tensor(temperature, device=s.device).to(dtype)
+    if temperature.dim() == s.dim() and temperature.shape[dim] == 1:
+        temperature = temperature.squeeze(dim)
+    temperature = temperature.expand(rows)
     if mask is not None:  # masked before any arithmetic: a NaN there reaches neither value nor gradient
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
 
     def log_probabilities(x: Tensor) -> Tensor:  # an excluded class (-inf) is excluded at every T: it adds no 0 * inf to T's gradient
-        excluded, rows_t = x == -torch.inf, temperature[..., None]
+        rows_t = temperature[..., None]
         top = x.detach().amax(-1, keepdim=True) if x.shape[-1] else 0  # very low logits would leave T's gradient no digits
         x = x - torch.where(torch.isfinite(torch.as_tensor(top)), top, 0)
+        excluded = x / rows_t.detach() == -torch.inf  # or beyond the range: -finfo.max at T < 1
         return torch.log_softmax(torch.where(excluded, x / rows_t.detach(), torch.where(excluded, 0, x) / rows_t), -1)
 
     log_s, log_t = log_probabilities(s), log_probabilities(t)

@@ -38,10 +38,16 @@ def align_singular_vectors(
 ) -> tuple[Tensor, Tensor]:  # [..., N, k] each
     """For each teacher vector the student's of largest |cosine|, one of the two flipped to agree. See :func:`kdkernels.align_singular_vectors`."""
     student, teacher = (t if t.dtype == torch.float64 else t.float() for t in (student, teacher))
-    cosine = student.detach().mT @ teacher.detach()  # [..., K, k]
-    size = cosine.abs()
-    match = (size >= (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True)  # the first of equals
-    flips = torch.where(cosine.gather(-2, match) < 0, -1.0, 1.0).to(student.dtype)
+    match, flips = match_singular_vectors(student, teacher)
     chosen = student.gather(-1, match.expand(*student.shape[:-1], match.shape[-1]))
     chosen, teacher = (chosen, teacher * flips) if flip == "teacher" else (chosen * flips, teacher)
     return (chosen, teacher) if weight is None else (chosen * weight[..., None, :], teacher * weight[..., None, :])
+
+
+def match_singular_vectors(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:  # [..., 1, k] each
+    """The student's vector of largest |cosine| for each teacher vector, and 1 or -1, the sign of that cosine."""
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        cosine = student.mT @ teacher  # [..., K, k]
+        size = cosine.abs()
+        match = (size >= (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True)  # the first of equals
+        return match, torch.where(cosine.gather(-2, match) < 0, -1.0, 1.0).to(student.dtype)

@@ -1,5 +1,7 @@
 """align_singular_vectors: against its reference, brute force and known answers."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import SVD
@@ -201,3 +203,15 @@ def test_errors():
     out = OP.align_singular_vectors(s, t, None, True)
     with pytest.raises(ValueError, match="match must lie in"):
         OP.align_singular_vectors_backward(out[0], out[1], s, t, None, out[2] + 9, out[3], True, [True, True, False])
+
+
+@pytest.mark.parametrize("driver", ["reference", "", "torch"])
+def test_autocast_does_not_blur_the_choice(driver):
+    """Cosines of 0.700 and 0.701 are one number in bfloat16."""
+    teacher = torch.tensor([1.0, 0.0, 0.0])[:, None]
+    student = torch.tensor([[0.700, -0.701], [0.51**0.5, 0.0], [0.0, (1 - 0.701**2) ** 0.5]])
+    align = reference.align_singular_vectors if driver == "reference" else partial(align_singular_vectors, driver=driver or None)
+    with torch.autocast("cpu", torch.bfloat16):
+        s, t = align(student, teacher)
+    assert torch.equal(s, student[:, 1:])
+    assert torch.equal(t, -teacher)

@@ -274,6 +274,7 @@ def test_differing_extents_are_averaged_first():
     pooled = torch.nn.functional.adaptive_avg_pool2d
     expected = reference.attention_transfer_loss(pooled(s, (4, 6)), pooled(t, (4, 6)))
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(reference.attention_transfer_loss(s, t), expected)
     for got, want in zip(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s), strict=True):
         torch.testing.assert_close(got, want)
     for spatial in ((8,), (4, 6, 8)):

@@ -325,3 +325,24 @@ def test_raw_rescale_refuses_what_it_cannot_read():
     for op in ops:
         op(X[:0].clone(), NONE, one, None, 1)
         op(X[:, :0].clone(), NONE, torch.tensor(2.0), None, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_reference_at_the_end_of_float64(temperature):
+    """Logits of -finfo.max, beyond the range once divided by T; temperatures [B, 1] for logits [B, C], and along any dim."""
+    s, t = torch.randn(2, 3, 4, dtype=torch.float64)
+    t_rows = torch.full((3, 1), temperature, dtype=torch.float64, requires_grad=True)
+    low, excluded = [x.clone() for x in (s, t)], [x.clone() for x in (s, t)]
+    for xs, number in ((low, LOWEST[torch.float64]), (excluded, -torch.inf)):
+        for x in xs:
+            x[:, 1] = number
+            x.requires_grad_()
+    got, want = reference.temperature_kl(*low, t_rows, reduction="none"), reference.temperature_kl(*excluded, t_rows, reduction="none")
+    assert torch.equal(got, want)
+    gradients = [torch.autograd.grad(loss.sum(), (*inputs, t_rows)) for loss, inputs in ((got, low), (want, excluded))]
+    for a, b in zip(*gradients, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+    fused = temperature_kl(*low, t_rows, reduction="none")
+    torch.testing.assert_close(fused, got)
+    torch.testing.assert_close(reference.temperature_kl(low[0].T, low[1].T, t_rows.T, dim=0, reduction="none"), got)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ CALLS = {
         kd.temperature_kl,
         {"student": X, "teacher": X},
         {
-            "student": [*TENSORS, X[0], torch.zeros(4, 0)],
+            "student": [*TENSORS, X[0], torch.zeros(4, 0), torch.tensor(1.0)],
             "teacher": [*TENSORS, X[:3], X.to("meta")],
             "temperature": [
                 *(n for n in POSITIVE if not isinstance(n, torch.Tensor)),
@@ -85,7 +86,11 @@ CALLS = {
         {"x": [*TENSORS, V[0, 0]], "k": [*INTEGERS, -1, 3], "sign": CHOICES, "return_u": FLAGS, "gap_eps": [n for n in NUMBERS if n is not None]},
     ),
     "feature_svd": (kd.feature_svd, {"features": F, "k": 1}, {"features": [*TENSORS, X], "k": [*INTEGERS, 4]}),
-    "truncated_svds": (kd.truncated_svds, {"xs": [V, V], "k": 1}, {"xs": [None, 3, V, [], [V, None], [V, V.long()]], "k": [*INTEGERS, 3]}),
+    "truncated_svds": (
+        kd.truncated_svds,
+        {"xs": [V, V], "k": 1},
+        {"xs": [None, 3, numpy.array(2.0), V, [], [V, None], [V, V.long()]], "k": [*INTEGERS, 3]},
+    ),
     "align_singular_vectors": (
         kd.align_singular_vectors,
         {"student": V, "teacher": V},
@@ -95,7 +100,7 @@ CALLS = {
         nn.kd_loss,
         {"student": X, "teacher": X, "labels": LABELS},
         {
-            "student": [*TENSORS, X[None]],
+            "student": [*TENSORS, X[None], X.to("meta")],
             "teacher": [*TENSORS, X[:3]],
             "labels": [None, 3, [0] * 4, LABELS[:3], LABELS.bool(), X[:3], X.to(torch.float8_e4m3fn)],
             "temperature": [None, "4", 0, math.nan],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention_pool as pool_reference
 from ..reference import attention_transfer_loss as loss_reference
+from ..reference.attention_pool import average_to
 from . import checks
 from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
 
@@ -128,16 +128,6 @@ def attention_transfer_loss(
     if takes_reference(student, teacher):
         return loss_reference(usable(student), usable(teacher), p, variant=variant, reduce=reduce, eps=eps)
     return _loss_op(student, teacher, p, variant, reduce, eps, False)[0]
-
-
-def average_to(x: Tensor, extents: list[int]) -> Tensor:
-    """Adaptive average pooling of x [B, C, *spatial] to the extents, where they differ."""
-    if list(x.shape[2:]) == list(extents):
-        return x
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    if len(extents) not in pools:
-        raise ValueError(f"features of {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")
-    return pools[len(extents)](x, extents)
 
 
 def _check_features(name: str, x: Tensor) -> None:

@@ -153,6 +153,8 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
     checks.flag("scale_by_t2", scale_by_t2)
     checks.flag("include_entropy", include_entropy)
     ndim = student.dim()
+    if ndim == 0:
+        raise ValueError("student must have a dimension of classes, got a 0-dim tensor")
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim must lie in [{-ndim}, {ndim - 1}] for logits of {ndim} dimensions, got {dim}")
     if student.shape != teacher.shape:

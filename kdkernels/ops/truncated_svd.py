@@ -130,7 +130,7 @@ def truncated_svds(
         TypeError: an x of a wrong type.
         ValueError: no x, devices that differ, or an option out of its range.
     """
-    if isinstance(xs, (Tensor, str)) or not isinstance(xs, Iterable):
+    if isinstance(xs, (Tensor, str)) or not isinstance(xs, Iterable) or getattr(xs, "ndim", 1) == 0:  # an array of one number has no members
         raise TypeError(f"xs must be a list of tensors, got {type(xs).__name__}")
     xs = list(xs)
     if not xs:

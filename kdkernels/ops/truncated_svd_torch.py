@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reference import align_singular_vectors as align_reference
 from ..reference import truncated_svd as svd_reference
+from ..reference.truncated_svd import match_singular_vectors
 
 
 def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,14 +110,10 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
 def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | None, flip_teacher: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-        outputs = align_reference(
-            student.to(dtype), teacher.to(dtype), None if weight is None else weight.to(dtype), flip="teacher" if flip_teacher else "student"
-        )
-        cosine = student.to(dtype).mT @ teacher.to(dtype)
-        size = cosine.abs()
-        match = (size >= (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2)
-        flips = torch.where(cosine.gather(-2, match.unsqueeze(-2)).squeeze(-2) < 0, -1.0, 1.0).to(dtype)
-    return *(t.mT.contiguous().mT for t in outputs), match, flips
+        s, t = student.to(dtype), teacher.to(dtype)
+        outputs = align_reference(s, t, None if weight is None else weight.to(dtype), flip="teacher" if flip_teacher else "student")
+        match, flips = match_singular_vectors(s, t)
+    return *(t.mT.contiguous().mT for t in outputs), match.squeeze(-2), flips.squeeze(-2)
 
 
 def align_singular_vectors_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted):
