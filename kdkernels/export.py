@@ -98,7 +98,8 @@ def export(ckpt: str | os.PathLike, targets: dict[str, str], spec: dict | None =
 def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict) -> Tensor:
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in student.state_dict().items()}, path)
+    # A copy of each: the format has no place for tied weights.
+    save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}, path)
     with torch.no_grad():
         return load_weights(build(spec).eval(), path)(image)
 

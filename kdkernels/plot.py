@@ -15,7 +15,7 @@ from torch import Tensor
 from .distill import Distiller
 from .models import TAPS
 from .models.taps import FeatureTaps
-from .models.weights import describe, read_weights
+from .models.weights import describe, load_weights
 from .ops.attention_pool import attention_pool
 
 
@@ -133,7 +133,7 @@ def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
     from .train import instantiate
 
     method, data = instantiate(config)
-    method.student.load_state_dict(read_weights(ckpt))
+    load_weights(method.student, ckpt)
     data.setup("validate")
     return method, data
 

@@ -199,7 +199,7 @@ def test_weights_that_do_not_fit(tmp_path):
         read_weights(tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match=r"does not fit TinyCNN: block1.0.weight is \[4, 3, 3, 3\], the network's \[5, 3, 3, 3\]"):
         load_weights(TinyCNN(5), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"does not fit ResNet: conv1.weight is missing"):
+    with pytest.raises(ValueError, match=r"the file has block1.0.weight, .* and 15 more where the network has conv1.weight, "):
         load_weights(models.resnet8(), tmp_path / "w.pt")
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
@@ -217,7 +217,7 @@ class Evil:
 def test_weights_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="nothing else is unpickled"):
+    with pytest.raises(ValueError, match="could run any code"):
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
