@@ -27,6 +27,7 @@ test: $(BUILT)
 
 # The tests with one release of torch and the Triton that belongs to it, in an environment of its own: make test-torch VERSION=2.10.0. The package is
 # built in a copy of the working tree, whose own extension modules belong to another torch, without CUDA and for this CPU's best instruction set alone.
+# The interpreter of Triton 3.6, which belongs to torch 2.10 and 2.11, needs a NumPy before 2.4.
 TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
 FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
@@ -38,7 +39,7 @@ test-torch:
 	rm -rf $(TORCH_ENVIRONMENT)/source
 	mkdir $(TORCH_ENVIRONMENT)/source
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(TORCH_ENVIRONMENT)/source
-	cd $(TORCH_ENVIRONMENT)/source && KDKERNELS_CUDA=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation -e '.[train,export,dev]' torch==$(VERSION)
+	cd $(TORCH_ENVIRONMENT)/source && KDKERNELS_CUDA=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation -e '.[train,export,dev]' torch==$(VERSION) 'numpy<2.4'
 	cd $(TORCH_ENVIRONMENT)/source && ../bin/python -m pytest --durations=15 -n 2 --dist=worksteal $(TEST_FLAGS)
 
 bench: $(BUILT)

@@ -258,7 +258,7 @@ ERRORS = [
     (dict(teacher=torch.zeros(5, 6)), ValueError, r"student and teacher must have the same shape, got \(4, 6\) and \(5, 6\)"),
     (dict(teacher=torch.zeros(4, 6, 1)), ValueError, "same shape"),
     (dict(student=torch.zeros(4, 0), teacher=torch.zeros(4, 0)), ValueError, "at least one class"),
-    (dict(student=torch.zeros(()), teacher=torch.zeros(())), ValueError, "dim must lie in"),
+    (dict(student=torch.zeros(()), teacher=torch.zeros(())), ValueError, "student must have a dimension of classes, got a 0-dim tensor"),
     (dict(teacher=X.to("meta")), ValueError, "one device"),
     (dict(temperature=0.0), ValueError, "temperature must be a finite number > 0, got 0"),
     (dict(temperature=-1), ValueError, "temperature must be a finite number > 0"),

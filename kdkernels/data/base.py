@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
+from .decode import as_pixels
 from .keyed_random import seeded
 from .loading import Batches, Draw, Loader
 
@@ -19,8 +20,8 @@ from .loading import Batches, Draw, Loader
 class ImageData(L.LightningDataModule):
     """Data of images and labels. A subclass says what they are in :meth:`make_splits`.
 
-    A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of ``image`` [B, C, H, W] float32, normalised;
-    ``label`` [B] int64; ``index`` [B] int64, the samples' places in their split; in training also ``view``, which augmentation this is, and
+    A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of ``image`` [B, C, H, W] float32 (float64 where
+    a dataset gives that), normalised; ``label`` [B] int64, or probabilities [B, K] float32; ``index`` [B] int64, the samples' places in their split; in training also ``view``, which augmentation this is, and
     ``share``, see :class:`Batches`. Outside Lightning: ``for batch in map(data.finish, data.train_dataloader())``.
 
     Args:
@@ -41,7 +42,7 @@ class ImageData(L.LightningDataModule):
         require_at_least("num_workers", num_workers, 0)
         self.batch_size, self.augment, self.order_seed, self.num_workers = batch_size, augment, order_seed, num_workers
         self.splits: dict[str, Dataset] = {}
-        self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std where the images are
+        self._scale: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # mean and std where the images are
 
     @property
     def views(self) -> int | None:
@@ -83,13 +84,14 @@ class ImageData(L.LightningDataModule):
             return self.augment(batch, self.normalize)
         return {**batch, "image": self.normalize(batch["image"])}
 
-    def normalize(self, image: Tensor) -> Tensor:  # [..., C, H, W] uint8 or float -> float32
+    def normalize(self, image: Tensor) -> Tensor:  # [..., C, H, W] uint8 or float32 -> float32, float64 -> float64
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         if self.mean is None:
             return image
-        if image.device not in self._scale:
-            self._scale[image.device] = tuple(torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        mean, std = self._scale[image.device]
+        key = (image.device, image.dtype)
+        if key not in self._scale:
+            self._scale[key] = tuple(torch.tensor(v, device=image.device, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = self._scale[key]
         return (image - mean) / std
 
     def fingerprint(self, split: str = "train") -> str:
@@ -125,8 +127,8 @@ class ItemImages(Dataset):
     The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample).
     """
 
-    def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None):
-        self.samples, self.seed, self._fingerprint = samples, seed, fingerprint
+    def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None, num_classes: int | None = None):
+        self.samples, self.seed, self._fingerprint, self.num_classes = samples, seed, fingerprint, num_classes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -140,7 +142,19 @@ class ItemImages(Dataset):
         if len(shapes) > 1:
             odd = next(i for i, s in zip(index, samples, strict=True) if s["image"].shape != samples[0]["image"].shape)
             raise ValueError(f"images of a batch must have one shape; sample {odd} differs from sample {index[0]}: {sorted(shapes)}")
+        self._check_labels(index, [s["label"] for s in samples])
         return with_draw({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, draw)
+
+    def _check_labels(self, index: list[int], labels: list[Tensor]) -> None:
+        if self.num_classes is None and len({label.shape for label in labels}) == 1:
+            return
+        for i, label in zip(index, labels, strict=True):
+            if label.shape != labels[0].shape:
+                raise ValueError(f"labels must be of one kind; sample {i} has shape {list(label.shape)}, sample {index[0]} {list(labels[0].shape)}")
+            if label.dim() == 0 and not 0 <= label < self.num_classes:
+                raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], the data's classes; sample {i} has {int(label)}")
+            if label.dim() == 1 and len(label) != self.num_classes:
+                raise ValueError(f"labels must be probabilities of {self.num_classes} classes; sample {i} has {len(label)}")
 
     def _sample(self, index: int, view: int) -> dict[str, Tensor]:
         with seeded(self.seed, view, index):
@@ -154,7 +168,7 @@ class ItemImages(Dataset):
         for i in torch.linspace(0, len(self) - 1, min(16, len(self))).long().tolist():
             sample = self._sample(i, 0)
             digest.update(sample["image"].contiguous().numpy().data)
-            digest.update(str(int(sample["label"])).encode())
+            digest.update(str(sample["label"].tolist()).encode())
         return digest.hexdigest()
 
 
@@ -172,16 +186,28 @@ def as_sample(sample: object, index: int) -> dict[str, Tensor]:
         sample = {"image": sample[0], "label": sample[1]}
     if not isinstance(sample, dict) or not {"image", "label"} <= sample.keys():
         raise TypeError(f'sample {index} must be (image, label) or a dict with "image" and "label", got {type(sample).__name__}')
-    image = sample["image"]
-    if not isinstance(image, Tensor):
-        image = torch.from_numpy(np.array(image))  # PIL images, arrays [H, W(, C)]
-        image = (image[..., None] if image.dim() == 2 else image).permute(2, 0, 1)
-    if image.dim() != 3:
-        raise ValueError(f"the image of sample {index} must have the shape [C, H, W], got {list(image.shape)}")
-    if image.dtype != torch.uint8:
-        image = image.float()
+    image = as_pixels(sample["image"], f"the image of sample {index}")
     others = {name: torch.as_tensor(value) for name, value in sample.items() if name not in ("image", "label")}
-    return {"image": image, "label": torch.as_tensor(sample["label"]).long(), **others}
+    return {"image": image, "label": as_label(sample["label"], index), **others}
+
+
+def as_label(label: object, index: int) -> Tensor:
+    """A class's number as int64 [], or probabilities of the classes as float32 [K]."""
+    label = torch.as_tensor(label)
+    if label.dim() == 0 or label.numel() == 1:
+        label = label.reshape(())
+        if label.is_complex() or (label.is_floating_point() and label != label.round()) or label.dtype == torch.bool:
+            raise TypeError(f"the label of sample {index} must be a class's number, or probabilities of the classes [K], got {label.item()!r}")
+        return label.long()
+    if label.dim() != 1:
+        raise ValueError(f"the label of sample {index} must be a class's number, or probabilities of the classes [K], got shape {list(label.shape)}")
+    label = label.float()
+    if not (label.min() >= 0 and (label.sum() - 1).abs() <= 1e-3):
+        raise ValueError(
+            f"the label of sample {index} must be probabilities, none negative and of sum 1, got {label.min():.4g} as the least and a sum of "
+            f"{label.sum():.4g} (several classes at once are no labels of this package's losses)"
+        )
+    return label
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

@@ -13,7 +13,8 @@ from .base import ImageData, ItemImages
 class FromDatasets(ImageData):
     """Data from map-style datasets whose items are ``(image, label)``, or dicts with ``image`` and ``label``.
 
-    Images are tensors [C, H, W] (uint8, or float on any scale), arrays [H, W, C] or PIL images, all of one size; more fields of a dict are
+    Images are tensors [C, H, W] (uint8, or float on any scale; float64 stays that), arrays [H, W, C] or PIL images, all of one size. 16 bits
+    become floats in [0, 1]. A label is a class's number, or probabilities of the classes [K]. More fields of a dict are
     stacked into the batch. Random transforms of the datasets draw from generators that are seeded by (``seed``, epoch, sample), so that a
     resumed run, other processes and other batches see the same images.
 
@@ -64,6 +65,6 @@ class FromDatasets(ImageData):
         return self._views if self._views is not None or self.augment is None else self.augment.views
 
     def make_splits(self) -> dict[str, ItemImages]:
-        splits = {name: ItemImages(dataset, self.seed, self._fingerprint) for name, dataset in self.datasets.items()}
+        splits = {name: ItemImages(dataset, self.seed, self._fingerprint, self.num_classes) for name, dataset in self.datasets.items()}
         self.image_shape = tuple(splits["train"][0]["image"].shape)
         return splits
