@@ -42,15 +42,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: int | None = None) -> list[ModelCheckpoint]:
     """Callbacks that keep ``last.ckpt`` after each epoch, and after every ``every`` steps; and ``best.ckpt``, of the highest ``monitor``.
 
-    Not ``save_last=True``: Lightning then writes the last checkpoint only where another one is written too (seen in 2.6.6).
+    Not ``save_last=True``: Lightning then writes the last checkpoint only where another one is written too (seen in 2.6.6). Nor is it left to
+    Lightning when an epoch counts as done: that would be when it has been validated.
     """
     options = {"enable_version_counter": False}
-    callbacks = [ModelCheckpoint(folder, "last", **options)]
+    callbacks = [LastCheckpoint(folder, "last", save_on_train_epoch_end=True, **options)]
     if every is not None:
         callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, **options))
     if monitor is not None:
         callbacks.append(ModelCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
     return callbacks
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Also at the end of a run that ends within an epoch (max_steps, max_time)."""
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run and trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class OutputCheck(L.Callback):

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,15 +13,16 @@ from torch.utils.data import Dataset
 from .augment import Augment
 from .decode import as_pixels
 from .keyed_random import seeded
-from .loading import Batches, Draw, Loader
+from .loading import Batches, Draw, Loader, OrderedBatches
 
 
 class ImageData(L.LightningDataModule):
     """Data of images and labels. A subclass says what they are in :meth:`make_splits`.
 
     A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of ``image`` [B, C, H, W] float32 (float64 where
-    a dataset gives that), normalised; ``label`` [B] int64, or probabilities [B, K] float32; ``index`` [B] int64, the samples' places in their split; in training also ``view``, which augmentation this is, and
-    ``share``, see :class:`Batches`. Outside Lightning: ``for batch in map(data.finish, data.train_dataloader())``.
+    a dataset gives that), normalised; ``label`` [B] int64, or probabilities [B, K] float32; ``index`` [B] int64, the samples' places in their
+    split; in training also ``view``, which augmentation this is, and ``share``, see :class:`Batches`. Outside Lightning:
+    ``for batch in map(data.finish, data.train_dataloader())``.
 
     Args:
         batch_size: images per batch and process.
@@ -58,8 +58,12 @@ class ImageData(L.LightningDataModule):
             self.splits = self.make_splits()
 
     def train_dataloader(self) -> Loader:
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        return self._loader("train", shuffle=True, seed=self.order_seed, views=self.views, accumulate=accumulate)
+        order = {"shuffle": True, "seed": self.order_seed, "views": self.views, "least": 2}
+        if self.trainer is not None:
+            trainer = self.trainer
+            order |= {"accumulate": lambda: trainer.accumulate_grad_batches, "limit": trainer.overfit_batches or trainer.limit_train_batches}
+            order["shuffle"] = not trainer.overfit_batches
+        return self._loader("train", **order)
 
     def val_dataloader(self) -> Loader:
         return self._loader("val", shuffle=False)
@@ -67,12 +71,17 @@ class ImageData(L.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self._loader("test", shuffle=False)
 
+    def predict_dataloader(self) -> Loader:
+        """Of the test images, or of the validation images where there are no others."""
+        return self._loader("test" if "test" in self.splits else "val", shuffle=False)
+
     def _loader(self, split: str, **order) -> Loader:
         if split not in self.splits:
             raise ValueError(f"{type(self).__name__} has no {split!r} images" if self.splits else "call setup() before asking for batches")
         process = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
         dataset = self.splits[split]
-        return Loader(dataset, Batches(len(dataset), self.batch_size, **order, **process), self.num_workers)
+        batches = Batches if order["shuffle"] else OrderedBatches
+        return Loader(dataset, batches(len(dataset), self.batch_size, **order, **process), self.num_workers)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         batch = self.finish(batch)

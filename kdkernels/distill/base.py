@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -12,13 +13,20 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import __version__
 from ..data.keyed_random import bits
 from ..engine import OutputCheck
 from ..models.taps import FeatureTaps
 from ..models.weights import CHECKPOINT_KEY, load_weights
+from .checks import TeacherAccuracy, TrainerCheck, total_steps
 from .teacher_cache import TeacherCache
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """What the signatures below show as a lambda, which jsonargparse reads and pickle does not."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 class Distiller(L.LightningModule):
@@ -36,8 +44,9 @@ class Distiller(L.LightningModule):
         student_taps, teacher_taps: names of layers whose outputs :meth:`losses` wants.
         teacher_cache: keeps what the teacher says of the training images on disk.
         optimizer: makes the optimizer from the student's parameters.
-        scheduler: makes the schedule from the optimizer, one step an epoch. By default the rate rises for a fifth of all steps of the
-            optimizer, then falls by a half cosine to zero.
+        scheduler: makes the schedule from the optimizer, one step an epoch; ``ReduceLROnPlateau`` one after each validation, by its ``monitor``
+            where it has one (as Lightning's has), else ``val/accuracy`` in mode "max" and ``val/cross_entropy`` in mode "min". By default the
+            rate rises for a fifth of all steps of the optimizer, then falls by a half cosine to zero.
         check_finite: stop before the update if the loss is NaN or infinite, and keep the batch (see :meth:`replay`). It waits for the loss
             each step; on a GPU that costs a little.
     """
@@ -60,20 +69,29 @@ class Distiller(L.LightningModule):
         super().__init__()
         if teacher is None and (teacher_weights is not None or teacher_cache is not None or tuple(teacher_taps)):
             raise ValueError("teacher_weights, teacher_taps and teacher_cache need a teacher")
+        for name, network in (("student", student), ("teacher", teacher)):
+            if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
+                raise TypeError(f"{name} must be an nn.Module, got {type(network).__name__}")
+        _check_not_shared(student, teacher)
         self.student = student if student_weights is None else load_weights(student, student_weights)
         self._teacher: list[nn.Module] = []  # in a list: a submodule would be saved, and trained
         if teacher is not None:
             teacher = teacher if teacher_weights is None else load_weights(teacher, teacher_weights)
             self._teacher = [teacher.eval().requires_grad_(False)]
+        _check_sizes(student, teacher)
         self.student_taps = FeatureTaps(student, student_taps)
         self.teacher_taps = FeatureTaps(teacher, teacher_taps) if teacher is not None else None
         self.teacher_cache = teacher_cache
-        self.make_optimizer, self.make_scheduler, self.check_finite = optimizer, scheduler, check_finite
+        self.make_optimizer = default_optimizer if getattr(optimizer, "__module__", None) == __name__ else optimizer
+        self.make_scheduler, self.check_finite = scheduler, check_finite
         self.student_spec: dict | None = None  # how the student is made; the command line knows
         self.run_config: dict | None = None  # and how the method and its data are
         self.image_shape: list[int] | None = None
         self._seed: int | None = None
-        self._networks_checked = self._labels_checked = False
+        self._stepped_by: list[str] | None = None  # names of the optimizer and the schedule, and what a checkpoint said of them
+        self._resumed: tuple[list[str] | None, list | None] = None, None
+        self._networks_checked = False
+        self._labels_checked: set[str] = set()  # stages
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -83,6 +101,16 @@ class Distiller(L.LightningModule):
         if self.teacher is not None:
             self.teacher._apply(fn)
         return super()._apply(fn)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._hold_teacher()
+        return self
+
+    def _hold_teacher(self) -> None:
+        """In eval mode and without gradients, whatever has been done to it since: dropout and batch norm would move what it says."""
+        if self.teacher is not None and any(module.training for module in self.teacher.modules()):
+            self.teacher.eval()
 
     # What a method writes, and what it writes it with.
 
@@ -105,6 +133,7 @@ class Distiller(L.LightningModule):
         """Logits and tapped features of the teacher; from the cache where they are there."""
         if self.teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
+        self._hold_teacher()
         if self.teacher_cache is not None and "view" in batch:
             return self.teacher_cache.outputs(batch, self.teacher_taps)
         return self.teacher_taps(batch["image"])
@@ -123,7 +152,7 @@ class Distiller(L.LightningModule):
     # What Lightning calls.
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [OutputCheck()]
+        return [OutputCheck(), TrainerCheck(), TeacherAccuracy()]
 
     def configure_model(self) -> None:
         """Under ModelParallelStrategy: the student's children and the student are sharded (FSDP2)."""
@@ -158,51 +187,65 @@ class Distiller(L.LightningModule):
             batch = as_batch(batch)
             self.image_shape = list(batch["image"].shape[1:])
             if not self._networks_checked:  # data that do not say what their images are
-                self._check_networks(batch["image"][:2].to(self.dtype), None)
+                image = batch["image"].to(self.dtype)
+                self._check_networks(torch.cat([image, image])[:2], None)  # of two: batch norm has no variance of one
 
-    @torch.no_grad()
     def _check_networks(self, image: Tensor, classes: int | None) -> None:
-        """One look before any work at what student and teacher give for two images."""
-        training = [module for module in self.student.modules() if module.training]
-        self.student.eval()  # statistics of batch norm stay as they are
-        try:
-            with self.trainer.precision_plugin.forward_context():
-                self._compare_networks(image, classes)
-                with torch.enable_grad():
-                    self.check_method(image)
-        finally:
-            for module in training:
-                module.training = True
+        """One look before any work at what student and teacher give for two images, in the modes in which they will be used."""
+        with _untouched(self.student), self.trainer.precision_plugin.forward_context():
+            self._hold_teacher()
+            self.student.eval()
+            with torch.no_grad():
+                student, student_features = self._outputs("student", image)
+                teacher, teacher_features = self._outputs("teacher", image) if self.teacher is not None else (None, {})
+            for name, logits in {"student": student, "teacher": teacher}.items():
+                if logits is not None and classes is not None and logits.shape[1] != classes:
+                    raise ValueError(f"the data have {classes} classes, but the {name} ({self._kind(name)}) has {logits.shape[1]}")
+            if teacher is not None:
+                if student.shape != teacher.shape:
+                    raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
+                self.check_features(student_features, teacher_features)
+            with torch.enable_grad():
+                self.check_method(image)
+            self.student.train()
+            with torch.no_grad():
+                self._outputs("student", image, "in training mode ")
+        self._classes = student.shape[1]
         self._networks_checked = True
 
-    def _compare_networks(self, image: Tensor, classes: int | None) -> None:
-        student, student_features = self.student_taps(image)
-        teacher, teacher_features = self.teacher_taps(image) if self.teacher is not None else (None, {})
-        for name, logits in {"student": student, "teacher": teacher}.items():
-            if logits is None:
-                continue
-            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
-                shown = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"the {name} must return logits [B, K] for images {list(image.shape)}, it returned {shown}")
-            if classes is not None and logits.shape[1] != classes:
-                raise ValueError(f"the data have {classes} classes, but the {name} ({type(self._network(name)).__name__}) has {logits.shape[1]}")
-        if teacher is not None and student.shape != teacher.shape:
-            raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
-        if teacher is not None:
-            self.check_features(student_features, teacher_features)
-        self._classes = student.shape[1]
+    def _kind(self, name: str) -> str:
+        return type(self.student if name == "student" else self.teacher).__name__
 
-    def _network(self, name: str) -> nn.Module:
-        return self.student if name == "student" else self.teacher
+    def _outputs(self, name: str, image: Tensor, when: str = "") -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and features of a network that is looked at for the first time."""
+        try:
+            logits, features = (self.student_taps if name == "student" else self.teacher_taps)(image)
+        except (torch.OutOfMemoryError, NotImplementedError):
+            raise
+        except Exception as error:  # whatever the network's layers raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{when}the {name} ({self._kind(name)}) cannot take images {list(image.shape)}: {reason}") from error
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
+            shown = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            cure = "" if isinstance(logits, Tensor) else "; put it into a module that returns the logits alone"
+            raise ValueError(
+                f"{when}the {name} ({self._kind(name)}) must return logits [B, K] for images {list(image.shape)}, it returned {shown}{cure}"
+            )
+        return logits, features
 
-    def _check_labels(self, label: Tensor, classes: int) -> None:
-        """Once, as it waits for the labels; a GPU's own complaint would name neither labels nor classes."""
-        if self._labels_checked:
+    def _check_labels(self, label: Tensor, classes: int, stage: str) -> None:
+        """Every batch where that is free; where the labels are on another device, which would have to be waited for, the first of each stage.
+        A GPU's own complaint would name neither labels nor classes."""
+        if label.is_floating_point():
+            if label.shape[1:] != (classes,):
+                raise ValueError(f"labels that are probabilities must have the shape [B, {classes}], the networks' classes; got {list(label.shape)}")
+            return
+        if label.device.type != "cpu" and stage in self._labels_checked:
             return
         low, high = int(label.min()), int(label.max())
         if low < 0 or high >= classes:
-            raise ValueError(f"labels must lie in [0, {classes - 1}], the networks' classes; the first batch has {low} to {high}")
-        self._labels_checked = True
+            raise ValueError(f"labels must lie in [0, {classes - 1}], the networks' classes; a {stage} batch has {low} to {high}")
+        self._labels_checked.add(stage)
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
@@ -210,13 +253,14 @@ class Distiller(L.LightningModule):
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         """:meth:`losses` of a training step, once they are seen to be finite, and logged."""
-        self._check_labels(batch["label"], self._classes)
+        self._check_labels(batch["label"], self._classes, "training")
         logits, losses = self.losses(batch)
         total = sum(losses.values())
         if self.check_finite and not torch.isfinite(total):
             self._stop_for(batch, batch_idx, losses)
         size = len(batch["label"])
-        values = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/accuracy": _accuracy(logits, batch)}
+        values = {f"train/loss_{name}": value.detach() for name, value in losses.items()} | {"train/loss": total.detach()}
+        values |= {"train/accuracy": accuracy(logits, batch), "train/cross_entropy": self.cross_entropy(logits.detach(), batch)}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return losses
 
@@ -244,23 +288,35 @@ class Distiller(L.LightningModule):
     def test_step(self, batch: object, batch_idx: int) -> None:
         self._evaluate("test", as_batch(batch))
 
+    def predict_step(self, batch: object, batch_idx: int) -> dict[str, Tensor]:
+        """Logits [B, K] of the student, and ``index`` [B], the images' places in their split, where the data say them."""
+        batch = as_batch(batch)
+        return {"logits": self.student(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
+
     def _evaluate(self, stage: str, batch: dict) -> None:
         logits = self.student(batch["image"])
-        self._check_labels(batch["label"], logits.shape[1])
+        self._check_labels(batch["label"], logits.shape[1], {"val": "validation"}.get(stage, stage))
         size = len(batch["label"])
-        self.log(f"{stage}/accuracy", _accuracy(logits, batch), prog_bar=True, batch_size=size, sync_dist=True)
+        self.log(f"{stage}/accuracy", accuracy(logits, batch), prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}/cross_entropy", self.cross_entropy(logits, batch), batch_size=size, sync_dist=True)
 
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.student.parameters())
         if self.make_scheduler is not None:
-            return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+            schedule = self.make_scheduler(optimizer)
+            self._check_resumed(optimizer, schedule)
+            if not isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                return {"optimizer": optimizer, "lr_scheduler": schedule}
+            monitor = getattr(schedule, "monitor", None) or {"max": "val/accuracy", "min": "val/cross_entropy"}[schedule.mode]
+            every = self.trainer.check_val_every_n_epoch or 1 if monitor.startswith("val/") else 1
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": monitor, "frequency": every}}
 
         def factor(step: int) -> float:
             # The number of steps is not asked for here and now: that makes the loader, before a resumed run has restored its place.
-            return _rise_and_fall(step / self.trainer.estimated_stepping_batches if step else 0.0)
+            return _rise_and_fall(step / total_steps(self.trainer) if step else 0.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._check_resumed(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -270,10 +326,30 @@ class Distiller(L.LightningModule):
             "config": self.run_config,
             "image_shape": self.image_shape,
             "seed": self._seed,
+            "stepped_by": self._stepped_by,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self._seed = checkpoint.get(CHECKPOINT_KEY, {}).get("seed", self._seed)
+        own = checkpoint.get(CHECKPOINT_KEY, {})
+        self._seed = own.get("seed", self._seed)
+        self._resumed = own.get("stepped_by"), checkpoint.get("optimizer_states")
+        if self.trainer.optimizers:  # strategies that load after the optimizers are made
+            self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
+
+    def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
+        """Whether a checkpoint that is gone on with was trained by such an optimizer and schedule: the states of others do not fit, and some
+        would be taken without a word."""
+        self._stepped_by = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
+        before, states = self._resumed
+        other = before is not None and before != self._stepped_by
+        if before is None and states:  # of a version that did not say
+            before = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
+            other = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
+        if other:
+            raise ValueError(
+                f"the checkpoint was trained by {' and '.join(before)}, and is to go on with {' and '.join(self._stepped_by)}, whose state it does "
+                "not have: take the same, or start anew from its weights (student_weights)"
+            )
 
 
 class Supervised(Distiller):
@@ -298,6 +374,42 @@ class Supervised(Distiller):
         return logits, {"cross_entropy": self.cross_entropy(logits, batch)}
 
 
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """What is done to a module inside leaves no trace: in buffers such as batch norm's, in modes, in the generators of random numbers."""
+    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    training = {part: part.training for part in module.modules()}
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for part, mode in training.items():
+            part.training = mode
+
+
+def _check_not_shared(student: nn.Module, teacher: nn.Module | None) -> None:
+    if teacher is None:
+        return
+    own = {id(tensor): name for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
+    shared = [own[id(tensor)] for tensor in [*teacher.parameters(), *teacher.buffers()] if id(tensor) in own]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} tensors ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}): the teacher is frozen, "
+            "and they with it. Give the teacher layers of its own: copy.deepcopy"
+        )
+
+
+def _check_sizes(student: nn.Module, teacher: nn.Module | None) -> None:
+    for name, network in (("student", student), ("teacher", teacher)):
+        if network is not None and any(is_lazy(parameter) for parameter in network.parameters()):
+            raise ValueError(
+                f"the {name} ({type(network).__name__}) has layers whose sizes are not known yet: call it on an image, or load its weights"
+            )
+
+
 def _rise_and_fall(progress: float) -> float:
     """Factor on the rate: from 1/25 to 1 in the first fifth, then to 0, both by half a cosine."""
     if progress < 0.2:
@@ -314,5 +426,7 @@ def as_batch(batch: object) -> dict:
     return batch
 
 
-def _accuracy(logits: Tensor, batch: dict) -> Tensor:
-    return (logits.argmax(1) == batch["label"]).float().mean()
+def accuracy(logits: Tensor, batch: dict) -> Tensor:
+    """Share of the images whose likeliest class is the label's (of probabilities, the likeliest)."""
+    label = batch["label"]
+    return (logits.argmax(1) == (label.argmax(1) if label.is_floating_point() else label)).float().mean()

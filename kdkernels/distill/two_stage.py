@@ -22,7 +22,7 @@ class TwoStage(Distiller):
         if first_stage_epochs < 0:
             raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
         self.first_stage_epochs = first_stage_epochs
-        self._idle: list[nn.Parameter] | None = None  # parameters that the first stage does not train, once it has begun
+        self._idle: list[nn.Parameter] | None = None  # parameters that the first stage has not trained so far, once it has begun
 
     @property
     def first_stage(self) -> bool:
@@ -31,7 +31,9 @@ class TwoStage(Distiller):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.first_stage:
             return
-        if self._idle is None:  # behind the last tap the losses of weight 0 have left zeros, and nothing else has left anything
-            self._idle = [p for p in self.student.parameters() if p.grad is not None and not bool(p.grad.any())]
+        if self._idle is None:
+            self._idle = [p for p in self.student.parameters() if p.grad is not None]
+        # Behind the last tap the losses of weight 0 leave zeros, always. Before it a layer may begin with them: a branch whose last scale is zero.
+        self._idle = [p for p in self._idle if p.grad is None or not bool(p.grad.any())]
         for parameter in self._idle:
             parameter.grad = None

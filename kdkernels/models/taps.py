@@ -19,7 +19,8 @@ class FeatureTaps:
         names: layer names as in ``module.named_modules()``.
 
     Raises:
-        ValueError: a name that the module does not have; the nearest ones are given. A name given twice.
+        ValueError: a name that the module does not have; the nearest ones are given. A name given twice. A layer inside of what
+            ``torch.compile`` made one piece of.
         RuntimeError: when called: a layer did not run, or what it returned was overwritten by a layer that works in place.
     """
 
@@ -31,6 +32,7 @@ class FeatureTaps:
             raise ValueError(f"layers must be named once each, got {sorted(twice)} more than once")
         layers = dict(module.named_modules())
         for name in self.names:
+            _check_not_compiled(module, name)
             if name not in layers or name == "":
                 near = difflib.get_close_matches(name, layers, n=3, cutoff=0.3)
                 raise ValueError(f"{type(module).__name__} has no layer {name!r}; did you mean one of {near or [k for k in layers if k][:8]}?")
@@ -64,6 +66,21 @@ class FeatureTaps:
                 "ReLU(inplace=True); tap that layer instead, or set its inplace to False"
             )
         return output, {name: caught[name] for name in self.names}
+
+
+def _check_not_compiled(module: nn.Module, name: str) -> None:
+    """Hooks on layers inside of a compiled module are not called, or compiled away."""
+    layer = module
+    for part in ["", *name.split(".")]:
+        inside = part != "" and hasattr(layer, "_orig_mod")
+        layer = getattr(layer, part, None) if part else layer
+        if layer is None and not inside:
+            return
+        if inside or (getattr(layer, "_compiled_call_impl", None) is not None and not hasattr(layer, "_orig_mod")):
+            raise ValueError(
+                f"layer {name!r} of {type(getattr(module, '_orig_mod', module)).__name__} cannot be tapped: torch.compile hides the layers of what "
+                "it compiles. Give the network itself, or compile only parts without taps"
+            )
 
 
 def pair_features(

@@ -1,0 +1,94 @@
+"""What is looked at before training, and said once: options of the trainer that cannot work, and a teacher that knows nothing."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+VALIDATION = ("val/accuracy", "val/cross_entropy")
+
+
+def total_steps(trainer: L.Trainer) -> float:
+    """Steps of the optimizer in the whole run, also where a callback changes the accumulation of gradients; infinite if there is no end."""
+    schedules = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    steps = trainer.estimated_stepping_batches
+    if schedules and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        windows = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
+        steps = sum(math.ceil(trainer.num_training_batches / window) for window in windows)
+        steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return steps if steps > 0 else math.inf
+
+
+class TrainerCheck(L.Callback):
+    """Refuses before training what would stop it later: numbers to watch that nobody logs, and a schedule without an end."""
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:
+            self._check_monitor(trainer, module, type(callback).__name__, getattr(callback, "monitor", None))
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            self._check_monitor(trainer, module, type(config.scheduler).__name__, config.monitor)
+        if module.make_scheduler is None and not math.isfinite(total_steps(trainer)):
+            raise ValueError(
+                "the default schedule falls to zero at the end of training, and there is none: give max_epochs or max_steps, or a scheduler"
+            )
+
+    def _check_monitor(self, trainer: L.Trainer, module: L.LightningModule, who: str, name: str | None) -> None:
+        if name is None:
+            return
+        from .base import Distiller
+
+        own_steps = type(module).validation_step is Distiller.validation_step and type(module)._evaluate is Distiller._evaluate
+        if own_steps and not name.startswith("train/") and name not in VALIDATION and "/" not in name:
+            raise ValueError(f"{who} watches {name!r}, which is not logged: there are {', '.join(VALIDATION)}, train/accuracy, train/loss, and so on")
+        validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+        if name.startswith("val/") and not validated and not trainer.fast_dev_run:
+            raise ValueError(f"{who} watches {name!r}, and there is no validation: limit_val_batches is 0, or the data have no images for it")
+
+
+class TeacherAccuracy(L.Callback):
+    """Says once how many validation images the teacher gets right, and warns where it knows no more than chance: weights were forgotten."""
+
+    def __init__(self):
+        self._said = self._warned = False
+        self._right = self._count = 0
+        self._classes = 1
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if module.teacher is None or self._said or trainer.state.fn != "fit":
+            return
+        from .base import accuracy, as_batch
+
+        batch = as_batch(batch)
+        module._hold_teacher()
+        logits = module.teacher(batch["image"])
+        self._right += float(accuracy(logits, batch)) * len(logits)
+        self._count += len(logits)
+        self._classes = logits.shape[1]
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self._count and trainer.world_size == 1:
+            return
+        numbers = torch.tensor([self._right, self._count], dtype=torch.float64, device=module.device)
+        right, count = trainer.strategy.reduce(numbers, reduce_op="sum").tolist()
+        self._right = self._count = 0
+        if not count:
+            return
+        chance = 1 / self._classes
+        share = right / count
+        if not self._warned and count >= 2 * self._classes and share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
+            self._warned = True
+            rank_zero_warn(
+                f"the teacher ({type(module.teacher).__name__}) is right for {share:.1%} of {count:.0f} validation images of {self._classes} classes, "
+                "no better than chance: was it given its weights (teacher_weights)?"
+            )
+        if not trainer.sanity_checking:
+            self._said = True
+            rank_zero_info(f"the teacher's accuracy on the {count:.0f} validation images: {share:.4f}")
