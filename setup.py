@@ -11,7 +11,11 @@ import platform
 import sys
 from glob import glob
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read the licence in pyproject.toml, and says so in 90 lines
+    raise SystemExit(f"kdkernels is built with setuptools 77 or later, found {setuptools.__version__}: pip install 'setuptools>=77'")
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder on the path
 import cuda_toolkit

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"kdkernels bench needs {', '.join(missing)}: pip install 'kdkernels[train,bench]'", file=sys.stderr)
+        print(f"kdkernels bench needs {', '.join(missing)}: pip install --no-build-isolation '.[train,bench]' in the source folder", file=sys.stderr)
         return 1
     if options.compare:
         from .compare import main as compare

@@ -36,33 +36,51 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in ("bench", "demo", "export", "fit", "plot", "test", "validate"):
         print(f"kdkernels: there is no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    sys.path.insert(0, os.getcwd())  # a network of the user's own, beside his config
     try:
-        if command == "bench":
-            from .benches.cli import main as bench
-
-            return bench(arguments[1:])
-        if command == "demo":
-            from .demo import main as demo
-
-            return demo(arguments[1:])
-        if command == "export":
-            from .export import main as export
-
-            return export(arguments[1:])
-        if command == "plot":
-            from .plot import main as plot
-
-            return plot(arguments[1:])
-        from .train import run
-
-        return run(arguments)
+        return _run(command, arguments)
     except ModuleNotFoundError as error:
         extra = next((extra for extra, modules in _EXTRAS.items() if error.name in modules), None)
-        if extra is None:
-            raise
-        print(f"kdkernels {command} needs {error.name}: pip install 'kdkernels[{extra}]'", file=sys.stderr)
-        return 1
+        if extra is not None:
+            print(f"kdkernels {command} needs {error.name}: pip install --no-build-isolation '.[{extra}]' in the source folder", file=sys.stderr)
+            return 1
+        return _say(command, error)
+    except Exception as error:
+        return _say(command, error)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    sys.path[:0] = [os.getcwd()]  # networks of the user's own
+    if command == "bench":
+        from .benches.cli import main as bench
+
+        return bench(arguments[1:])
+    if command == "demo":
+        from .demo import main as demo
+
+        return demo(arguments[1:])
+    if command == "export":
+        from .export import main as export
+
+        return export(arguments[1:])
+    if command == "plot":
+        from .plot import main as plot
+
+        return plot(arguments[1:])
+    from .cli_help import config_files
+    from .train import run
+
+    sys.path[1:1] = [os.path.dirname(os.path.abspath(path)) for path in config_files(arguments)]  # and beside their config
+    return run(arguments)
+
+
+def _say(command: str, error: Exception) -> int:
+    """One line in place of the stack, which KDKERNELS_TRACEBACK=1 shows."""
+    if os.environ.get("KDKERNELS_TRACEBACK") == "1":
+        raise error
+    from .mistakes import one_line
+
+    print(f"kdkernels {command}: {one_line(error)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

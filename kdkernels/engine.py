@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import lightning as L
@@ -60,6 +61,21 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run and trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class EpochLines(L.Callback):
+    """A line for each epoch, where there is no progress bar."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "val/accuracy") if name in trainer.callback_metrics}
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+        print(f"epoch {trainer.current_epoch + 1}{of}{shown}  {time.monotonic() - self._began:.0f} s", flush=True)
 
 
 class OutputCheck(L.Callback):

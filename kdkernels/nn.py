@@ -61,17 +61,26 @@ class TemperatureKL(nn.Module):
 
 
 def kd_loss(
-    student: Tensor,  # [B, K]
-    teacher: Tensor,  # [B, K]
+    student: Tensor,  # [B, K], or [..., K, ...] with dim
+    teacher: Tensor,  # like student
     labels: Tensor,  # [B] int64, or probabilities [B, K]
     temperature: float | Tensor = 4.0,
     *,
     gamma: float = 0.1,
     alpha: float = 0.9,
+    dim: int | None = None,
 ) -> Tensor:
     """``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, both means over the batch.
 
     The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached. Half types are computed in float32, float64 in float64.
+
+    Args:
+        student, teacher: logits. Classes lie in ``dim``; all other dimensions are rows, over which both means go.
+        labels: one class number per row (the logits' shape without ``dim``), or probabilities of the logits' shape.
+        temperature: T > 0, in units of logits.
+        gamma, alpha: weights of the two terms.
+        dim: the dimension of the classes. It must be said for logits of more than two dimensions, ``dim=1`` for ``[B, K, H, W]`` with labels
+            ``[B, H, W]``: the last one would be the image's width.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -84,25 +93,37 @@ def kd_loss(
     checks.tensor("teacher", teacher, "logits")
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
-    _check_labels(labels, student)
-    if student.dim() not in (1, 2):
-        raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: flatten rows into the batch")
+    if dim is None:
+        if student.dim() not in (1, 2):
+            raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: say by dim which dimension holds the classes")
+        dim = -1
+    checks.integer("dim", dim)
+    if not -student.dim() <= dim < student.dim():
+        raise ValueError(f"dim must lie in [{-student.dim()}, {student.dim() - 1}] for logits of {student.dim()} dimensions, got {dim}")
+    _check_labels(labels, student, dim)
     for name, weight in (("gamma", gamma), ("alpha", alpha)):
         if isinstance(weight, Tensor):
             checks.tensor(name, weight, "weights")
         else:
             checks.not_negative(name, weight)
-    logits = student if student.dtype == torch.float64 else student.float()
-    return gamma * F.cross_entropy(logits, usable(labels)) + alpha * temperature_kl(student, teacher.detach(), temperature)
+    logits, labels = (student if student.dtype == torch.float64 else student.float()), usable(labels)
+    if student.dim() > 2:  # F.cross_entropy has the classes in dimension 1
+        logits, labels = logits.movedim(dim, 1), labels.movedim(dim, 1) if labels.is_floating_point() else labels
+    elif student.dim() == 2 and dim in (0, -2):
+        logits, labels = logits.T, labels.T if labels.is_floating_point() else labels
+    return gamma * F.cross_entropy(logits, labels) + alpha * temperature_kl(student, teacher.detach(), temperature, dim=dim)
 
 
-def _check_labels(labels: Tensor, student: Tensor) -> None:
+def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
     """Labels as F.cross_entropy takes them: class indices, or probabilities of the classes."""
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8, *checks.FLOATING):
         raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
-    expected = tuple(student.shape if labels.is_floating_point() else student.shape[:-1])
+    rows = (*student.shape[:dim], *student.shape[dim:][1:])
+    expected = tuple(student.shape) if labels.is_floating_point() else tuple(rows)
     if tuple(labels.shape) != expected:
-        raise ValueError(f"labels must have the shape {expected} for student {tuple(student.shape)}, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must have the shape {expected} for student {tuple(student.shape)} with the classes in dim={dim}, got {tuple(labels.shape)}"
+        )
     if labels.device != student.device:
         raise ValueError(f"labels must be on the logits' device {student.device}, got {labels.device}")
 

@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from .cli_help import brief_help
 from .distill import Distiller
-from .engine import AtomicCheckpointIO, checkpoints
+from .engine import AtomicCheckpointIO, EpochLines, checkpoints
 
 MONITOR = "val/accuracy"
-# What a user's mistake raises, with a message that says it all: shown without the stack, unless KDKERNELS_TRACEBACK=1.
-_MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
 
 
 class CLI(LightningCLI):
@@ -29,6 +28,9 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--checkpoint_every", type=int | None, default=None, help="steps between checkpoints besides those after each epoch")
         parser.add_argument("--restart", type=bool, default=False, help="start anew in a folder that holds a run, and write over its checkpoints")
+
+    def init_parser(self, **options) -> LightningArgumentParser:
+        return super().init_parser(**options | {"exit_on_error": False})  # a mistake is raised, not printed below the usage of everything
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -55,13 +57,19 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         root = _root(config)
         overrides["default_root_dir"] = str(root)
+        if config.get("barebones"):  # for which Lightning takes no loggers, checkpoints or bars
+            return super().instantiate_trainer(**overrides)
         if config.get("logger") in (None, True):
             csv = CSVLogger(root, name="")
             overrides["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            overrides["callbacks"] = [*given, *checkpoints(root, MONITOR, self.config[self.subcommand].checkpoint_every)]
+            monitor = None if config.get("limit_val_batches") == 0 else MONITOR
+            given = [*given, *checkpoints(root, monitor, self.config[self.subcommand].checkpoint_every)]
+        if config.get("enable_progress_bar") is False:
+            given = [*given, EpochLines()]
+        overrides["callbacks"] = given
         if config.get("plugins") is None:
             overrides["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**overrides)
@@ -103,31 +111,22 @@ def report(trainer: L.Trainer) -> str:
 def run(arguments: list[str]) -> int:
     """Runs the command line; returns its exit status."""
     _quiet()
+    if {"-h", "--help"} & set(arguments):
+        print(brief_help(arguments), end="")
+        return 0
+    arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
     arguments = ["--print_config=skip_null" if argument == "--print_config" else argument for argument in arguments]
     sys.argv = [sys.argv[0], *arguments]  # with which Lightning starts the other processes of DDP
-    try:
-        CLI(
-            Distiller,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            args=arguments,
-        )
-    except _MISTAKES as error:
-        if os.environ.get("KDKERNELS_TRACEBACK") == "1":
-            raise
-        print(f"kdkernels {arguments[0]}: {_cause(error)}", file=sys.stderr)
-        return 1
+    CLI(
+        Distiller,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        args=arguments,
+    )
     return 0
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a constructor raised, out of the parser's report of all that it tried."""
-    while str(error).startswith("Does not validate against any of") and (error.__cause__ or error.__context__) is not None:
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _quiet() -> None:

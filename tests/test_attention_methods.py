@@ -145,7 +145,7 @@ def test_gradient_at_differentiates_twice(symmetry):
 @pytest.mark.parametrize("symmetry", [False, True])
 def test_gradient_at_trains(data, tmp_path, symmetry):
     method = GradientAttentionTransfer(TinyCNN(2), None if symmetry else TinyCNN(3), symmetry=symmetry)
-    assert _fit(method, data, tmp_path).callback_metrics["train/gradient"] > 0
+    assert _fit(method, data, tmp_path).callback_metrics["train/loss_gradient"] > 0
 
 
 def test_the_look_before_training_leaves_no_trace(data, tmp_path):
@@ -235,9 +235,9 @@ def test_fsp_in_two_stages(data, tmp_path):
 
     _fit(method, data, tmp_path, max_epochs=2, callbacks=[Look()])
     (first, metrics), (second, later) = states
-    assert metrics["train/cross_entropy"] == 0
-    assert metrics["train/fsp"] > 0
-    assert later["train/cross_entropy"] > 0
+    assert metrics["train/loss_cross_entropy"] == 0
+    assert metrics["train/loss_fsp"] > 0
+    assert later["train/loss_cross_entropy"] > 0
     for name in ("block3.0.weight", "fc.weight", "fc.bias"):
         assert torch.equal(first[name], before[name])
         assert not torch.equal(second[name], before[name])

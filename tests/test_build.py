@@ -369,3 +369,11 @@ def test_a_gpu_without_an_image_takes_triton(gpu):
         assert drivers.default_driver("truncated_svd_backward", backward) == driver
         assert drivers.default_driver("align_singular_vectors", (x, x, None, True)) == driver
         assert drivers._cuda_runs([x, x]) == (driver == "cuda")
+
+
+def test_an_old_setuptools_is_refused_in_one_line(tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\ndef setup(**_):\n    raise AssertionError('was called')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.strip() == "kdkernels is built with setuptools 77 or later, found 65.5.0: pip install 'setuptools>=77'"

@@ -100,7 +100,7 @@ def test_resume_is_exact(whole, tmp_path, stop):
     assert trainer.global_step == whole[1].global_step
     assert trainer.current_epoch == 4
     assert all(torch.equal(whole[0][k], resumed[k]) for k in resumed)
-    for name in ("train/kl", "train/accuracy", "val/accuracy"):
+    for name in ("train/loss_kl", "train/accuracy", "val/accuracy"):
         if stop % 6 == 1 or name == "val/accuracy":  # the mean of an epoch counts the batches since the resume
             assert torch.equal(whole[1].callback_metrics[name], trainer.callback_metrics[name])
 

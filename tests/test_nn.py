@@ -36,6 +36,31 @@ def test_options_are_refused_at_construction():
         TemperatureKL(0.0)
 
 
+@pytest.mark.parametrize("dim", [1, -3, 2, -1])
+def test_kd_loss_of_pixels(dim):
+    """[B, K, H, W] with the classes in any dimension but the first: both means go over the pixels."""
+    s, t = torch.randn(2, 5, 5, 5, dtype=torch.float64), torch.randn(2, 5, 5, 5, dtype=torch.float64)
+    labels = torch.randint(5, (2, 5, 5))
+    rows_s, rows_t = (x.movedim(dim, -1).reshape(-1, 5) for x in (s, t))
+    expected = 0.1 * F.cross_entropy(rows_s, labels.flatten()) + 0.9 * reference.temperature_kl(rows_s, rows_t, 4.0)
+    torch.testing.assert_close(kd_loss(s, t, labels, dim=dim), expected)
+    soft = torch.softmax(torch.randn_like(s), dim)
+    expected = 0.1 * F.cross_entropy(rows_s, soft.movedim(dim, -1).reshape(-1, 5)) + 0.9 * reference.temperature_kl(rows_s, rows_t, 4.0)
+    torch.testing.assert_close(kd_loss(s, t, soft, dim=dim), expected)
+    with pytest.raises(ValueError, match="say by dim which dimension holds the classes"):
+        kd_loss(s, t, labels)
+    with pytest.raises(ValueError, match=r"labels must have the shape \(2, 5, 5\) for student \(2, 5, 5, 5\) with the classes in dim="):
+        kd_loss(s, t, labels[:, :3], dim=dim)
+
+
+def test_kd_loss_of_columns_and_of_one_sample():
+    s, t, labels = torch.randn(6, 4), torch.randn(6, 4), torch.randint(6, (4,))
+    torch.testing.assert_close(kd_loss(s, t, labels, dim=0), kd_loss(s.T, t.T, labels))
+    torch.testing.assert_close(kd_loss(s[:, 0], t[:, 0], labels[0]), kd_loss(s[:, :1].T, t[:, :1].T, labels[:1]))
+    with pytest.raises(ValueError, match="dim must lie in"):
+        kd_loss(s, t, labels, dim=2)
+
+
 def test_kd_loss_is_the_sum_of_its_terms(device):
     s, t = torch.randn(6, 10, device=device, requires_grad=True), torch.randn(6, 10, device=device, requires_grad=True)
     labels = torch.randint(10, (6,), device=device)

@@ -396,9 +396,9 @@ def test_two_stages():
     _fit(method, _data(), callbacks=[watch], max_steps=6)
     for name, p in watch.first.items():
         assert torch.equal(p, before[name].double()) == name.startswith("5.")  # the classifier
-    assert logged[0]["train/svd"] > 0
-    assert logged[0]["train/cross_entropy"] == 0
-    assert logged[1]["train/cross_entropy"] > 0
+    assert logged[0]["train/loss_svd"] > 0
+    assert logged[0]["train/loss_cross_entropy"] == 0
+    assert logged[1]["train/loss_cross_entropy"] > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

@@ -81,7 +81,7 @@ class ImageData(L.LightningDataModule):
         process = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
         dataset = self.splits[split]
         batches = Batches if order["shuffle"] else OrderedBatches
-        return Loader(dataset, batches(len(dataset), self.batch_size, **order, **process), self.num_workers)
+        return Loader(dataset, sampler=batches(len(dataset), self.batch_size, **order, **process), num_workers=self.num_workers)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         batch = self.finish(batch)

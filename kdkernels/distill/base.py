@@ -77,8 +77,9 @@ class Distiller(L.LightningModule):
         self._teacher: list[nn.Module] = []  # in a list: a submodule would be saved, and trained
         if teacher is not None:
             teacher = teacher if teacher_weights is None else load_weights(teacher, teacher_weights)
-            self._teacher = [teacher.eval().requires_grad_(False)]
         _check_sizes(student, teacher)
+        if teacher is not None:
+            self._teacher = [teacher.eval().requires_grad_(False)]
         self.student_taps = FeatureTaps(student, student_taps)
         self.teacher_taps = FeatureTaps(teacher, teacher_taps) if teacher is not None else None
         self.teacher_cache = teacher_cache

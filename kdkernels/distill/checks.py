@@ -86,7 +86,7 @@ class TeacherAccuracy(L.Callback):
         if not self._warned and count >= 2 * self._classes and share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
             self._warned = True
             rank_zero_warn(
-                f"the teacher ({type(module.teacher).__name__}) is right for {share:.1%} of {count:.0f} validation images of {self._classes} classes, "
+                f"the teacher ({type(module.teacher).__name__}) is right for {share:.1%} of {count:.0f} images of {self._classes} classes, "
                 "no better than chance: was it given its weights (teacher_weights)?"
             )
         if not trainer.sanity_checking:

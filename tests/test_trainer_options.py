@@ -1,0 +1,415 @@
+"""What users set on Lightning's trainer, and what networks, teachers and loaders of theirs do in training that they do not do before."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning")
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+
+from kdkernels.data import Digits, FromDatasets
+from kdkernels.data.loading import Batches
+from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, Supervised
+from kdkernels.engine import checkpoints
+from kdkernels.models import FeatureTaps, TinyCNN
+
+IMAGES = [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(12)]
+
+
+class Small(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def _data(images=IMAGES, **options):
+    return FromDatasets(images, IMAGES, num_classes=3, **{"batch_size": 4} | options)
+
+
+def _fit(method, data=None, **options):
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options
+    trainer = L.Trainer(enable_progress_bar=False, enable_model_summary=False, **options)
+    trainer.fit(method, data or _data())
+    return trainer
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({"max_epochs": 5, "check_val_every_n_epoch": 3}, 15),
+        ({"max_epochs": 2, "check_val_every_n_epoch": 3}, 6),
+        ({"max_epochs": 2, "limit_val_batches": 0}, 6),
+        ({"max_epochs": 2, "val_check_interval": 0.5}, 6),
+        ({"max_epochs": 9, "max_steps": 4}, 4),
+        ({"max_epochs": 9, "max_steps": 2, "accumulate_grad_batches": 2}, 2),
+        ({"max_epochs": 2, "overfit_batches": 1}, 2),
+        ({"max_epochs": 2, "limit_train_batches": 2}, 4),
+    ],
+    ids=str,
+)
+def test_the_last_checkpoint_is_of_the_last_step(tmp_path, options, step):
+    monitor = None if options.get("limit_val_batches") == 0 else "val/accuracy"
+    method = KD(Small(), Small(8))
+    trainer = _fit(method, callbacks=checkpoints(tmp_path, monitor), enable_checkpointing=True, **options)
+    assert trainer.global_step == step
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == step
+    assert all(torch.equal(v, stored["state_dict"][f"student.{k}"]) for k, v in method.student.state_dict().items())
+
+
+def test_going_on_with_another_optimizer_is_refused(tmp_path):
+    _fit(KD(Small(), Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True)
+    old = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del old["kdkernels"]["stepped_by"]  # of a version that did not say
+    torch.save(old, tmp_path / "old.ckpt")
+    others = {
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        "scheduler": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1]),
+    }
+    for name, other in others.items():
+        for file in ("last.ckpt", "old.ckpt") if name == "optimizer" else ("last.ckpt",):
+            trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+            with pytest.raises(ValueError, match=r"the checkpoint was trained by .* and is to go on with .*(AdamW|MultiStepLR).*student_weights"):
+                trainer.fit(KD(Small(), Small(), **{name: other}), _data(), ckpt_path=tmp_path / file, weights_only=True)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(KD(Small(), Small()), _data(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+    assert trainer.global_step == 6
+
+
+# Schedules and what is watched.
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_schedule_that_watches_validation(mode, every):
+    method = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, mode, patience=0, factor=0.5, threshold=10.0))
+    trainer = _fit(method, max_epochs=4, check_val_every_n_epoch=every)
+    config = trainer.lr_scheduler_configs[0]
+    assert config.monitor == {"max": "val/accuracy", "min": "val/cross_entropy"}[mode]
+    assert config.scheduler.last_epoch == 4 // every
+    with pytest.raises(ValueError, match=r"watches 'val/.*there is no validation"):
+        _fit(method, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("watcher", [EarlyStopping, ModelCheckpoint])
+def test_numbers_that_nobody_logs_are_refused_before_training(watcher, tmp_path):
+    student = Small()
+    before = copy.deepcopy(student.state_dict())
+    for name in ("val_loss", "val_acc"):
+        with pytest.raises(ValueError, match=rf"{watcher.__name__} watches '{name}', which is not logged: there are val/accuracy, val/cross_entropy"):
+            _fit(KD(student, Small()), callbacks=[watcher(monitor=name)], enable_checkpointing=True, default_root_dir=tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
+
+
+def test_the_default_schedule_needs_an_end():
+    with pytest.raises(ValueError, match="give max_epochs or max_steps, or a scheduler"):
+        _fit(KD(Small(), Small()), max_epochs=-1, max_time="00:00:00:20")
+    constant = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o))
+    assert _fit(constant, max_epochs=-1, max_time="00:00:00:01").global_step > 0
+
+
+# Weights of micro-batches, where something changes their number.
+
+
+class Recorder(L.Callback):
+    """Weight of each sample in each step of the optimizer; the same for all if means add up."""
+
+    def __init__(self):
+        self.steps, self.window = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.window += [batch["share"] / len(batch["label"]) / trainer.accumulate_grad_batches] * len(batch["label"])
+
+    def on_before_optimizer_step(self, *_):
+        self.steps.append(self.window)
+        self.window = []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})]},
+        {"accumulate_grad_batches": 2, "limit_train_batches": 3},
+        {"accumulate_grad_batches": 4, "limit_train_batches": 0.8},
+        {"accumulate_grad_batches": 2, "overfit_batches": 3},
+        {"accumulate_grad_batches": 3, "reload_dataloaders_every_n_epochs": 1},
+        {"accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [10, 11, 12])
+def test_every_sample_of_a_step_weighs_the_same(options, count):
+    recorder = Recorder()
+    options = options | {"callbacks": [*options.get("callbacks", []), recorder], "max_epochs": 4, "limit_val_batches": 0}
+    trainer = _fit(Supervised(Small()), _data(IMAGES[:count], batch_size=2), **options)
+    assert len(recorder.steps) == trainer.global_step
+    assert not recorder.window
+    for weights in recorder.steps:
+        torch.testing.assert_close(torch.tensor(weights), torch.full((len(weights),), 1 / len(weights)))
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.01  # the schedule has come to its end
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_no_process_is_left_with_one_sample(world):
+    for size in range(2 * world, 40):
+        for batch_size in (2, 5, 7):
+            batches = [list(Batches(size, batch_size, True, least=2, rank=r, world=world)) for r in range(world)]
+            counts = [len(draw.index) for own in batches for draw in own]
+            assert min(counts) >= 2
+            assert sorted(i for own in batches for draw in own for i in draw.index) == list(range(size))
+
+
+def test_batch_norm_meets_no_batch_of_one():
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    assert _fit(Supervised(student), _data(IMAGES[:9])).global_step == 2
+
+
+# Overfitting, predicting, pickling.
+
+
+def test_overfit_batches_shows_the_same_batches_in_order():
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(batch["index"].tolist())
+
+    _fit(Supervised(Small()), max_epochs=2, overfit_batches=2, callbacks=[Look()])
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+
+
+def test_predict_gives_logits_in_order():
+    method = KD(Small(), Small()).eval()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    found = trainer.predict(method, _data(batch_size=5))
+    assert torch.cat([f["index"] for f in found]).tolist() == list(range(12))
+    with torch.no_grad():
+        expected = method.student(torch.stack([image for image, _ in IMAGES]))
+    torch.testing.assert_close(torch.cat([f["logits"] for f in found]), expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KD(TinyCNN(4), TinyCNN(4)),
+        lambda: Supervised(TinyCNN(4)),
+        lambda: AttentionTransfer(TinyCNN(4), TinyCNN(4), ["block1"], ["block1"]),
+        lambda: FSP(TinyCNN(4), TinyCNN(4), ["block1", "block2"], ["block1", "block2"]),
+        lambda: SVDKD(TinyCNN(4), TinyCNN(4), ["block1", "block2"], ["block1", "block2"]),
+    ],
+    ids=["KD", "Supervised", "AttentionTransfer", "FSP", "SVDKD"],
+)
+def test_methods_can_be_pickled_and_copied(make):
+    method = make()
+    image = torch.rand(2, 3, 32, 32)
+    method.eval()
+    for other in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
+        assert torch.equal(other(image), method(image))
+        assert other.student_taps.module is other.student
+        assert other.teacher is None or other.teacher is not method.teacher
+    optimizer = method.make_optimizer(method.student.parameters())
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.1, 0.9, True)
+
+
+# Networks.
+
+
+def test_the_teacher_stays_as_it_is_whatever_is_called():
+    teacher = Small()
+    method = KD(Small(), teacher)
+
+    class Unfreeze(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            teacher.train()
+
+    teacher.train()
+    before = copy.deepcopy(teacher.state_dict())
+    _fit(method, callbacks=[Unfreeze()])
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    method.train()
+    assert not any(part.training for part in teacher.modules())
+
+
+def test_shared_layers_are_refused():
+    student, teacher = Small(), Small()
+    teacher.features = student.features
+    with pytest.raises(ValueError, match=r"student and teacher share 9 tensors \(features.0.weight, .*copy.deepcopy"):
+        KD(student, teacher)
+    assert all(p.requires_grad for p in student.parameters())
+    with pytest.raises(ValueError, match="share"):
+        KD(student, student)
+
+
+class Aux(Small):
+    """A second head in training, as of GoogLeNet."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+class Gray(Small):
+    def __init__(self):
+        super().__init__()
+        self.features[0] = nn.Conv2d(1, 4, 3)
+
+
+class Broken(Small):
+    def forward(self, x):
+        if self.training:
+            raise KeyError("switch")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (Aux, r"in training mode the student \(Aux\) must return logits .* it returned tuple; put it into a module that returns the logits alone"),
+        (Gray, r"the student \(Gray\) cannot take images \[2, 3, 8, 8\]: .*expected input"),
+        (Broken, r"in training mode the student \(Broken\) cannot take images \[2, 3, 8, 8\]: 'switch'"),
+    ],
+)
+@pytest.mark.parametrize("loader", [False, True])
+def test_networks_are_looked_at_in_the_mode_of_training(student, message, loader):
+    data = torch.utils.data.DataLoader(IMAGES, batch_size=1) if loader else None  # a first batch of one image
+    with pytest.raises(ValueError, match=message):
+        _fit(Supervised(student()), data)
+
+
+def test_the_look_leaves_the_student_and_the_random_numbers_alone():
+    student = nn.Sequential(Small(), nn.Dropout(0.5))
+    method = Supervised(student)
+    before = copy.deepcopy(student.state_dict())
+    method._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    state = torch.get_rng_state()
+    method._check_networks(torch.rand(2, 3, 8, 8, generator=torch.Generator()), 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert student.training
+
+
+def test_layers_without_sizes_are_refused():
+    for name, networks in {"student": (nn.LazyLinear(3), Small()), "teacher": (Small(), nn.LazyLinear(3))}.items():
+        with pytest.raises(ValueError, match=rf"the {name} \(LazyLinear\) has layers whose sizes are not known yet"):
+            KD(*networks)
+
+
+def test_layers_behind_torch_compile_cannot_be_tapped():
+    network = torch.compile(Small(), backend="eager")
+    for name in ("features.2", "_orig_mod.features.2"):
+        with pytest.raises(ValueError, match=rf"layer '{name}' of Small cannot be tapped: torch.compile hides"):
+            FeatureTaps(network, [name])
+    part = Small()
+    part.features = torch.compile(part.features, backend="eager")
+    with pytest.raises(ValueError, match=r"layer 'features\.2' of Small cannot be tapped"):
+        FeatureTaps(part, ["features.2"])
+    _, caught = FeatureTaps(part, ["features"])(torch.rand(2, 3, 8, 8))  # the whole of it can
+    assert caught["features"].shape == (2, 4, 2, 2)
+    inside = Small()
+    inside.features.compile(backend="eager")
+    with pytest.raises(ValueError, match="cannot be tapped"):
+        FeatureTaps(inside, ["features.0"])
+    _fit(KD(network, Small()))
+
+
+def test_labels_are_checked_in_every_batch_of_training():
+    """Validation, which Lightning tries first, does not use the check up."""
+    late = IMAGES[:8] + [(image, 7) for image, _ in IMAGES[8:]]
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
+        _fit(Supervised(Small()), _data(late))
+    loaders = [torch.utils.data.DataLoader(images, batch_size=4) for images in (late, IMAGES)]
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="a training batch has 7 to 7"):
+        trainer.fit(Supervised(Small()), *loaders)
+
+
+def test_soft_labels_train():
+    soft = [(image, torch.eye(3)[label] * 0.9 + 1 / 30) for image, label in IMAGES]
+    method = KD(Small(), Small())
+    metrics = _fit(method, FromDatasets(soft, soft, num_classes=3, batch_size=4)).callback_metrics
+    assert metrics["val/cross_entropy"].isfinite()
+    hard = _fit(method, _data(), max_epochs=0).validate(method, _data(), verbose=False)[0]
+    assert hard["val/accuracy"] == pytest.approx(float(metrics["val/accuracy"]))
+
+
+# What is said.
+
+
+def test_a_teacher_that_knows_nothing_is_noticed(caplog):
+    data = Digits(batch_size=200)
+    with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) is right for .* no better than chance: was it given its weights"):
+        _fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
+
+
+def test_the_teachers_accuracy_is_said_once(caplog):
+    class Knows(nn.Module):
+        """Right for two thirds of the images."""
+
+        def forward(self, x):
+            keys = torch.stack([image for image, _ in IMAGES])
+            nearest = torch.cdist(x.flatten(1), keys.flatten(1)).argmin(1)
+            return nn.functional.one_hot(torch.where(nearest % 3 == 2, 0, nearest % 3), 3).float()
+
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        _fit(KD(Small(), Knows()), max_epochs=3)
+    said = [r.getMessage() for r in caplog.records if "teacher's accuracy" in r.getMessage()]
+    assert said == ["the teacher's accuracy on the 12 validation images: 0.6667"]
+
+
+def test_cross_entropy_means_the_same_in_training_and_validation():
+    frozen = Small().requires_grad_(False)
+    frozen.head.weight.requires_grad_(True)
+    method = KD(frozen.eval(), Small(), gamma=0.25, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    for part in frozen.modules():  # the same statistics in both
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 0.0
+            part.track_running_stats = False
+            part.running_mean = part.running_var = None
+    metrics = _fit(method, _data(batch_size=12)).callback_metrics
+    torch.testing.assert_close(metrics["train/cross_entropy"], metrics["val/cross_entropy"])
+    torch.testing.assert_close(metrics["train/loss_cross_entropy"], 0.25 * metrics["train/cross_entropy"])
+    torch.testing.assert_close(metrics["train/loss"], metrics["train/loss_cross_entropy"] + metrics["train/loss_kl"])
+
+
+# The first of two stages.
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(width, width, 3, padding=1), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.scale * self.conv(x)
+
+
+class ResidualNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Conv2d(3, 4, 3, 2), Residual(4), Residual(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.stem(x))).mean((2, 3)))
+
+
+def test_the_first_stage_trains_branches_that_begin_at_zero():
+    student = ResidualNet()
+    before = copy.deepcopy(student.state_dict())
+    optimizer = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1)  # noqa: E731
+    taps = ["stem", "a"]
+    _fit(FSP(student, ResidualNet(), taps, taps, first_stage_epochs=2, optimizer=optimizer), max_epochs=2)
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"stem.weight", "stem.bias", "a.conv.weight", "a.conv.bias", "a.scale"}
