@@ -10,7 +10,7 @@ TRACEBACK = "KDKERNELS_TRACEBACK=1 shows where"
 # What jsonargparse says of values that it tried, and of one that is no value of an option.
 _REPORT = re.compile(r"(Parser key .*\n?\s*)?(Does not validate against any of|Problem with given class_path)")
 _OPTION = re.compile(r"Expected a|Option |Key |Problem with|Not a |Unable to|Does not|Parser key|Import path|No module named|Unexpected")
-_PLAIN = (ValueError, TypeError, OSError, FloatingPointError)  # of which the message says it all, where it is this package's
+_PLAIN = (ValueError, TypeError, OSError, FloatingPointError, ImportError)  # of which the message says it all, where it is this package's
 
 
 def one_line(error: BaseException) -> str:
@@ -18,7 +18,7 @@ def one_line(error: BaseException) -> str:
     error = _cause(error)
     text = str(error)
     kind = type(error).__name__
-    if "not accepted" in text or kind == "ArgumentError" or "Parser key" in text:
+    if "not accepted" in text or "does not accept option" in text or kind == "ArgumentError" or "Parser key" in text or _REPORT.match(text):
         return _of_the_parser(text)
     if "in DataLoader worker process" in text:  # a whole stack as text; its last line is the error
         return text.strip().splitlines()[-1]
@@ -27,13 +27,13 @@ def one_line(error: BaseException) -> str:
             f"out of memory: {_joined(text, 200)}. A smaller --data.batch_size, --trainer.accumulate_grad_batches 2, or "
             "--trainer.precision bf16-mixed takes less"
         )
-    if isinstance(error, ModuleNotFoundError):
-        return f"there is no module {error.name!r}: networks of your own are looked for in {os.getcwd()} and beside the config"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return f"{_joined(text)} (modules of your own are looked for in {os.getcwd()} and beside the config)"
     if "Error(s) in loading state_dict" in text:
         return f"the checkpoint is of another network: {_joined(text.split(':', 1)[-1])}"
     if isinstance(error, _PLAIN) or kind == "MisconfigurationException":
         return _joined(text) or kind
-    return f"{kind}: {_joined(text)} ({TRACEBACK})"
+    return f"{kind}{': ' * bool(text)}{_joined(text)} ({TRACEBACK})"
 
 
 def _joined(text: str, most: int = 500) -> str:
@@ -60,6 +60,9 @@ def _of_the_parser(text: str) -> str:
     if option:
         name = option.group(1)
         return f"{key}{owner.rpartition('.')[2] if owner else 'the config'} has no option {name!r}{_near(name, owner) if owner else ''}"
+    section = re.search(r"does not accept option '([^']+)'", text)
+    if section:
+        return f"{key}the config has no option {section.group(1)!r}{_close(section.group(1).partition('.')[0], ['model', 'data', 'trainer'])}"
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if unknown:
         return f"there is no option --{unknown.group(1)}{_near(unknown.group(1).removeprefix('trainer.'), 'lightning.pytorch.Trainer')}"
@@ -84,7 +87,9 @@ def _near(name: str, path: str) -> str:
         options = list(options_of(_imported(path)))
     except Exception:  # a class that cannot be looked at has no suggestions
         return ""
+    return _close(name, options) or (f"; it has {', '.join(options)}" if len(options) < 20 else "")
+
+
+def _close(name: str, options: list[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; it has {', '.join(options)}" if len(options) < 20 else ""
+    return f"; did you mean {close[0]!r}?" if close else ""

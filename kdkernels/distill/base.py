@@ -195,22 +195,21 @@ class Distiller(L.LightningModule):
         """One look before any work at what student and teacher give for two images, in the modes in which they will be used."""
         with _untouched(self.student), self.trainer.precision_plugin.forward_context():
             self._hold_teacher()
-            self.student.eval()
             with torch.no_grad():
-                student, student_features = self._outputs("student", image)
                 teacher, teacher_features = self._outputs("teacher", image) if self.teacher is not None else (None, {})
-            for name, logits in {"student": student, "teacher": teacher}.items():
-                if logits is not None and classes is not None and logits.shape[1] != classes:
-                    raise ValueError(f"the data have {classes} classes, but the {name} ({self._kind(name)}) has {logits.shape[1]}")
-            if teacher is not None:
-                if student.shape != teacher.shape:
-                    raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
-                self.check_features(student_features, teacher_features)
+            for mode in ("", "in training mode "):
+                self.student.train(bool(mode))
+                with torch.no_grad():
+                    student, student_features = self._outputs("student", image, mode)
+                for name, logits in {"student": student, "teacher": teacher}.items():
+                    if logits is not None and classes is not None and logits.shape[1] != classes:
+                        raise ValueError(f"the data have {classes} classes, but the {name} ({self._kind(name)}) has {logits.shape[1]}")
+                if teacher is not None:
+                    if student.shape != teacher.shape:
+                        raise ValueError(f"student and teacher must have the same classes, they have {student.shape[1]} and {teacher.shape[1]}")
+                    self.check_features(student_features, teacher_features)
             with torch.enable_grad():
                 self.check_method(image)
-            self.student.train()
-            with torch.no_grad():
-                self._outputs("student", image, "in training mode ")
         self._classes = student.shape[1]
         self._networks_checked = True
 

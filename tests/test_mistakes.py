@@ -1,0 +1,169 @@
+"""What the command line says of mistakes: one line, with the cause and the cure. And what it tells where nothing is wrong."""
+
+import logging
+import textwrap
+
+import numpy as np
+import pytest
+from torch import nn
+
+pytest.importorskip("lightning")
+from PIL import Image
+
+from kdkernels.cli import main
+from kdkernels.mistakes import one_line
+
+NETS = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, width: int = 4, num_classes: int = 3, fail: str = ""):
+        super().__init__()
+        self.conv, self.head, self.fail = nn.Conv2d(3, width, 3), nn.Linear(width, num_classes), fail
+
+    def forward(self, x):
+        if self.fail and len(x) > 2:
+            raise {"key": KeyError, "runtime": RuntimeError, "attribute": AttributeError, "memory": torch.OutOfMemoryError}[self.fail]("of mine")
+        return self.head(self.conv(x).mean((2, 3)))
+"""
+CONFIG = """
+model:
+  class_path: kdkernels.distill.KD
+  init_args:
+    student: {{class_path: its_nets.Small}}
+    teacher: {{class_path: its_nets.Small, init_args: {{width: 6}}}}
+data:
+  class_path: kdkernels.data.ImageFolder
+  init_args: {{root: {root}, size: 8, batch_size: 4}}
+trainer: {{max_epochs: 2, accelerator: cpu, devices: 1, enable_progress_bar: false, logger: false, default_root_dir: {run}}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config, its networks beside it, and images; the current folder is another."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "its_nets.py").write_text(NETS)
+    for k, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(np.full((8, 8, 3), 80 * k + i, np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (folder / "c.yaml").write_text(textwrap.dedent(CONFIG.format(root=tmp_path / "photos", run=tmp_path / "run")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    __import__("sys").modules.pop("its_nets", None)
+    yield folder / "c.yaml"
+    __import__("sys").modules.pop("its_nets", None)
+
+
+def _says(capfd, *arguments):
+    logging.getLogger("lightning.pytorch").handlers.clear()
+    assert main([str(a) for a in arguments]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("kdkernels") or "Traceback" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+MISTAKES = {
+    "--model.temprature 3": "kdkernels fit: --model: KD has no option 'temprature'; did you mean 'temperature'?",
+    "--data.batch_sise 3": "ImageFolder has no option 'batch_sise'; did you mean 'batch_size'?",
+    "--model.student.wdth 3": "Small has no option 'wdth'; did you mean 'width'?",
+    "--trainer.max_epohs 3": "kdkernels fit: there is no option --trainer.max_epohs; did you mean 'max_epochs'?",
+    "--foo 3": "kdkernels fit: there is no option --foo",
+    "--trainer.max_epochs three": "kdkernels fit: --trainer.max_epochs: Expected a <class 'int'>",
+    "--model.temperature cold": "Expected a <class 'float'>. Got value: cold",
+    "--model no.Such": "kdkernels fit: --model: No module named 'no' (modules of your own are looked for in ",
+    "--model.student its_nests.Small": "No module named 'its_nests' (modules of your own are looked for in ",
+    "--trainer.callbacks EarlyStoping": "kdkernels fit: --trainer.callbacks: there is no class 'EarlyStoping'",
+    "--model.teacher_weights no.pth": "kdkernels fit: weights: there is no file 'no.pth'",
+    "--data.root /no/where": "kdkernels fit: root: there is no folder '/no/where'",
+    "--data.size 0": "kdkernels fit: size must be at least 1, got 0",
+    "--model.student.num_classes 4": "kdkernels fit: the data have 3 classes, but the student (Small) has 4",
+    "--model.student.fail key": "kdkernels fit: KeyError: 'of mine' (KDKERNELS_TRACEBACK=1 shows where)",
+    "--model.student.fail runtime": "kdkernels fit: RuntimeError: of mine (KDKERNELS_TRACEBACK=1 shows where)",
+    "--model.student.fail attribute": "kdkernels fit: AttributeError: of mine (KDKERNELS_TRACEBACK=1 shows where)",
+    "--model.student.fail memory": "kdkernels fit: out of memory: of mine. A smaller --data.batch_size, ",
+    "--ckpt_path no.ckpt": "no.ckpt",
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES)
+def test_one_line(config, capfd, options):
+    assert MISTAKES[options] in _says(capfd, "fit", "--config", config, *options.split())
+
+
+def test_a_config_that_is_none(config, capfd):
+    assert "File does not exist" in _says(capfd, "fit", "--config", "none.yaml")
+    text = config.read_text()
+    config.write_text("model: [")
+    _says(capfd, "fit", "--config", config)
+    config.write_text(text + "modle: {width: 3}\n")
+    assert "the config has no option 'modle.width'; did you mean 'model'?" in _says(capfd, "fit", "--config", config)
+
+
+def test_the_stack_is_shown_where_it_is_asked_for(config, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_TRACEBACK", "1")
+    with pytest.raises(KeyError, match="of mine"):
+        main(["fit", "--config", str(config), "--model.student.fail", "key"])
+
+
+def test_networks_beside_the_config_and_a_line_for_each_epoch(config, capfd):
+    assert main(["fit", "--config", str(config)]) == 0
+    out = capfd.readouterr().out.splitlines()
+    epochs = [line for line in out if line.startswith("epoch ")]
+    assert [line.split()[1] for line in epochs] == ["1/2", "2/2"]
+    assert all("train/loss " in line and "val/accuracy " in line for line in epochs)
+    assert any(line.startswith("last  val/accuracy") for line in out)
+
+
+def test_going_on_with_another_network_is_said(config, capfd):
+    assert main(["fit", "--config", str(config)]) == 0
+    line = _says(capfd, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3, "--model.student.width", 5)
+    assert "kdkernels fit: the checkpoint is of another network: " in line
+    assert "student.conv.weight" in line
+
+
+def test_help_is_short_and_about_what_is_at_hand(config, capfd):
+    assert main(["fit", "--config", str(config), "--help"]) == 0
+    text = capfd.readouterr().out
+    assert len(text.splitlines()) < 70
+    for option in (
+        "--model.temperature (4.0)",
+        "--model.teacher_weights (None)",
+        "--data.val_fraction",
+        "--data.batch_size (64)",
+        "--trainer.max_epochs",
+    ):
+        assert option in text
+    assert "--data.batch_size (64) images per batch and process" in " ".join(text.split())  # what its base says of it
+    assert ":class:" not in text
+    assert main(["fit", "-h"]) == 0
+    text = capfd.readouterr().out
+    assert all(name in text for name in ("KD", "FSP", "SVDKD", "Supervised", "ImageFolder", "CIFAR100"))
+    assert len(text.splitlines()) < 50
+    with pytest.raises(SystemExit):
+        main(["fit", "--help_all"])
+    assert len(capfd.readouterr().out.splitlines()) > 200
+
+
+def test_lines():
+    assert one_line(ValueError("student must\n be small")) == "student must be small"
+    assert one_line(KeyError("step")).startswith("KeyError: 'step' (")
+    assert one_line(ZeroDivisionError()).startswith("ZeroDivisionError (")
+    in_worker = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\nValueError: sample 3 is odd\n"
+    )
+    assert one_line(ValueError(in_worker)) == "ValueError: sample 3 is odd"
+    assert one_line(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")).startswith("out of memory: CUDA out of memory.")
+    assert "\x1b" not in one_line(RuntimeError("\x1b[31mred\x1b[0m"))
+    assert one_line(ModuleNotFoundError("No module named 'x'", name="x")).startswith("No module named 'x' (modules of your own are looked for in")
+    assert one_line(ModuleNotFoundError("this needs y")) == "this needs y"
+    try:
+        nn.Linear(2, 2).load_state_dict(nn.Linear(3, 2).state_dict())
+    except RuntimeError as error:
+        line = one_line(error)
+    assert line.startswith("the checkpoint is of another network: size mismatch for weight")
+    assert "\n" not in line
