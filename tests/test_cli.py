@@ -18,8 +18,8 @@ from kdkernels.data import Digits
 from kdkernels.distill import Supervised
 from kdkernels.engine import AtomicCheckpointIO
 from kdkernels.export import export
-from kdkernels.models import FeatureTaps, TinyCNN, from_checkpoint
-from kdkernels.models.weights import describe
+from kdkernels.models import FeatureTaps, TinyCNN, from_checkpoint, load_weights
+from kdkernels.models.weights import CHECKPOINT_KEY, describe
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.train_size=64", "--data.val_size=32", "--data.test_size=32", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
@@ -174,6 +174,32 @@ def test_export_of_a_training_in_python(tmp_path, capsys):
     assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "3"]) == 0
     assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "5"]) == 1
     assert "does not fit TinyCNN" in capsys.readouterr().err
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a buffer that is a view of another."""
+
+    def __init__(self, num_classes: int = 3):
+        super().__init__()
+        self.conv, self.a, self.b, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, num_classes)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.arange(1.0, 9.0))
+        self.register_buffer("first", self.scale[:1])
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.conv(x).mean((2, 3)) * self.scale)) * self.first)
+
+
+def test_export_of_tied_weights(tmp_path):
+    network = Tied()
+    spec = {"class_path": "test_cli.Tied", "init_args": {"num_classes": 3}}
+    state = {f"student.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": spec, "image_shape": [3, 8, 8]}}, tmp_path / "t.ckpt")
+    targets = {"safetensors": str(tmp_path / "t.safetensors"), "torch_export": str(tmp_path / "t.pt2")}
+    assert max(export(tmp_path / "t.ckpt", targets).values()) <= 1e-6
+    loaded = load_weights(Tied(), tmp_path / "t.safetensors")
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert loaded.a.weight is loaded.b.weight
 
 
 def test_export_refuses_nonsense(tmp_path, capsys):
