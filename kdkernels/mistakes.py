@@ -64,6 +64,8 @@ def _of_the_parser(text: str) -> str:
     if section:
         return f"{key}the config has no option {section.group(1)!r}{_close(section.group(1).partition('.')[0], ['model', 'data', 'trainer'])}"
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+    if unknown and unknown.group(1) in ("optimizer", "lr_scheduler"):  # where other command lines of Lightning have them
+        return f"there is no option --{unknown.group(1)}; did you mean --model.{unknown.group(1).removeprefix('lr_')}?"
     if unknown:
         return f"there is no option --{unknown.group(1)}{_near(unknown.group(1).removeprefix('trainer.'), 'lightning.pytorch.Trainer')}"
     missing = re.search(r"Expected a dot import path string: (\S+)|(No module named '[^']+')|(Import path \S+ .*)", text)

@@ -123,6 +123,7 @@ def run(arguments: list[str]) -> int:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        auto_configure_optimizers=False,  # the method makes them
         save_config_kwargs={"overwrite": True},
         args=arguments,
     )

@@ -72,6 +72,7 @@ MISTAKES = {
     "--data.batch_sise 3": "ImageFolder has no option 'batch_sise'; did you mean 'batch_size'?",
     "--model.student.wdth 3": "Small has no option 'wdth'; did you mean 'width'?",
     "--trainer.max_epohs 3": "kdkernels fit: there is no option --trainer.max_epohs; did you mean 'max_epochs'?",
+    "--optimizer torch.optim.Adam": "kdkernels fit: there is no option --optimizer; did you mean --model.optimizer?",
     "--foo 3": "kdkernels fit: there is no option --foo",
     "--trainer.max_epochs three": "kdkernels fit: --trainer.max_epochs: Expected a <class 'int'>",
     "--model.temperature cold": "Expected a <class 'float'>. Got value: cold",
