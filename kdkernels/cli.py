@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"kdkernels {command} needs {error.name}: pip install --no-build-isolation '.[{extra}]' in the source folder", file=sys.stderr)
             return 1
         return _say(command, error)
+    except KeyboardInterrupt:
+        print(f"kdkernels {command}: stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         return _say(command, error)
 

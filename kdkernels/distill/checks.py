@@ -35,7 +35,10 @@ class TrainerCheck(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             self._check_monitor(trainer, module, type(config.scheduler).__name__, config.monitor)
-        if module.make_scheduler is None and not math.isfinite(total_steps(trainer)):
+        from .base import Distiller
+
+        default = module.make_scheduler is None and type(module).configure_optimizers is Distiller.configure_optimizers
+        if default and not math.isfinite(total_steps(trainer)):
             raise ValueError(
                 "the default schedule falls to zero at the end of training, and there is none: give max_epochs or max_steps, or a scheduler"
             )
@@ -61,8 +64,11 @@ class TeacherAccuracy(L.Callback):
         self._right = self._count = 0
         self._classes = 1
 
+    def _listens(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        return module.teacher is not None and not self._said and trainer.state.fn == "fit"
+
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if module.teacher is None or self._said or trainer.state.fn != "fit":
+        if not self._listens(trainer, module):
             return
         from .base import accuracy, as_batch
 
@@ -74,7 +80,7 @@ class TeacherAccuracy(L.Callback):
         self._classes = logits.shape[1]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self._count and trainer.world_size == 1:
+        if not self._listens(trainer, module):
             return
         numbers = torch.tensor([self._right, self._count], dtype=torch.float64, device=module.device)
         right, count = trainer.strategy.reduce(numbers, reduce_op="sum").tolist()
@@ -83,7 +89,8 @@ class TeacherAccuracy(L.Callback):
             return
         chance = 1 / self._classes
         share = right / count
-        if not self._warned and count >= 2 * self._classes and share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
+        margin = min(2 * math.sqrt(chance * (1 - chance) / count), 0.3 * (1 - chance))  # two standard deviations; less where there are few images
+        if not self._warned and count >= self._classes and share <= chance + margin:
             self._warned = True
             rank_zero_warn(
                 f"the teacher ({type(module.teacher).__name__}) is right for {share:.1%} of {count:.0f} images of {self._classes} classes, "
