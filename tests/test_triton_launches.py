@@ -35,6 +35,8 @@ def test_every_case_can_be_launched(ops, pytestconfig):
 
 
 OTHER_TARGETS = ["sm_80", "sm_100", "gfx942"]
+if triton_launches.STACK:
+    OTHER_TARGETS.remove("gfx942")  # Triton 3.6's own compiler fails an assertion on pointers chosen by `if` (README says so)
 
 
 def test_the_main_variants_compile_for_every_target(pytestconfig):

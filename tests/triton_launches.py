@@ -46,6 +46,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
 # Bytes of shared memory that a program may use on each GPU.
+# Triton 3.6, of torch 2.10 and 2.11, allocates registers less well: it spills up to 128 bytes in two kernels where later ones spill none.
+STACK = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
@@ -88,7 +90,7 @@ class StandIn:
         if self.target.backend == "hip":
             return object(), name, 0, 0, 1024
         registers, stack = resource_usage(binary)
-        if stack:
+        if stack > STACK:
             raise AssertionError(f"{name} spills: {registers} registers and {stack} bytes of stack")
         return object(), name, registers, stack, min(1024, 65536 // (registers + -registers % 8) // 32 * 32)
 
