@@ -148,7 +148,7 @@ class Recorder(L.Callback):
         {"accumulate_grad_batches": 3, "reload_dataloaders_every_n_epochs": 1},
         {"accumulate_grad_batches": 2},
     ],
-    ids=str,
+    ids=["scheduled", "2 of 3", "4 of 0.8", "2, overfitted", "3, reloaded", "2"],
 )
 @pytest.mark.parametrize("count", [10, 11, 12])
 def test_every_sample_of_a_step_weighs_the_same(options, count):
