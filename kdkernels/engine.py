@@ -56,10 +56,19 @@ def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: in
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Also at the end of a run that ends within an epoch (max_steps, max_time)."""
+    """Also where a run ends within an epoch (max_steps, max_time): after the batch, as long as the rest of the epoch counts as not done."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        ends = trainer.should_stop or trainer.global_step >= trainer.max_steps != -1
+        if ends and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run and trainer.global_step:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step not in (0, self._last_global_step_saved) and not trainer.fast_dev_run:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 

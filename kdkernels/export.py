@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import umask
+from .mistakes import one_line
 from .models.weights import build, describe, load_weights
 
 # Largest difference of a logit, relative to the largest logit: float32 in another order of summation through a deep network.
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, difference in export(options.ckpt, targets, spec, options.image_shape).items():
             print(f"{targets[name]}: the logits differ by at most {difference:.1e} of the largest")
     except (OSError, ValueError) as error:
-        print(f"kdkernels export: {error}", file=sys.stderr)
+        print(f"kdkernels export: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

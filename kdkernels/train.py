@@ -14,10 +14,12 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from .cli_help import brief_help
 from .distill import Distiller
 from .engine import AtomicCheckpointIO, EpochLines, checkpoints
+from .models.weights import describe
 
 MONITOR = "val/accuracy"
 
@@ -40,7 +42,9 @@ class CLI(LightningCLI):
                 f"{last.parent} holds a run already: go on with it by --ckpt_path last, start anew by --restart true, or choose another folder "
                 "by --trainer.default_root_dir"
             )
-        if config.get("ckpt_path") in ("best", "last") and self.subcommand != "fit":  # fit finds its own last one
+        if config.get("ckpt_path") is None and self.subcommand != "fit" and (last.exists() or (last.parent / "best.ckpt").exists()):
+            rank_zero_warn(f"the student is judged as it is made, not as it was trained in {last.parent}: that takes --ckpt_path best, or last")
+        if config.get("ckpt_path") == "best" or (config.get("ckpt_path") == "last" and self.subcommand != "fit"):  # fit finds its own last one
             path = _root(config.trainer) / f"{config.ckpt_path}.ckpt"
             if not path.exists():
                 raise FileNotFoundError(f"ckpt_path: there is no {path}; --trainer.default_root_dir says where the run is")
@@ -51,7 +55,7 @@ class CLI(LightningCLI):
         config = {name: _plain(self._get(self.config, name)) for name in ("model", "data")}
         self.model.run_config = config
         spec = config["model"]["init_args"]["student"]
-        self.model.student_spec = spec if isinstance(spec, dict) else None
+        self.model.student_spec = _origin(spec) if isinstance(spec, dict) else None
 
     def instantiate_trainer(self, **overrides) -> L.Trainer:
         config = self._get(self.config_init, "trainer", default={})
@@ -148,6 +152,13 @@ def _quiet() -> None:
 def _plain(config: Namespace) -> dict:
     """Numbers, strings, lists and dicts, which load without unpickling."""
     return json.loads(json.dumps(config.as_dict(), default=str))
+
+
+def _origin(spec: dict) -> dict:
+    """How a student that comes from a checkpoint was made at first: its new checkpoints have its weights, and need the old one no more."""
+    if spec.get("class_path", "").endswith("from_checkpoint"):
+        return _origin(describe(spec["init_args"]["path"])["student"])
+    return spec
 
 
 def _root(trainer_config: Namespace | dict) -> Path:

@@ -127,6 +127,25 @@ def test_going_on_with_another_network_is_said(config, capfd):
     assert "student.conv.weight" in line
 
 
+def test_best_is_gone_on_with_and_nothing_is_judged_untrained_in_silence(config, capfd):
+    assert main(["fit", "--config", str(config)]) == 0
+    capfd.readouterr()
+    with pytest.warns(UserWarning, match="the student is judged as it is made, not as it was trained in .*--ckpt_path best"):
+        assert main(["validate", "--config", str(config)]) == 0
+    for subcommand in ("validate", "fit"):
+        assert main([subcommand, "--config", str(config), "--ckpt_path", "best", "--trainer.max_epochs", "3"]) == 0
+
+
+def test_a_student_that_came_from_a_checkpoint_needs_it_no_more(config, capfd, tmp_path):
+    assert main(["fit", "--config", str(config)]) == 0
+    student = ["--model.student", "kdkernels.models.from_checkpoint", "--model.student.path", str(tmp_path / "run" / "best.ckpt")]
+    assert main(["fit", "--config", str(config), *student, "--trainer.default_root_dir", str(tmp_path / "second")]) == 0
+    (tmp_path / "run" / "best.ckpt").unlink()
+    (tmp_path / "elsewhere" / "its_nets.py").write_text(NETS)
+    target = str(tmp_path / "s.safetensors")
+    assert main(["export", "--ckpt", str(tmp_path / "second" / "best.ckpt"), "--safetensors", target]) == 0, capfd.readouterr().err
+
+
 def test_help_is_short_and_about_what_is_at_hand(config, capfd):
     assert main(["fit", "--config", str(config), "--help"]) == 0
     text = capfd.readouterr().out

@@ -413,3 +413,148 @@ def test_the_first_stage_trains_branches_that_begin_at_zero():
     _fit(FSP(student, ResidualNet(), taps, taps, first_stage_epochs=2, optimizer=optimizer), max_epochs=2)
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"stem.weight", "stem.bias", "a.conv.weight", "a.conv.bias", "a.scale"}
+
+
+# What a pair of fresh eyes found.
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 2}, {"max_steps": 4}, {"max_steps": 2, "accumulate_grad_batches": 2}], ids=str)
+def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, options):
+    """Also from the middle of an epoch, the rest of which counts as not done."""
+
+    def method():
+        torch.manual_seed(5)
+        return Supervised(Small(), scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
+
+    common = {key: value for key, value in options.items() if key != "max_steps"} | {"max_epochs": 3}
+    whole, first, second = method(), method(), method()
+    expected = _fit(whole, **common)
+    _fit(first, callbacks=checkpoints(tmp_path), enable_checkpointing=True, **common | options)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, **common)
+    trainer.fit(second, _data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.global_step == expected.global_step
+    assert all(torch.equal(v, second.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 6}, {"order_seed": 1}], ids=str)
+def test_going_on_within_an_epoch_in_another_order_is_refused(tmp_path, options):
+    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot go on there with 12 samples"):
+        trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # at the end of one it may
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_lightnings_own_way_to_load_a_method(tmp_path):
+    method = KD(Small(), Small())
+    trainer = _fit(method)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = KD.load_from_checkpoint(tmp_path / "a.ckpt", student=Small(), teacher=Small(), weights_only=True)
+    assert all(torch.equal(v, loaded.student.state_dict()[k]) for k, v in method.student.state_dict().items())
+
+
+def test_validation_draws_other_random_numbers_than_training():
+    class Noise(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return torch.rand(3, 8, 8), i % 3
+
+    data = FromDatasets(Noise(), Noise(), Noise(), num_classes=3, batch_size=12)
+    data.setup()
+    seen = []
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        batch = next(iter(loader))
+        seen.append(batch["image"][batch["index"].argsort()])
+    assert all((a[:, None] != b[None]).flatten(2).any(2).all() for a, b in [seen[:2], seen[1:], seen[::2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "images must have one dtype"),
+        (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that a batch has for itself"),
+        (lambda i, image, label: {"image": image, "label": label, "name": "x"}, r"field 'name' of sample \d+ must be a number, .*, got str"),
+        (lambda i, image, label: (image, None), r"field 'label' of sample \d+ must be a number, .*, got NoneType"),
+        (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "samples must have the same fields"),
+        (lambda i, image, label: next(iter(())), r"the dataset raised StopIteration for sample \d+"),
+    ],
+)
+def test_odd_samples_are_refused_by_their_number(change, message):
+    class Odd(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return change(i, *IMAGES[i])
+
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        _fit(Supervised(Small()), FromDatasets(Odd(), Odd(), num_classes=3, batch_size=4))
+
+
+def _loader(images, labels):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+
+
+def test_labels_of_plain_loaders():
+    images, labels = torch.stack([image for image, _ in IMAGES]), torch.tensor([label for _, label in IMAGES])
+    for good in (labels[:, None], labels.int(), labels.to(torch.uint8), torch.eye(3)[labels]):
+        assert _fit(Supervised(Small()), _loader(images, good)).callback_metrics["train/loss"] > 0
+    for bad, message in (
+        (torch.eye(3)[labels] * 5 - 2, "must not be negative, and have a sum of 1"),
+        (torch.eye(3).long()[labels], r"must be class numbers \[B\], or probabilities \[B, K\] as floats"),
+        (torch.eye(4)[labels], r"must have the shape \[B, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _fit(Supervised(Small()), _loader(images, bad))
+    with pytest.raises(TypeError, match=r"images must be floating point, got torch.uint8"):
+        _fit(Supervised(Small()), _loader((images * 255).byte(), labels))
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(Supervised(Small()), _loader(images, labels), [_loader(images, labels), _loader(images, labels)])
+    assert "val/accuracy/dataloader_idx_1" in trainer.callback_metrics
+
+
+def test_validation_compares_the_classes():
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"the data have 4 classes, but the student \(Small\) returned \[4, 3\]"):
+        trainer.validate(Supervised(Small()), FromDatasets(IMAGES, IMAGES, num_classes=4, batch_size=4))
+
+
+def test_a_student_in_eval_mode_is_trained_all_the_same():
+    method = Supervised(Small().eval())
+    _fit(method)
+    assert method.student.features[1].num_batches_tracked == 3
+    partly = Small()
+    partly.features.eval()  # meant: frozen statistics
+    _fit(Supervised(partly))
+    assert partly.features[1].num_batches_tracked == 0
+
+
+class Detached(Small):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+def test_students_that_cannot_learn_are_refused():
+    for student in (Small().requires_grad_(False), Detached()):
+        with pytest.raises(ValueError, match="do not depend on a parameter that is trained"):
+            _fit(Supervised(student))
+    for temperature in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be > 0 and finite"):
+            KD(Small(), Small(), temperature=temperature)
+
+
+def test_memory_shared_with_the_teacher_is_refused():
+    student, teacher = Small(), Small()
+    teacher.head.weight.data = student.head.weight.data
+    with pytest.raises(ValueError, match=r"share 1 tensors \(head.weight\)"):
+        KD(student, teacher)
+
+
+@pytest.mark.parametrize("name", ["val/acc", "val/loss", "lr"])
+def test_other_names_are_refused_too(name):
+    with pytest.raises(ValueError, match=f"EarlyStopping watches '{name}', which is not logged"):
+        _fit(Supervised(Small()), callbacks=[EarlyStopping(monitor=name)])

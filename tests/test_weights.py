@@ -144,3 +144,40 @@ def test_layers_without_sizes_take_those_of_the_file(tmp_path):
     _loads(sized.state_dict(), tmp_path, lazy)
     x = torch.randn(2, 5)
     assert torch.equal(lazy(x), sized(x))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = TinyCNN(4), nn.Linear(10, 10)
+
+
+def test_one_student_is_taken_off_and_no_more(tmp_path):
+    """A student with parts of its own called student and teacher, in a checkpoint."""
+    pair = Pair()
+    stored = {"state_dict": {f"student.{name}": value for name, value in pair.state_dict().items()}}
+    _same(_loads(stored, tmp_path, Pair()), pair.state_dict())
+    with pytest.raises(ValueError, match=r"does not fit TinyCNN: the file has student.block1.0.weight"):
+        _loads(stored, tmp_path)
+
+
+def test_two_tensors_of_one_name_are_refused(state, tmp_path):
+    for prefix in ("_orig_mod.", "module._orig_mod."):
+        twice = {prefix.replace("_orig_mod.", "") + k: v for k, v in state.items()} | {prefix + k: v for k, v in state.items()}
+        with pytest.raises(ValueError, match="holds two tensors for"):
+            _loads(twice, tmp_path)
+
+
+def test_tensors_that_cannot_be_taken_change_nothing(state, tmp_path):
+    network = TinyCNN(4)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for bad, message in (
+        (state["fc.weight"].to_sparse(), "fc.weight is no dense tensor"),
+        (state["fc.weight"].to("meta"), "fc.weight is no dense tensor"),
+        (state["fc.weight"].int(), "fc.weight is torch.int32, the network's torch.float32"),
+        (state["fc.weight"].to(torch.complex64), "fc.weight is torch.complex64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _loads(state | {"fc.weight": bad}, tmp_path, network)
+        _same(network, before)
+    _loads({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path, network)

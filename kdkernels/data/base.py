@@ -133,11 +133,12 @@ class TensorImages(Dataset):
 class ItemImages(Dataset):
     """Batches from a dataset that gives one sample at a time: (image, label), or a dict with "image" and "label".
 
-    The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample).
+    The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample), and by
+    ``split`` where that is not 0: images to validate on have other random numbers than those to train on.
     """
 
-    def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None, num_classes: int | None = None):
-        self.samples, self.seed, self._fingerprint, self.num_classes = samples, seed, fingerprint, num_classes
+    def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None, num_classes: int | None = None, split: int = 0):
+        self.samples, self.seed, self._fingerprint, self.num_classes, self.split = samples, seed, fingerprint, num_classes, split
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -151,6 +152,14 @@ class ItemImages(Dataset):
         if len(shapes) > 1:
             odd = next(i for i, s in zip(index, samples, strict=True) if s["image"].shape != samples[0]["image"].shape)
             raise ValueError(f"images of a batch must have one shape; sample {odd} differs from sample {index[0]}: {sorted(shapes)}")
+        for i, s in zip(index, samples, strict=True):
+            if s.keys() != samples[0].keys():
+                raise ValueError(f"samples must have the same fields; sample {i} has {sorted(s)}, sample {index[0]} {sorted(samples[0])}")
+            if s["image"].dtype != samples[0]["image"].dtype:
+                raise ValueError(
+                    f"images must have one dtype, which says what is white; sample {i} has {s['image'].dtype}, sample {index[0]} "
+                    f"{samples[0]['image'].dtype}"
+                )
         self._check_labels(index, [s["label"] for s in samples])
         return with_draw({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, draw)
 
@@ -166,8 +175,12 @@ class ItemImages(Dataset):
                 raise ValueError(f"labels must be probabilities of {self.num_classes} classes; sample {i} has {len(label)}")
 
     def _sample(self, index: int, view: int) -> dict[str, Tensor]:
-        with seeded(self.seed, view, index):
-            return as_sample(self.samples[index], index)
+        with seeded(self.seed, view, index, *([self.split] if self.split else [])):
+            try:
+                sample = self.samples[index]
+            except StopIteration as error:  # which would end the epoch without a word
+                raise RuntimeError(f"the dataset raised StopIteration for sample {index}") from error
+        return as_sample(sample, index)
 
     def fingerprint(self) -> str:
         """As given, or from the size and the bytes of 16 samples: a dataset that changes elsewhere needs one that is given."""
@@ -196,13 +209,26 @@ def as_sample(sample: object, index: int) -> dict[str, Tensor]:
     if not isinstance(sample, dict) or not {"image", "label"} <= sample.keys():
         raise TypeError(f'sample {index} must be (image, label) or a dict with "image" and "label", got {type(sample).__name__}')
     image = as_pixels(sample["image"], f"the image of sample {index}")
-    others = {name: torch.as_tensor(value) for name, value in sample.items() if name not in ("image", "label")}
-    return {"image": image, "label": as_label(sample["label"], index), **others}
+    label = as_label(_as_tensor(sample["label"], "label", index), index)
+    others = {name: _as_tensor(value, name, index) for name, value in sample.items() if name not in ("image", "label")}
+    taken = sorted(_OWN_FIELDS.intersection(others))
+    if taken:
+        raise ValueError(f"sample {index} has fields {taken}, names that a batch has for itself: call them otherwise")
+    return {"image": image, "label": label, **others}
 
 
-def as_label(label: object, index: int) -> Tensor:
+_OWN_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
+
+
+def _as_tensor(value: object, name: str, index: int) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"field {name!r} of sample {index} must be a number, an array or a tensor, got {type(value).__name__}") from error
+
+
+def as_label(label: Tensor, index: int) -> Tensor:
     """A class's number as int64 [], or probabilities of the classes as float32 [K]."""
-    label = torch.as_tensor(label)
     if label.dim() == 0 or label.numel() == 1:
         label = label.reshape(())
         if label.is_complex() or (label.is_floating_point() and label != label.round()) or label.dtype == torch.bool:
@@ -217,6 +243,11 @@ def as_label(label: object, index: int) -> Tensor:
             f"{label.sum():.4g} (several classes at once are no labels of this package's losses)"
         )
     return label
+
+
+def require_positive(name: str, values: Sequence[float] | None) -> None:
+    if values is not None and not all(value > 0 for value in values):
+        raise ValueError(f"{name} must be positive, got {list(values)}")
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

@@ -80,7 +80,7 @@ def as_pixels(image: object, name: str) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"{name} must have the shape [H, W] or [H, W, C], got {list(image.shape)}")
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("=")))
         image = (image[..., None] if image.dim() == 2 else image).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, an array or a PIL image, got {type(image).__name__}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset, IterableDataset
 
 from .augment import Augment
-from .base import ImageData, ItemImages
+from .base import ImageData, ItemImages, require_positive
 
 
 class FromDatasets(ImageData):
@@ -49,6 +49,7 @@ class FromDatasets(ImageData):
         super().__init__(batch_size, augment, order_seed, num_workers)
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together: give both or neither")
+        require_positive("std", std)
         self.datasets = {name: dataset for name, dataset in {"train": train, "val": val, "test": test}.items() if dataset is not None}
         for name, dataset in self.datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -65,6 +66,7 @@ class FromDatasets(ImageData):
         return self._views if self._views is not None or self.augment is None else self.augment.views
 
     def make_splits(self) -> dict[str, ItemImages]:
-        splits = {name: ItemImages(dataset, self.seed, self._fingerprint, self.num_classes) for name, dataset in self.datasets.items()}
+        numbers = {"train": 0, "val": 1, "test": 2}
+        splits = {name: ItemImages(d, self.seed, self._fingerprint, self.num_classes, numbers[name]) for name, d in self.datasets.items()}
         self.image_shape = tuple(splits["train"][0]["image"].shape)
         return splits

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
-from .base import ImageData, ItemImages, TensorImages, require_at_least
+from .base import ImageData, ItemImages, TensorImages, require_at_least, require_positive
 from .decode import read_image
 from .listing import LeftOut, Listing, split_folders
 
@@ -64,6 +64,7 @@ class ImageFolder(ImageData):
             raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"mean and std must hold 3 numbers each, got {mean} and {std}")
+        require_positive("std", std)
         self.root, self.size, self.val_fraction, self.on_error, self.seed = Path(root), size, val_fraction, on_error, seed
         self.mean, self.std, self.max_memory = mean, std, max_memory
         self.image_shape = (3, size, size)

@@ -110,6 +110,11 @@ class Loader(DataLoader):
         # A generator: nothing runs before the first batch is asked for, when the epoch has been set.
         epoch = self.sampler.epoch
         state, self._resume = self._resume, None
+        if state and state["epoch"] == epoch and 0 < state["given"] < state.get("of", 0) and state["order"] != self._order():
+            raise ValueError(
+                f"the run was stopped within an epoch of {state['order']}, and cannot go on there with {self._order()}: take the same, or a "
+                "checkpoint from the end of an epoch"
+            )
         self.given = state["given"] if state and state["epoch"] == epoch and state["given"] < len(self) else 0
         self.sampler.start = self.given
         for batch in super().__iter__():
@@ -117,7 +122,12 @@ class Loader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict:
-        return {"epoch": self.sampler.epoch, "given": self.given}
+        return {"epoch": self.sampler.epoch, "given": self.given, "of": len(self), "order": self._order()}
+
+    def _order(self) -> str:
+        """What the samples of a joint batch depend on."""
+        batches = self.sampler
+        return f"{batches.size} samples in batches of {batches.batch_size * batches.world} (order_seed {batches.seed})"
 
     def load_state_dict(self, state: dict) -> None:
         self._resume = dict(state)

@@ -175,6 +175,8 @@ class Distiller(L.LightningModule):
             self._seed = torch.initial_seed() & 0x7FFFFFFFFFFFFFFF
 
     def on_fit_start(self) -> None:
+        if not any(module.training for module in self.student.modules()):  # handed over from use; a part in eval mode is meant to be
+            self.student.train()
         data = self.trainer.datamodule
         if getattr(data, "image_shape", None) is not None:
             self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=self.dtype), data.num_classes)
@@ -199,8 +201,14 @@ class Distiller(L.LightningModule):
                 teacher, teacher_features = self._outputs("teacher", image) if self.teacher is not None else (None, {})
             for mode in ("", "in training mode "):
                 self.student.train(bool(mode))
-                with torch.no_grad():
+                graph = bool(mode) and self.device_mesh is None  # FSDP would wait for a backward
+                with torch.set_grad_enabled(graph):
                     student, student_features = self._outputs("student", image, mode)
+                if graph and not student.requires_grad:
+                    raise ValueError(
+                        f"the logits of the student ({self._kind('student')}) do not depend on a parameter that is trained: is all of it frozen, or "
+                        "its forward without a graph (detach, no_grad)?"
+                    )
                 for name, logits in {"student": student, "teacher": teacher}.items():
                     if logits is not None and classes is not None and logits.shape[1] != classes:
                         raise ValueError(f"the data have {classes} classes, but the {name} ({self._kind(name)}) has {logits.shape[1]}")
@@ -236,11 +244,17 @@ class Distiller(L.LightningModule):
     def _check_labels(self, label: Tensor, classes: int, stage: str) -> None:
         """Every batch where that is free; where the labels are on another device, which would have to be waited for, the first of each stage.
         A GPU's own complaint would name neither labels nor classes."""
+        first = label.device.type == "cpu" or stage not in self._labels_checked
         if label.is_floating_point():
             if label.shape[1:] != (classes,):
                 raise ValueError(f"labels that are probabilities must have the shape [B, {classes}], the networks' classes; got {list(label.shape)}")
+            if first and not bool(((label >= 0).all(1) & ((label.sum(1) - 1).abs() <= 1e-2)).all()):
+                raise ValueError(f"labels that are probabilities must not be negative, and have a sum of 1; a {stage} batch has others")
+            self._labels_checked.add(stage)
             return
-        if label.device.type != "cpu" and stage in self._labels_checked:
+        if label.dim() != 1:
+            raise ValueError(f"labels must be class numbers [B], or probabilities [B, K] as floats; a {stage} batch has {list(label.shape)}")
+        if not first:
             return
         low, high = int(label.min()), int(label.max())
         if low < 0 or high >= classes:
@@ -282,19 +296,22 @@ class Distiller(L.LightningModule):
         self.student.load_state_dict(stored["student"])
         return self.losses(stored["batch"])[1]
 
-    def validation_step(self, batch: object, batch_idx: int) -> None:
+    def validation_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", as_batch(batch))
 
-    def test_step(self, batch: object, batch_idx: int) -> None:
+    def test_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("test", as_batch(batch))
 
-    def predict_step(self, batch: object, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Logits [B, K] of the student, and ``index`` [B], the images' places in their split, where the data say them."""
         batch = as_batch(batch)
         return {"logits": self.student(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
 
     def _evaluate(self, stage: str, batch: dict) -> None:
         logits = self.student(batch["image"])
+        classes = getattr(self.trainer.datamodule, "num_classes", None)
+        if classes is not None and logits.shape[1:] != (classes,):
+            raise ValueError(f"the data have {classes} classes, but the student ({self._kind('student')}) returned {list(logits.shape)}")
         self._check_labels(batch["label"], logits.shape[1], {"val": "validation"}.get(stage, stage))
         size = len(batch["label"])
         self.log(f"{stage}/accuracy", accuracy(logits, batch), prog_bar=True, batch_size=size, sync_dist=True)
@@ -333,7 +350,7 @@ class Distiller(L.LightningModule):
         own = checkpoint.get(CHECKPOINT_KEY, {})
         self._seed = own.get("seed", self._seed)
         self._resumed = own.get("stepped_by"), checkpoint.get("optimizer_states")
-        if self.trainer.optimizers:  # strategies that load after the optimizers are made
+        if self._trainer is not None and self._trainer.optimizers:  # strategies that load after the optimizers are made
             self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
@@ -393,13 +410,20 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 def _check_not_shared(student: nn.Module, teacher: nn.Module | None) -> None:
     if teacher is None:
         return
-    own = {id(tensor): name for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
-    shared = [own[id(tensor)] for tensor in [*teacher.parameters(), *teacher.buffers()] if id(tensor) in own]
+    own = {_memory(tensor): name for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
+    shared = [own[_memory(tensor)] for tensor in [*teacher.parameters(), *teacher.buffers()] if _memory(tensor) in own]
     if shared:
         raise ValueError(
             f"student and teacher share {len(shared)} tensors ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}): the teacher is frozen, "
             "and they with it. Give the teacher layers of its own: copy.deepcopy"
         )
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 def _check_sizes(student: nn.Module, teacher: nn.Module | None) -> None:
@@ -420,10 +444,19 @@ def _rise_and_fall(progress: float) -> float:
 def as_batch(batch: object) -> dict:
     """A dict with ``image`` and ``label``, also from a pair of them."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return {"image": batch[0], "label": batch[1]}
+        batch = {"image": batch[0], "label": batch[1]}
     if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
         raise TypeError(f'a batch must be (image, label) or a dict with "image" and "label", got {type(batch).__name__}')
-    return batch
+    image, label = batch["image"], batch["label"]
+    if not isinstance(image, Tensor) or not isinstance(label, Tensor):
+        raise TypeError(f"image and label of a batch must be tensors, got {type(image).__name__} and {type(label).__name__}")
+    if not image.is_floating_point():
+        raise TypeError(f"images must be floating point, got {image.dtype}: scale them in the dataset, or give it to kdkernels.data.FromDatasets")
+    if label.dim() == 2 and label.shape[1] == 1:
+        label = label[:, 0]
+    if not label.is_floating_point() and label.dtype != torch.int64:
+        label = label.long()
+    return batch if label is batch["label"] else {**batch, "label": label}
 
 
 def accuracy(logits: Tensor, batch: dict) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from ..nn import kd_loss  # the loss itself needs no trainer
@@ -24,8 +26,8 @@ class KD(Distiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, temperature: float = 4.0, gamma: float = 0.1, alpha: float = 0.9, **options):
         super().__init__(student, teacher, **options)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -69,7 +69,11 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: names or shapes differ; the first of the file's are listed beside the network's.
     """
-    weights = {_without_wrappers(name): value for name, value in read_weights(path).items()}
+    stored = read_weights(path)
+    weights = {_without_wrappers(name): value for name, value in stored.items()}
+    if len(weights) < len(stored):
+        twice = next(name for name in stored if _without_wrappers(name) != name and _without_wrappers(name) in stored)
+        raise ValueError(f"weights: {os.fspath(path)!r} holds two tensors for {_without_wrappers(twice)}: {_without_wrappers(twice)!r} and {twice!r}")
     own = {_without_wrappers(name): (name, value) for name, value in module.state_dict().items()}
     prefix = _prefix(weights, own)
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -80,6 +84,11 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> nn.Module:
         for n, w in weights.items()
         if n in own and not is_lazy(own[n][1]) and w.shape != own[n][1].shape
     ]
+    for n, w in weights.items():
+        if w.layout != torch.strided or w.is_meta or w.is_quantized:
+            reshaped.append(f"{n} is no dense tensor")
+        elif n in own and not is_lazy(own[n][1]) and w.is_floating_point() != own[n][1].is_floating_point():
+            reshaped.append(f"{n} is {w.dtype}, the network's {own[n][1].dtype}")
     problems = reshaped[:4] + [f"and {len(reshaped) - 4} more shapes"] * (len(reshaped) > 4)
     if missing or extra:
         problems.insert(0, f"the file has {_some(extra) or 'nothing else'} where the network has {_some(missing) or 'nothing'}")
@@ -100,12 +109,13 @@ def _prefix(weights: dict[str, Tensor], own: dict[str, tuple]) -> str:
     found = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
     found = [prefix for prefix in found if all(prefix + name in weights for name in names)]
     parts = {prefix: prefix.split(".")[:-1] for prefix in sorted(found, key=len)}
-    for good in (lambda p: not p, lambda p: p[-1] == "student", lambda p: _HOLDERS.issuperset(p) and all(n.startswith(".".join(p)) for n in weights)):
+    student = lambda p: p[-1] == "student" and _HOLDERS.issuperset(p[:-1])  # noqa: E731
+    for good in (lambda p: not p, student, lambda p: _HOLDERS.issuperset(p) and all(n.startswith(".".join(p)) for n in weights)):
         for prefix, path in parts.items():
             if good(path):
                 return prefix
-    student = [name[: name.index("student.") + len("student.")] for name in weights if name.startswith(("student.", "module.student."))]
-    return student[0] if student and not any(name.startswith("student.") for name in own) else ""
+    held = [name[: name.index("student.") + len("student.")] for name in weights if name.startswith(("student.", "module.student."))]
+    return held[0] if held and not any(name.startswith("student.") for name in own) else ""
 
 
 def _some(names: list[str]) -> str:
