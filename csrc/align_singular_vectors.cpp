@@ -24,16 +24,18 @@ bool needs_grad(const std::optional<Tensor>& t) {
   return t && t->defined() && t->requires_grad();
 }
 
+// Outputs are those that have a derivative; what has none goes beside them, as compiled autograd takes no function that marks an output as
+// not differentiable.
 struct Align : torch::autograd::Function<Align> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                               bool flip_teacher, std::string driver) {
+                               bool flip_teacher, std::string driver, std::array<Tensor, 4>* all) {
     static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher, driver);
-    variable_list constants{match, flips};
-    if (!student.requires_grad() && !needs_grad(weight)) constants.push_back(s);
-    if (!teacher.requires_grad() && !needs_grad(weight)) constants.push_back(t);
-    ctx->mark_non_differentiable(constants);
+    *all = {s, t, match, flips};
+    variable_list outputs;
+    if (student.requires_grad() || needs_grad(weight)) outputs.push_back(s);
+    if (teacher.requires_grad() || needs_grad(weight)) outputs.push_back(t);
     ctx->set_materialize_grads(false);
     // What was made in inference mode cannot be saved.
     auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
@@ -41,17 +43,18 @@ struct Align : torch::autograd::Function<Align> {
     ctx->saved_data["flip_teacher"] = flip_teacher;
     ctx->saved_data["driver"] = driver;
     ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
-    return {s, t, match, flips};
+    return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto op = find_op<BackwardWithDriver>("kdkernels::align_singular_vectors_backward");
-    variable_list result(5);  // one for each argument of forward
-    if (!grads[0].defined() && !grads[1].defined()) return result;
+    variable_list result(6);  // one for each argument of forward
+    const auto needs = ctx->saved_data["needs"].toBoolList();
+    const Tensor to_s = needs[0] || needs[2] ? grads.front() : Tensor(), to_t = needs[1] || needs[2] ? grads.back() : Tensor();
+    if (!to_s.defined() && !to_t.defined()) return result;
     for (const Tensor& grad : grads) check_no_tangent("align_singular_vectors_backward", grad);
     const auto kept = saved(ctx);
-    const auto needs = ctx->saved_data["needs"].toBoolList();
-    auto [s, t, w] = op.call(optional(grads[0]), optional(grads[1]), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
+    auto [s, t, w] = op.call(optional(to_s), optional(to_t), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
                              ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
                              ctx->saved_data["driver"].toStringRef());
     if (needs[0]) result[0] = s;
@@ -70,8 +73,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(student, teacher, weight, flip_teacher, driver);
   }
-  const auto out = Align::apply(student, teacher, weight, flip_teacher, std::string(driver));
-  return {out[0], out[1], out[2], out[3]};
+  std::array<Tensor, 4> all;
+  const auto out = Align::apply(student, teacher, weight, flip_teacher, std::string(driver), &all);
+  if (student.requires_grad() || needs_grad(weight)) all[0] = out.front();
+  if (teacher.requires_grad() || needs_grad(weight)) all[1] = out.back();
+  return {all[0], all[1], all[2], all[3]};
 }
 
 }  // namespace

@@ -25,11 +25,13 @@ using LossBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Te
 using RescaleSignature = void(Tensor&, const Tensor&, const Tensor&);
 
 struct Pool : torch::autograd::Function<Pool> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, std::string reduce, std::string normalize, double eps) {
+  // What has no derivative goes beside the outputs: compiled autograd takes no function that marks an output as not differentiable.
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, std::string reduce, std::string normalize, double eps,
+                               std::array<Tensor, 2>* beside) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [maps, norm, channel] = op.call(x, p, reduce, normalize, eps);
-    ctx->mark_non_differentiable({norm, channel});
+    *beside = {norm, channel};
     ctx->set_materialize_grads(false);
     save(ctx, {x, maps, norm, channel});
     auto& saved = ctx->saved_data;
@@ -37,12 +39,12 @@ struct Pool : torch::autograd::Function<Pool> {
     saved["reduce"] = std::move(reduce);
     saved["normalize"] = std::move(normalize);
     saved["eps"] = eps;
-    return {maps, norm, channel};
+    return {maps};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto op = find_op<PoolBackwardSignature>("kdkernels::attention_pool_backward");
-    variable_list result(5);  // one for each argument of forward
+    variable_list result(6);  // one for each argument of forward
     if (!grads[0].defined()) return result;
     check_no_tangent("attention_pool_backward", grads[0]);
     const auto kept = saved(ctx);
@@ -61,8 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, c10:
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(x, p, reduce, normalize, eps);
   }
-  const auto out = Pool::apply(x, p, std::string(reduce), std::string(normalize), eps);
-  return {out[0], out[1], out[2]};
+  std::array<Tensor, 2> beside;
+  const auto out = Pool::apply(x, p, std::string(reduce), std::string(normalize), eps, &beside);
+  return {out[0], beside[0], beside[1]};
 }
 
 struct Loss : torch::autograd::Function<Loss> {

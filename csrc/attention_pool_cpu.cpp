@@ -76,7 +76,7 @@ class Net {
     g = *same;
     written_ = g.x;
     const int64_t row = f.channels_adjacent ? f.channels : f.places;
-    const bool aligned = row * f.x.element_size() % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(g.x.data_ptr()) % simd::kBytes == 0;
+    const bool aligned = row * f.x.element_size() % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(address(g.x)) % simd::kBytes == 0;
     streamed_ = aligned && original_.nbytes() > (size_t(32) << 20);
   }
 

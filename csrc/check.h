@@ -18,6 +18,12 @@ inline void check_floating(const at::Tensor& x, const char* name) {
                    " must be floating point (float64, float32, bfloat16 or float16), got ", dtype);
 }
 
+// Where a tensor lies. data_ptr() would copy one that is copy-on-write, and must not do so in a thread of parallel_for: inputs are read
+// where they are, outputs are this package's own.
+inline void* address(const at::Tensor& x) {
+  return const_cast<void*>(x.const_data_ptr());
+}
+
 inline void check_shape(const at::Tensor& x, const char* name, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
 }

@@ -24,7 +24,7 @@ using Inputs = std::array<at::Tensor, 4>;
 template <typename Body>
 void with_column(const at::Tensor& x, int64_t b, int64_t column, Body&& body) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rbf_correlation", [&] {
-    body(static_cast<scalar_t*>(x.data_ptr()) + b * x.stride(0) + column * x.stride(2), x.stride(1));
+    body(static_cast<scalar_t*>(address(x)) + b * x.stride(0) + column * x.stride(2), x.stride(1));
   });
 }
 

@@ -155,7 +155,7 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
   Scratch<T> scratch(call.classes);
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = layout.offsets(row);
-    auto at = [&](int k) { return static_cast<char*>(call.x[k].data_ptr()) + offset[k] * call.x[k].element_size(); };
+    auto at = [&](int k) { return static_cast<char*>(address(call.x[k])) + offset[k] * call.x[k].element_size(); };
     if (!call.kept(row)) {
       if (call.row_loss) call.row_loss[row] = 0;
       if (call.temperature_grad) call.temperature_grad[row] = 0;
@@ -239,9 +239,9 @@ class LaneTiles {
           convert(tiles + full * tile_ + j * lanes, memory + full * lanes, rest);
       }
     };
-    if (call_.element[k] == Element::native) return typed(static_cast<T*>(x.data_ptr()));
-    if (call_.element[k] == Element::bfloat16) return typed(static_cast<c10::BFloat16*>(x.data_ptr()));
-    if (call_.element[k] == Element::half) return typed(static_cast<c10::Half*>(x.data_ptr()));
+    if (call_.element[k] == Element::native) return typed(static_cast<T*>(address(x)));
+    if (call_.element[k] == Element::bfloat16) return typed(static_cast<c10::BFloat16*>(address(x)));
+    if (call_.element[k] == Element::half) return typed(static_cast<c10::Half*>(address(x)));
   }
 
   void run_vector(const std::unique_ptr<T[]>& copies, int64_t v, int64_t row, int here, Scratch<T>& scratch) const {

@@ -18,22 +18,23 @@ using BackwardWithDriver = Tensor(const std::optional<Tensor>&, const std::optio
                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, c10::string_view);
 
 struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
+  // The state is no output: compiled autograd cannot take a function that marks one as not differentiable.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, int64_t k, std::string sign, bool return_u, double gap_eps,
-                               std::string driver) {
+                               std::string driver, Tensor* state_out) {
     static const auto op = find_op<WithDriver>("kdkernels::truncated_svd");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [u, s, v, state] = op.call(x, k, sign, return_u, gap_eps, true, driver);
-    ctx->mark_non_differentiable({state});
     ctx->set_materialize_grads(false);
     save(ctx, {x, u, s, v, state});
+    *state_out = state;
     ctx->saved_data["gap_eps"] = gap_eps;
     ctx->saved_data["driver"] = driver;
-    return {u, s, v, state};
+    return {u, s, v};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto op = find_op<BackwardWithDriver>("kdkernels::truncated_svd_backward");
-    variable_list result(6);  // one for each argument of forward
+    variable_list result(7);  // one for each argument of forward
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     for (const Tensor& grad : grads) check_no_tangent("truncated_svd_backward", grad);
     const auto kept = saved(ctx);
@@ -52,8 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& x, int64_t k, 
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(x, k, sign, return_u, gap_eps, save_state, driver);
   }
-  const auto out = TruncatedSVD::apply(x, k, std::string(sign), return_u, gap_eps, std::string(driver));
-  return {out[0], out[1], out[2], out[3]};
+  Tensor state;
+  const auto out = TruncatedSVD::apply(x, k, std::string(sign), return_u, gap_eps, std::string(driver), &state);
+  return {out[0], out[1], out[2], state};
 }
 
 }  // namespace

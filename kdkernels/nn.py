@@ -56,7 +56,10 @@ class TemperatureKL(nn.Module):
         return temperature_kl(student, teacher, self.temperature, mask=mask, normalizer=normalizer, **self.options)
 
     def extra_repr(self) -> str:
-        temperature = f"temperature={float(self.temperature):g}" + (", learnable=True" if self.log_temperature is not None else "")
+        now = self._temperature  # as given; a learnable one may have moved since, and may be on no device
+        if self.log_temperature is not None and not self.log_temperature.is_meta:
+            now = float(self.log_temperature.detach().exp())
+        temperature = f"temperature={now:g}" + (", learnable=True" if self.log_temperature is not None else "")
         return ", ".join([temperature, *(f"{k}={v!r}" for k, v in self.options.items())])
 
 

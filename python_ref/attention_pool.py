@@ -51,9 +51,10 @@ def attention_transfer_loss(
 
 
 def average_to(x: Tensor, extents: list[int]) -> Tensor:
-    """Adaptive average pooling of x [B, C, *spatial] to the extents, where they differ."""
+    """Adaptive average pooling of x [B, C, *spatial] to the extents, where they differ; of half types in float32."""
     if list(x.shape[2:]) == list(extents):
         return x
+    x = x if x.dtype == torch.float64 else x.float()
     pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
     if len(extents) not in pools:
         raise ValueError(f"features of {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")

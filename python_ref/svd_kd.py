@@ -24,14 +24,18 @@ def svd_kd_loss(
     extra: int = 1,
     beta: float = 8.0,
 ) -> Tensor:
-    """With the exact gradient; for maps of at least k places and channels that are not all zeros. See :func:`kdkernels.nn.svd_kd_loss`."""
-    sides = []
+    """With the exact gradient; for maps that are not all zeros; k is cut to what the maps have. See :func:`kdkernels.nn.svd_kd_loss`."""
+    sides, counts = [], []
     for s, t in zip(student, teacher, strict=True):
         x, y = (m.flatten(2).transpose(1, 2) for m in (s, t.detach()))  # [B, places, C]
-        _, _, v = truncated_svd(x, min(k + extra, *x.shape[1:]))
-        _, sigma, w = truncated_svd(y, k)
+        counts.append(min(k, *x.shape[1:], y.shape[1]))
+        _, _, v = truncated_svd(x, min(counts[-1] + extra, *x.shape[1:]))
+        _, sigma, w = truncated_svd(y, counts[-1])
         sides.append(align_singular_vectors(v, w, F.normalize(sigma, dim=1), flip=align))
     total = 0.0
-    for (sx, tx), (sy, ty) in pairwise(sides):
-        total = total + rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "official" else "batchmean")
-    return total * (k**0.5 / 2 if loss == "official" else 1)
+    for i, pair in enumerate(pairwise(sides)):
+        n = min(counts[: i + 2])
+        (sx, tx), (sy, ty) = ([v[..., :n] for v in side] for side in pair)
+        one = rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "official" else "batchmean")
+        total = total + one * (n**0.5 / 2 if loss == "official" else 1)
+    return total

@@ -22,7 +22,7 @@ def temperature_kl(
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     s, t = student.movedim(dim, -1).to(dtype), teacher.movedim(dim, -1).to(dtype)
     rows = s.shape[:-1]
-    temperature = torch.as_tensor(temperature, device=s.device).to(dtype)
+    temperature = torch.as_tensor(temperature, device=s.device, dtype=dtype)  # not by way of float32
     if temperature.dim() == s.dim() and temperature.shape[dim] == 1:
         temperature = temperature.squeeze(dim)
     temperature = temperature.expand(rows)
@@ -40,7 +40,7 @@ def temperature_kl(
 
     def kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # sum p (log p - log q), 0 log 0 = 0
         p = log_p.exp()
-        return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
+        return (p * torch.where(p != 0, log_p - log_q, 0)).sum(-1)  # NaN where p is, also in the gradients
 
     def kl_mixture(log_p: Tensor, log_q: Tensor, other: float, own: float) -> Tensor:  # KL(p || own p + other q); digits for every weight
         present = log_p > -torch.inf
@@ -56,7 +56,7 @@ def temperature_kl(
         loss = beta * kl_mixture(log_t, log_s, 1 - beta, beta) + (1 - beta) * kl_mixture(log_s, log_t, beta, 1 - beta)
     elif target_eps > 0 or not include_entropy:
         p = log_t.exp() + target_eps
-        loss = (p * torch.where(p > 0, (p.log() if include_entropy else 0) - log_s, 0)).sum(-1)
+        loss = (p * torch.where(p != 0, (p.log() if include_entropy else 0) - log_s, 0)).sum(-1)
     else:
         loss = kl(log_t, log_s)
 

@@ -346,3 +346,39 @@ def test_the_reference_at_the_end_of_float64(temperature):
     fused = temperature_kl(*low, t_rows, reduction="none")
     torch.testing.assert_close(fused, got)
     torch.testing.assert_close(reference.temperature_kl(low[0].T, low[1].T, t_rows.T, dim=0, reduction="none"), got)
+
+
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize(("gap", "classes"), [(8, 2), (12, 10), (16, 10), (16, 2100)])
+def test_jsd_of_confident_nets_that_agree(backend, gap, classes):
+    """The gradient of each row, that of the class that has nearly all of the probability too, relative to the row's largest."""
+    rows = 4 if backend == "triton" else 50
+    for temperature, beta in ((1.0, 0.5), (0.5, 0.1), (1.0, 1e-3)):
+        s = 0.05 * torch.randn(rows, classes)
+        s[:, 0] += gap
+        t = s + 0.05 * torch.randn(rows, classes)
+        got, want = _both(backend, s, t, torch.full((rows,), temperature), direction="jsd", beta=beta)
+        for a, e in zip(got[1:3], want[1:3], strict=True):
+            assert ((a.double() - e).abs().amax(1) / e.abs().sum(1)).max() <= 1e-5
+            assert (a.double().sum(1).abs() / a.double().abs().sum(1)).max() <= 1e-5
+
+
+def test_temperatures_are_not_rounded_to_float32():
+    """T = 1.7 as a Python number, in every path."""
+    s, t = torch.randn(2, 3, 7, dtype=torch.float64)
+    exact = torch.tensor(1.7, dtype=torch.float64)
+    for direction in ("forward", "reverse", "jsd"):
+        for f in (reference.temperature_kl, temperature_kl, lambda *a, **k: torch.func.vmap(lambda _: temperature_kl(*a, **k))(torch.ones(1))[0]):
+            torch.testing.assert_close(f(s, t, 1.7, direction=direction), temperature_kl(s, t, exact, direction=direction), rtol=1e-14, atol=0)
+        gradients = [torch.func.hessian(lambda x, T=T, d=direction: temperature_kl(x, t, T, direction=d))(s) for T in (1.7, exact)]
+        torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-15)
+
+
+def test_rows_without_a_number_have_gradients_of_nan_in_every_path():
+    s, t = torch.randn(2, 3), torch.tensor([[-torch.inf] * 3, [1.0, 2.0, 3.0]])
+    for function in (temperature_kl, reference.temperature_kl):
+        plain = s.clone().requires_grad_()
+        function(plain, t).backward()
+        for gradient in (plain.grad, torch.func.grad(lambda x, f=function: f(x, t))(s)):
+            assert gradient[0].isnan().all()
+            assert gradient[1].isfinite().all()

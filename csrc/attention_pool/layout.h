@@ -20,7 +20,7 @@ struct Features {
 
   template <typename Storage>
   Storage* sample(int64_t b) const {
-    return static_cast<Storage*>(x.data_ptr()) + b * sample_stride;
+    return static_cast<Storage*>(address(x)) + b * sample_stride;
   }
 };
 

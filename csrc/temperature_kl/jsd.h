@@ -65,12 +65,15 @@ class Jsd {
     // q = exp((o - top) / T + other_shift) other_scale, whichever of the two is exact
     const Vec<T> other_shift = select<T>(s.far, zero, s.shift - simd::log<T>(s.z));
     const Vec<T> other_scale = select<T>(s.far, T(1) / s.other_z, splat<T>(T(1)));
+    const Vec<T> half = splat<T>(T(0.5));
+    Mask<T> sure{};
     Vec<T> mean_a{}, mean_b{};
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       Vec<T> a_sum{}, b_sum{};
       for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
         const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, o = student[j];
         const Terms t = terms(p, (teacher[j] - o) * s.inv_t - s.shift, (o - s.top) * s.inv_t + other_shift, other_scale, s.far);
+        sure |= (p > half) | (t.q > half);
         a_sum += t.p_psi;
         b_sum += t.q_psi;
         simd::store<T>(q + j * lanes, t.q);
@@ -83,11 +86,32 @@ class Jsd {
     mean_a = Reduce::template sum<T>(mean_a);
     mean_b = Reduce::template sum<T>(mean_b);
 
+    auto slopes = [&](int64_t j, Vec<T> p, Vec<T> qj) {
+      return std::pair(select<T>(qj == T(0), zero, a_ * qj * (simd::load<T>(b + j * lanes) - mean_b)),
+                       select<T>(p == T(0), zero, beta_ * p * (simd::load<T>(a + j * lanes) - mean_a)));
+    };
+    // A mean is close to what a class that has nearly all of the probability adds to it, and their difference has no digits. The gradient
+    // sums to zero, so it is the negative of what the other classes have.
+    const bool any_sure = gradients && any(sure);
+    Vec<T> rest_student{}, rest_teacher{};
+    for (int64_t j = 0; any_sure && j < n; ++j) {
+      const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, qj = simd::load<T>(q + j * lanes);
+      const auto [to_student, to_teacher] = slopes(j, p, qj);
+      rest_student += select<T>(qj > half, zero, to_student);
+      rest_teacher += select<T>(p > half, zero, to_teacher);
+    }
+    if (any_sure) {
+      rest_student = Reduce::template sum<T>(rest_student);
+      rest_teacher = Reduce::template sum<T>(rest_teacher);
+    }
     Vec<T> slope{};
     for (int64_t j = 0; gradients && j < n; ++j) {
       const Vec<T> p = simd::load<T>(e + j * lanes) * inv_z, qj = simd::load<T>(q + j * lanes);
-      const Vec<T> to_student = select<T>(qj == T(0), zero, a_ * qj * (simd::load<T>(b + j * lanes) - mean_b));
-      const Vec<T> to_teacher = select<T>(p == T(0), zero, beta_ * p * (simd::load<T>(a + j * lanes) - mean_a));
+      auto [to_student, to_teacher] = slopes(j, p, qj);
+      if (any_sure) {
+        to_student = select<T>(qj > half, -rest_student, to_student);
+        to_teacher = select<T>(p > half, -rest_teacher, to_teacher);
+      }
       if (student_out) student_out->put(j, to_student * scale);
       if (teacher_out) teacher_out->put(j, to_teacher * scale);
       slope += select<T>(to_student == T(0), zero, to_student * ((student[j] - s.top) * s.inv_t)) +

@@ -25,6 +25,8 @@ def takes_reference(*tensors: Tensor | None) -> bool:
     """
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # which transform it is cannot be asked there
+            return True
         functorch = torch._C._functorch
         if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap or any(functorch.is_gradtrackingtensor(t) for t in given):
             return True
@@ -57,6 +59,8 @@ def is_batched(t) -> bool:
 
 def usable(tensor: Tensor | None) -> Tensor | None:
     """The tensor in a form that autograd can save: one that was made under ``torch.inference_mode`` is copied."""
+    if torch.compiler.is_compiling():  # compiled code cannot ask, and is run outside of inference mode
+        return tensor
     if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
         return tensor.clone()
     return tensor

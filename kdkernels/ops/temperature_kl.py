@@ -89,7 +89,7 @@ def temperature_kl(
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student.device)
-    if is_transformed() and not (is_linearised() or torch.compiler.is_compiling()):  # past which the kernel does not check them
+    if not torch.compiler.is_compiling() and is_transformed() and not is_linearised():  # past which the kernel does not check them
         checks.positive_values("temperature", rows_temperature)
         checks.positive_values("normalizer", normalizer)
     options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)

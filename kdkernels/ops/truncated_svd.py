@@ -261,9 +261,16 @@ def _(x, k, sign, return_u, gap_eps, save_state, driver=""):
     dtype = _compute_dtype(x)
     m, n = x.shape[-2:]
     u = _vectors(x, m, k, dtype) if return_u or m < n else x.new_empty(0, dtype=dtype)
-    # How large the state is depends on the machine that will run this; what reads it takes any.
-    state = x.new_empty(torch.library.get_ctx().new_dynamic_size() if save_state else 0, dtype=dtype)
+    state = x.new_empty(_state_size() if save_state else 0, dtype=dtype)
     return u, x.new_empty((*x.shape[:-2], k), dtype=dtype), _vectors(x, n, k, dtype), state
+
+
+def _state_size() -> int | torch.SymInt:
+    """How large the state is depends on the machine that will run this; what reads it takes any."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except RuntimeError:  # meta tensors, and fake ones outside of a trace, have no sizes that are known later
+        return 0
 
 
 @torch.library.register_fake("kdkernels::truncated_svd_backward")

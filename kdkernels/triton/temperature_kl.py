@@ -203,6 +203,7 @@ def _kl_kernel(
     # range is found.
     UNIT: tl.constexpr = 2.0**-12
     value = kl * UNIT
+    surest = tl.zeros([ROWS, 1], COMPUTE)  # the largest probability of either net
     if DIRECTION == 2 or EPS > 0.0 or not ENTROPY:
         extra = tl.zeros([ROWS, 1], COMPUTE)
         for start in range(0, classes, BLOCK):
@@ -217,6 +218,7 @@ def _kl_kernel(
                 d = (t - b_centre) - (s - o_centre)
                 log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
                 q, log_pm, log_qm, p_psi, q_psi = _jsd_terms(p, d * inv_t - shift, log_q, (s - o_safe) * inv_t, o_z, far, BETA)
+                surest = tl.maximum(surest, tl.max(tl.where(in_row, tl.maximum(p, q), 0.0), 1, keep_dims=True))
                 mean_v += tl.sum(tl.where(in_row, p_psi, 0.0), 1, keep_dims=True)  # E_p[log p / M]
                 mean_lift += tl.sum(tl.where(in_row, q_psi, 0.0), 1, keep_dims=True)  # E_q[log q / M]
             else:
@@ -236,6 +238,25 @@ def _kl_kernel(
                 value += (log_z * t_column - mean_v) * UNIT
 
     slope = tl.zeros([ROWS, 1], COMPUTE)
+    # The gradients of all but the class that has more than half of a probability: it gets the negative of their sum (csrc/temperature_kl/jsd.h).
+    rest_other = tl.zeros([ROWS, 1], COMPUTE)
+    rest_base = tl.zeros([ROWS, 1], COMPUTE)
+    if DIRECTION == 2 and (WANT_STUDENT or WANT_TEACHER or WANT_TEMPERATURE):  # noqa: SIM102 - decided when compiled
+        if tl.max(tl.max(surest, 1), 0) > 0.5:
+            for start in range(0, classes, BLOCK):
+                in_row = start + column < classes
+                if not ONE_BLOCK:
+                    present = keep[:, None] & in_row
+                    s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
+                    t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+                p = tl.where(in_row, exp_falling((t - safe) * inv_t), 0.0) * inv_z
+                d = (t - b_centre) - (s - o_centre)
+                log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
+                q, log_pm, log_qm, p_psi, q_psi = _jsd_terms(p, d * inv_t - shift, log_q, (s - o_safe) * inv_t, o_z, far, BETA)
+                others = in_row & (q <= 0.5) & (q > 0.0)
+                rest_other += tl.sum(tl.where(others, A * q * (log_qm - mean_lift), 0.0), 1, keep_dims=True)
+                others = in_row & (p <= 0.5) & (p > 0.0)
+                rest_base += tl.sum(tl.where(others, BETA * p * (log_pm - mean_v), 0.0), 1, keep_dims=True)
     if WANT_STUDENT or WANT_TEACHER or WANT_TEMPERATURE:
         # A gradient that is to be scaled is computed twice: its largest magnitude is needed first.
         largest = tl.zeros([ROWS, 1], COMPUTE)
@@ -257,8 +278,8 @@ def _kl_kernel(
                 if DIRECTION == 2:
                     log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
                     q, log_pm, log_qm, p_psi, q_psi = _jsd_terms(p, d * inv_t - shift, log_q, (s - o_safe) * inv_t, o_z, far, BETA)
-                    to_other = tl.where(q == 0.0, 0.0, A * q * (log_qm - mean_lift))
-                    to_base = tl.where(p == 0.0, 0.0, BETA * p * (log_pm - mean_v)) * t_column
+                    to_other = tl.where(q > 0.5, -rest_other, tl.where(q == 0.0, 0.0, A * q * (log_qm - mean_lift)))
+                    to_base = tl.where(p > 0.5, -rest_base, tl.where(p == 0.0, 0.0, BETA * p * (log_pm - mean_v))) * t_column
                 else:
                     p_other = tl.exp((o - o_safe) * inv_t) / o_z
                     up = tl.where(far, p_other * z - e, up)
