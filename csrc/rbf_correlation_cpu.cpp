@@ -23,9 +23,8 @@ using Inputs = std::array<at::Tensor, 4>;
 // A column [n] of sample b of x [B, n, K], to doubles and back.
 template <typename Body>
 void with_column(const at::Tensor& x, int64_t b, int64_t column, Body&& body) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rbf_correlation", [&] {
-    body(static_cast<scalar_t*>(address(x)) + b * x.stride(0) + column * x.stride(2), x.stride(1));
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rbf_correlation",
+                                  [&] { body(static_cast<scalar_t*>(address(x)) + b * x.stride(0) + column * x.stride(2), x.stride(1)); });
 }
 
 Range read(const at::Tensor& x, int64_t b, int64_t column, double* to) {
