@@ -21,6 +21,12 @@ from kdkernels.models import FeatureTaps, TinyCNN
 IMAGES = [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(12)]
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory, monkeypatch):
+    """A trainer that is told nothing writes its checkpoints to the current folder."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("current"))
+
+
 class Small(nn.Module):
     def __init__(self, width=4):
         super().__init__()
