@@ -40,7 +40,7 @@ def brief_help(arguments: list[str]) -> str:
     text = _COMMON.format(command=command, ckpt=ckpt)
     chosen = _chosen(arguments)
     for section, package, base in (("model", distill, distill.Distiller), ("data", data, L.LightningDataModule)):
-        cls = _imported(chosen.get(section))
+        cls = imported(chosen.get(section))
         if cls is not None:
             text += f"{cls.__name__} (--{section}.OPTION VALUE): {_first_sentence(cls)}\n\n{_options(cls, section)}\n"
             continue
@@ -76,7 +76,7 @@ def config_files(arguments: list[str]) -> list[str]:
     return [value for name, value in _pairs(arguments) if name in ("-c", "--config")]
 
 
-def _imported(path: str | None) -> type | None:
+def imported(path: str | None) -> type | None:
     if path is None:
         return None
     module, _, name = path.rpartition(".")

@@ -83,10 +83,10 @@ def _of_the_parser(text: str) -> str:
 
 
 def _near(name: str, path: str) -> str:
-    from .cli_help import _imported, options_of
+    from .cli_help import imported, options_of
 
     try:
-        options = list(options_of(_imported(path)))
+        options = list(options_of(imported(path)))
     except Exception:  # a class that cannot be looked at has no suggestions
         return ""
     return _close(name, options) or (f"; it has {', '.join(options)}" if len(options) < 20 else "")
