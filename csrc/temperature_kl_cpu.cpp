@@ -100,17 +100,19 @@ ValueAndSlope<T> run_tile(const Call<T>& call, const Source<T>& student, const S
 
   const Source<T>&base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
   const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.e, gap, scratch.ahead, disagree);
-  const Mask<T> which = needs_centring<T>(s);
+  Mask<T> which = needs_centring<T>(s);
   ValueAndSlope<T> result;
+  if (__builtin_expect(!any(which), 1)) {
+    result = finish(s, base, other);
+    if (o.target_eps > 0) which = ~(result.value < std::numeric_limits<T>::infinity());  // it weighs classes without probability too
+  }
   if (__builtin_expect(any(which), 0)) {
     // Rows that are not marked are computed again as they were.
     T *centred_base = scratch.centred_logits(), *centred_other = centred_base + scratch.size;
     centre<T, Reduce>(base, which, centred_base);
     centre<T, Reduce>(other, which, centred_other);
     const Source<T> b(centred_base, Element::native, base.count()), c(centred_other, Element::native, other.count());
-    result = finish(divergence<T, Reduce, true>(b, c, temperature, scratch.e, gap, {}, disagree), b, c);
-  } else {
-    result = finish(s, base, other);
+    result = finish(divergence<T, Reduce, true>(b, c, temperature * T(kQuarter), scratch.e, gap, {}, disagree), b, c);
   }
   // T^2 V and its derivative 2 T V - T S, or V and -S / T.
   if (slope) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -120,6 +122,8 @@ def run(arguments: list[str]) -> int:
         return 0
     arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
     arguments = ["--print_config=skip_null" if argument == "--print_config" else argument for argument in arguments]
+    # A callback's default that is a member of an enumeration (Timer's interval) goes into config.yaml by its value.
+    yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
     sys.argv = [sys.argv[0], *arguments]  # with which Lightning starts the other processes of DDP
     CLI(
         Distiller,

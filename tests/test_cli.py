@@ -82,6 +82,16 @@ def test_print_config_is_short_and_gives_the_same_run(there, capsys):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_a_callback_whose_default_is_no_plain_value(there):
+    """The config that is written with the run holds it, and gives the run again."""
+    (there / "timer.yaml").write_text("trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:01:00:00'}}]}")
+    assert main([*TEACHER, "--config=timer.yaml", "--trainer.default_root_dir=runs/timed"]) == 0
+    written = "runs/timed/version_0/config.yaml"
+    (timer,) = yaml.safe_load(Path(written).read_text())["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"
+    assert main(["fit", "--config", written, "--ckpt_path=last"]) == 0
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
     """Its networks are built and its options are known; what it lacks here is data and a teacher, and that is said."""

@@ -95,6 +95,26 @@ def test_classes_excluded_by_low_numbers(backend, form):
                 assert not wrong.any(), (name, dtype, dim, low, [sides[i] for i in wrong.nonzero()], (error / allowed).max().item())
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_logits_at_both_ends_of_the_range(backend, form):
+    """Differences of finite logits, and differences of those, may be beyond the largest number."""
+    end = torch.finfo(torch.float32).max
+    rows = [  # student, teacher
+        ([end, -end, 0.0], [-end, end, 0.0]),
+        ([end, -end, 0.0], [end, -end, 1.0]),
+        ([end, -end, 0.0], [1.0, 2.0, 3.0]),
+        ([1.0, 2.0, 3.0], [end, -end, 0.0]),
+        ([end, end, -end], [end, -end, end]),
+        ([-end, -end, end], [end, end, end]),
+    ]
+    s, t = (torch.tensor(side) for side in zip(*rows, strict=True))
+    for temperature in (1.0, 4.0):
+        got, want = _both(backend, s, t, torch.full((len(rows),), temperature), **FORMS[form])
+        for name, a, e in zip(("loss", "student", "teacher"), got, want, strict=False):  # not temperature: its terms are T times as large
+            assert_close(name, a.clamp(-end, end), e.clamp(-end, end), rtol=2e-5, scale=2.0**-22 * end if name == "teacher" else 1e-6)
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 def test_offsets_between_the_nets(backend, direction):

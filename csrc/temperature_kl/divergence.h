@@ -59,11 +59,16 @@ Mask<T> needs_centring(const Divergence<T>& s) {
   return s.far | ~((s.mean <= T(kFarMean)) & (s.mean >= T(-kFarMean)));
 }
 
-// Writes logits minus their maximum to `out`, in the rows that `which` marks.
+// Centred logits are kept in quarters, with a quarter of the temperature: the difference of two finite numbers may be twice the largest
+// number of T, and the difference of two such differences four times.
+constexpr double kQuarter = 0.25;
+
+// Writes a quarter of the logits, minus their maximum in the rows that `which` marks, to `out`.
 template <typename T, typename Reduce>
 void centre(const Source<T>& logits, Mask<T> which, T* out) {
-  const Vec<T> top = select<T>(which, logits.template max<Reduce>(), Vec<T>{});
-  for (int64_t j = 0, n = logits.vectors(); j < n; ++j) simd::store<T>(out + j * simd::kLanes<T>, logits[j] - top);
+  const T quarter = T(kQuarter);
+  const Vec<T> top = select<T>(which, logits.template max<Reduce>(), Vec<T>{}) * quarter;
+  for (int64_t j = 0, n = logits.vectors(); j < n; ++j) simd::store<T>(out + j * simd::kLanes<T>, logits[j] * quarter - top);
 }
 
 // Rows whose nets are so far apart that e^y leaves the range of T (or is infinite): log-sum-exp of both sides. There the divergence is

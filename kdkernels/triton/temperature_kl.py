@@ -18,6 +18,14 @@ _DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 @triton.jit
+def _logits(s_row, t_row, column, s_class, t_class, present, COMPUTE: tl.constexpr):
+    """A quarter of the logits of a block of both nets: the difference of two differences of finite numbers may be four times the largest."""
+    s = tl.load(s_row + column * s_class, mask=present, other=0.0).to(COMPUTE)
+    t = tl.load(t_row + column * t_class, mask=present, other=0.0).to(COMPUTE)
+    return s * 0.25, t * 0.25
+
+
+@triton.jit
 def _weights(b, o, present, safe, b_centre, o_centre, inv_t, mean):
     """e = z p_b, d = b - o (of centred logits), and z p_b (e^y - 1), z p_b (e^y - 1 - y), z p_b y with y = (mean - d) / T."""
     e = tl.where(present, exp_falling((b - safe) * inv_t), 0.0)
@@ -84,7 +92,9 @@ def _kl_kernel(
     if HAS_MASK:
         keep = in_batch & tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)
     t_row = tl.load(temperature_ptr + row, mask=in_batch, other=1.0).to(COMPUTE) if HAS_TEMPERATURE else tl.full([ROWS], 1.0, COMPUTE) * temperature
-    inv_t = (1.0 / t_row)[:, None]
+    # Logits are read in quarters, and divided by a quarter of T.
+    t_column = (t_row * 0.25)[:, None]
+    inv_t = 1.0 / t_column
     outer, i = row // inner, row % inner
     s_row = student_ptr + (outer * s_outer + i * s_inner)[:, None]
     t_row_ptr = teacher_ptr + (outer * t_outer + i * t_inner)[:, None]
@@ -93,8 +103,7 @@ def _kl_kernel(
     # A row that is masked out, or past the end, is read as zeros in both nets.
     if ONE_BLOCK:
         present = keep[:, None] & (column < classes)
-        s = tl.load(s_row + column * s_class, mask=present, other=0.0).to(COMPUTE)
-        t = tl.load(t_row_ptr + column * t_class, mask=present, other=0.0).to(COMPUTE)
+        s, t = _logits(s_row, t_row_ptr, column, s_class, t_class, present, COMPUTE)
 
     negative: tl.constexpr = -float("inf")
     top = tl.full([ROWS, 1], negative, COMPUTE)
@@ -115,8 +124,7 @@ def _kl_kernel(
         in_row = start + column < classes
         if not ONE_BLOCK:
             present = keep[:, None] & in_row
-            s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
-            t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+            s, t = _logits(s_row, t_row_ptr, start + column, s_class, t_class, present, COMPUTE)
         if DIRECTION == 1:
             b, o = s, t
         else:
@@ -178,11 +186,10 @@ def _kl_kernel(
     if DIRECTION == 2:  # nets that disagree: log-sum-exps of centred logits lose fewer digits than sums that grow with the divergence
         far = far | ~(kl <= 1.0)
     log_z, log_oz = log(z), log(o_z)
-    t_column = t_row[:, None]
     far_shift = ((safe - b_centre) - (o_safe - o_centre)) * inv_t + log_z - log_oz
     shift = tl.where(far, far_shift, mean * inv_t + drift - kl)  # log p_b - log p_o = d / T - shift
     far_kl = mean - far_shift * t_column
-    kl = tl.where(far, tl.where(far_kl < 0.0, 0.0, far_kl), kl * t_column)  # in units of the logits, like all logarithms below
+    kl = tl.where(far, tl.where(far_kl < 0.0, 0.0, far_kl), kl * t_column)  # in quarters of the logits' unit, like all logarithms below
     w = tl.where(far, 0.0, w)
     drift = tl.where(far, 0.0, drift)
 
@@ -210,8 +217,7 @@ def _kl_kernel(
             in_row = start + column < classes
             if not ONE_BLOCK:
                 present = keep[:, None] & in_row
-                s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
-                t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+                s, t = _logits(s_row, t_row_ptr, start + column, s_class, t_class, present, COMPUTE)
             p = tl.where(in_row, exp_falling((t - safe) * inv_t), 0.0) * inv_z
             v = t - safe
             if DIRECTION == 2:
@@ -247,8 +253,7 @@ def _kl_kernel(
                 in_row = start + column < classes
                 if not ONE_BLOCK:
                     present = keep[:, None] & in_row
-                    s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
-                    t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+                    s, t = _logits(s_row, t_row_ptr, start + column, s_class, t_class, present, COMPUTE)
                 p = tl.where(in_row, exp_falling((t - safe) * inv_t), 0.0) * inv_z
                 d = (t - b_centre) - (s - o_centre)
                 log_q = ((s - o_centre) + (b_centre - safe)) * inv_t + (shift - log_z)
@@ -267,8 +272,7 @@ def _kl_kernel(
                 in_row = start + column < classes
                 if not ONE_BLOCK:
                     present = keep[:, None] & in_row
-                    s = tl.load(s_row + (start + column) * s_class, mask=present, other=0.0).to(COMPUTE)
-                    t = tl.load(t_row_ptr + (start + column) * t_class, mask=present, other=0.0).to(COMPUTE)
+                    s, t = _logits(s_row, t_row_ptr, start + column, s_class, t_class, present, COMPUTE)
                 if DIRECTION == 1:
                     b, o = s, t
                 else:
@@ -320,12 +324,12 @@ def _kl_kernel(
 
     row_value = tl.sum(value, 1)
     if WANT_LOSS:
-        loss = (row_value * t_row if T_SQUARED else row_value / t_row) * (1.0 / UNIT)
+        loss = (row_value * t_row if T_SQUARED else row_value / t_row) * (4.0 / UNIT)
         tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=in_batch)
     if WANT_TEMPERATURE:
         row_slope = tl.sum(slope, 1)
         total_slope = 2.0 * row_value - row_slope if T_SQUARED else -row_slope / t_row / t_row
-        total_slope = (total_slope * row_weight) * (1.0 / UNIT)
+        total_slope = (total_slope * row_weight) * (4.0 / UNIT)
         tl.store(to_temperature_ptr + row, tl.where(keep, total_slope, 0.0).to(to_temperature_ptr.dtype.element_ty), mask=in_batch)
 
 
