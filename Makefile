@@ -13,6 +13,9 @@ DEPENDENCIES :=
 BUILT := build/.built
 endif
 
+# The extension modules that only tests import are built too; a wheel is built without them (KDKERNELS_TESTING=0 below).
+export KDKERNELS_TESTING ?= 1
+
 # Results of benches: a folder per machine.
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
@@ -84,7 +87,8 @@ format: $(BUILT)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" -i
 
 wheel: $(BUILT)
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib*
+	KDKERNELS_TESTING=0 $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
@@ -100,7 +104,7 @@ clean:
 	touch $@ .venv/.fresh
 
 # The dependencies' rule has built the package too; make had seen by then that it was not built.
-$(BUILT): $(DEPENDENCIES) setup.py cuda_toolkit.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
+$(BUILT): $(DEPENDENCIES) setup.py cuda_toolkit.py pyproject.toml $(shell find csrc -type f)
 	@if [ -e .venv/.fresh ]; then rm .venv/.fresh; else $(PY) -m pip install -q --no-build-isolation --no-deps -e .; fi
 	mkdir -p $(dir $@)
 	touch $@

@@ -2,14 +2,18 @@
 
 Where torch is a CUDA build and a toolkit is found, also the CUDA kernels, kdkernels._cuda (cuda_toolkit.py decides).
 KDKERNELS_CUDA=0 leaves them out, KDKERNELS_CUDA=1 insists on them, TORCH_CUDA_ARCH_LIST names their GPU architectures.
-KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
+KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets. KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
 """
 
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from glob import glob
+from pathlib import Path
 
 import setuptools
 from setuptools import setup
@@ -67,11 +71,40 @@ def extensions() -> list:
     isas = os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",")
     if not set(isas) <= set(ISA_FLAGS):
         raise SystemExit(f"KDKERNELS_ISAS must name some of {','.join(ISA_FLAGS)}, got {','.join(isas)}")
-    kernels = sorted(glob("csrc/*_cpu.cpp"))
-    shared = sorted(set(glob("csrc/*.cpp")) - set(kernels) - set(glob("csrc/*_cuda.cpp")))
+    facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
+    defines = [(name, c_string(value)) for name, value in facts.items()]
+    ops = [path for path in sorted_glob("csrc/*/*.cpp") if Path(path).stem == Path(path).parent.name]
+    modules = [extension("_C", ["csrc/library.cpp", *ops], precompile="derivatives.h", define_macros=defines)]
+    for isa in isas:
+        kernels = ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")]
+        modules.append(extension(f"_cpu_{isa}", kernels, ISA_FLAGS[isa], precompile="kernels.h"))
+    if os.environ.get("KDKERNELS_TESTING") == "1":
+        of_isa = sorted_glob("csrc/testing/*_cpu.cpp")
+        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in of_isa]))
+        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *of_isa], ISA_FLAGS[isa]) for isa in isas]
+    if CUDA.architectures:
+        cuda = cpp_extension.CUDAExtension(
+            "kdkernels._cuda",
+            [*sorted_glob("csrc/*/kernels.cu"), *sorted_glob("csrc/*/cuda.cpp"), "csrc/library_cuda.cpp"],
+            extra_compile_args={
+                "cxx": ["-O3", "-g0", "-fvisibility=hidden"],
+                # torch adds no architectures of its own where the flags name some.
+                "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden", *CUDA.nvcc_flags()],
+            },
+        )
+        modules.insert(0, cuda)  # first, because it is the one that fails where the toolkit is not as it should be
+    return modules
+
+
+def sorted_glob(pattern: str) -> list[str]:
+    return sorted(glob(pattern))
+
+
+def extension(name: str, files: list[str], flags: Sequence[str] = (), precompile: str = "", **options):
     # -fopenmp is given to the compiler and not to the linker: the runtime must be the one torch has loaded, not a second one.
     flags = [
         "-O3",
+        "-g0",  # Python's own flags ask for debug symbols: nine tenths of a module, and half of the time to compile it
         "-fopenmp",
         "-fvisibility=hidden",
         "-ffp-contract=fast",
@@ -79,24 +112,11 @@ def extensions() -> list:
         "-Wno-ignored-attributes",
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
+        *flags,
     ]
-    facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
-    defines = [(name, c_string(value)) for name, value in facts.items()]
-    modules = [cpp_extension.CppExtension("kdkernels._C", shared, define_macros=defines, extra_compile_args=flags)]
-    for isa in isas:
-        modules.append(cpp_extension.CppExtension(f"kdkernels._cpu_{isa}", kernels, extra_compile_args=flags + ISA_FLAGS[isa]))
-    if CUDA.architectures:
-        cuda = cpp_extension.CUDAExtension(
-            "kdkernels._cuda",
-            sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
-            extra_compile_args={
-                "cxx": ["-O3", "-fvisibility=hidden"],
-                # torch adds no architectures of its own where the flags name some.
-                "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden", *CUDA.nvcc_flags()],
-            },
-        )
-        modules.insert(0, cuda)  # first, because it is the one that fails where the toolkit is not as it should be
-    return modules
+    module = cpp_extension.CppExtension(f"kdkernels.{name}", files, extra_compile_args=flags, **options)
+    module.precompile = precompile  # a header in csrc/precompiled
+    return module
 
 
 def c_string(text: str) -> str:
@@ -107,11 +127,34 @@ def c_string(text: str) -> str:
 class BuildExtension(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         # The same source is compiled for several instruction sets: each module keeps its objects in a folder of its own.
-        parent, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        parent, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
         try:
+            if getattr(ext, "precompile", ""):
+                self.precompile(ext)
             super().build_extension(ext)
         finally:
             self.build_temp = parent
+
+    def precompile(self, ext):
+        """Compiles torch's headers once for all sources of a module, of which most would take longer to read them than for the rest.
+
+        GCC takes the result where its flags are those of the source, and reads the header itself where they are not.
+        """
+        compiler = cpp_extension.get_cxx_compiler()
+        if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout:
+            return
+        header = Path(self.build_temp, ext.precompile)
+        header.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path("csrc/precompiled", ext.precompile), header)
+        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+        includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
+        flags = [*self.compiler.compiler_so[1:], *macros, *includes, *ext.extra_compile_args, "-std=c++20"]
+        command, done = [compiler, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"], Path(f"{header}.command")
+        key = f"{torch.version.git_version} {command} {header.read_text()}"
+        if not done.exists() or done.read_text() != key:
+            subprocess.run(command, check=True)
+            done.write_text(key)
+        ext.extra_compile_args += ["-include", str(header)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

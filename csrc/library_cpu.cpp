@@ -1,7 +1,7 @@
 // The module that holds the CPU kernels of one instruction set: importing it registers them.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 
-#include "memory.h"
+#include "common/memory.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "CPU kernels of kdkernels for one instruction set";

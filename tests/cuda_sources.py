@@ -1,8 +1,8 @@
 """The CUDA sources where there is no GPU.
 
-python cuda_sources.py syntax      checks csrc/*_cuda.cpp against torch's headers
+python cuda_sources.py syntax      checks csrc/<op>/cuda.cpp against torch's headers
 python cuda_sources.py table       prints the budget as a table
-python cuda_sources.py resources   compiles csrc/*.cu for every target and prints what ptxas says; with --write, that becomes the budget
+python cuda_sources.py resources   compiles csrc/<op>/kernels.cu for every target and prints what ptxas says; with --write, that becomes the budget
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def check_syntax() -> int:
 
     folder = include_folder()
     if folder is None:
-        print("csrc/*_cuda.cpp: not checked, for there is no nvcc and no CUDA header")
+        print("csrc/*/cuda.cpp: not checked, for there is no nvcc and no CUDA header")
         return 0
     headers = [f for path in cpp_extension.include_paths() for f in ("-isystem", path)]
-    sources = sorted(str(p) for p in SOURCES.glob("*_cuda.cpp") if p.name != "library_cuda.cpp")
-    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", f"-I{SOURCES / 'stubs'}"]
+    sources = sorted(str(p) for p in SOURCES.glob("*/cuda.cpp"))
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", f"-I{SOURCES / 'testing' / 'stubs'}"]
     result = subprocess.run([*command, *headers, "-isystem", folder, *sources])
     if result.returncode == 0:
-        print(f"{', '.join(Path(s).name for s in sources)}: compile against torch's headers")
+        print(f"{', '.join(str(Path(s).relative_to(SOURCES.parent)) for s in sources)}: compile against torch's headers")
     return result.returncode
 
 
 def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """target -> kernel -> registers, stack, spill_stores, spill_loads, shared: of every kernel in csrc/*.cu, in bytes."""
+    """target -> kernel -> registers, stack, spill_stores, spill_loads, shared: of every kernel in csrc/*/kernels.cu, in bytes."""
     architectures = [f for t in TARGETS for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
     result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(SOURCES.glob("*.cu")):
+        for source in sorted(SOURCES.glob("*/kernels.cu")):
             command = [nvcc(), "-std=c++17", "-t", "2", *architectures, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -238,7 +239,12 @@ for environment, fault, text in json.loads(sys.stdin.read()):
         os.environ.pop(name, None)
 print(json.dumps(results))
 """
+SETTINGS = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS", "KDKERNELS_TESTING")
 AWKWARD = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
+
+
+def without_settings() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in SETTINGS}
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +258,9 @@ def setups(tmp_path_factory):
         ({"KDKERNELS_CUDA": ""}, fault, ""),
         ({"KDKERNELS_CUDA": "1"}, fault, ""),
         ({"KDKERNELS_CUDA": "yes"}, fault, ""),
+        ({"KDKERNELS_TESTING": "1", "KDKERNELS_ISAS": "baseline"}, "", ""),
     ]
-    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS")}
-    environment = clean | {"PATH": f"{wrapper}/bin:{os.environ['PATH']}"}
+    environment = without_settings() | {"PATH": f"{wrapper}/bin:{os.environ['PATH']}"}
     run = subprocess.run([sys.executable, "-c", SETUP], input=json.dumps(runs), capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
     *printed, results = run.stdout.splitlines()
@@ -274,13 +280,55 @@ def test_setup_builds_the_cuda_module_first(setups):
 
 def test_setup_without_a_toolkit(setups):
     """Without KDKERNELS_CUDA the rest is built and the reason recorded; with KDKERNELS_CUDA=1 setup.py stops with one sentence."""
-    _, printed, (_, without, insisting, wrong) = setups
+    _, printed, (_, without, insisting, wrong, _) = setups
     assert without["modules"][0] == "kdkernels._C"
     assert "kdkernels._cuda" not in without["modules"]
     assert "/opt/cuda is CUDA 11.8, not CUDA 13" in without["defines"]["KDKERNELS_WITHOUT_CUDA"]
     assert any(line.startswith("kdkernels: the CUDA kernels are not built: torch") for line in printed)
     assert insisting["error"].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
     assert wrong["error"].startswith("KDKERNELS_CUDA must be 0")
+
+
+def test_only_a_test_build_has_the_modules_of_the_tests(setups):
+    *_, testing = setups[2]
+    assert {"kdkernels._testing", "kdkernels._testing_baseline"} <= set(testing["modules"])
+    assert not [name for result in setups[2][:2] for name in result["modules"] if "_testing" in name]
+
+
+# Takes the place of the compiler and the linker: writes empty files where they would write theirs.
+STAND_IN_COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o | -MF) : > "$2"; shift ;;
+  esac
+  shift
+done
+"""
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+def test_the_files_of_a_wheel(tmp_path):
+    """A wheel, built by a compiler that does nothing: every module that kdkernels loads is in it, and none that only tests call."""
+    source = tmp_path / "source"
+    for folder in ("csrc", "kdkernels", "python_ref", "benches"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results", "reference", "benches"))
+    for name in ("setup.py", "cuda_toolkit.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(STAND_IN_COMPILER)
+    compiler.chmod(0o755)
+    tools = {name: str(compiler) for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED")}
+    environment = without_settings() | tools | {"KDKERNELS_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    modules = {Path(name).name.partition(".")[0] for name in files if name.endswith(".so")}
+    assert {"_C", "_cpu_baseline"} <= modules
+    assert all(module == "_C" or module.startswith("_cpu_") for module in modules)
+    assert "kdkernels/reference/__init__.py" in files
+    assert not [name for name in files if "testing" in name or name.startswith(("csrc", "tests"))]
 
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")

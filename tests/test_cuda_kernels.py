@@ -4,6 +4,7 @@ compiler makes of them. That they give the right numbers is shown by the tests o
 import json
 
 import pytest
+import testing_ops  # noqa: F401  registers the ops
 import torch
 from cuda_sources import BUDGET, SOURCES, nvcc, resources, table
 from matrix_cases import kinds
@@ -64,7 +65,7 @@ def test_less_shared_memory(limit, dtype, host):
         host()
         whole = _everything(x, k)
         host(limit=limit << 10)
-        if not OP._svd_fits(min(m, n), k, dtype == torch.float64, limit << 10):
+        if not OP._truncated_svd_fits_cuda(min(m, n), k, dtype == torch.float64, limit << 10):
             with pytest.raises(ValueError, match="takes matrices whose smaller side is at most 1024"):
                 _everything(x, k)
             continue
@@ -82,10 +83,10 @@ def test_shapes_that_must_fit(target, limit):
     for p in (1, 16, 32, 33, 49, 64, 128, 196, 256, 512, 1024):
         for k in (1, 4, 8):
             if p <= most:
-                assert OP._svd_fits(p, min(k, p), False, limit), (p, k)
+                assert OP._truncated_svd_fits_cuda(p, min(k, p), False, limit), (p, k)
             if p <= most // 2:
-                assert OP._svd_fits(p, min(k, p), True, limit), (p, k)
-    assert not OP._svd_fits(1025, 1, False, limit)
+                assert OP._truncated_svd_fits_cuda(p, min(k, p), True, limit), (p, k)
+    assert not OP._truncated_svd_fits_cuda(1025, 1, False, limit)
 
 
 def test_too_large_is_an_error():
@@ -117,8 +118,8 @@ def test_the_table_in_the_docs_is_the_budget():
 
 
 def test_sources_know_no_torch():
-    """csrc/*.cu and what they include are compiled by nvcc alone, anywhere."""
-    files, seen = list(SOURCES.glob("*.cu")), set()
+    """csrc/*/kernels.cu and what they include are compiled by nvcc alone, anywhere."""
+    files, seen = list(SOURCES.glob("*/kernels.cu")), set()
     assert files
     while files:
         file = files.pop()

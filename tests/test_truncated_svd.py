@@ -1,6 +1,7 @@
 """truncated_svd forward: against LAPACK in float64, known answers and properties."""
 
 import pytest
+import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,6 +1,7 @@
 """The derivative of truncated_svd, and the op as a citizen of PyTorch."""
 
 import pytest
+import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
 import torch
 from conftest import SVD
 from hypothesis import given

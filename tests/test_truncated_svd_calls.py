@@ -6,6 +6,7 @@ import sys
 
 import numpy
 import pytest
+import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
 import torch
 
 from kdkernels import align_singular_vectors, feature_svd, reference, truncated_svd, truncated_svds

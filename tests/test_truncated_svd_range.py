@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
 import torch
 from matrix_cases import with_singular_values
 from svd_checks import check_signs

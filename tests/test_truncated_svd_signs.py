@@ -1,6 +1,7 @@
 """Which sign a singular vector gets where entries tie, and which vector a teacher's finds where cosines do: decided by position, not by rounding."""
 
 import pytest
+import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
 import torch
 from conftest import SVD
 from matrix_cases import laid_out

@@ -1,11 +1,10 @@
 """The stages of the CPU kernel, each by itself, against float64."""
 
 import pytest
+import testing_ops  # noqa: F401  registers the ops
 import torch
 from matrix_cases import LAYOUTS, kinds, laid_out
 from tolerances import rounding
-
-import kdkernels  # noqa: F401  registers the ops
 
 OPS = torch.ops.kdkernels
 SIZES = [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 49, 64, 100]

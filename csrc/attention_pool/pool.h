@@ -10,7 +10,7 @@
 
 #include <memory>
 
-#include "../convert.h"
+#include "../common/convert.h"
 #include "layout.h"
 #include "power.h"
 

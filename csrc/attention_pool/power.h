@@ -2,7 +2,7 @@
 // the rest. All give 0 and slope 0 at x = 0, also for p < 1, where the true slope has no bound.
 #pragma once
 
-#include "../simd.h"
+#include "../common/simd.h"
 
 namespace kdkernels::attention_pool {
 

@@ -5,7 +5,7 @@
 #include <memory>
 #include <numeric>
 
-#include "../simd.h"
+#include "../common/simd.h"
 
 namespace kdkernels::rbf_correlation {
 

@@ -7,7 +7,7 @@
 
 #include <memory>
 
-#include "../simd.h"
+#include "../common/simd.h"
 #include "terms.h"
 
 namespace kdkernels::rbf_correlation {

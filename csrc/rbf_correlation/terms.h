@@ -13,7 +13,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "../simd.h"
+#include "../common/simd.h"
 #include "rank.h"
 
 namespace kdkernels::rbf_correlation {

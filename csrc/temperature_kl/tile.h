@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../convert.h"
-#include "../simd.h"
+#include "../common/convert.h"
+#include "../common/simd.h"
 
 namespace kdkernels::temperature_kl {
 

@@ -1,8 +1,7 @@
 // The backward: the stages of the derivative over a batch.
 #pragma once
 
-#include "../memory.h"
-#include "conjugate_gradients.h"
+#include "../common/memory.h"
 #include "derivative.h"
 #include "rounds.h"
 
@@ -65,7 +64,7 @@ class Backward {
       for (int64_t b = begin; b < end; ++b) {
         const auto in = inputs(b, own);
         for (int64_t j = 0; j < k_; ++j) own.lambda[j] = static_cast<double>(in.sigma[j]) * in.sigma[j];
-        if (!(own.lambda[0] > 1e-24 && own.lambda[0] < 1e34)) continue;
+        if (!(own.lambda[0] > kLowestTrace<float> && own.lambda[0] < kHighestTrace<float>)) continue;
         own.derivative.before(in, own.reader, b, 1, room.vectors.get(), room.kept.data());
         solved[b] = solver.solve(b, in.a, own.lambda.data(), room.vectors.get());
         if (solved[b]) finish(target, own, b, 1, room.kept.data(), room.vectors.get());

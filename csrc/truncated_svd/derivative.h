@@ -19,8 +19,8 @@
 
 #include <cmath>
 
-#include "../truncated_svd.h"
 #include "products.h"
+#include "truncated_svd.h"
 
 namespace kdkernels::truncated_svd {
 
@@ -92,7 +92,7 @@ class Derivative {
       T* own = z + j * stride_;
       remove(in.a, own);
       for (int64_t i = 0; i < k_; ++i) {
-        const double factor = 0.5 * of_a[i * k_ + j] * turn(lambda, j, i, gap_eps);
+        const double factor = 0.5 * of_a[i * k_ + j] * damped_inverse_gap(lambda[0], lambda[j], lambda[i], gap_eps);
         if (factor != 0)
           for (int64_t c = 0; c < m_.p; ++c) own[c] += static_cast<T>(factor) * in.a[i * stride_ + c];
       }
@@ -121,7 +121,8 @@ class Derivative {
         for (int64_t c = 0; c < count; ++c) y[c] += along * w[c] + (gb ? unit * gb[c] * inverse : T(0));
         for (int64_t i = 0; gb && i < k_; ++i) {
           const double sigma = static_cast<double>(in.sigma[j]) * scale;
-          const T share = static_cast<T>(sigma * of_b[j * k_ + i] * turn(lambda, i, j, gap_eps) - inside[i * k_ + j] * inverse_[j]);
+          const T share = static_cast<T>(sigma * of_b[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
+                                         inside[i * k_ + j] * inverse_[j]);
           const T* other = in.b + i * m_.q + first;
           for (int64_t c = 0; share != 0 && c < count; ++c) y[c] += share * other[c];
         }
@@ -154,14 +155,6 @@ class Derivative {
   void prepare(const Inputs& in, double scale) {
     for (int64_t j = 0; j < k_; ++j)
       inverse_[j] = in.sigma[j] > kNull<T> * in.sigma[0] ? 1 / (static_cast<double>(in.sigma[j]) * scale) : 0;
-  }
-
-  // f(lambda_j - lambda_i)
-  static double turn(const double* lambda, int64_t j, int64_t i, double gap_eps) {
-    const double first = std::sqrt(lambda[0]), own = std::sqrt(std::max(lambda[i], lambda[j]));
-    const double eps = gap_eps * first * std::max(own, gap_eps * first);
-    const double gap = lambda[j] - lambda[i], squares = gap * gap + eps * eps;
-    return squares > 0 ? gap / squares : 0;
   }
 
   // products [k, k] = <x_i, g_j> and result = <x_i, g_j> - <x_j, g_i>. That of a function of the span is 0 but for rounding, which a small

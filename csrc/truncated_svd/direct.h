@@ -6,6 +6,7 @@
 
 #include "eigen.h"
 #include "gram.h"
+#include "thresholds.h"
 
 namespace kdkernels::truncated_svd {
 
@@ -32,13 +33,11 @@ class Direct {
   int64_t gram_size() const { return m_.p * gram_stride_; }
 
   // Gram matrix of matrix b, [p, vector_stride()], brought to a trace in [1/4, 1); zero where the matrix is, or is broken or out of range.
-  // Bounds: see out_of_range.
   Scaling gram_of(int64_t b, Reader<T>& reader, T* matrix) const {
-    constexpr double low = sizeof(T) == 4 ? 1e-24 : 1e-200, high = sizeof(T) == 4 ? 1e34 : 1e290;
     Scaling result;
     gram<T>(reader, m_, b, 1, matrix, gram_stride_);
     const double total = trace(matrix);
-    if (!(total > low && total < high)) {  // squares out of range, or numbers that are none
+    if (!(total > kLowestTrace<T> && total < kHighestTrace<T>)) {  // squares out of range, or numbers that are none
       const double largest = reader.largest(b);
       if (largest != 0) result.range = largest == largest ? Range::out : Range::broken;
       std::fill(matrix, matrix + gram_size(), T(0));

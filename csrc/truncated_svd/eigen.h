@@ -5,9 +5,8 @@
 
 #include <cmath>
 
-#include "bisection.h"
 #include "products.h"
-#include "resolvent.h"
+#include "spectrum.h"
 #include "tridiagonal.h"
 
 namespace kdkernels::truncated_svd {

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../simd.h"
+#include "../common/simd.h"
 
 namespace kdkernels::truncated_svd {
 

@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "../convert.h"
+#include "../common/convert.h"
 #include "lanes.h"
 
 namespace kdkernels::truncated_svd {

@@ -2,8 +2,8 @@
 // value vanishes.
 #pragma once
 
-#include "../truncated_svd.h"
 #include "products.h"
+#include "truncated_svd.h"
 
 namespace kdkernels::truncated_svd {
 

@@ -52,8 +52,8 @@ def truncated_svd(
             (float32's rounding), 1e-12 for float64. 1e-4 to 1e-3 damps the gradients of close values. Below the unit roundoff of the
             computing type it counts as that.
         driver: for tests and benches, another implementation than the fastest there is: "cuda" (C++ kernels), "triton" or "torch" (plain
-            PyTorch). On CPU tensors the first two run the same kernels' bodies one thread after another, slowly: Triton's interpreter needs
-            TRITON_INTERPRET=1 in the environment.
+            PyTorch). "cuda" takes CUDA tensors. (On CPU tensors its bodies run one thread after another, slowly, where kdkernels was built for
+            tests.) "triton" takes CPU tensors too, with TRITON_INTERPRET=1 in the environment: slow as well.
 
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. Columns of u and v are orthonormal, also where singular

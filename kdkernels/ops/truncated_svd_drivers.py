@@ -1,7 +1,7 @@
 """Which implementation of truncated_svd and align_singular_vectors runs on a GPU, or where one is asked for by name.
 
-An implementation is a set of ops, ``kdkernels::truncated_svd_<driver>`` and so on: "cuda" (csrc/truncated_svd.cu; on CPU tensors its bodies on
-the host, csrc/truncated_svd_host.cpp), "triton" and "torch" (the modules beside this one).
+An implementation is a set of ops, ``kdkernels::truncated_svd_<driver>`` and so on: "cuda" (csrc/truncated_svd/kernels.cu;
+on CPU tensors, in tests, its bodies on the host, csrc/testing/truncated_svd_host.cpp), "triton" and "torch" (the modules beside this one).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
 
 def _fits_cuda(x: Tensor, k: int) -> bool:
     memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return torch.ops.kdkernels._svd_fits(min(x.shape[-2:]), k, x.dtype == torch.float64, memory)
+    return torch.ops.kdkernels._truncated_svd_fits_cuda(min(x.shape[-2:]), k, x.dtype == torch.float64, memory)
 
 
 def _fits_triton(x: Tensor, k: int) -> bool:
@@ -59,8 +59,8 @@ def _triton_kernels(args: tuple):
     return kernels
 
 
-# What the drivers that are Python are given, checked as the C++ ones check it (csrc/truncated_svd.h, csrc/align_singular_vectors.h): whoever
-# calls an op past its public function may read no memory that is not a tensor's.
+# What the drivers that are Python are given, checked as the C++ ones check it (csrc/<op>/<op>.h): whoever calls
+# an op past its public function may read no memory that is not a tensor's.
 
 
 def _expect(fine: bool, message: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import compile_options, device_of
 
-TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
+TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors/problem.h
 
 
 @triton.jit

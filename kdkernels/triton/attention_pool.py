@@ -404,7 +404,7 @@ def attention_pool_backward(
 
 
 def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce: str) -> Tensor:
-    """The power of two by which the gradient of each sample is divided to be stored in float16, [B]: csrc/attention_pool_cpu.cpp has the bound."""
+    """The power of two by which the gradient of each sample is divided to be stored in float16, [B]: csrc/attention_pool/cpu.cpp has the bound."""
     whole = maps * channels if reduce == "mean" else maps
     slope = 2.0 ** (-24 * (p - 1)) if p < 1 else whole ** (1 - 1 / p)
     bound = (weight.abs() * slope).flatten(1).amax(1)

@@ -1,4 +1,4 @@
-"""Elementary functions that keep their digits, the same in float32 and float64 (see csrc/simd.h)."""
+"""Elementary functions that keep their digits, the same in float32 and float64 (see csrc/common/simd.h)."""
 
 import numpy as np
 import triton

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import compile_options
 
-ILL_CONDITIONED = tl.constexpr(0.15)  # see csrc/truncated_svd_cta/problem.h
+ILL_CONDITIONED = tl.constexpr(0.15)  # see csrc/truncated_svd/thresholds.h
 SIGN_TIES = tl.constexpr(1e-4)  # the same
 _MOST_NUMBERS = 1 << 11  # of p x k vectors, padded, that a program keeps in registers
 _MOST_SIDE = 1024

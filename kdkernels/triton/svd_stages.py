@@ -1,4 +1,4 @@
-"""Stages of truncated_svd for one matrix a program: what csrc/truncated_svd_cta/ does in phases of threads, in tensors of Triton.
+"""Stages of truncated_svd for one matrix a program: what csrc/truncated_svd/cta/ does in phases of threads, in tensors of Triton.
 
 A program keeps vectors in registers and matrices in its part of a workspace. Threads see one another's stores after a barrier; a loop that reads and
 writes vectors of lanes writes another array than it reads, because lanes that are fewer than threads are held by several of them.
@@ -242,7 +242,7 @@ def orthonormalize(x_ptr, step, apart, begin, end, p, PB: tl.constexpr):
 @triton.jit
 def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB: tl.constexpr):
     """Orthonormal eigenvectors of the tridiagonal matrix, to array 5 of rows, and their Rayleigh quotients, by inverse iteration in float64, see
-    csrc/truncated_svd/inverse_iteration.h. rows: 7 arrays [p, KB]."""
+    csrc/truncated_svd/spectrum.h. rows: 7 arrays [p, KB]."""
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     size = p * KB
     inverse_ptr, first_ptr, second_ptr = rows_ptr + j, rows_ptr + size + j, rows_ptr + 2 * size + j
@@ -298,7 +298,7 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
 
 @triton.jit
 def resolvent(r, d_ptr, e_ptr, values, eps, rows_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr):
-    """Re[(lambda + i eps - T)^-1] r of vectors [PB, KB], see csrc/truncated_svd/resolvent.h. rows: 8 arrays [p, KB]."""
+    """Re[(lambda + i eps - T)^-1] r of vectors [PB, KB], see csrc/truncated_svd/spectrum.h. rows: 8 arrays [p, KB]."""
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     size = p * KB
     inside = (c < p)[:, None]

@@ -1,0 +1,110 @@
+// align_singular_vectors: the schema of its ops, and its derivative.
+#include <torch/library.h>
+
+#include "../common/check.h"
+#include "../common/drivers.h"
+#include "../common/saved_gradient.h"
+
+namespace kdkernels::align_singular_vectors {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using WithDriver = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool,
+                                                              c10::string_view);
+using BackwardWithDriver = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+                                                              const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                                                              bool, std::array<bool, 3>, c10::string_view);
+
+std::optional<Tensor> optional(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
+bool needs_grad(const std::optional<Tensor>& t) {
+  return t && t->defined() && t->requires_grad();
+}
+
+// Outputs are those that have a derivative; what has none goes beside them, as compiled autograd takes no function that marks an output as
+// not differentiable.
+struct Align : torch::autograd::Function<Align> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
+                               bool flip_teacher, std::string driver, std::array<Tensor, 4>* all) {
+    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher, driver);
+    *all = {s, t, match, flips};
+    variable_list outputs;
+    if (student.requires_grad() || needs_grad(weight)) outputs.push_back(s);
+    if (teacher.requires_grad() || needs_grad(weight)) outputs.push_back(t);
+    ctx->set_materialize_grads(false);
+    // What was made in inference mode cannot be saved.
+    auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
+    ctx->save_for_backward({savable(student), savable(teacher), savable(weight.value_or(Tensor())), match, flips});
+    ctx->saved_data["flip_teacher"] = flip_teacher;
+    ctx->saved_data["driver"] = driver;
+    ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto op = find_op<BackwardWithDriver>("kdkernels::align_singular_vectors_backward");
+    variable_list result(6);  // one for each argument of forward
+    const auto needs = ctx->saved_data["needs"].toBoolList();
+    const Tensor to_s = needs[0] || needs[2] ? grads.front() : Tensor(), to_t = needs[1] || needs[2] ? grads.back() : Tensor();
+    if (!to_s.defined() && !to_t.defined()) return result;
+    for (const Tensor& grad : grads) check_no_tangent("align_singular_vectors_backward", grad);
+    const auto kept = saved(ctx);
+    auto [s, t, w] = op.call(optional(to_s), optional(to_t), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
+                             ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
+                             ctx->saved_data["driver"].toStringRef());
+    if (needs[0]) result[0] = s;
+    if (needs[1]) result[1] = t;
+    if (needs[2]) result[2] = w;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
+                                                    bool flip_teacher, c10::string_view driver) {
+  check_no_tangent("align_singular_vectors", student, teacher, weight.value_or(Tensor()));
+  const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
+  if (!at::GradMode::is_enabled() || !any) {
+    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(student, teacher, weight, flip_teacher, driver);
+  }
+  std::array<Tensor, 4> all;
+  const auto out = Align::apply(student, teacher, weight, flip_teacher, std::string(driver), &all);
+  if (student.requires_grad() || needs_grad(weight)) all[0] = out.front();
+  if (teacher.requires_grad() || needs_grad(weight)) all[1] = out.back();
+  return {all[0], all[1], all[2], all[3]};
+}
+
+}  // namespace
+}  // namespace kdkernels::align_singular_vectors
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // match [..., k], int64: the student's vector for each of the teacher's; flips [..., k]: 1 or -1.
+  const std::string arguments = "(Tensor student, Tensor teacher, Tensor? weight, bool flip_teacher";
+  const std::string results = ") -> (Tensor aligned_student, Tensor aligned_teacher, Tensor match, Tensor flips)";
+  const std::string of_backward =
+      "(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, Tensor match, Tensor flips, "
+      "bool flip_teacher, bool[3] wanted";
+  // driver: "" for the fastest there is.
+  m.def(("align_singular_vectors" + arguments + ", str driver=\"\"" + results).c_str());
+  m.def(("align_singular_vectors_backward" + of_backward + ", str driver=\"\") -> (Tensor, Tensor, Tensor)").c_str());
+  for (const std::string driver : {"cuda", "triton", "torch"}) {
+    m.def(("align_singular_vectors_" + driver + arguments + results).c_str());
+    m.def(("align_singular_vectors_backward_" + driver + of_backward + ") -> (Tensor, Tensor, Tensor)").c_str());
+  }
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  for (const char* op : {"align_singular_vectors_cuda", "align_singular_vectors_backward_cuda"})
+    m.impl(op, kdkernels::without_cuda_kernels());
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("align_singular_vectors", kdkernels::align_singular_vectors::autograd);
+}

@@ -1,0 +1,164 @@
+// attention_pool and attention_transfer_loss: the schemas of their ops, and their derivatives.
+//
+// attention_transfer_loss reads a sample's features to make its map, and once more, while they may still be in a cache, to write the
+// gradient: it does so in the forward where only the student asks for one. See saved_gradient.h.
+#include "attention_pool.h"
+
+#include <torch/library.h>
+
+#include "../common/saved_gradient.h"
+
+namespace kdkernels::attention_pool {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using PoolSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, c10::string_view, c10::string_view, double);
+using PoolBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, c10::string_view,
+                                     c10::string_view, double);
+using LossSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, c10::string_view, c10::string_view,
+                                                                 double, bool);
+using LossBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, c10::string_view,
+                                                         c10::string_view, double, std::array<bool, 2>);
+using RescaleSignature = void(Tensor&, const Tensor&, const Tensor&);
+
+struct Pool : torch::autograd::Function<Pool> {
+  // What has no derivative goes beside the outputs: compiled autograd takes no function that marks an output as not differentiable.
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, std::string reduce, std::string normalize, double eps,
+                               std::array<Tensor, 2>* beside) {
+    static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [maps, norm, channel] = op.call(x, p, reduce, normalize, eps);
+    *beside = {norm, channel};
+    ctx->set_materialize_grads(false);
+    save(ctx, {x, maps, norm, channel});
+    auto& saved = ctx->saved_data;
+    saved["p"] = p;
+    saved["reduce"] = std::move(reduce);
+    saved["normalize"] = std::move(normalize);
+    saved["eps"] = eps;
+    return {maps};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto op = find_op<PoolBackwardSignature>("kdkernels::attention_pool_backward");
+    variable_list result(6);  // one for each argument of forward
+    if (!grads[0].defined()) return result;
+    check_no_tangent("attention_pool_backward", grads[0]);
+    const auto kept = saved(ctx);
+    auto& data = ctx->saved_data;
+    result[0] = op.call(grads[0], kept[0], kept[1], kept[2], kept[3], data["p"].toDouble(), data["reduce"].toStringView(),
+                        data["normalize"].toStringView(), data["eps"].toDouble());
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, c10::string_view reduce, c10::string_view normalize,
+                                                 double eps) {
+  check_no_tangent("attention_pool", x);
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) {
+    static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(x, p, reduce, normalize, eps);
+  }
+  std::array<Tensor, 2> beside;
+  const auto out = Pool::apply(x, p, std::string(reduce), std::string(normalize), eps, &beside);
+  return {out[0], beside[0], beside[1]};
+}
+
+struct Loss : torch::autograd::Function<Loss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, double p, std::string variant,
+                               std::string reduce, double eps) {
+    static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
+    const bool save_grad = student.requires_grad() && !teacher.requires_grad();
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, grad, scale, teacher_map] = op.call(student, teacher, p, variant, reduce, eps, save_grad);
+    ctx->set_materialize_grads(false);
+    // Higher derivatives need of the teacher its map alone: features of one channel, |f|^p = map, stand for it. Roots of maps of p < 1 can
+    // leave their range.
+    const bool map_only = save_grad && p >= 1;
+    save(ctx, {student, map_only ? teacher_map : teacher, grad, scale});
+    auto& saved = ctx->saved_data;
+    saved["p"] = p;
+    saved["variant"] = std::move(variant);
+    saved["reduce"] = std::move(reduce);
+    saved["eps"] = eps;
+    saved["save_grad"] = save_grad;
+    saved["map_only"] = map_only;
+    saved["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad()};
+    return {loss};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto rescale = find_op<RescaleSignature>("kdkernels::attention_transfer_loss_rescale_");
+    static const auto recompute = find_op<LossBackwardSignature>("kdkernels::attention_transfer_loss_backward");
+    variable_list result(6);  // one for each argument of forward
+    const Tensor& grad_loss = grads[0];
+    if (!grad_loss.defined()) return result;
+    const auto kept = saved(ctx);
+    auto& data = ctx->saved_data;
+    if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
+      Tensor grad = kept[2];
+      if (may_give_away(grad, grad_loss)) {
+        rescale.call(grad, kept[3], grad_loss);
+        result[0] = grad;
+      } else {
+        Tensor scale = kept[3];
+        for (int64_t d = 1; has_scale(grad) && d < grad.dim(); ++d) scale = scale.unsqueeze(-1);
+        result[0] = scaled(grad, scale, grad_loss);
+      }
+      return result;
+    }
+    check_no_tangent("attention_transfer_loss_backward", grad_loss);
+    const auto needs = data["needs"].toBoolList();
+    const Tensor teacher = data["map_only"].toBool() ? kept[1].pow(1 / data["p"].toDouble()).unsqueeze(1) : kept[1];
+    auto [to_student, to_teacher] =
+        recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toStringView(), data["reduce"].toStringView(),
+                       data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
+    if (needs[0]) result[0] = to_student;
+    if (needs[1]) result[1] = to_teacher;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, const Tensor& teacher, double p, c10::string_view variant,
+                                                         c10::string_view reduce, double eps, bool save_grad) {
+  check_no_tangent("attention_transfer_loss", student, teacher);
+  if (!at::GradMode::is_enabled() || !(student.requires_grad() || teacher.requires_grad())) {
+    static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(student, teacher, p, variant, reduce, eps, save_grad);
+  }
+  const auto out = Loss::apply(student, teacher, p, std::string(variant), std::string(reduce), eps);
+  // The saved gradient is the graph's alone: its backward may scale it in place.
+  return {out[0], nothing(student), nothing(student, at::kFloat), nothing(student, compute_dtype(student, teacher))};
+}
+
+}  // namespace
+}  // namespace kdkernels::attention_pool
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // maps [B, *spatial]; norm [B], float64, for normalize="l2"; channel [B, *spatial], int32, for reduce="max"; else these are empty.
+  m.def("attention_pool(Tensor x, float p, str reduce, str normalize, float eps) -> (Tensor maps, Tensor norm, Tensor channel)");
+  m.def(
+      "attention_pool_backward(Tensor grad, Tensor x, Tensor maps, Tensor norm, Tensor channel, float p, str reduce, str normalize, "
+      "float eps) -> Tensor");
+  // If save_grad, which the derivative sets, dLoss/dStudent = grad_student * scale and the teacher's map before it is normalised; else
+  // these are empty. scale [B], float32, is a power of two for each sample where the student is float16, whose range the gradient may
+  // leave; for other types it is empty and stands for 1.
+  m.def(
+      "attention_transfer_loss(Tensor student, Tensor teacher, float p, str variant, str reduce, float eps, bool save_grad) "
+      "-> (Tensor loss, Tensor grad_student, Tensor scale, Tensor teacher_map)");
+  m.def(
+      "attention_transfer_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, float p, str variant, str reduce, float eps, "
+      "bool[2] wanted) -> (Tensor grad_student, Tensor grad_teacher)");
+  // grad *= scale * grad_loss, rounded once.
+  m.def("attention_transfer_loss_rescale_(Tensor(a!) grad, Tensor scale, Tensor grad_loss) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("attention_pool", kdkernels::attention_pool::pool_autograd);
+  m.impl("attention_transfer_loss", kdkernels::attention_pool::loss_autograd);
+}

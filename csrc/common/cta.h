@@ -1,0 +1,199 @@
+// A block of GPU threads as kernel bodies see it: bulk-synchronous phases.
+//
+// A body is code that every thread runs with the same values, and phases in which each thread has its own part. A phase ends with a
+// barrier. nvcc compiles this file to a thin layer over threads, shuffles and barriers. Any other compiler gets the Cta of host_cta.h,
+// which runs the same bodies on the CPU, threads in random order, so that their logic is tested where there is no GPU.
+//
+//   cta.threads(f)            f(t) for every thread t
+//   cta.start(f)              the same without a barrier: what it writes is there after the next one
+//   cta.each(n, f)            f(i) for i in [0, n), shared out over the threads
+//   cta.sum(n, f), max(n, f)  the same with the results of f reduced; every thread gets the value
+//   cta.warps(n, f)           f(warp, i) for i in [0, n), shared out over the warps; a Warp has each, sum, max and min of its own
+//   cta.read(x)               x, in memory that phases write, for all threads: the next phase must not write it
+//   cta.barrier()             where no phase is needed
+//   PerThread<V>              a variable that every thread has for itself, from phase to phase
+//   cta.copy_async(to, from, valid), commit(), wait<N>()
+//                             copies to shared memory that run on: zero where not valid. wait: all commits but the last N have arrived
+//
+// Cta<32> is one warp, with the barriers of a warp: several of them share a block.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KDKERNELS_GPU __device__ __forceinline__
+#define KDKERNELS_STAGE __device__ __noinline__  // registers of its own: what calls it keeps few
+// Says that a pointer is to shared memory, which the compiler cannot see across a stage's call.
+#define KDKERNELS_SHARED(pointer) __builtin_assume(__isShared(pointer))
+#else
+#define KDKERNELS_GPU inline
+#define KDKERNELS_STAGE inline
+#define KDKERNELS_SHARED(pointer) static_cast<void>(pointer)
+#endif
+
+namespace kdkernels {
+
+namespace reduce {
+struct Sum {
+  template <typename T>
+  KDKERNELS_GPU static T join(T a, T b) {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename T>
+  KDKERNELS_GPU static T join(T a, T b) {
+    return b > a ? b : a;
+  }
+};
+struct Min {
+  template <typename T>
+  KDKERNELS_GPU static T join(T a, T b) {
+    return b < a ? b : a;
+  }
+};
+}  // namespace reduce
+
+}  // namespace kdkernels
+
+#ifndef __CUDACC__
+#include "../testing/host_cta.h"
+#else
+
+namespace kdkernels {
+
+class Warp {
+ public:
+  static constexpr int kThreads = 32;
+  template <typename F>
+  KDKERNELS_GPU void each(int n, F f) const {
+    for (int i = lane(); i < n; i += 32) f(i);
+    __syncwarp();
+  }
+  template <typename T, typename F>
+  KDKERNELS_GPU T sum(int n, F f) const {
+    return over<reduce::Sum>(T(0), n, f);
+  }
+  template <typename T, typename F>
+  KDKERNELS_GPU T max(T least, int n, F f) const {
+    return over<reduce::Max>(least, n, f);
+  }
+  template <typename T, typename F>
+  KDKERNELS_GPU T min(T most, int n, F f) const {
+    return over<reduce::Min>(most, n, f);
+  }
+
+  // Butterfly: every lane ends with the same bits.
+  template <typename Op, typename T, typename F>
+  KDKERNELS_GPU static T over(T value, int n, F f) {
+    for (int i = lane(); i < n; i += 32) value = Op::join(value, static_cast<T>(f(i)));
+    return across<Op>(value);
+  }
+  template <typename Op, typename T>
+  KDKERNELS_GPU static T across(T value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, step));
+    return value;
+  }
+
+ private:
+  KDKERNELS_GPU static int lane() { return threadIdx.x % 32; }
+};
+
+template <typename V>
+class PerThread {
+ public:
+  KDKERNELS_GPU V& operator[](int) { return value_; }
+
+ private:
+  V value_;
+};
+
+template <int Threads>
+class Cta {
+ public:
+  static constexpr int kThreads = Threads, kWarps = Threads / 32;
+
+  KDKERNELS_GPU explicit Cta(void* scratch) : scratch_(static_cast<char*>(scratch)), flip_(0) {}
+
+  template <typename F>
+  KDKERNELS_GPU void threads(F f) const {
+    f(thread());
+    barrier();
+  }
+  template <typename F>
+  KDKERNELS_GPU void start(F f) const {
+    f(thread());
+  }
+  template <typename F>
+  KDKERNELS_GPU void each(int n, F f) const {
+    for (int i = thread(); i < n; i += Threads) f(i);
+    barrier();
+  }
+  template <typename T, typename F>
+  KDKERNELS_GPU T sum(int n, F f) {
+    return over<reduce::Sum>(T(0), n, f);
+  }
+  template <typename T, typename F>
+  KDKERNELS_GPU T max(T least, int n, F f) {
+    return over<reduce::Max>(least, n, f);
+  }
+  template <typename F>
+  KDKERNELS_GPU void warps(int n, F f) const {
+    for (int i = thread() / 32; i < n; i += kWarps) f(Warp(), i);
+    barrier();
+  }
+  KDKERNELS_GPU static void barrier() {
+    if (Threads == 32)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+  template <typename T>
+  KDKERNELS_GPU T read(const T& x) const {
+    return x;
+  }
+
+  template <typename T>
+  KDKERNELS_GPU void copy_async(T* to, const T* from, bool valid) const {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "cp.async copies 4, 8 or 16 bytes");
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(sizeof(T)),
+                 "r"(valid ? static_cast<int>(sizeof(T)) : 0)
+                 : "memory");
+  }
+  KDKERNELS_GPU void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int N>
+  KDKERNELS_GPU void wait() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+    barrier();
+  }
+
+ private:
+  KDKERNELS_GPU static int thread() { return threadIdx.x % Threads; }
+  // One barrier a reduction: its values lie in one of two places in turn, so the one before may still be read.
+  template <typename Op, typename T, typename F>
+  KDKERNELS_GPU T over(T value, int n, F f) {
+    const T neutral = value;
+    for (int i = thread(); i < n; i += Threads) value = Op::join(value, static_cast<T>(f(i)));
+    value = Warp::across<Op>(value);
+    if (Threads == 32) {
+      __syncwarp();
+      return value;
+    }
+    T* place = reinterpret_cast<T*>(scratch_ + flip_ * kWarps * sizeof(double));
+    flip_ ^= 1;
+    if (threadIdx.x % 32 == 0) place[thread() / 32] = value;
+    __syncthreads();
+    value = neutral;
+    for (int w = 0; w < kWarps; ++w) value = Op::join(value, place[w]);
+    return value;
+  }
+
+  char* scratch_;
+  int flip_;
+};
+
+}  // namespace kdkernels
+
+#endif

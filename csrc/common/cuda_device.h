@@ -1,0 +1,23 @@
+// The GPU of a tensor, for launches on it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace kdkernels {
+
+// Makes x's device current, and knows its current stream and how much shared memory a block may have, in bytes.
+struct OnDevice {
+  explicit OnDevice(const at::Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.device().index()).stream()) {
+    int bytes = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.device().index());
+    TORCH_CHECK(error == cudaSuccess, "cannot query the shared memory of ", x.device(), ": ", cudaGetErrorString(error));
+    shared_memory = bytes;
+  }
+  c10::cuda::CUDAGuard guard;
+  void* stream;
+  int64_t shared_memory;
+};
+
+}  // namespace kdkernels

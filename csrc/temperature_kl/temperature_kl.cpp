@@ -1,0 +1,148 @@
+// temperature_kl: the schemas of its ops, and its derivative.
+//
+// The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at
+// once and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
+// in Python because at 128 x 100 logits a Python derivative takes longer than the kernel, eager's forward and eager's backward together.
+#include "temperature_kl.h"
+
+#include <torch/library.h>
+
+#include "../common/saved_gradient.h"
+
+namespace kdkernels::temperature_kl {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using at::Tensor;
+
+using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&,
+                                                            const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view, double,
+                                                            c10::string_view, bool, bool, double, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
+                                                             const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
+                                                             double, c10::string_view, bool, bool, double, std::array<bool, 3>);
+using RescaleSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+using RescaleInPlaceSignature = void(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+
+struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
+                                                double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                const OptionalTensor& normalizer, int64_t dim, std::string direction, double beta,
+                                                std::string reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
+    static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
+    const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta,
+                                           reduction, scale_by_t2, include_entropy, target_eps, save_grad);
+    ctx->set_materialize_grads(false);
+    // KL(p_t || p_s) depends on the teacher in its terms of first order in log p_s alone: the saved gradient holds them.
+    const bool without_teacher = save_grad && direction == "forward" && target_eps == 0;
+    save(ctx, {student, without_teacher ? Tensor() : teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()),
+               normalizer.value_or(Tensor()), grad, row_scale});
+    auto& saved = ctx->saved_data;
+    saved["without_teacher"] = without_teacher;
+    saved["temperature"] = temperature;
+    saved["dim"] = dim;
+    saved["direction"] = std::move(direction);
+    saved["beta"] = beta;
+    saved["reduction"] = std::move(reduction);
+    saved["scale_by_t2"] = scale_by_t2;
+    saved["include_entropy"] = include_entropy;
+    saved["target_eps"] = target_eps;
+    saved["save_grad"] = save_grad;
+    saved["needs"] =
+        std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
+    return {loss};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    static const auto rescale = find_op<RescaleSignature>("kdkernels::temperature_kl_rescale");
+    static const auto rescale_in_place = find_op<RescaleInPlaceSignature>("kdkernels::temperature_kl_rescale_");
+    static const auto recompute = find_op<BackwardSignature>("kdkernels::temperature_kl_backward");
+    torch::autograd::variable_list result(13);  // one for each argument of forward
+    const Tensor& grad_loss = grads[0];
+    if (!grad_loss.defined()) return result;
+    check_no_tangent("temperature_kl_backward", grad_loss);
+    const auto kept = saved(ctx);
+    auto& data = ctx->saved_data;
+    const int64_t dim = data["dim"].toInt();
+    auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
+    if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
+      Tensor grad = kept[5];
+      if (may_give_away(grad, grad_loss)) {
+        rescale_in_place.call(grad, kept[6], grad_loss, optional(kept[3]), dim);
+        result[0] = grad;
+      } else {
+        result[0] = rescale.call(grad, kept[6], grad_loss, optional(kept[3]), dim);
+      }
+      return result;
+    }
+    const auto needs = data["needs"].toBoolList();
+    auto differentiable = [&](const Tensor& upstream, const Tensor& teacher) {
+      return recompute.call(upstream, kept[0], teacher, data["temperature"].toDouble(), optional(kept[2]), optional(kept[3]),
+                            optional(kept[4]), dim, data["direction"].toStringView(), data["beta"].toDouble(),
+                            data["reduction"].toStringView(), data["scale_by_t2"].toBool(), data["include_entropy"].toBool(),
+                            data["target_eps"].toDouble(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
+    };
+    if (data["without_teacher"].toBool()) {
+      // The gradient against the student itself is 0 and has the derivative of every other; the saved one has the value.
+      const Tensor rest = std::get<0>(differentiable(grad_loss, kept[0].detach()));
+      const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss;
+      const Tensor scale = has_scale(kept[5]) ? kept[6].unsqueeze(dim) : kept[6];
+      const Tensor value = scaled(kept[5], scale, factor);
+      result[0] = rest + (kept[3].defined() ? value.masked_fill(kept[3].logical_not().unsqueeze(dim), 0) : value);
+      return result;
+    }
+    auto [to_student, to_teacher, to_temperature] = differentiable(grad_loss, kept[1]);
+    if (needs[0]) result[0] = to_student;
+    if (needs[1]) result[1] = to_teacher;
+    if (needs[2]) result[3] = to_temperature;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
+                                                           const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                                                           const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
+                                                           double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
+                                                           double target_eps, bool save_grad) {
+  check_no_tangent("temperature_kl", student, teacher, row_temperature.value_or(Tensor()));
+  const bool needs_grad = student.requires_grad() || teacher.requires_grad() || (row_temperature && row_temperature->requires_grad());
+  if (!at::GradMode::is_enabled() || !needs_grad) {
+    static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
+                   include_entropy, target_eps, save_grad);
+  }
+  const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, std::string(direction), beta,
+                                        std::string(reduction), scale_by_t2, include_entropy, target_eps);
+  // The saved gradient is the graph's alone: its backward may scale it in place.
+  return {out[0], nothing(student), nothing(student, at::kFloat)};
+}
+
+}  // namespace
+}  // namespace kdkernels::temperature_kl
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without
+  // `dim`. If save_grad, which the derivative sets, the second result is dLoss/dStudent, else it is empty. The gradient of float16 logits
+  // is saved as grad_student * row_scale, one power of two for each row, because gradients of a mean over a batch lie below the range of
+  // float16 until a loss scaler's factor meets them; for other types row_scale is empty.
+  m.def(
+      "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
+      "dim, "
+      "str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
+      "-> (Tensor loss, Tensor grad_student, Tensor row_scale)");
+  m.def(
+      "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
+      "Tensor? normalizer, int dim, str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
+      "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
+  // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may
+  // be empty. Rows that the mask leaves out are 0 whatever grad_loss is.
+  m.def("temperature_kl_rescale(Tensor grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> Tensor");
+  m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("temperature_kl", kdkernels::temperature_kl::temperature_kl_autograd);
+}

@@ -1,0 +1,206 @@
+// The stages of truncated_svd, each as an op of its own for the tests: kdkernels::_svd_<stage>. Batches of any size, float or double.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../common/check.h"
+#include "../truncated_svd/rounds.h"
+
+namespace kdkernels::truncated_svd {
+namespace {
+
+using at::Tensor;
+
+// Runs body with a null pointer of the type of x.
+template <typename Body>
+void with_type(const Tensor& x, Body&& body) {
+  x.scalar_type() == at::kDouble ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
+}
+
+void check_beside(const Tensor& x, const char* name, const Tensor& d, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == d.scalar_type(), name, " must be of the dtype of d, ", d.scalar_type(), ", got ", x.scalar_type());
+  check_shape(x, name, shape);
+}
+
+// x [B, m, n] with m, n >= 1.
+void check_matrices(const Tensor& x, const char* name) {
+  check_floating(x, name);
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, name, " must be [B, m, n] with m, n >= 1, got ", x.sizes());
+}
+
+// The diagonal d [B, p] and what lies beside it, e [B, p - 1], p >= 1, of one dtype.
+void check_tridiagonal(const Tensor& d, const Tensor& e, bool of_doubles) {
+  const at::ScalarType dtype = d.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || (dtype == at::kFloat && !of_doubles), "d must be float64", of_doubles ? "" : " or float32",
+                   ", got ", dtype);
+  TORCH_CHECK_VALUE(d.dim() == 2 && d.size(1) > 0, "d must be [B, p] with p >= 1, got ", d.sizes());
+  check_beside(e, "e", d, {d.size(0), d.size(1) - 1});
+}
+
+// x [B, n], contiguous -> lanes of samples first, first + 1, ... (0 past the end), and back.
+template <typename T>
+void to_lanes(const Tensor& x, int64_t first, Vec<T>* lanes) {
+  const int64_t n = x.size(1);
+  for (int64_t i = 0; i < n; ++i)
+    for (int l = 0; l < kLanes<T>; ++l) lanes[i][l] = first + l < x.size(0) ? x.const_data_ptr<T>()[(first + l) * n + i] : T(0);
+}
+template <typename T>
+void from_lanes(const Vec<T>* lanes, int64_t first, const Tensor& x) {
+  const int64_t n = x.size(1);
+  for (int64_t i = 0; i < n; ++i)
+    for (int l = 0; l < kLanes<T> && first + l < x.size(0); ++l) x.mutable_data_ptr<T>()[(first + l) * n + i] = lanes[i][l];
+}
+
+// G = M M^T [B, p, p], its lower triangle.
+Tensor gram_stage(const Tensor& x) {
+  check_matrices(x, "x");
+  const Matrices m(x);
+  const Tensor out = at::zeros({m.batch, m.p, m.p}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  with_type(out, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Reader<T> reader(m, gram_columns<T>(m));
+    const int64_t stride = padded<T>(m.p);
+    Buffer<T> matrix(m.p * stride);
+    for (int64_t b = 0; b < m.batch; ++b) {
+      gram<T>(reader, m, b, 1, matrix.get(), stride);
+      for (int64_t i = 0; i < m.p; ++i) std::copy_n(matrix.get() + i * stride, i + 1, out.mutable_data_ptr<T>() + (b * m.p + i) * m.p);
+    }
+  });
+  return out;
+}
+
+// Symmetric g [B, p, p], of norm about 1 -> d [B, p], e [B, p - 1], Q [B, p, p].
+std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
+  check_matrices(g, "g");
+  TORCH_CHECK_TYPE(g.scalar_type() == at::kDouble || g.scalar_type() == at::kFloat, "g must be float64 or float32, got ", g.scalar_type());
+  TORCH_CHECK_VALUE(g.size(1) == g.size(2), "g must be [B, p, p], got ", g.sizes());
+  const int64_t batch = g.size(0), p = g.size(1);
+  const Tensor d = at::empty({batch, p}, g.options()), e = at::empty({batch, p - 1}, g.options()),
+               q = at::empty({batch, p * p}, g.options());
+  const Tensor input = g.contiguous();
+  with_type(g, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int lanes = kLanes<T>;
+    const int64_t stride = padded<T>(p);
+    Buffer<T> matrices(lanes * p * stride);
+    Buffer<Vec<T>> a(triangle(p)), t(6 * p), z(p * p);
+    for (int64_t first = 0; first < batch; first += lanes) {
+      std::fill_n(matrices.get(), lanes * p * stride, T(0));
+      for (int64_t l = 0; l < lanes && first + l < batch; ++l)
+        for (int64_t i = 0; i < p; ++i)
+          std::copy_n(input.const_data_ptr<T>() + ((first + l) * p + i) * p, p, matrices.get() + (l * p + i) * stride);
+      interleave_triangle<T>(matrices.get(), p, stride, a.get());
+      Vec<T>*dl = t.get(), *el = dl + p, *tau = el + p;
+      tridiagonalize<T>(p, a.get(), dl, el, tau, tau + p);
+      for (int64_t j = 0; j < p; ++j)  // Q of the unit vectors; stored by column, so turned over at the end
+        for (int64_t i = 0; i < p; ++i) z.get()[j * p + i] = simd::splat<T>(i == j ? 1 : 0);
+      apply_q<T>(p, a.get(), tau, false, p, z.get());
+      from_lanes<T>(dl, first, d);
+      from_lanes<T>(el, first, e);
+      from_lanes<T>(z.get(), first, q);
+    }
+  });
+  return {d, e, q.view({batch, p, p}).transpose(1, 2)};
+}
+
+// d [B, p], e [B, p - 1] of positive semi-definite matrices -> the k largest eigenvalues.
+Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
+  check_tridiagonal(d_in, e_in, false);
+  TORCH_CHECK_VALUE(k >= 1 && k <= d_in.size(1), "k must be in 1 .. p, got ", k);
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous();
+  const int64_t batch = d.size(0), p = d.size(1);
+  const Tensor out = at::empty({batch, k}, d.options());
+  with_type(d, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Buffer<Vec<T>> memory(3 * p + k);
+    Vec<T>*dl = memory.get(), *el = dl + p, *e2 = el + p, *lambda = e2 + p;
+    for (int64_t first = 0; first < batch; first += kLanes<T>) {
+      to_lanes<T>(d, first, dl);
+      to_lanes<T>(e, first, el);
+      Vec<T> high{};
+      for (int64_t i = 0; i < p; ++i) {
+        const Vec<T> before = i > 0 ? abs<T>(el[i - 1]) : Vec<T>{}, after = i + 1 < p ? abs<T>(el[i]) : Vec<T>{};
+        e2[i] = before * before;
+        high = simd::max(high, dl[i] + before + after);
+      }
+      largest_eigenvalues<T>(p, dl, e2, Vec<T>{}, high * T(1.001), k, lambda);
+      from_lanes<T>(lambda, first, out);
+    }
+  });
+  return out;
+}
+
+// d [B, p], e [B, p - 1], lambda [B, k], float64 -> refined lambda, vectors [B, k, p].
+std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in) {
+  check_tridiagonal(d_in, e_in, true);
+  TORCH_CHECK_VALUE(lambda_in.dim() == 2 && lambda_in.size(1) > 0, "lambda must be [B, k] with k >= 1, got ", lambda_in.sizes());
+  check_beside(lambda_in, "lambda", d_in, {d_in.size(0), lambda_in.size(1)});
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous();
+  const int64_t batch = d.size(0), p = d.size(1), k = lambda.size(1);
+  const Tensor values = at::empty_like(lambda), vectors = at::empty({batch, k * p}, d.options());
+  Buffer<Doubles> memory(2 * p + k + k * p);
+  Buffer<TridiagonalLU::Row> rows(p);
+  Doubles *dl = memory.get(), *el = dl + p, *own = el + p, *x = own + k;
+  for (int64_t first = 0; first < batch; first += kLanes<double>) {
+    to_lanes<double>(d, first, dl);
+    to_lanes<double>(e, first, el);
+    to_lanes<double>(lambda, first, own);
+    eigenvectors(p, dl, el, k, own, x, rows.get());
+    from_lanes<double>(own, first, values);
+    from_lanes<double>(x, first, vectors);
+  }
+  return {values, vectors.view({batch, k, p})};
+}
+
+// Re[(lambda + i eps - T)^-1] r for d [B, p], e [B, p - 1], lambda [B], r [B, p], float64.
+Tensor resolvent_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in, double eps, const Tensor& r_in) {
+  check_tridiagonal(d_in, e_in, true);
+  check_beside(lambda_in, "lambda", d_in, {d_in.size(0)});
+  check_beside(r_in, "r", d_in, d_in.sizes());
+  const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous(), r = r_in.contiguous();
+  const int64_t batch = d.size(0), p = d.size(1);
+  const Tensor out = at::empty_like(r);
+  Buffer<Doubles> memory(3 * p + 1);
+  Buffer<ResolventRow> rows(p);
+  Doubles *dl = memory.get(), *el = dl + p, *shift = el + p, *x = shift + 1;
+  for (int64_t first = 0; first < batch; first += kLanes<double>) {
+    to_lanes<double>(d, first, dl);
+    to_lanes<double>(e, first, el);
+    to_lanes<double>(lambda.view({batch, 1}), first, shift);
+    to_lanes<double>(r, first, x);
+    resolvent(p, dl, el, *shift, simd::splat<double>(eps), x, rows.get());
+    from_lanes<double>(x, first, out);
+  }
+  return out;
+}
+
+// A float decomposition by the tier that is named, whatever the shape: s [B, k], v [B, k, N].
+std::tuple<Tensor, Tensor> tier_stage(const Tensor& x, int64_t k, bool krylov) {
+  check_matrices(x, "x");
+  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(1), x.size(2)), "k must be in 1 .. min(m, n), got ", k);
+  Triplets t = Decomposition<float>(x, k, true, false, false, true, krylov ? Tier::krylov : Tier::direct).run();
+  return {t.s, t.v};
+}
+
+}  // namespace
+}  // namespace kdkernels::truncated_svd
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def("_svd_tier(Tensor x, int k, bool krylov) -> (Tensor s, Tensor v)");
+  m.def("_svd_gram(Tensor x) -> Tensor");
+  m.def("_svd_tridiagonal(Tensor g) -> (Tensor d, Tensor e, Tensor q)");
+  m.def("_svd_bisection(Tensor d, Tensor e, int k) -> Tensor");
+  m.def("_svd_inverse_iteration(Tensor d, Tensor e, Tensor lambda) -> (Tensor values, Tensor vectors)");
+  m.def("_svd_resolvent(Tensor d, Tensor e, Tensor lambda, float eps, Tensor r) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("_svd_tier", kdkernels::truncated_svd::tier_stage);
+  m.impl("_svd_gram", kdkernels::truncated_svd::gram_stage);
+  m.impl("_svd_tridiagonal", kdkernels::truncated_svd::tridiagonal_stage);
+  m.impl("_svd_bisection", kdkernels::truncated_svd::bisection_stage);
+  m.impl("_svd_inverse_iteration", kdkernels::truncated_svd::inverse_iteration_stage);
+  m.impl("_svd_resolvent", kdkernels::truncated_svd::resolvent_stage);
+}

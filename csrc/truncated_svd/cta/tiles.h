@@ -1,0 +1,143 @@
+// The shared memory and workspace of one matrix, and the tiles through which its columns pass.
+#pragma once
+
+#include "arithmetic.h"
+#include "plan.h"
+
+namespace kdkernels::truncated_svd::gpu {
+
+// The working memory of one matrix: what fits is in shared memory, the rest in a workspace.
+//
+// Pieces hands out memory.
+class Pieces {
+ public:
+  KDKERNELS_GPU explicit Pieces(void* from) : at_(static_cast<char*>(from)) {}
+  template <typename V>
+  KDKERNELS_GPU V* take(int64_t count) {
+    V* result = reinterpret_cast<V*>(at_);
+    at_ += aligned(count * static_cast<int64_t>(sizeof(V)));
+    return result;
+  }
+
+ private:
+  char* at_;
+};
+
+template <typename T>
+struct Room {
+  KDKERNELS_GPU Room(const Plan& plan, int p, int k, bool backward, char* shared, char* workspace) {
+    Pieces pieces(shared + kScratch);
+    T* small = pieces.take<T>(4 * p + tile_columns(p) * k);
+    d = small, e = d + p, tau = e + p, w = tau + p, along = w + p;
+    double* numbers = pieces.take<double>(6 * k);
+    lambda = numbers, dots = lambda + k, low = dots + k, high = low + k, sigma = high + k, squares = sigma + k;
+    int* integers = pieces.take<int>(kMostThreads + 2 * k);
+    above = integers, order = above + kMostThreads + k;
+    char* phase = pieces.take<char>(plan.vectors_shared && plan.eigen > plan.tiles ? plan.eigen : plan.tiles);
+    Pieces outside(workspace);
+    Pieces& of_vectors = plan.vectors_shared ? pieces : outside;
+    vectors = of_vectors.take<T>(int64_t(backward ? 3 : 1) * k * tile_stride(p));
+    products = backward ? of_vectors.take<double>(3 * int64_t(k) * k) : nullptr;
+    tiles = reinterpret_cast<T*>(phase);
+    char* eigen = plan.vectors_shared ? phase : outside.take<char>(plan.eigen);
+    parts = reinterpret_cast<T*>(eigen);
+    x = reinterpret_cast<double*>(eigen), rows = x + int64_t(k) * p;
+    matrix = reinterpret_cast<T*>((plan.matrix_shared ? pieces : outside).take<char>(plan.matrix));
+  }
+
+  T *d, *e, *tau, *w;                                    // of T: its diagonals [p]; of Q: factors [p]; a vector [p]
+  T* along;                                              // [columns of a tile][k]
+  double *lambda, *dots, *low, *high, *sigma, *squares;  // [k]
+  double* products;                                      // [3][k][k], backward
+  int *above, *order;                                    // [threads or k], [k]
+  T *tiles, *parts;                                      // [stages][columns][tile_stride]; [kParts][p]
+  double *x, *rows;                                      // [k][p]; rows of eliminations
+  T* vectors;                                            // [vectors k][tile_stride]
+  T* matrix;                                             // [p][matrix_stride]
+};
+
+// Columns of M, tile by tile, through shared memory: scaled, and without what lies along vectors that are known.
+template <typename T>
+struct Source {
+  View view;
+  int64_t offset;  // of the matrix
+  int p, q;
+  T scale;
+  const T* known;  // [count][tile_stride(p)], orthonormal: what is left of a column m is m - sum_j known_j <known_j, m>
+  int count;
+  T* along;  // room for [tile_columns(p)][count]
+
+  KDKERNELS_GPU int64_t place(int i, int c) const { return offset + i * view.stride_p + c * view.stride_q; }
+  KDKERNELS_GPU T at(int i, int c) const { return load<T>(view.data, view.storage, place(i, c)); }
+};
+
+// Starts the copy of columns [first, first + columns) to a tile, zero past the last one.
+template <typename Cta, typename T>
+KDKERNELS_GPU void load_tile(Cta& cta, const Source<T>& m, int first, T* tile) {
+  const int columns = tile_columns(m.p), stride = tile_stride(m.p), p = m.p;
+  const bool own = is_own<T>(m.view.storage);
+  auto put = [&](int i, int c) {
+    const bool valid = first + c < m.q;
+    if (own)
+      cta.copy_async(tile + c * stride + i, static_cast<const T*>(m.view.data) + m.place(i, valid ? first + c : 0), valid);
+    else
+      tile[c * stride + i] = valid ? m.at(i, first + c) : T(0);
+  };
+  cta.start([&](int t) {
+    const int warp = t / 32, lane = t % 32, warps = Cta::kThreads / 32;
+    if (m.view.stride_p <= m.view.stride_q) {
+      for (int c = warp; c < columns; c += warps)
+        for (int i = lane; i < p; i += 32) put(i, c);
+    } else {
+      // 8 columns of 4 rows at a time: whole sectors of memory, and every number to a bank of its own.
+      const int across = columns < 8 ? columns : 8, down = 32 / across;
+      for (int i = warp * down + lane / across; i < p; i += warps * down)
+        for (int c = lane % across; c < columns; c += across) put(i, c);
+    }
+  });
+}
+
+template <typename Cta, typename T>
+KDKERNELS_STAGE void prepare_tile(Cta& cta, const Source<T>& m, T* tile) {
+  KDKERNELS_SHARED(tile);
+  const int columns = tile_columns(m.p), stride = tile_stride(m.p), p = m.p, count = m.count;
+  if (m.scale != T(1)) cta.warps(columns, [&](const Warp& warp, int c) { warp.each(p, [&](int i) { tile[c * stride + i] *= m.scale; }); });
+  if (count == 0) return;
+  cta.warps(columns * count, [&](const Warp& warp, int task) {
+    const int c = task / count, j = task % count;
+    const T dot = warp.sum<T>(p, [&](int i) { return tile[c * stride + i] * m.known[j * stride + i]; });
+    warp.each(1, [&](int) { m.along[c * count + j] = dot; });
+  });
+  cta.warps(columns, [&](const Warp& warp, int c) {
+    warp.each(p, [&](int i) {
+      T value = tile[c * stride + i];
+      for (int j = 0; j < count; ++j) value -= m.along[c * count + j] * m.known[j * stride + i];
+      tile[c * stride + i] = value;
+    });
+  });
+}
+
+// body(tile, first, count) for each tile of columns [begin, end). It may end without a barrier if it writes none of the tile's memory.
+template <typename Cta, typename T, typename F>
+KDKERNELS_GPU void stream(Cta& cta, const Source<T>& m, int begin, int end, T* tiles, F body) {
+  const int columns = tile_columns(m.p), stride = tile_stride(m.p), steps = (end - begin + columns - 1) / columns;
+  cta.each(kStages * columns, [&](int c) {
+    for (int i = m.p; i < stride; ++i) tiles[c * stride + i] = T(0);
+  });
+  auto tile = [&](int step) { return tiles + step % kStages * columns * stride; };
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) load_tile(cta, m, begin + step * columns, tile(step));
+    cta.commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    cta.template wait<kStages - 2>();
+    if (step + kStages - 1 < steps) load_tile(cta, m, begin + (step + kStages - 1) * columns, tile(step + kStages - 1));
+    cta.commit();
+    if (m.scale != T(1) || m.count > 0) prepare_tile(cta, m, tile(step));
+    const int first = begin + step * columns;
+    body(tile(step), first, fewer(columns, end - first));
+  }
+  cta.template wait<0>();
+}
+
+}  // namespace kdkernels::truncated_svd::gpu

@@ -1,0 +1,16 @@
+"""Importing this registers the ops that only tests call: the stages of the CPU kernels, and the CUDA kernels on CPU tensors.
+
+They are in extension modules of their own, kdkernels._testing and kdkernels._testing_<instruction set>, which no wheel contains.
+"""
+
+import importlib
+
+import kdkernels
+
+try:
+    for _module in ("kdkernels._testing", f"kdkernels._testing_{kdkernels.CPU_ISA}"):
+        importlib.import_module(_module)
+except ModuleNotFoundError as error:
+    raise RuntimeError(
+        f"{error.name} was not built, and this test needs it: build kdkernels with KDKERNELS_TESTING=1 in the environment, as make test does"
+    ) from error
