@@ -14,7 +14,7 @@ namespace kdkernels::align_singular_vectors {
 // equal ones comes out larger is decided by rounding.
 constexpr double kTies = 1e-6;
 
-// The drivers' ops, see driver_op.
+// The ops of implementations, see implementation_op.
 using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                              const std::optional<at::Tensor>&, bool);
 using BackwardSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,

@@ -5,6 +5,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include <initializer_list>
+#include <string>
+#include <utility>
+
 namespace kdkernels {
 
 inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::Tensor& b, const char* b_name) {
@@ -32,12 +36,34 @@ inline void check_device(const at::Tensor& x, const char* name, at::Device devic
   TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, ", got ", x.device());
 }
 
-// The op of a driver: an implementation that is asked for by name, for tests and benches.
+// An option of an op: the schema passes the value of an enum of kdkernels/options.py. The C++ enums have the same values, and
+// tests/test_options.py compares them by the message of this check.
+template <typename Enum>
+Enum option(const char* name, int64_t value, std::initializer_list<std::pair<Enum, const char*>> members) {
+  std::string expected;
+  for (const auto& [member, member_name] : members) {
+    if (static_cast<int64_t>(member) == value) return member;
+    expected += (expected.empty() ? "" : ", ") + std::to_string(static_cast<int64_t>(member)) + " (" + member_name + ")";
+  }
+  TORCH_CHECK_VALUE(false, name, " must be one of ", expected, ", got ", value);
+}
+
+// Implementations of an op between which kdkernels.testing.implementation chooses.
+enum class Implementation { fastest, cuda, triton, torch };
+
+inline Implementation parse_implementation(int64_t value) {
+  return option<Implementation>("implementation", value,
+                                {{Implementation::fastest, "fastest"},
+                                 {Implementation::cuda, "cuda"},
+                                 {Implementation::triton, "triton"},
+                                 {Implementation::torch, "torch"}});
+}
+
+// The op `kdkernels::<op>_<implementation>`.
 template <typename Signature>
-c10::TypedOperatorHandle<Signature> driver_op(const std::string& op, c10::string_view driver) {
-  const std::string name(driver);
-  TORCH_CHECK_VALUE(name == "cuda" || name == "triton" || name == "torch", "driver must be cuda, triton or torch, got ", name);
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("kdkernels::" + op + "_" + name).c_str(), "").typed<Signature>();
+c10::TypedOperatorHandle<Signature> implementation_op(const std::string& op, Implementation implementation) {
+  const char* name = implementation == Implementation::cuda ? "_cuda" : implementation == Implementation::triton ? "_triton" : "_torch";
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("kdkernels::" + op + name).c_str(), "").typed<Signature>();
 }
 
 }  // namespace kdkernels

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <limits>
-#include <string_view>
 
 #include "check.h"
 #include "vectors.h"
@@ -31,9 +30,8 @@ bool out_of_range(T largest) {
   return (largest > 0 && largest < low) || largest > high;
 }
 
-// The drivers' ops: truncated_svd_<driver> takes what truncated_svd does, without the driver.
-using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, c10::string_view, bool, double,
-                                                                             bool);
+// The ops of implementations: truncated_svd_<implementation> takes what truncated_svd does but for the last argument.
+using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, int64_t, bool, double, bool);
 using BackwardSignature = at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
                                      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double);
 
@@ -43,9 +41,11 @@ inline void check_matrices(const at::Tensor& x, int64_t k) {
   TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(-1), x.size(-2)), "k must lie in [1, min(M, N)], got ", k, " for ", x.sizes());
 }
 
-inline bool parse_sign(std::string_view sign) {
-  TORCH_CHECK_VALUE(sign == "max_abs" || sign.empty(), "sign must be max_abs or None, got ", std::string(sign));
-  return !sign.empty();
+enum class Sign { none, max_abs };
+
+// Whether signs are fixed.
+inline bool parse_sign(int64_t value) {
+  return option<Sign>("sign", value, {{Sign::none, "none"}, {Sign::max_abs, "max_abs"}}) == Sign::max_abs;
 }
 
 inline at::ScalarType compute_dtype(const at::Tensor& x) {

@@ -1,4 +1,4 @@
-// driver="cuda" on CUDA tensors: the device, its current stream, its shared memory.
+// The implementation "cuda" on CUDA tensors: the device, its current stream, its shared memory.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -22,8 +22,7 @@ struct OnDevice {
   int64_t limit;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,
-                                                        bool save_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, int64_t k, int64_t sign, bool return_u, double, bool save_state) {
   const OnDevice on(x);
   return decompose(x, k, sign, return_u, save_state, on.runner());
 }
@@ -40,7 +39,7 @@ const Tensor& first_of(at::TensorList x) {
   return x[0];
 }
 
-Lists group_cuda(at::TensorList x, int64_t k, c10::string_view sign, bool return_u, at::ArrayRef<double>, bool save_state) {
+Lists group_cuda(at::TensorList x, int64_t k, int64_t sign, bool return_u, at::ArrayRef<double>, bool save_state) {
   const OnDevice on(first_of(x));
   return decompose_group(x, k, sign, return_u, save_state, on.runner());
 }
