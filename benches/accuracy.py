@@ -34,12 +34,12 @@ METHODS = {
     "FSP, one stage": (6, "deep", lambda s, t: FSP(s, t, BLOCKS, BLOCKS, variant="repdistiller")),
     "KD, deep teacher": (6, "deep", lambda s, t: KD(s, t)),
     **{
-        f"SVD-KD, k = {k}" + ", official gradient" * (grad == "official"): (
+        f"SVD-KD, k = {k}" + ", authors' gradient" * (grad == "authors"): (
             6,
             "deep",
             lambda s, t, k=k, grad=grad: SVDKD(s, t, BLOCKS, BLOCKS, k=k, grad=grad),
         )
-        for grad in ("exact", "official")
+        for grad in ("exact", "authors")
         for k in (1, 2, 4)
     },
     "SVD-KD, k = 1, poster's rule": (6, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, rule="poster")),

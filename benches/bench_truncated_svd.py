@@ -7,13 +7,14 @@ import torch
 
 from kdkernels import feature_svd, reference, truncated_svd
 from kdkernels.config import HAS_CUDA_KERNELS
+from kdkernels.testing import implementation
 
 from .feature_maps import relu_maps, trained_maps
 from .suite import DEVICE, DIRECTIONS, SMOKE, Cell, Problem, compiled, over
 
 
 def has_testing_ops() -> bool:
-    """Whether this is a build for tests, in which driver="cuda" takes CPU tensors too."""
+    """Whether this is a build for tests, in which the implementation "cuda" takes CPU tensors too."""
     try:
         import kdkernels._testing  # noqa: F401
     except ModuleNotFoundError:
@@ -61,7 +62,7 @@ def power_iteration(x, k, rounds=8):
     return w.norm(dim=-2), torch.nn.functional.normalize(w, dim=-2)
 
 
-def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, drivers=False) -> Problem:
+def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, implementations=False) -> Problem:
     if SMOKE:
         batch, side, channels = 2, min(side, 4), min(channels, 16)
         kind = kind if kind == "relu" else "noise"
@@ -70,10 +71,10 @@ def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, drivers
     matrices = {"eager": lambda x, k: reference.truncated_svd(x, k)[1:], "linalg.svd": svd, "eigh": eigh, "svd_lowrank": svd_lowrank}
     if k == 1:
         matrices["power iteration"] = power_iteration
-    if drivers:
+    if implementations:
         cuda = HAS_CUDA_KERNELS if DEVICE == "cuda" else has_testing_ops()
         ours = [name for name, there in (("cuda", cuda), ("triton", DEVICE == "cuda"), ("torch", True)) if there]
-        matrices |= {f"driver {name}": lambda x, k, d=name: truncated_svd(x, k, driver=d)[1:] for name in ours}
+        matrices |= {f"implementation {name}": lambda x, k, name=name: implementation(name)(truncated_svd)(x, k)[1:] for name in ours}
         if DEVICE == "cuda":
             matrices |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
     functions = {"fused": lambda f: feature_svd(f, k)[1:]}
@@ -134,8 +135,8 @@ TRAINING_CELLS = [cell(side, c, k, seconds=1.0) for k in (2, 8) for side, c in S
 TRAINING_CELLS += [cell(side, c, 4, kind=f"trained {block}") for block, side, c in (("block1", 16, 64), ("block2", 8, 128), ("block3", 4, 256))]
 # The spectra of other maps: noise behind a ReLU, whose gaps are small; noise.
 FORWARD_CELLS = [cell(side, c, 4, kind=kind) for kind in ("relu of noise", "noise") for side, c in ((32, 64), (14, 256), (7, 512))]
-DRIVER_CELLS = [
-    Cell("truncated_svd_drivers", f"{side * side} x {c}, k = {k}", partial(problem, side, c, 128, k, drivers=True), 1.0)
+IMPLEMENTATION_CELLS = [
+    Cell("truncated_svd_implementations", f"{side * side} x {c}, k = {k}", partial(problem, side, c, 128, k, implementations=True), 1.0)
     for k in (1, 4)
     for side, c in SHAPES
 ]
@@ -157,7 +158,7 @@ def bench_spectra(cell, direction, bench):
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not SMOKE, reason="the implementations for GPUs are timed on GPUs")
-@over(DRIVER_CELLS)
-def bench_drivers(cell, direction, bench):
+@over(IMPLEMENTATION_CELLS)
+def bench_implementations(cell, direction, bench):
     """On a GPU: every implementation of ours, and every driver that torch has."""
     bench(cell, direction)

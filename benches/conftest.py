@@ -54,7 +54,7 @@ def _name(item) -> tuple[str, str]:
     """The op of a row, and the whole name, as comparisons print it."""
     values = item.callspec.params
     cell = values.get("cell")
-    op = cell.op.removesuffix("_drivers") if cell is not None else item.path.stem.removeprefix("bench_")
+    op = cell.op.removesuffix("_implementations") if cell is not None else item.path.stem.removeprefix("bench_")
     return op, f"{op}: {cell if cell is not None else values['name']}, {values.get('direction', 'step')}"
 
 

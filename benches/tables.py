@@ -14,7 +14,7 @@ TITLES = {
     "attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
     "rbf_correlation": "rbf_correlation_loss and rbf_correlation of [B, M, K] and [B, N, K]",
     "truncated_svd": "truncated_svd of maps seen as matrices [places, channels], batch 128 if not said",
-    "truncated_svd_drivers": "truncated_svd by each implementation, and torch's drivers",
+    "truncated_svd_implementations": "truncated_svd by each implementation, and torch's drivers",
     "svd_kd": "The whole loss of SVD-KD on the taps of the paper's students",
     "teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
     "step": "A whole training step, in parts",

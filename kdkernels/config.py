@@ -107,6 +107,8 @@ def build_info() -> dict:
         svd["cuda"] = "Triton" if triton else "plain torch: pip install triton, or build the CUDA kernels"
         if HAS_CUDA_KERNELS and (not gpus or any(cuda_kernels_run_on(i) for i in range(count))):
             svd["cuda"] = f"CUDA C++, where a matrix exceeds its memory {svd['cuda']}"
+    backends["other devices"] = "reference in plain PyTorch"
+    svd["other devices"] = "plain PyTorch, with the fused op's derivative"
     return {
         "version": __version__,
         "torch": f"{torch.__version__} (built against {info['torch']})",
@@ -115,7 +117,6 @@ def build_info() -> dict:
         "cpu_isa": CPU_ISA,
         "cuda_kernels": cuda_kernels_status(info["cuda_archs"], info["without_cuda"], gpus, torch.version.cuda),
         "triton": triton_version() if triton else "not installed: pip install triton",
-        "other_devices": "no fused kernels; the functions of kdkernels.reference run on every device of torch",
         "ops": {op: backends | (svd if op in IN_CUDA else {}) for op in OPS},
     }
 

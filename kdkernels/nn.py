@@ -134,14 +134,14 @@ def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
 class AttentionTransfer(nn.Module):
     """Sum over pairs of layers of :func:`kdkernels.attention_transfer_loss`: ``AttentionTransfer()(student_features, teacher_features)``.
 
-    RepDistiller's ``Attention`` gives the list, mdistiller's ``at_loss`` the sum; both with ``p=2`` and ``variant="code"``.
+    RepDistiller's ``Attention`` gives the list, mdistiller's ``at_loss`` the sum; both with ``p=2`` and ``variant="authors"``.
 
     Args:
         p, reduce: see :func:`kdkernels.attention_transfer_loss`; one for all pairs, or one for each.
-        variant: "code" or "paper".
+        variant: "authors" or "paper".
     """
 
-    def __init__(self, p: float | Sequence[float] = 2.0, *, reduce: str | Sequence[str] = "mean", variant: str = "code"):
+    def __init__(self, p: float | Sequence[float] = 2.0, *, reduce: str | Sequence[str] = "mean", variant: str = "authors"):
         super().__init__()
         probe = [torch.ones(1, 1, 1)] * max(len(v) if isinstance(v, (list, tuple)) else 1 for v in (p, reduce))
         attention_transfer_losses(probe, probe, p, reduce=reduce, variant=variant)  # refuses here what cannot be
@@ -165,7 +165,7 @@ def attention_transfer_losses(
     p: float | Sequence[float] = 2.0,
     *,
     reduce: str | Sequence[str] = "mean",
-    variant: str = "code",
+    variant: str = "authors",
 ) -> list[Tensor]:
     """:func:`kdkernels.attention_transfer_loss` of each pair of features. The teacher's are detached.
 
@@ -201,9 +201,9 @@ def svd_kd_loss(
     k: int = 1,
     *,
     align: Literal["teacher", "student"] = "teacher",
-    grad: Literal["exact", "rank1", "official"] = "exact",
+    grad: Literal["exact", "rank1", "authors"] = "exact",
     weighting: Literal["sigma", "none"] = "sigma",
-    loss: Literal["official", "mean"] = "official",
+    loss: Literal["authors", "mean"] = "authors",
     extra: int = 1,
     beta: float = 8.0,
 ) -> Tensor:
@@ -216,7 +216,7 @@ def svd_kd_loss(
     =============  =============================================================================================================
     ``loss``       sum over pairs of
     =============  =============================================================================================================
-    "official"     :math:`\frac{\sqrt k}{2} L`, a sum over the batch: the authors' code
+    "authors"      :math:`\frac{\sqrt k}{2} L`, a sum over the batch: the authors' code
     "mean"         :math:`L / B`: RepDistiller
     =============  =============================================================================================================
 
@@ -225,7 +225,7 @@ def svd_kd_loss(
     =============  =============================================================================================================
     "exact"        the derivative
     "rank1"        :math:`u_i (g_i - \langle v_i, g_i \rangle v_i)^T / \sigma_i`: what it is if all other singular values were 0
-    "official"     what the authors' code gives: "rank1" where a map has fewer places than channels, else 0
+    "authors"      what the authors' code gives: "rank1" where a map has fewer places than channels, else 0
     =============  =============================================================================================================
 
     Args:
@@ -252,7 +252,7 @@ def svd_kd_loss(
     return svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)[0]
 
 
-def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="official", extra=1, beta=8.0):
+def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="authors", extra=1, beta=8.0):
     """:func:`svd_kd_loss`, and which samples of each pair of layers are in it: bool [pairs, B]."""
     _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta)
     maps, targets = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
@@ -275,7 +275,7 @@ def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weight
         (sx, tx), (sy, ty) = ([x[..., :n] for x in side] for side in sides[i : i + 2])
         both = known[i] & known[i + 1]
         per_sample = torch.where(both, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
-        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "official" else 1 / max(len(both), 1))
+        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(both), 1))
         kept.append(both)
     return total, torch.stack(kept)
 
@@ -290,9 +290,9 @@ def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta
         if value < (name == "k"):
             raise ValueError(f"{name} must be an int >= {int(name == 'k')}, got {value!r}")
     checks.choice("align", align, ("teacher", "student"))
-    checks.choice("grad", grad, ("exact", "rank1", "official"))
+    checks.choice("grad", grad, ("exact", "rank1", "authors"))
     checks.choice("weighting", weighting, ("sigma", "none"))
-    checks.choice("loss", loss, ("official", "mean"))
+    checks.choice("loss", loss, ("authors", "mean"))
     checks.positive("beta", beta)
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for name, x in {"student": s, "teacher": t}.items():

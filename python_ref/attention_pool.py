@@ -36,7 +36,7 @@ def attention_transfer_loss(
     teacher: Tensor,  # [B, D, *spatial], of any extents in space
     p: float = 2.0,
     *,
-    variant: str = "code",
+    variant: str = "authors",
     reduce: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
@@ -46,7 +46,7 @@ def attention_transfer_loss(
         student, teacher = average_to(student, extents), average_to(teacher, extents)
     maps = [attention_pool(x, p, reduce=reduce, normalize="l2", eps=eps).flatten(1) for x in (student, teacher)]
     difference = maps[0] - maps[1]
-    per_sample = difference.square().mean(1) if variant == "code" else torch.linalg.vector_norm(difference, dim=1)
+    per_sample = difference.square().mean(1) if variant == "authors" else torch.linalg.vector_norm(difference, dim=1)
     return per_sample.sum() / max(len(per_sample), 1)
 
 

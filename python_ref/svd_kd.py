@@ -20,7 +20,7 @@ def svd_kd_loss(
     k: int = 1,
     *,
     align: str = "teacher",
-    loss: str = "official",
+    loss: str = "authors",
     extra: int = 1,
     beta: float = 8.0,
 ) -> Tensor:
@@ -36,6 +36,6 @@ def svd_kd_loss(
     for i, pair in enumerate(pairwise(sides)):
         n = min(counts[: i + 2])
         (sx, tx), (sy, ty) = ([v[..., :n] for v in side] for side in pair)
-        one = rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "official" else "batchmean")
-        total = total + one * (n**0.5 / 2 if loss == "official" else 1)
+        one = rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "authors" else "batchmean")
+        total = total + one * (n**0.5 / 2 if loss == "authors" else 1)
     return total

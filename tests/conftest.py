@@ -1,4 +1,3 @@
-import functools
 import os
 
 import torch
@@ -21,48 +20,50 @@ settings.load_profile("kdkernels")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-# Implementations of truncated_svd: device and driver. On the CPU the CUDA kernels' bodies run on the host; Triton's, which the interpreter is slow
+# Implementations of truncated_svd: device and name. On the CPU the CUDA kernels' bodies run on the host; Triton's, which the interpreter is slow
 # with, have tests of their own.
-SVD_BACKENDS = [("cpu", None), ("cpu", "cuda")]
+SVD_BACKENDS = [("cpu", "fastest"), ("cpu", "cuda")]
 if torch.cuda.is_available():
     # Not "torch": its float32 is torch's own, which does not keep the bounds of the kernels; test_the_route_in_plain_torch has what it must hold.
-    SVD_BACKENDS += [("cuda", driver) for driver in (None, "cuda", "triton")]
+    SVD_BACKENDS += [("cuda", name) for name in ("fastest", "cuda", "triton")]
 
 
 class SVD:
     """truncated_svd and its relatives by one implementation."""
 
-    def __init__(self, device: str, driver: str | None):
+    def __init__(self, device: str, implementation: str):
         import kdkernels
+        from kdkernels.testing import implementation as by
 
-        self.device, self.driver = device, driver
-        self.features = functools.partial(kdkernels.feature_svd, driver=driver)
-        self.align = functools.partial(kdkernels.align_singular_vectors, driver=driver)
-        self.decompose = functools.partial(kdkernels.truncated_svd, driver=driver)
+        self.device, self.implementation = device, implementation
+        self.features = by(implementation)(kdkernels.feature_svd)
+        self.align = by(implementation)(kdkernels.align_singular_vectors)
+        self.decompose = by(implementation)(kdkernels.truncated_svd)
+        self.decompose_all = by(implementation)(kdkernels.truncated_svds)
 
     def __call__(self, *args, **options):
         return self.decompose(*args, **options)
 
     def takes(self, m: int, n: int, k: int) -> bool:
-        """Whether this implementation has room for such matrices; "torch" and the default have for all."""
-        if self.driver != "triton":
+        """Whether this implementation has room for such matrices; "torch" and "fastest" have for all."""
+        if self.implementation != "triton":
             return True
         from kdkernels.triton.svd_sizes import fits
 
         return fits(min(m, n), k)
 
 
-def svd_backend(device: str, driver: str | None) -> SVD:
+def svd_backend(device: str, implementation: str) -> SVD:
     from kdkernels.config import HAS_CUDA_KERNELS
 
-    if (device, driver) == ("cuda", "cuda") and not HAS_CUDA_KERNELS:
+    if (device, implementation) == ("cuda", "cuda") and not HAS_CUDA_KERNELS:
         pytest.skip("the CUDA kernels were not built")
-    if (device, driver) == ("cpu", "cuda"):
+    if (device, implementation) == ("cpu", "cuda"):
         import testing_ops  # noqa: F401  registers the CUDA kernels on CPU tensors
-    return SVD(device, driver)
+    return SVD(device, implementation)
 
 
-@pytest.fixture(params=SVD_BACKENDS, ids=lambda p: f"{p[0]}-{p[1] or 'default'}")
+@pytest.fixture(params=SVD_BACKENDS, ids=lambda p: f"{p[0]}-{p[1]}")
 def svd(request):
     return svd_backend(*request.param)
 

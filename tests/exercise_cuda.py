@@ -9,6 +9,7 @@ import torch
 from matrix_cases import kinds, laid_out
 
 from kdkernels import align_singular_vectors, truncated_svd
+from kdkernels.testing import implementation
 
 # One warp, several warps, the widest blocks; both sides; k above what is kept together.
 SHAPES = [(1, 1, 1), (20, 12, 3), (12, 40, 9), (40, 33, 4), (66, 70, 12), (130, 150, 2)]
@@ -16,7 +17,7 @@ SHAPES = [(1, 1, 1), (20, 12, 3), (12, 40, 9), (40, 33, 4), (66, 70, 12), (130, 
 
 def exercise(device: str, large: bool) -> int:
     if device == "cpu":
-        import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+        import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
     calls = 0
     for m, n, k in [(1024, 64, 4), (784, 128, 4), (64, 256, 4)] if large else SHAPES:
         named = {"relu": torch.randn(128, m, n).relu()} if large else kinds(m, n)
@@ -26,8 +27,8 @@ def exercise(device: str, large: bool) -> int:
             for dtype in (torch.float32,) if large else (torch.float32, torch.float64, torch.bfloat16):
                 for layout in ("rows", "columns"):
                     x = laid_out(named[name].to(dtype).to(device), layout).detach().requires_grad_()
-                    u, s, v = truncated_svd(x, k, return_u=True, driver="cuda")
-                    student, teacher = align_singular_vectors(v, v.detach().roll(1, -1), s.detach(), driver="cuda")
+                    u, s, v = implementation("cuda")(truncated_svd)(x, k, return_u=True)
+                    student, teacher = implementation("cuda")(align_singular_vectors)(v, v.detach().roll(1, -1), s.detach())
                     (student * teacher.cos()).sum().add(s.sum()).add((u * u.detach().cos()).sum()).backward()
                     calls += 1
     if device == "cuda":

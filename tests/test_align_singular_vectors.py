@@ -1,7 +1,5 @@
 """align_singular_vectors: against its reference, brute force and known answers."""
 
-from functools import partial
-
 import pytest
 import torch
 from conftest import SVD
@@ -11,6 +9,7 @@ from tolerances import assert_close, of_sum
 
 from kdkernels import align_singular_vectors, reference
 from kdkernels.ops import truncated_svd_torch as plain
+from kdkernels.testing import implementation
 
 OP = torch.ops.kdkernels
 DTYPES = [(torch.float32,) * 2, (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2]
@@ -205,12 +204,12 @@ def test_errors():
         OP.align_singular_vectors_backward(out[0], out[1], s, t, None, out[2] + 9, out[3], True, [True, True, False])
 
 
-@pytest.mark.parametrize("driver", ["reference", "", "torch"])
-def test_autocast_does_not_blur_the_choice(driver):
+@pytest.mark.parametrize("kernels", ["reference", "fastest", "torch"])
+def test_autocast_does_not_blur_the_choice(kernels):
     """Cosines of 0.700 and 0.701 are one number in bfloat16."""
     teacher = torch.tensor([1.0, 0.0, 0.0])[:, None]
     student = torch.tensor([[0.700, -0.701], [0.51**0.5, 0.0], [0.0, (1 - 0.701**2) ** 0.5]])
-    align = reference.align_singular_vectors if driver == "reference" else partial(align_singular_vectors, driver=driver or None)
+    align = reference.align_singular_vectors if kernels == "reference" else implementation(kernels)(align_singular_vectors)
     with torch.autocast("cpu", torch.bfloat16):
         s, t = align(student, teacher)
     assert torch.equal(s, student[:, 1:])

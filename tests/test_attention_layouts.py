@@ -7,6 +7,7 @@ import torch
 from layouts import random_layout, random_shape
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
+from kdkernels.options import Normalize, Reduce, Variant
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -45,13 +46,13 @@ def test_any_layout(seed):
         gradients = (torch.autograd.grad(y, x, up.to(y.dtype))[0] for y, x in ((got, own), (want, wide)))
         _close(f"gradient of {case}", *gradients, dtype, _slope(wide.detach(), p, options["reduce"], options["normalize"]) * up.abs().max().item())
 
-        options = {"reduce": options["reduce"], "variant": rng.choice(("code", "paper"))}
+        options = {"reduce": options["reduce"], "variant": rng.choice(("authors", "paper"))}
         case = f"{case} and {other.dtype} {other.shape} {other.stride()} {options}"
         t, wide_t = other.detach(), other.detach().double().contiguous()
         q = [reference.attention_pool(x.detach(), p, reduce=options["reduce"], normalize="l2").flatten(1) for x in (wide, wide_t)]
         distance = (q[0] - q[1]).norm(dim=1).min().item()
         # The gradient of a norm has no direction where the maps agree, as those of features with one value for all places do.
-        of_map = 4 / q[0].numel() if options["variant"] == "code" else (1 + 2 / max(distance, 1e-17)) / shape[0]
+        of_map = 4 / q[0].numel() if options["variant"] == "authors" else (1 + 2 / max(distance, 1e-17)) / shape[0]
         for both in (False, True):  # the gradient that the forward saves, and the one that the backward computes
             inputs = [(own, wide)]
             if both:
@@ -131,10 +132,10 @@ def test_triton_saves_half_gradients_like_the_cpu():
     from kdkernels.triton import attention_pool as kernels
 
     op = torch.ops.kdkernels.attention_transfer_loss
-    for p, reduce in ((2.0, "mean"), (0.5, "sum"), (3.0, "max")):
+    for p, reduce in ((2.0, Reduce.MEAN), (0.5, Reduce.SUM), (3.0, Reduce.MAX)):
         s, t = torch.randn(3, 5, 4, 3).half(), torch.randn(3, 2, 4, 3)
         (loss, grad, scale, maps), (want_loss, want, want_scale, want_maps) = (
-            f(s, t, p, "code", reduce, 1e-12, True) for f in (kernels.attention_transfer_loss, op)
+            f(s, t, p, Variant.AUTHORS, reduce, 1e-12, True) for f in (kernels.attention_transfer_loss, op)
         )
         torch.testing.assert_close(loss, want_loss)
         torch.testing.assert_close(maps, want_maps)
@@ -170,7 +171,7 @@ def test_raw_ops_refuse_what_they_cannot_read():
     """Wrong sizes, types and options, in every position: an error, never memory of others."""
     ops = torch.ops.kdkernels
     x = torch.randn(2, 3, 4, 4)
-    maps, norm, channel = ops.attention_pool(x, 2.0, "max", "l2", 1e-12)
+    maps, norm, channel = ops.attention_pool(x, 2.0, Reduce.MAX, Normalize.L2, 1e-12)
     bad = [
         torch.zeros(2, 3, 0),
         torch.zeros(2, 0, 4),
@@ -184,15 +185,15 @@ def test_raw_ops_refuse_what_they_cannot_read():
     one = torch.ones(())
     for wrong in bad:
         for call in (
-            lambda w: ops.attention_pool_backward(maps, w, maps, norm, channel, 2.0, "max", "l2", 1e-12),
-            lambda w: ops.attention_pool_backward(w, x, maps, norm, channel, 2.0, "max", "l2", 1e-12),
-            lambda w: ops.attention_pool_backward(maps, x, w, norm, channel, 2.0, "max", "l2", 1e-12),
-            lambda w: ops.attention_pool_backward(maps, x, maps, w, channel, 2.0, "max", "l2", 1e-12),
-            lambda w: ops.attention_pool_backward(maps, x, maps, norm, w, 2.0, "max", "l2", 1e-12),
-            lambda w: ops.attention_transfer_loss(x, w, 2.0, "code", "mean", 1e-12, True),
-            lambda w: ops.attention_transfer_loss(w, x, 2.0, "code", "mean", 1e-12, True),
-            lambda w: ops.attention_transfer_loss_backward(w, x, x, 2.0, "code", "mean", 1e-12, [True, True]),
-            lambda w: ops.attention_transfer_loss_backward(one, w, x, 2.0, "code", "mean", 1e-12, [True, True]),
+            lambda w: ops.attention_pool_backward(maps, w, maps, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12),
+            lambda w: ops.attention_pool_backward(w, x, maps, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, w, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, maps, w, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12),
+            lambda w: ops.attention_pool_backward(maps, x, maps, norm, w, 2.0, Reduce.MAX, Normalize.L2, 1e-12),
+            lambda w: ops.attention_transfer_loss(x, w, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, True),
+            lambda w: ops.attention_transfer_loss(w, x, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, True),
+            lambda w: ops.attention_transfer_loss_backward(w, x, x, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, [True, True]),
+            lambda w: ops.attention_transfer_loss_backward(one, w, x, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, [True, True]),
             lambda w: ops.attention_transfer_loss_rescale_(x.clone(), w, one),
             lambda w: ops.attention_transfer_loss_rescale_(x.clone(), torch.ones(2), w),
         ):
@@ -200,7 +201,7 @@ def test_raw_ops_refuse_what_they_cannot_read():
                 call(wrong)
     for wrong in bad[:6]:
         with pytest.raises((RuntimeError, ValueError, TypeError)):
-            ops.attention_pool(wrong, 2.0, "mean", "", 1e-12)
-    for arguments in ((0.0, "mean", "", 1e-12), (2.0, "none", "", 1e-12), (2.0, "mean", "l1", 1e-12), (2.0, "mean", "", float("nan"))):
+            ops.attention_pool(wrong, 2.0, Reduce.MEAN, Normalize.NONE, 1e-12)
+    for arguments in ((0.0, 0, 0, 1e-12), (2.0, 3, 0, 1e-12), (2.0, 0, 3, 1e-12), (2.0, 0, 0, float("nan"))):
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             ops.attention_pool(x, *arguments)

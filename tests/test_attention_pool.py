@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 from tolerances import assert_close, of_sum
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
+from kdkernels.options import VALUES
 
 BACKENDS = [*DEVICES, "triton"]
 FORMS = [
-    (2.0, "mean", ""),
+    (2.0, "mean", None),
     (2.0, "sum", "l2"),
     (2.0, "max", "l2"),
-    (1.0, "sum", ""),
-    (1.0, "max", ""),
+    (1.0, "sum", None),
+    (1.0, "max", None),
     (4.0, "mean", "l2"),
     (1.5, "mean", "l2"),
-    (3.0, "sum", ""),
-    (0.5, "sum", ""),
+    (3.0, "sum", None),
+    (0.5, "sum", None),
     (2.7, "mean", "l2"),
-    (2.7, "max", ""),
+    (2.7, "max", None),
     (2.0, "mean", "softmax"),
     (1.0, "max", "softmax"),
 ]
@@ -75,9 +76,10 @@ def _pool_cases():
 def test_pool(backend, case, p, reduce, normalize):
     x = case.make(_device(backend))
     ops = _operators(backend)
-    maps, norm, channel = ops.attention_pool(x, p, reduce, normalize, 1e-12)
+    options = (VALUES["reduce"][reduce], VALUES["normalize"][normalize], 1e-12)
+    maps, norm, channel = ops.attention_pool(x, p, *options)
     exact = x.detach().double().cpu().contiguous().requires_grad_()
-    expected = reference.attention_pool(exact, p, reduce=reduce, normalize=normalize or None)
+    expected = reference.attention_pool(exact, p, reduce=reduce, normalize=normalize)
     assert maps.dtype == _compute(x)
     rtol = _rtol(_compute(x), case.shape[1], p)
     pooled = reference.attention_pool(exact.detach(), p, reduce=reduce)
@@ -86,7 +88,7 @@ def test_pool(backend, case, p, reduce, normalize):
     assert_close("maps", maps, expected, rtol=2 * rtol)
 
     g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(maps.dtype)
-    grad = ops.attention_pool_backward(g.to(maps.device), x, maps, norm, channel, p, reduce, normalize, 1e-12)
+    grad = ops.attention_pool_backward(g.to(maps.device), x, maps, norm, channel, p, *options)
     (want,) = torch.autograd.grad(expected, exact, g.double())
     want = torch.where(exact.isnan(), exact, want)  # autograd has 0 at a NaN where p = 1
     want = torch.where(want.abs() > torch.finfo(x.dtype).max, want.sign() * float("inf"), want)
@@ -106,7 +108,7 @@ def test_pool(backend, case, p, reduce, normalize):
 
 
 PAIRS = [c for c in FEATURE_CASES if c.edit not in ("inf sample",)]
-TRANSFERS = [(2.0, "code", "mean"), (2.0, "paper", "sum"), (1.5, "code", "max"), (2.7, "paper", "mean")]
+TRANSFERS = [(2.0, "authors", "mean"), (2.0, "paper", "sum"), (1.5, "authors", "max"), (2.7, "paper", "mean")]
 
 
 @pytest.mark.parametrize(("p", "variant", "reduce"), TRANSFERS, ids=str)
@@ -120,7 +122,8 @@ def test_transfer_loss(case, p, variant, reduce, backend):
     ops = _operators(backend)
     s, t = (x.detach().double().cpu().contiguous().requires_grad_() for x in (student, teacher))
     want = reference.attention_transfer_loss(s, t, p, variant=variant, reduce=reduce)
-    loss, saved, power, teacher_map = ops.attention_transfer_loss(student, teacher, p, variant, reduce, 1e-12, True)
+    options = (p, VALUES["variant"][variant], VALUES["reduce"][reduce], 1e-12)
+    loss, saved, power, teacher_map = ops.attention_transfer_loss(student, teacher, *options, True)
     assert loss.dtype == teacher_map.dtype == _compute(student, teacher)
     assert power.shape == ((case.shape[0],) if student.dtype == torch.float16 else (0,))
     if power.numel():
@@ -132,21 +135,21 @@ def test_transfer_loss(case, p, variant, reduce, backend):
     q = [_finite(reference.attention_pool(x.detach(), p, reduce=reduce, normalize="l2")).flatten(1) for x in (s, t)]
     both = q[0] + q[1]
     d = (q[0] - q[1]).norm(dim=1)
-    of_sample = 2 * d * both.norm(dim=1) / places if variant == "code" else both.norm(dim=1)
+    of_sample = 2 * d * both.norm(dim=1) / places if variant == "authors" else both.norm(dim=1)
     assert_close("loss", loss, want, rtol=rtol, atol=rtol * of_sample.sum().item() / max(batch, 1) + rtol**2)
 
     upstream = torch.tensor(-1.5, dtype=loss.dtype, device=device)
     gradients = torch.autograd.grad(want, (s, t))
     results = [(saved, gradients[0], student, 0)]
-    to_student, to_teacher = ops.attention_transfer_loss_backward(upstream, student, teacher, p, variant, reduce, 1e-12, [True, True])
+    to_student, to_teacher = ops.attention_transfer_loss_backward(upstream, student, teacher, *options, [True, True])
     results += [(to_student, -1.5 * gradients[0], student, 0), (to_teacher, -1.5 * gradients[1], teacher, 1)]
     for i, (got, expected, x, net) in enumerate(results):
         assert got.stride() == torch.empty_like(x).stride()
         maps = reference.attention_pool(x.detach().double().cpu(), p, reduce=reduce).flatten(1)
-        slope = 2 / places if variant == "code" else (1 + 2 / d.clamp_min(1e-300)) / d.clamp_min(1e-300) * (d > 0)
+        slope = 2 / places if variant == "authors" else (1 + 2 / d.clamp_min(1e-300)) / d.clamp_min(1e-300) * (d > 0)
         along = (q[net] * both).sum(1, keepdim=True)
         size = (both + q[net] * along) / maps.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        size = (size * (slope if variant == "code" else slope[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
+        size = (size * (slope if variant == "authors" else slope[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
         scale = _finite(1.5 * size * _slope(x.detach().cpu(), p) / (x.shape[1] if reduce == "mean" else 1))
         truncated = backend == "triton" and device == "cpu"
         if i == 0 and power.numel():  # stored divided by a power of two for each sample

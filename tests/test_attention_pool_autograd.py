@@ -6,6 +6,7 @@ from feature_cases import FEATURE_CASES, FeatureCase
 
 import kdkernels
 from kdkernels import attention_pool, attention_transfer_loss, reference
+from kdkernels.options import Normalize, Reduce, Variant
 
 POOLS = [
     (2.0, {}),
@@ -93,13 +94,13 @@ def test_opcheck(case, device):
     ops = torch.ops.kdkernels
     x = case.make(device)
     y = FeatureCase("", (case.shape[0], 3, *case.shape[2:]), case.dtype).make(device, seed=2)
-    torch.library.opcheck(ops.attention_pool.default, (x.requires_grad_(not case.layout.endswith("slice")), 2.0, "max", "l2", 1e-12))
-    torch.library.opcheck(ops.attention_transfer_loss.default, (x, y, 1.5, "code", "mean", 1e-12, False))
+    torch.library.opcheck(ops.attention_pool.default, (x.requires_grad_(not case.layout.endswith("slice")), 2.0, Reduce.MAX, Normalize.L2, 1e-12))
+    torch.library.opcheck(ops.attention_transfer_loss.default, (x, y, 1.5, Variant.AUTHORS, Reduce.MEAN, 1e-12, False))
     x = case.make(device)
-    maps, norm, channel = ops.attention_pool(x, 2.0, "max", "l2", 1e-12)
-    torch.library.opcheck(ops.attention_pool_backward.default, (torch.randn_like(maps), x, maps, norm, channel, 2.0, "max", "l2", 1e-12))
+    maps, norm, channel = ops.attention_pool(x, 2.0, Reduce.MAX, Normalize.L2, 1e-12)
+    torch.library.opcheck(ops.attention_pool_backward.default, (torch.randn_like(maps), x, maps, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12))
     one = torch.ones((), dtype=maps.dtype, device=device)
-    torch.library.opcheck(ops.attention_transfer_loss_backward.default, (one, x, y, 2.0, "code", "mean", 1e-12, [True, True]))
+    torch.library.opcheck(ops.attention_transfer_loss_backward.default, (one, x, y, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, [True, True]))
 
 
 def test_opcheck_rescale(device):
@@ -189,7 +190,7 @@ def test_module(device):
     mixed = kdkernels.nn.AttentionTransfer([1.0, 2.0], reduce=["sum", "max"], variant="paper")
     expected = attention_transfer_loss(s[0], t[0], 1, variant="paper") + attention_transfer_loss(s[1], t[1], 2, reduce="max", variant="paper")
     torch.testing.assert_close(mixed(s, t), expected)
-    assert repr(module) == "AttentionTransfer(p=2.0, reduce='mean', variant='code')"
+    assert repr(module) == "AttentionTransfer(p=2.0, reduce='mean', variant='authors')"
     with pytest.raises(ValueError, match="p must be a finite number > 0, got -1"):
         kdkernels.nn.AttentionTransfer(-1)
     with pytest.raises(ValueError, match="as many features, at least one, got 2 and 1"):
@@ -236,17 +237,17 @@ def test_errors_of_loss_name_the_argument(change, error, message):
 
 def test_ops_called_directly_guard_their_memory():
     ops = torch.ops.kdkernels
-    maps, norm, channel = ops.attention_pool(X, 2.0, "max", "l2", 1e-12)
-    good = [maps, X, maps, norm, channel, 2.0, "max", "l2", 1e-12]
-    bad = {0: maps[:1], 1: X[:, :, :2], 2: maps.double(), 3: norm[:1], 4: channel + 3, 5: 0.0, 6: "all", 7: "l3", 8: 0.0}
+    maps, norm, channel = ops.attention_pool(X, 2.0, Reduce.MAX, Normalize.L2, 1e-12)
+    good = [maps, X, maps, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12]
+    bad = {0: maps[:1], 1: X[:, :, :2], 2: maps.double(), 3: norm[:1], 4: channel + 3, 5: 0.0, 6: 3, 7: -1, 8: 0.0}
     for position, value in bad.items():
         arguments = list(good)
         arguments[position] = value
         with pytest.raises((ValueError, TypeError)):
             ops.attention_pool_backward(*arguments)
-    for arguments in ((X, X[:1], 2.0, "code"), (X, X[..., :3], 2.0, "code"), (X, X, 2.0, "norm"), (X, X[:, :0], 2.0, "code")):
+    for arguments in ((X, X[:1], 2.0, Variant.AUTHORS), (X, X[..., :3], 2.0, Variant.AUTHORS), (X, X, 2.0, 2), (X, X[:, :0], 2.0, Variant.AUTHORS)):
         with pytest.raises((ValueError, TypeError)):
-            ops.attention_transfer_loss(*arguments, "mean", 1e-12, False)
+            ops.attention_transfer_loss(*arguments, Reduce.MEAN, 1e-12, False)
 
 
 @pytest.mark.parametrize("shape", [(4, 2048, 16, 16), (8, 1024, 8, 8), (16, 1024, 2, 2)], ids=str)

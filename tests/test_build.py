@@ -15,7 +15,7 @@ from cuda_sources import BUDGET, TARGETS
 
 import cuda_toolkit
 from kdkernels import config
-from kdkernels.ops import truncated_svd_drivers as drivers
+from kdkernels.ops import truncated_svd_implementations as implementations
 
 ROOT = Path(__file__).parent.parent
 NVCC_12_6 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
@@ -393,10 +393,10 @@ def gpu(monkeypatch):
         info = config._C.build_info() | {"cuda_archs": architectures}
         monkeypatch.setattr(config, "_C", type("Built", (), {"build_info": staticmethod(lambda: info)}))
         monkeypatch.setattr(config, "HAS_CUDA_KERNELS", bool(architectures))
-        monkeypatch.setattr(drivers, "HAS_CUDA_KERNELS", bool(architectures))
+        monkeypatch.setattr(implementations, "HAS_CUDA_KERNELS", bool(architectures))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(drivers, "_fits_cuda", lambda x, k: True)
-        monkeypatch.setattr(drivers.importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(implementations, "_fits_cuda", lambda x, k: True)
+        monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: object())
         config.cuda_kernels_run_on.cache_clear()
 
     yield set_up
@@ -406,17 +406,17 @@ def gpu(monkeypatch):
 def test_a_gpu_without_an_image_takes_triton(gpu):
     x, eps = torch.ones(2, 5, 4), 1e-6
     forward, backward = (x, 2, "max_abs", False, eps, True), (None, None, x, x, x, torch.ones(2, 4), x, x, eps)
-    for capability, architectures, driver in [
+    for capability, architectures, name in [
         ((8, 9), "8.0;9.0", "cuda"),
         ((12, 0), "8.0;9.0", "triton"),
         ((12, 0), "9.0+PTX", "cuda"),
         ((9, 0), "", "triton"),
     ]:
         gpu(capability, architectures)
-        assert drivers.default_driver("truncated_svd", forward) == driver
-        assert drivers.default_driver("truncated_svd_backward", backward) == driver
-        assert drivers.default_driver("align_singular_vectors", (x, x, None, True)) == driver
-        assert drivers._cuda_runs([x, x]) == (driver == "cuda")
+        assert implementations.fastest("truncated_svd", forward) == name
+        assert implementations.fastest("truncated_svd_backward", backward) == name
+        assert implementations.fastest("align_singular_vectors", (x, x, None, True)) == name
+        assert implementations._cuda_runs([x, x]) == (name == "cuda")
 
 
 def test_an_old_setuptools_is_refused_in_one_line(tmp_path):

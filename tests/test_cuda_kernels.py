@@ -1,5 +1,5 @@
 """The CUDA kernels where there is no GPU: their bodies on the host, in any order of threads and with any amount of shared memory, and what the
-compiler makes of them. That they give the right numbers is shown by the tests of truncated_svd and align_singular_vectors, driver "cuda"."""
+compiler makes of them. That they give the right numbers is shown by the tests of truncated_svd and align_singular_vectors, implementation "cuda"."""
 
 import json
 
@@ -12,6 +12,8 @@ from svd_checks import check
 
 import kdkernels
 from kdkernels import truncated_svd
+from kdkernels.options import Sign
+from kdkernels.testing import implementation
 
 OP = torch.ops.kdkernels
 LIMITS = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
@@ -39,7 +41,7 @@ def test_the_host_finds_faults():
 
 def _everything(x, k):
     given = x.clone().requires_grad_()
-    u, s, v = truncated_svd(given, k, return_u=True, driver="cuda")
+    u, s, v = implementation("cuda")(truncated_svd)(given, k, return_u=True)
     (v[..., 0] ** 3).sum().add((u[..., -1] * s[..., :1]).sum()).backward()
     return [u, s, v, given.grad]
 
@@ -90,12 +92,12 @@ def test_shapes_that_must_fit(target, limit):
 
 
 def test_too_large_is_an_error():
-    with pytest.raises(ValueError, match='driver="cuda" takes matrices whose smaller side is at most 1024'):
-        truncated_svd(torch.ones(1, 1100, 1025), 1, driver="cuda")
-    with pytest.raises(ValueError, match="driver must be one of"):
-        truncated_svd(torch.ones(1, 3, 2), 1, driver="metal")
-    with pytest.raises(ValueError, match="driver must be cuda, triton or torch"):
-        OP.truncated_svd(torch.ones(1, 3, 2), 1, "", False, 1e-6, False, "metal")
+    with pytest.raises(ValueError, match='implementation "cuda" takes matrices whose smaller side is at most 1024'):
+        implementation("cuda")(truncated_svd)(torch.ones(1, 1100, 1025), 1)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        implementation("metal")(truncated_svd)(torch.ones(1, 3, 2), 1)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        OP.truncated_svd(torch.ones(1, 3, 2), 1, Sign.NONE, False, 1e-6, False, 4)
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")

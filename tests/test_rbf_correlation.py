@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, of_sum
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
+from kdkernels.options import Reduction
 
 BACKENDS = [*DEVICES, "triton"]
 
@@ -73,7 +74,7 @@ def test_loss(case, backend):
     loss, gradients = _nan_where_not_finite(inputs, loss, gradients)
     compute = _compute(*inputs)
     rtol = 1e-6 if compute == torch.float32 else 1e-12
-    results = ops.rbf_correlation_loss(*inputs, case.beta, "none", [True] * 4)
+    results = ops.rbf_correlation_loss(*inputs, case.beta, Reduction.NONE, [True] * 4)
     assert results[0].dtype == compute
     # Where S = T to the last digit of a float the loss is what rounding leaves of numbers of the size of its terms.
     assert_close("loss", results[0], loss, rtol=rtol, atol=1e-30)
@@ -85,10 +86,10 @@ def test_loss(case, backend):
         assert_close(f"gradient of {name}", got, want, rtol=rtol, scale=size.nan_to_num(), atol=1e-22)
 
     total = loss.sum()
-    assert_close("sum", ops.rbf_correlation_loss(*inputs, case.beta, "sum", [False] * 4)[0], total, rtol=rtol, atol=1e-30)
+    assert_close("sum", ops.rbf_correlation_loss(*inputs, case.beta, Reduction.SUM, [False] * 4)[0], total, rtol=rtol, atol=1e-30)
     upstream = torch.tensor(-1.5, dtype=compute, device=inputs[0].device)
     wanted = [False, True, True, False]
-    *partial, _ = (None, *ops.rbf_correlation_loss_backward(upstream, *inputs, case.beta, "batchmean", wanted), None)
+    *partial, _ = (None, *ops.rbf_correlation_loss_backward(upstream, *inputs, case.beta, Reduction.BATCHMEAN, wanted), None)
     for x, got, want, size, asked in zip(inputs, partial[1:], gradients, sizes, wanted, strict=True):
         if not asked:
             assert got.numel() == 0
@@ -195,7 +196,7 @@ def test_any_range(seed, m, n, radius, apart, beta, dtype):
     tx, ty = radius * (torch.rand(2, m, 1, dtype=torch.float64) - 0.3), radius * (torch.rand(2, n, 1, dtype=torch.float64) - 0.6)
     inputs = [x.to(dtype) for x in (tx * (1 + apart * torch.randn_like(tx)), ty * (1 + apart * torch.randn_like(ty)), tx, ty)]
     loss, gradients, sizes = _exact(inputs, beta)
-    got, *grads = torch.ops.kdkernels.rbf_correlation_loss(*inputs, beta, "none", [True] * 4)
+    got, *grads = torch.ops.kdkernels.rbf_correlation_loss(*inputs, beta, Reduction.NONE, [True] * 4)
     rtol = 1e-6 if dtype == torch.float32 else 1e-11
     assert_close("loss", got, loss, rtol=rtol, atol=1e-30)
     for grad, want, size in zip(grads, gradients, sizes, strict=True):
@@ -254,7 +255,7 @@ def test_result_is_the_same_on_any_number_of_threads():
         for n in (1, 2):
             torch.set_num_threads(n)
             upstream = torch.randn(3, 400, 300, 2, generator=torch.Generator().manual_seed(0))
-            loss = torch.ops.kdkernels.rbf_correlation_loss(*inputs, 8.0, "sum", [True] * 4)
+            loss = torch.ops.kdkernels.rbf_correlation_loss(*inputs, 8.0, Reduction.SUM, [True] * 4)
             results.append([*loss, rbf_correlation(*inputs[:2]), *torch.ops.kdkernels.rbf_correlation_backward(upstream, *inputs[:2], 8.0)])
         torch.set_num_threads(threads)
         for one, two in zip(*results, strict=True):

@@ -5,6 +5,7 @@ import torch
 from correlation_cases import CORRELATION_CASES, CorrelationCase
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
+from kdkernels.options import Reduction
 
 REDUCTIONS = ["sum", "none", "batchmean"]
 
@@ -93,12 +94,12 @@ def test_opcheck(case, device):
     # What autograd's own test of a compiled graph compares: enough digits that only a wrong result differs.
     close = dict(rtol=1e-3, atol=1e-5)
     torch.library.opcheck(ops.rbf_correlation.default, (leaf, y, case.beta), **close)
-    torch.library.opcheck(ops.rbf_correlation_loss.default, (leaf, *inputs[1:], case.beta, "none", [False] * 4), **close)
+    torch.library.opcheck(ops.rbf_correlation_loss.default, (leaf, *inputs[1:], case.beta, Reduction.NONE, [False] * 4), **close)
     inputs = [v.detach() for v in inputs]
     out = ops.rbf_correlation(*inputs[:2], case.beta)
     torch.library.opcheck(ops.rbf_correlation_backward.default, (torch.randn_like(out), *inputs[:2], case.beta), **close)
     one = torch.ones((), dtype=out.dtype, device=device)
-    torch.library.opcheck(ops.rbf_correlation_loss_backward.default, (one, *inputs, case.beta, "sum", [True, False, True, True]), **close)
+    torch.library.opcheck(ops.rbf_correlation_loss_backward.default, (one, *inputs, case.beta, Reduction.SUM, [True, False, True, True]), **close)
 
 
 def test_opcheck_rescale(device):
@@ -202,8 +203,8 @@ def test_errors_of_correlation_name_the_argument():
 
 def test_ops_called_directly_guard_their_memory():
     ops = torch.ops.kdkernels
-    good = [X, Y, X, Y, 8.0, "sum", [True] * 4]
-    for position, value in {0: X[:1], 1: Y[..., :0], 2: X[:, :2], 3: Y[0], 4: 0.0, 5: "mean"}.items():
+    good = [X, Y, X, Y, 8.0, Reduction.SUM, [True] * 4]
+    for position, value in {0: X[:1], 1: Y[..., :0], 2: X[:, :2], 3: Y[0], 4: 0.0, 5: Reduction.MEAN}.items():
         arguments = list(good)
         arguments[position] = value
         with pytest.raises((ValueError, TypeError)):

@@ -7,6 +7,7 @@ import torch
 from layouts import random_layout
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
+from kdkernels.options import Reduction
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,10 +55,10 @@ def test_raw_ops_refuse_what_they_cannot_read():
             lambda w: ops.rbf_correlation(y, w, 8.0),
             lambda w: ops.rbf_correlation_backward(w, x, y, 8.0),
             lambda w: ops.rbf_correlation_backward(grad, w, y, 8.0),
-            lambda w: ops.rbf_correlation_loss(w, y, x, y, 8.0, "sum", [True] * 4),
-            lambda w: ops.rbf_correlation_loss(x, y, w, y, 8.0, "sum", [True] * 4),
-            lambda w: ops.rbf_correlation_loss_backward(w, x, y, x, y, 8.0, "sum", [True] * 4),
-            lambda w: ops.rbf_correlation_loss_backward(one, x, w, x, y, 8.0, "sum", [True] * 4),
+            lambda w: ops.rbf_correlation_loss(w, y, x, y, 8.0, Reduction.SUM, [True] * 4),
+            lambda w: ops.rbf_correlation_loss(x, y, w, y, 8.0, Reduction.SUM, [True] * 4),
+            lambda w: ops.rbf_correlation_loss_backward(w, x, y, x, y, 8.0, Reduction.SUM, [True] * 4),
+            lambda w: ops.rbf_correlation_loss_backward(one, x, w, x, y, 8.0, Reduction.SUM, [True] * 4),
             lambda w: ops.rbf_correlation_loss_rescale_(x.clone(), w),
         ):
             with pytest.raises((RuntimeError, ValueError, TypeError)):

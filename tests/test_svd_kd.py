@@ -91,13 +91,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *maps: svd_kd_loss(maps, teacher, 2), student)
 
 
-def test_rank1_and_official_gradients():
-    """By the formula; the official one is 0 where a map has as many places as channels or more."""
+def test_rank1_and_authors_gradients():
+    """By the formula; that of the authors' code is 0 where a map has as many places as channels or more."""
     student, teacher = [x.requires_grad_() for x in _maps()], _maps(seed=1)
     loss = svd_kd_loss(student, teacher, 2, grad="rank1")
     torch.testing.assert_close(loss, svd_kd_loss(student, teacher, 2), rtol=1e-12, atol=0)
     rank1 = torch.autograd.grad(loss, student)
-    official = torch.autograd.grad(svd_kd_loss(student, teacher, 2, grad="official"), student)
+    of_authors = torch.autograd.grad(svd_kd_loss(student, teacher, 2, grad="authors"), student)
 
     parts = [feature_svd(x.detach(), 3, return_u=True) for x in student]
     vectors = [v.clone().requires_grad_() for _, _, v in parts]
@@ -106,7 +106,7 @@ def test_rank1_and_official_gradients():
         _, s, w = feature_svd(t, 2)
         sides.append(align_singular_vectors(v, w, s / s.norm(dim=1, keepdim=True)))
     total = sum(2**0.5 / 2 * rbf_correlation_loss(a[0], b[0], a[1], b[1]) for a, b in itertools.pairwise(sides))
-    for x, (u, s, v), g, got, other in zip(student, parts, torch.autograd.grad(total, vectors), rank1, official, strict=True):
+    for x, (u, s, v), g, got, other in zip(student, parts, torch.autograd.grad(total, vectors), rank1, of_authors, strict=True):
         along = g - v * (v * g).sum(1, keepdim=True)
         want = u @ (along / s[:, None]).mT  # [B, places, C]
         torch.testing.assert_close(got.flatten(2).mT, want, rtol=1e-8, atol=1e-14)
@@ -114,14 +114,14 @@ def test_rank1_and_official_gradients():
         assert torch.equal(other, torch.zeros_like(got) if tall else got)
 
 
-def test_official_gradients_of_tall_maps_alone_are_zeros():
+def test_authors_gradients_of_tall_maps_alone_are_zeros():
     """A loss as any other: it has a backward, and no NaN of a map that is left out comes back."""
     shapes = [(3, 4, 4, 4), (3, 6, 3, 3)]
     student, teacher = _maps(shapes), _maps(shapes, seed=1)
     student[0][1, 0, 0, 0] = float("nan")
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         given = [x.detach().to(dtype, copy=True).requires_grad_() for x in student]
-        loss = svd_kd_loss(given, [x.to(dtype) for x in teacher], 2, grad="official")
+        loss = svd_kd_loss(given, [x.to(dtype) for x in teacher], 2, grad="authors")
         assert loss.requires_grad
         torch.testing.assert_close(loss, svd_kd_loss(given, [x.to(dtype) for x in teacher], 2, grad="rank1"), rtol=0, atol=0)
         loss.backward()
@@ -460,14 +460,14 @@ def test_widths_that_differ_name_the_tap():
         _fit(method, _data(), precision="32-true")
 
 
-def test_an_official_gradient_that_trains_nothing_is_refused():
+def test_an_authors_gradient_that_trains_nothing_is_refused():
     torch.manual_seed(0)
     nets = [_network(), _network()]
-    method = SVDKD(*nets, ["1", "2"], ["1", "2"], grad="official")
+    method = SVDKD(*nets, ["1", "2"], ["1", "2"], grad="authors")
     nets[0][2].stride = (1, 1)
     nets[0][5] = nn.LazyLinear(10)
     nets[0](torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="grad='official' trains no tapped layer"):
+    with pytest.raises(ValueError, match="grad='authors' trains no tapped layer"):
         _fit(method, _data(), precision="32-true")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, of_sum, rounding
 
 from kdkernels import reference, temperature_kl
+from kdkernels.options import VALUES
 
 
 def _operators(backend: str):
@@ -46,9 +47,9 @@ def _arguments(case, x):
         x["mask"],
         x["normalizer"],
         o["dim"],
-        o["direction"],
+        VALUES["direction"][o["direction"]],
         o["beta"],
-        o["reduction"],
+        VALUES["reduction"][o["reduction"]],
         o["scale_by_t2"],
         o["include_entropy"],
         o["target_eps"],

@@ -6,6 +6,7 @@ from cases import KL_CASES
 from test_temperature_kl import _arguments
 
 from kdkernels import reference, temperature_kl
+from kdkernels.options import Direction, Reduction
 
 DIRECTIONS = ["forward", "reverse", "jsd"]
 OPTIONS = [
@@ -293,8 +294,18 @@ def test_errors_name_the_argument(change, error, message):
 
 def test_ops_called_directly_guard_their_memory():
     op = torch.ops.kdkernels.temperature_kl.default
-    good = [X, X, 1.0, None, None, None, -1, "forward", 0.5, "sum", True, True, 0.0, False]
-    for position, bad in ((1, torch.zeros(4, 5)), (3, torch.ones(3)), (4, torch.ones(5, dtype=torch.bool)), (6, 7), (7, "up"), (9, "all"), (2, 0.0)):
+    good = [X, X, 1.0, None, None, None, -1, Direction.FORWARD, 0.5, Reduction.SUM, True, True, 0.0, False]
+    for position, bad in (
+        (1, torch.zeros(4, 5)),
+        (3, torch.ones(3)),
+        (4, torch.ones(5, dtype=torch.bool)),
+        (6, 7),
+        (7, 3),
+        (7, -1),
+        (9, 4),
+        (9, "sum"),
+        (2, 0.0),
+    ):
         arguments = list(good)
         arguments[position] = bad
         with pytest.raises((ValueError, TypeError)):

@@ -11,6 +11,7 @@ from test_temperature_kl import _operators
 from tolerances import assert_close
 
 from kdkernels import reference, temperature_kl
+from kdkernels.options import Direction, Reduction
 
 FORMS = {
     "forward": {},
@@ -292,7 +293,7 @@ def test_any_layout_of_any_dtypes(seed):
 X = torch.zeros(4, 6)
 ROWS = torch.ones(4)
 NONE = torch.zeros(0)
-GOOD = (X, X, 1.0, None, None, None, -1, "forward", 0.5, "sum", True, True, 0.0)
+GOOD = (X, X, 1.0, None, None, None, -1, Direction.FORWARD, 0.5, Reduction.SUM, True, True, 0.0)
 WRONG = [
     *((i, X.to(dtype)) for i in (0, 1) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.long, torch.complex64)),
     *((i, x) for i in (0, 1) for x in (X[:, :5], X[0], X[:, :0])),
@@ -300,7 +301,7 @@ WRONG = [
     (3, torch.ones(3)), (3, ROWS.long()), (3, ROWS.to(torch.float8_e4m3fn)), (3, torch.ones(())),
     (4, ROWS), (4, torch.ones(4, 6, dtype=torch.bool)), (4, torch.ones(5, dtype=torch.bool)),
     (5, torch.ones(2)), (5, torch.ones((), dtype=torch.complex64)), (5, torch.ones(0)), (5, torch.tensor(True)),
-    (6, 2), (6, -3), (7, "up"), (8, 1.5), (8, float("nan")), (9, "all"), (12, -1.0), (12, float("nan")),
+    (6, 2), (6, -3), (7, 3), (7, -1), (8, 1.5), (8, float("nan")), (9, 4), (9, 2**40), (12, -1.0), (12, float("nan")),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
 from kdkernels import reference
+from kdkernels.options import Direction, Normalize, Reduce, Reduction, Sign, Variant
 
 
 def _numbers(shape, seed):
@@ -239,10 +240,12 @@ def test_raw_ops_have_no_tangent_to_lose(name):
     ops = torch.ops.kdkernels
     x = torch.rand(2, 3, 4, dtype=torch.float64)
     calls = {
-        "temperature_kl": lambda x: ops.temperature_kl(x, x * 2, 1.0, None, None, None, -1, "forward", 0.5, "sum", True, True, 0.0, False),
-        "attention_pool": lambda x: ops.attention_pool(x, 2.0, "mean", "", 1e-12),
-        "attention_transfer_loss": lambda x: ops.attention_transfer_loss(x, x * 2, 2.0, "code", "mean", 1e-12, False),
-        "truncated_svd": lambda x: ops.truncated_svd(x, 1, "max_abs", True, 1e-12, False),
+        "temperature_kl": lambda x: ops.temperature_kl(
+            x, x * 2, 1.0, None, None, None, -1, Direction.FORWARD, 0.5, Reduction.SUM, True, True, 0.0, False
+        ),
+        "attention_pool": lambda x: ops.attention_pool(x, 2.0, Reduce.MEAN, Normalize.NONE, 1e-12),
+        "attention_transfer_loss": lambda x: ops.attention_transfer_loss(x, x * 2, 2.0, Variant.AUTHORS, Reduce.MEAN, 1e-12, False),
+        "truncated_svd": lambda x: ops.truncated_svd(x, 1, Sign.MAX_ABS, True, 1e-12, False),
         "align_singular_vectors": lambda x: ops.align_singular_vectors(x, x * 2, None, True),
     }
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no derivative in forward mode"):

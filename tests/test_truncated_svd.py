@@ -1,7 +1,7 @@
 """truncated_svd forward: against LAPACK in float64, known answers and properties."""
 
 import pytest
-import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +10,8 @@ from svd_checks import check, check_left_out, check_signs
 from tolerances import rounding
 
 from kdkernels import feature_svd, reference, truncated_svd
+from kdkernels.options import Sign
+from kdkernels.testing import implementation
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -81,9 +83,9 @@ def test_sign_follows_the_lowest_of_equals(svd):
     torch.testing.assert_close(free.abs(), got.abs())
 
 
-@pytest.mark.parametrize("driver", [None, "cuda"])
+@pytest.mark.parametrize("kernels", ["fastest", "cuda"])
 @given(m=st.integers(1, 40), n=st.integers(1, 40), data=st.data())
-def test_any_matrix(driver, m, n, data):
+def test_any_matrix(kernels, m, n, data):
     """Entries of any size, many of them equal or zero."""
     k = data.draw(st.integers(1, min(m, n)))
     exponent = data.draw(st.integers(-30, 30))
@@ -91,7 +93,7 @@ def test_any_matrix(driver, m, n, data):
     seed = data.draw(st.integers(0, 1000))
     choice = torch.randint(len(pool), (2, m, n), generator=torch.Generator().manual_seed(seed))
     x = (torch.tensor(pool, dtype=torch.float64)[choice] * 10.0**exponent).float()
-    u, s, v = truncated_svd(x, k, return_u=True, driver=driver)
+    u, s, v = implementation(kernels)(truncated_svd)(x, k, return_u=True)
     check(x, k, u, s, v)
     check_signs(v)
 
@@ -272,10 +274,10 @@ def test_errors():
         feature_svd(torch.ones(2, 3), 1)
     op = torch.ops.kdkernels
     with pytest.raises(ValueError, match="k must lie in"):
-        op.truncated_svd(x, 9, "", False, 1e-6, False)
+        op.truncated_svd(x, 9, Sign.NONE, False, 1e-6, False)
     with pytest.raises(ValueError, match="sign must be"):
-        op.truncated_svd(x, 1, "no", False, 1e-6, False)
-    u, s, v, state = op.truncated_svd(x, 2, "", True, 1e-6, True)
+        op.truncated_svd(x, 1, 2, False, 1e-6, False)
+    u, s, v, state = op.truncated_svd(x, 2, Sign.NONE, True, 1e-6, True)
     with pytest.raises(ValueError, match="grad_v must have shape"):
         op.truncated_svd_backward(None, None, v[:1], x, u, s, v, state, 1e-6)
     with pytest.raises(ValueError, match="s must have shape"):

@@ -1,7 +1,7 @@
 """The derivative of truncated_svd, and the op as a citizen of PyTorch."""
 
 import pytest
-import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from conftest import SVD
 from hypothesis import given
@@ -12,6 +12,8 @@ from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
 from kdkernels.ops import truncated_svd_torch as plain
+from kdkernels.options import Sign
+from kdkernels.testing import implementation
 
 OP = torch.ops.kdkernels
 DTYPES = [torch.float32, torch.float64]
@@ -142,14 +144,14 @@ def test_finite_for_every_input(m, n, dtype, svd):
                     assert got.isfinite().all(), f"{name}, k = {k}, upstream {size}, {names}"
 
 
-@pytest.mark.parametrize("driver", [None, "cuda"])
+@pytest.mark.parametrize("kernels", ["fastest", "cuda"])
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 12), n=st.integers(1, 12), data=st.data())
-def test_finite_for_any_matrix(driver, seed, m, n, data):
+def test_finite_for_any_matrix(kernels, seed, m, n, data):
     """Small integers: many equal, vanishing and repeated singular values."""
     k, levels, exponent = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, 3)), data.draw(st.integers(-35, 35))
     g = torch.Generator().manual_seed(seed)
     x = (torch.randint(-levels, levels + 1, (2, m, n), generator=g).double() * 10.0**exponent).float()
-    got = _gradient(truncated_svd, x, k, _cotangents(x, k, torch.float32), "usv", driver=driver)
+    got = _gradient(implementation(kernels)(truncated_svd), x, k, _cotangents(x, k, torch.float32), "usv")
     assert got.isfinite().all()
 
 
@@ -234,8 +236,8 @@ def test_the_route_in_plain_torch(m, n, k, dtype):
     """What CUDA tensors take until they have kernels: the same results and the same derivative."""
     for name, exact in kinds(m, n).items():
         x = exact.to(dtype)
-        u, s, v, state = OP.truncated_svd(x, k, "max_abs", True, 1e-6, True)
-        pu, ps, pv, _ = plain.truncated_svd(x, k, "max_abs", True, 1e-6, True)
+        u, s, v, state = OP.truncated_svd(x, k, Sign.MAX_ABS, True, 1e-6, True)
+        pu, ps, pv, _ = plain.truncated_svd(x, k, Sign.MAX_ABS, True, 1e-6, True)
         assert (pu.shape, pv.shape) == (u.shape, v.shape)
         assert pu.mT.is_contiguous()
         assert pv.mT.is_contiguous()
@@ -249,7 +251,7 @@ def test_the_route_in_plain_torch(m, n, k, dtype):
                 assert (own - got).norm() <= 2e4 * rounding(dtype) * got.norm()
     x = exact.clone()
     x[1, 0, 0] = float("nan")
-    u, s, v, state = plain.truncated_svd(x, k, "max_abs", True, 1e-6, True)
+    u, s, v, state = plain.truncated_svd(x, k, Sign.MAX_ABS, True, 1e-6, True)
     got = plain.truncated_svd_backward(None, torch.ones_like(s), torch.ones_like(v), x, u, s, v, state, 1e-6)
     assert got[1].isnan().all()
     assert got[[0, 2]].isfinite().all()
@@ -285,8 +287,8 @@ def test_opcheck_and_compile(m, n, device):
     svd = SVD(device, None)
     x = torch.randn(3, m, n, device=device).relu().requires_grad_()
     for return_u in (False, True):
-        torch.library.opcheck(OP.truncated_svd.default, (x, 2, "max_abs", return_u, 1e-6, False))
-    u, s, v, state = OP.truncated_svd(x.detach(), 2, "max_abs", True, 1e-6, True)
+        torch.library.opcheck(OP.truncated_svd.default, (x, 2, Sign.MAX_ABS, return_u, 1e-6, False))
+    u, s, v, state = OP.truncated_svd(x.detach(), 2, Sign.MAX_ABS, True, 1e-6, True)
     torch.library.opcheck(OP.truncated_svd_backward.default, (u, s, v, x.detach(), u, s, v, state, 1e-6))
 
     def loss(x):

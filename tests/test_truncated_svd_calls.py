@@ -6,13 +6,15 @@ import sys
 
 import numpy
 import pytest
-import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 
 from kdkernels import align_singular_vectors, feature_svd, reference, truncated_svd, truncated_svds
+from kdkernels.options import Implementation, Sign
+from kdkernels.testing import implementation
 
 OP = torch.ops.kdkernels
-DRIVERS = [None, "cuda", "torch"]
+IMPLEMENTATIONS = ["fastest", "cuda", "torch"]
 WRONG = [None, "x", [1], [[1.0]], float("nan"), float("inf"), True, object(), {}]
 
 
@@ -44,7 +46,6 @@ def test_wrong_arguments_are_named():
         "sign": ["plus", 1, True, [1], float("nan"), x, numpy.ones(2)],
         "return_u": [None, "yes", 1, [1], float("nan"), x],
         "gap_eps": ["small", [1], True, float("nan"), float("inf"), -1.0, x, 1j],
-        "driver": ["cublas", 1, True, [1], float("nan"), x],
     }
     for name, values in options.items():
         for bad in values:
@@ -52,7 +53,7 @@ def test_wrong_arguments_are_named():
             _refused(name, lambda: truncated_svd(x, **given))  # noqa: B023
             _refused(name, lambda: feature_svd(f, **given))  # noqa: B023
             _refused(name, lambda: truncated_svds([x, x], **given))  # noqa: B023
-    for name, bad in (("flip", None), ("flip", "both"), ("flip", 1), ("flip", [1]), ("flip", x), ("driver", "no"), ("driver", 1.0), ("driver", x)):
+    for name, bad in (("flip", None), ("flip", "both"), ("flip", 1), ("flip", [1]), ("flip", x)):
         _refused(name, lambda: align_singular_vectors(s, t, **{name: bad}))  # noqa: B023
 
 
@@ -74,68 +75,74 @@ def test_integers_of_other_kinds():
         torch.testing.assert_close(compiled(x, torch.ones(k, 7)), f(x, torch.ones(k, 7)))
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_no_triplets(driver, dtype):
+def test_no_triplets(kernels, dtype):
     """Of empty matrices, and none of others: empty results as torch.linalg.svd's, and zeros for gradients."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in ((2, 0, 3), (2, 3, 0), (0, 0), (3, 0, 0), (2, 4, 3), (0, 4, 3), (5, 4)):
         x = torch.randn(shape).to(dtype).requires_grad_()
-        u, s, v = truncated_svd(x, 0, return_u=True, driver=driver)
+        u, s, v = implementation(kernels)(truncated_svd)(x, 0, return_u=True)
         expected = [t[..., :0] for t in torch.linalg.svd(x.detach().to(wide), full_matrices=False)[:2]]
         assert [(t.shape, t.dtype) for t in (u, s)] == [(t.shape, t.dtype) for t in expected]
         assert (v.shape, v.dtype) == ((*shape[:-2], shape[-1], 0), wide)
         (grad,) = torch.autograd.grad(u.sum() + s.sum() + v.sum(), x)
         assert torch.equal(grad, torch.zeros_like(x))
-        _refused("k", lambda: truncated_svd(x, min(x.shape[-2:]) + 1, driver=driver))  # noqa: B023
-        assert truncated_svd(x, 0, driver=driver)[0] is None
+        _refused("k", lambda: implementation(kernels)(truncated_svd)(x, min(x.shape[-2:]) + 1))  # noqa: B023
+        assert implementation(kernels)(truncated_svd)(x, 0)[0] is None
         r = reference.truncated_svd(x, 0, return_u=True)
         assert [t.shape for t in r] == [u.shape, s.shape, v.shape]
-        for (_, so, vo), own in zip(truncated_svds([x, x.detach()], 0, driver=driver), (True, False), strict=True):
+        for (_, so, vo), own in zip(implementation(kernels)(truncated_svds)([x, x.detach()], 0), (True, False), strict=True):
             assert (so.shape, vo.shape, vo.requires_grad) == (s.shape, v.shape, own)
     nothing = torch.randn(2, 3, 0, 4, requires_grad=True)
-    _, s, v = feature_svd(nothing, 0, driver=driver)
+    _, s, v = implementation(kernels)(feature_svd)(nothing, 0)
     assert (s.shape, v.shape) == ((2, 0), (2, 3, 0))
     assert torch.autograd.grad(v.sum(), nothing)[0].shape == nothing.shape
     none = torch.randn(0, 4, 3, dtype=wide, requires_grad=True)
-    for result in (truncated_svd(none, 2, return_u=True, driver=driver), truncated_svds([none], 2, return_u=True, driver=driver)[0]):
+    with implementation(kernels):
+        results = truncated_svd(none, 2, return_u=True), truncated_svds([none], 2, return_u=True)[0]
+    for result in results:
         assert [t.shape for t in result] == [(0, 4, 2), (0, 2), (0, 3, 2)]
         assert torch.autograd.grad(sum(t.sum() for t in result), none)[0].shape == none.shape
-    mapped = torch.func.vmap(lambda a: truncated_svd(a, 0, driver=driver)[2])(torch.randn(3, 4, 5))
+    mapped = torch.func.vmap(lambda a: implementation(kernels)(truncated_svd)(a, 0)[2])(torch.randn(3, 4, 5))
     assert mapped.shape == (3, 5, 0)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_align_of_nothing(driver):
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+def test_align_of_nothing(kernels):
     for shape, many, k in (((2, 5), 3, 0), ((2, 0), 3, 2), ((0, 5), 3, 2), ((5,), 0, 0), ((0,), 1, 1)):
         student = torch.randn(*shape, many, requires_grad=True)
         teacher = torch.randn(*shape, k, dtype=torch.float64, requires_grad=True)
         for weight in (None, torch.rand(*shape[:-1], k, requires_grad=True)):
             for flip in ("teacher", "student"):
-                outputs = align_singular_vectors(student, teacher, weight, flip=flip, driver=driver)
+                outputs = implementation(kernels)(align_singular_vectors)(student, teacher, weight, flip=flip)
                 for t in outputs:
                     assert (t.shape, t.dtype) == ((*shape, k), torch.float64)
                 inputs = [t for t in (student, teacher, weight) if t is not None]
                 for t, g in zip(inputs, torch.autograd.grad(sum(o.sum() for o in outputs), inputs), strict=True):
                     assert torch.equal(g, torch.zeros_like(t))
-    _refused("student", lambda: align_singular_vectors(torch.ones(5, 0), torch.ones(5, 1), driver=driver))
+    _refused("student", lambda: implementation(kernels)(align_singular_vectors)(torch.ones(5, 0), torch.ones(5, 1)))
 
 
-def _raw_calls(driver):
+def _raw_calls(kernels):
     """Calls of the ops that must all be refused: what, and the call."""
     x = torch.randn(3, 6, 4)
     wide = x.mT.contiguous()
     other = [x.to(t) for t in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.int8, torch.bool, torch.complex64)]
-    named = "" if driver is None else f"_{driver}"
-    last = ("",) if driver is None else ()
+    named = "" if kernels == "fastest" else f"_{kernels}"
+    last = (Implementation.FASTEST,) if kernels == "fastest" else ()
     forward, backward = getattr(OP, f"truncated_svd{named}"), getattr(OP, f"truncated_svd_backward{named}")
-    u, s, v, state = forward(x, 2, "", True, 1e-6, True, *last)
+    u, s, v, state = forward(x, 2, Sign.NONE, True, 1e-6, True, *last)
     calls = {}
     for bad in (*other, torch.ones(3), torch.tensor(1.0), x[:, :0], x[..., :0]):
-        calls[f"x {bad.dtype} {tuple(bad.shape)}"] = lambda bad=bad: forward(bad, 2, "", True, 1e-6, True, *last)
+        calls[f"x {bad.dtype} {tuple(bad.shape)}"] = lambda bad=bad: forward(bad, 2, Sign.NONE, True, 1e-6, True, *last)
     for k in (-1, 0, 5, 2**40):
-        calls[f"k {k}"] = lambda k=k: forward(x, k, "", True, 1e-6, True, *last)
-    calls["sign"] = lambda: forward(x, 2, "plus", True, 1e-6, True, *last)
+        calls[f"k {k}"] = lambda k=k: forward(x, k, Sign.NONE, True, 1e-6, True, *last)
+    if kernels == "fastest":
+        for bad in (-1, 4, 2**40):
+            calls[f"implementation {bad}"] = lambda bad=bad: forward(x, 2, Sign.NONE, True, 1e-6, True, bad)
+            calls[f"group implementation {bad}"] = lambda bad=bad: OP.truncated_svd_group([x], 2, Sign.NONE, True, [1e-6], True, bad)
+    calls["sign"] = lambda: forward(x, 2, 2, True, 1e-6, True, *last)
     fine = {"gu": u, "gs": s, "gv": v, "x": x, "u": u, "s": s, "v": v, "state": state, "eps": 1e-6}
     wrong = {
         "gu": [u[:1], u[..., :1], u.int(), u[:, :3], v, u.to(torch.float8_e5m2)],
@@ -147,12 +154,12 @@ def _raw_calls(driver):
         "v": [v[:1], v.double(), v.int(), v[..., :1], u, torch.ones(3, 4, 9)],
         "eps": [0.0, -1.0, float("nan"), float("inf")],
     }
-    if driver != "torch":  # which keeps none, and takes any
+    if kernels != "torch":  # which keeps none, and takes any
         wrong["state"] = [state[:-1], state[:1], state.double(), state.int(), state.view(1, -1)[:, ::2], state.repeat(2)]
     for name, values in wrong.items():
         for i, bad in enumerate(values):
             calls[f"{name} {i}"] = lambda name=name, bad=bad: backward(*{**fine, name: bad}.values(), *last)
-    wu, ws, wv, wstate = forward(wide, 2, "", False, 1e-6, True, *last)
+    wu, ws, wv, wstate = forward(wide, 2, Sign.NONE, False, 1e-6, True, *last)
     calls["no u"] = lambda: backward(None, ws, wv, wide, wu[:0, 0, 0], ws, wv, wstate, 1e-6, *last)
     student, teacher, weight = torch.randn(3, 6, 4), torch.randn(3, 6, 2), torch.rand(3, 2)
     align, align_backward = getattr(OP, f"align_singular_vectors{named}"), getattr(OP, f"align_singular_vectors_backward{named}")
@@ -181,11 +188,11 @@ def _raw_calls(driver):
             calls[f"align backward {name} {i}"] = lambda given=given: align_backward(*(given[o] for o in order), *last)
     no_weight = {**fine_back, "weight": None}
     calls["align backward no weight"] = lambda: align_backward(*(no_weight[o] for o in order), *last)
-    if driver in (None, "cuda"):
+    if kernels in ("fastest", "cuda"):
         group, group_backward = (getattr(OP, f"truncated_svd_group{part}{named}") for part in ("", "_backward"))
         for i, (xs, k, eps) in enumerate((([], 2, []), ([x], 2, []), ([x], 5, [1e-6]), ([x, x.int()], 2, [1e-6] * 2), ([x, wide], 0, [1e-6] * 2))):
-            if (xs, driver) != ([], "cuda") and (i, driver) != (1, "cuda"):  # an empty launch; and gap_eps is the backward's
-                calls[f"group {i}"] = lambda xs=xs, k=k, eps=eps: group(xs, k, "", True, eps, True, *last)
+            if (xs, kernels) != ([], "cuda") and (i, kernels) != (1, "cuda"):  # an empty launch; and gap_eps is the backward's
+                calls[f"group {i}"] = lambda xs=xs, k=k, eps=eps: group(xs, k, Sign.NONE, True, eps, True, *last)
         lists = {name: [value, value] for name, value in fine.items()}
         for name in fine:
             given = {**lists, name: lists[name][:1]}
@@ -198,9 +205,9 @@ def _raw_calls(driver):
     return calls
 
 
-def raw_calls_are_refused(driver):
+def raw_calls_are_refused(kernels):
     accepted = []
-    for name, call in _raw_calls(driver).items():
+    for name, call in _raw_calls(kernels).items():
         try:
             call()
             accepted.append(name)
@@ -209,13 +216,13 @@ def raw_calls_are_refused(driver):
     assert not accepted, accepted
 
 
-@pytest.mark.parametrize("driver", [None, "cuda", "torch", "triton"])
-def test_raw_ops_refuse_what_they_cannot_read(driver):
+@pytest.mark.parametrize("kernels", ["fastest", "cuda", "torch", "triton"])
+def test_raw_ops_refuse_what_they_cannot_read(kernels):
     """In a process of its own: a signal is a failure, and not the end of all tests."""
-    if driver == "triton":
+    if kernels == "triton":
         pytest.importorskip("triton")
     code = (
-        f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_truncated_svd_calls as t; t.raw_calls_are_refused({driver!r})"
+        f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_truncated_svd_calls as t; t.raw_calls_are_refused({kernels!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-1500:]}"
@@ -223,7 +230,7 @@ def test_raw_ops_refuse_what_they_cannot_read(driver):
 
 def test_all_upstream_gradients_missing():
     x = torch.randn(3, 6, 4)
-    u, s, v, state = OP.truncated_svd(x, 2, "", True, 1e-6, True)
-    for driver in ("", "cuda", "torch"):
-        own = state[:0] if driver else state
-        assert torch.equal(OP.truncated_svd_backward(None, None, None, x, u, s, v, own, 1e-6, driver), torch.zeros_like(x))
+    u, s, v, state = OP.truncated_svd(x, 2, Sign.NONE, True, 1e-6, True)
+    for kernels in (Implementation.FASTEST, Implementation.CUDA, Implementation.TORCH):
+        own = state[:0] if kernels else state
+        assert torch.equal(OP.truncated_svd_backward(None, None, None, x, u, s, v, own, 1e-6, kernels), torch.zeros_like(x))

@@ -3,15 +3,16 @@
 import math
 
 import pytest
-import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from matrix_cases import with_singular_values
 from svd_checks import check_signs
 from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
+from kdkernels.testing import implementation
 
-DRIVERS = [None, "cuda", "torch"]
+IMPLEMENTATIONS = ["fastest", "cuda", "torch"]
 # Powers of two, so that the matrix is exactly the scaled one where it is not denormal.
 SCALES = {torch.float32: [2.0**-133, 2.0**-110, 2.0**-60, 2.0**70, 2.0**125, 2.0**127], torch.float64: [2.0**-1030, 2.0**-700, 2.0**600, 2.0**1023]}
 
@@ -35,11 +36,11 @@ def _times(t, e):
     return t
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", list(SCALES), ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(9, 6, 2), (6, 9, 6), (1, 4, 1), (110, 120, 1)])
-def test_vectors_values_and_gradients(m, n, k, dtype, driver):
-    if max(m, n) > 50 and driver:
+def test_vectors_values_and_gradients(m, n, k, dtype, kernels):
+    if max(m, n) > 50 and kernels != "fastest":
         pytest.skip("one size shows it")
     g = torch.Generator().manual_seed(1)
     gu0, gs, gv0 = (torch.randn(3, *shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k,), (n, k)))
@@ -54,7 +55,7 @@ def test_vectors_values_and_gradients(m, n, k, dtype, driver):
         limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
         digits = 2.0 ** -min(24 if dtype == torch.float32 else 53, e + (149 if dtype == torch.float32 else 1074))
         given = x.clone().requires_grad_()
-        u, s, v = truncated_svd(given, k, return_u=True, driver=driver)
+        u, s, v = implementation(kernels)(truncated_svd)(given, k, return_u=True)
         wide = unit.requires_grad_()
         wu, ws, wv = reference.truncated_svd(wide, k, return_u=True)
         most = torch.finfo(dtype).max
@@ -84,12 +85,12 @@ def test_vectors_values_and_gradients(m, n, k, dtype, driver):
             assert ((got.double() - true).abs() <= allowed).all(), f"{scale:.0e} {upstream}: {((got.double() - true).abs() / size).max():.1e}"
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_a_largest_value_that_has_no_room(driver):
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+def test_a_largest_value_that_has_no_room(kernels):
     """Entries of 3e38 are numbers of float32, and their singular value is not: it is an infinity, and vectors and gradients are what they are."""
     base = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.5
     x = (3e38 * base).float().requires_grad_()
-    _, s, v = truncated_svd(x, 2, driver=driver)
+    _, s, v = implementation(kernels)(truncated_svd)(x, 2)
     assert s[:, 0].isinf().all()
     wide = x.detach().double().requires_grad_()
     _, _ws, wv = reference.truncated_svd(wide, 2)
@@ -99,24 +100,24 @@ def test_a_largest_value_that_has_no_room(driver):
     (got,) = torch.autograd.grad(v, x, upstream * 1e20)
     (true,) = torch.autograd.grad(wv, wide, upstream.double() * 1e20)
     assert got.isfinite().all()
-    if driver != "cuda":  # whose second value is small here, and its form of G then comes of s
+    if kernels != "cuda":  # whose second value is small here, and its form of G then comes of s
         assert (got.double() - true).norm() <= 1e-4 * true.norm()
 
 
 @pytest.mark.parametrize("dtype", list(SCALES), ids=str)
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_a_batch_of_all_scales(dtype, driver):
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+def test_a_batch_of_all_scales(dtype, kernels):
     """Neighbours do not see them, to the bit."""
     base = torch.rand(6, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scales = torch.tensor([*SCALES[dtype][:2], 1.0, 1.0, *SCALES[dtype][-2:]], dtype=torch.float64)
     x = (base.to(dtype) * (scales / 2).to(dtype)[:, None, None]).requires_grad_()
-    u, s, v = truncated_svd(x, 2, return_u=True, driver=driver)
+    u, s, v = implementation(kernels)(truncated_svd)(x, 2, return_u=True)
     (u.sum() + v.sum()).backward()
     assert x.grad.isfinite().all()
     for i in range(6):
         own = x[i : i + 1].detach().requires_grad_()
-        one = truncated_svd(own, 2, return_u=True, driver=driver)
+        one = implementation(kernels)(truncated_svd)(own, 2, return_u=True)
         (one[0].sum() + one[2].sum()).backward()
         for a, b in zip((u, s, v, x.grad), (*one, own.grad), strict=True):
-            if driver != "torch":
+            if kernels != "torch":
                 assert torch.equal(a[i : i + 1], b)

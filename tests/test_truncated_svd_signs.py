@@ -1,14 +1,15 @@
 """Which sign a singular vector gets where entries tie, and which vector a teacher's finds where cosines do: decided by position, not by rounding."""
 
 import pytest
-import testing_ops  # noqa: F401  registers driver="cuda" on CPU tensors
+import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from conftest import SVD
 from matrix_cases import laid_out
 
 from kdkernels import align_singular_vectors, reference, truncated_svd
+from kdkernels.testing import implementation
 
-DRIVERS = [None, "cuda", "torch"]
+IMPLEMENTATIONS = ["fastest", "cuda", "torch"]
 
 
 def _tied(m, n, near=0.0, seed=0):
@@ -26,8 +27,8 @@ def _tied(m, n, near=0.0, seed=0):
     return torch.stack(batch)
 
 
-def _signs(x, k=1, **options):
-    _, _, v = truncated_svd(x, k, **options)
+def _signs(x, k=1, kernels="fastest", **options):
+    _, _, v = implementation(kernels)(truncated_svd)(x, k, **options)
     size = v[..., 0].abs()
     first = (size >= (1 - 1e-4) * size.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
     assert (v[..., 0].gather(-1, first) > 0).all()
@@ -36,11 +37,11 @@ def _signs(x, k=1, **options):
 
 def test_known_answer():
     x = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    for driver in DRIVERS:
+    for kernels in IMPLEMENTATIONS:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for k in (1, 2):
-                assert truncated_svd(x.to(dtype), k, driver=driver)[2][:, 0].sign().tolist() == [1, -1]
-                assert truncated_svd(-x.to(dtype), k, driver=driver)[2][:, 0].sign().tolist() == [1, -1]
+                assert implementation(kernels)(truncated_svd)(x.to(dtype), k)[2][:, 0].sign().tolist() == [1, -1]
+                assert implementation(kernels)(truncated_svd)(-x.to(dtype), k)[2][:, 0].sign().tolist() == [1, -1]
     assert reference.truncated_svd(x, 1)[2][:, 0].sign().tolist() == [1, -1]
 
 
@@ -50,16 +51,16 @@ def test_the_same_signs_everywhere(m, n, near):
     """For any k, batch, type, layout and implementation, and for both signs of a matrix: also where the tie is not quite one, or none."""
     x = _tied(m, n, near)
     expected = _signs(x)
-    for driver in DRIVERS:
+    for kernels in IMPLEMENTATIONS:
         for dtype in (torch.float32, torch.float64):
             given = x.to(dtype)
             for k in (1, 2, min(m, n)) if n < 50 else (1, 2):
-                assert torch.equal(_signs(given, k, driver=driver).double(), expected)
+                assert torch.equal(_signs(given, k, kernels=kernels).double(), expected)
             for layout in ("columns", "neither"):
-                assert torch.equal(_signs(laid_out(given, layout), driver=driver).double(), expected)
-            assert torch.equal(_signs(-given, driver=driver).double(), expected)
-            assert torch.equal(_signs(given, return_u=True, driver=driver).double(), expected)
-            assert torch.equal(torch.stack([_signs(own, driver=driver) for own in given]).double(), expected)
+                assert torch.equal(_signs(laid_out(given, layout), kernels=kernels).double(), expected)
+            assert torch.equal(_signs(-given, kernels=kernels).double(), expected)
+            assert torch.equal(_signs(given, return_u=True, kernels=kernels).double(), expected)
+            assert torch.equal(torch.stack([_signs(own, kernels=kernels) for own in given]).double(), expected)
     half = x.bfloat16()  # whose own numbers decide
     assert torch.equal(_signs(half), _signs(half.double()).float())
 
@@ -71,7 +72,7 @@ def test_in_triton(monkeypatch):
         x = _tied(7, 6, near).float()
         expected = _signs(x.double()).float()
         for options in ({}, {"return_u": True}):
-            assert torch.equal(_signs(x.to(svd.device), 2, driver="triton", **options).cpu(), expected)
+            assert torch.equal(_signs(x.to(svd.device), 2, kernels="triton", **options).cpu(), expected)
     for teacher, student in (_equal_cosines(),):
         s, _ = svd.align(student.to(svd.device), teacher.to(svd.device))
         torch.testing.assert_close(s[..., 0].cpu(), student[..., 0])
@@ -85,14 +86,14 @@ def _equal_cosines(dtype=torch.float32):
     return teacher, student
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_tie_of_cosines(driver, dtype):
+def test_a_tie_of_cosines(kernels, dtype):
     teacher, student = _equal_cosines(dtype)
     for own in (student, student * torch.tensor([1.0, -1.0, 1.0], dtype=dtype)):
-        s, _t = align_singular_vectors(own, teacher, driver=driver)
+        s, _t = implementation(kernels)(align_singular_vectors)(own, teacher)
         torch.testing.assert_close(s[..., 0], own[..., 0], rtol=0, atol=0)
         torch.testing.assert_close(reference.align_singular_vectors(own, teacher)[0], s)
     better = student.clone()
     better[0, 1] += 1e-4  # no tie
-    torch.testing.assert_close(align_singular_vectors(better, teacher, driver=driver)[0][..., 0], better[..., 1], rtol=0, atol=0)
+    torch.testing.assert_close(align_singular_vectors(better, teacher, kernels=kernels)[0][..., 0], better[..., 1], rtol=0, atol=0)

@@ -8,6 +8,8 @@ from svd_checks import check, check_left_out, check_signs
 from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
+from kdkernels.options import Implementation, Sign
+from kdkernels.testing import implementation
 
 pytest.importorskip("triton")
 
@@ -119,11 +121,11 @@ def test_half_and_missing_state(svd):
     assert x.grad.dtype == torch.bfloat16
     op = torch.ops.kdkernels.truncated_svd_backward
     arguments = (torch.ones_like(u), None, torch.ones_like(v), x.detach().float(), u.detach(), s.detach(), v.detach())
-    state = torch.ops.kdkernels.truncated_svd(x.detach().float(), 2, "max_abs", True, 1e-6, True, "triton")[3]
-    with_state, without = (op(*arguments, t, 1e-6, "triton") for t in (state, state[:0]))
+    state = torch.ops.kdkernels.truncated_svd(x.detach().float(), 2, Sign.MAX_ABS, True, 1e-6, True, Implementation.TRITON)[3]
+    with_state, without = (op(*arguments, t, 1e-6, Implementation.TRITON) for t in (state, state[:0]))
     torch.testing.assert_close(with_state, without, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="state must be that of the forward"):
-        op(*arguments, state[:-1], 1e-6, "triton")
+        op(*arguments, state[:-1], 1e-6, Implementation.TRITON)
     empty = torch.randn(0, 5, 3, device=svd.device, requires_grad=True)
     svd(empty, 2)[2].sum().backward()
     assert empty.grad.shape == empty.shape
@@ -158,10 +160,10 @@ def test_what_is_missing_is_named(monkeypatch):
     x = torch.ones(1, 3, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 in the environment"):
-        truncated_svd(x, 1, driver="triton")
-    monkeypatch.setattr("kdkernels.ops.truncated_svd_drivers.importlib.util.find_spec", lambda name: None)
+        implementation("triton")(truncated_svd)(x, 1)
+    monkeypatch.setattr("kdkernels.ops.truncated_svd_implementations.importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="which is not installed: pip install triton"):
-        truncated_svd(x, 1, driver="triton")
+        implementation("triton")(truncated_svd)(x, 1)
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)

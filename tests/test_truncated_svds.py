@@ -28,7 +28,7 @@ def _loss(results):
 def test_the_same_as_each_alone(return_u, svd):
     together = [x.requires_grad_() for x in _batches(svd.device)]
     alone = [x.requires_grad_() for x in _batches(svd.device)]
-    results = truncated_svds(together, 3, return_u=return_u, driver=svd.driver)
+    results = svd.decompose_all(together, 3, return_u=return_u)
     expected = [svd(x, 3, return_u=return_u) for x in alone]
     for own, other in zip(results, expected, strict=True):
         assert (own[0] is None) == (not return_u)
@@ -44,7 +44,7 @@ def test_the_same_as_each_alone(return_u, svd):
 def test_parts_of_the_gradient(svd):
     """Only some outputs are used, only some inputs ask."""
     x, y, z = (t.requires_grad_() for t in _batches(svd.device)[17:20])
-    (_, s, _), (_, _, v), _ = truncated_svds([x, y, z.detach()], 2, driver=svd.driver)
+    (_, s, _), (_, _, v), _ = svd.decompose_all([x, y, z.detach()], 2)
     of_x, of_y = torch.autograd.grad(s.sum() + (v[..., 1] ** 3).sum(), [x, y])
     assert torch.equal(of_x, torch.autograd.grad(svd(x, 2)[1].sum(), x)[0])
     assert torch.equal(of_y, torch.autograd.grad((svd(y, 2)[2][..., 1] ** 3).sum(), y)[0])
@@ -52,7 +52,7 @@ def test_parts_of_the_gradient(svd):
 
 def test_compile(svd):
     def loss(x, y):
-        return sum((s[..., None, :] * v).square().sum() + v[..., 0].sum() for _, s, v in truncated_svds([x, y], 2, driver=svd.driver))
+        return sum((s[..., None, :] * v).square().sum() + v[..., 0].sum() for _, s, v in svd.decompose_all([x, y], 2))
 
     x, y = (torch.randn(shape, device=svd.device, requires_grad=True) for shape in ((3, 12, 7), (2, 5, 9)))
     expected, got = loss(x, y), torch.compile(loss, fullgraph=True)(x, y)
@@ -95,7 +95,7 @@ def test_members_without_a_gradient(svd):
     other = torch.randn(2, 40, 30, device=svd.device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        results = truncated_svds([teacher, x, other], 2, return_u=True, driver=svd.driver)
+        results = svd.decompose_all([teacher, x, other], 2, return_u=True)
     assert sum(t.numel() for t in saved) < 1000
     assert [v.requires_grad for _, _, v in results] == [False, True, False]
     for result, given in zip(results, (teacher, x, other), strict=True):

@@ -110,6 +110,6 @@ def test_half_features_are_pooled_in_float():
 def test_the_reference_of_svd_kd_cuts_k_as_the_loss_does():
     student = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 3, 3), (5, 2, 2), (3, 2, 4))]
     teacher = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 5, 3), (5, 2, 1), (3, 2, 2))]
-    for loss in ("official", "mean"):
+    for loss in ("authors", "mean"):
         for k in (1, 2, 3, 9):
             torch.testing.assert_close(nn.svd_kd_loss(student, teacher, k, loss=loss), reference.svd_kd_loss(student, teacher, k, loss=loss))

@@ -45,6 +45,8 @@ from triton.compiler.compiler import compile as triton_compile
 from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
+from kdkernels.options import VALUES, Reduction, Sign
+
 # Bytes of shared memory that a program may use on each GPU.
 # Triton 3.6, of torch 2.10 and 2.11, allocates registers less well: it spills up to 128 bytes in two kernels where later ones spill none.
 STACK = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
@@ -237,7 +239,15 @@ def kl_calls(kind: str):
 
     def call(case: KLCase, flags):
         x = {name: None if v is None else on_gpu(v) for name, v in case.make().items()}
-        arguments = (x["student"], x["teacher"], case.temperature, x["temperature"], x["mask"], x["normalizer"], *case.options.values())
+        arguments = (
+            x["student"],
+            x["teacher"],
+            case.temperature,
+            x["temperature"],
+            x["mask"],
+            x["normalizer"],
+            *(VALUES[name][o] if name in VALUES else o for name, o in case.options.items()),
+        )
         for wanted in flags:
             if wanted in ("loss", "loss and gradient"):
                 loss, grad, row_scale = kl.temperature_kl(*arguments, wanted != "loss")
@@ -294,27 +304,29 @@ def attention_calls(kind: str):
 
     def pool(case: FeatureCase, p, reduce, normalize):
         x = on_gpu(case.make())
-        maps, norm, channel = at.attention_pool(x, p, reduce, normalize, 1e-12)
+        options = (VALUES["reduce"][reduce], VALUES["normalize"][normalize], 1e-12)
+        maps, norm, channel = at.attention_pool(x, p, *options)
         for grad in (torch.empty_like(maps), empty(1, dtype=maps.dtype).expand(maps.shape)):
-            at.attention_pool_backward(grad, x, maps, norm, channel, p, reduce, normalize, 1e-12)
+            at.attention_pool_backward(grad, x, maps, norm, channel, p, *options)
 
     def transfer(case: FeatureCase, p, variant, reduce, flags):
         student = on_gpu(case.make())
         teacher = on_gpu(FeatureCase("", (case.shape[0], 4, *case.shape[2:]), torch.promote_types(torch.float32, case.dtype)).make())
+        options = (VALUES["variant"][variant], VALUES["reduce"][reduce], 1e-12)
         for wanted in flags:
             if wanted in ("loss", "loss and gradient"):
-                at.attention_transfer_loss(student, teacher, p, variant, reduce, 1e-12, wanted != "loss")
+                at.attention_transfer_loss(student, teacher, p, *options, wanted != "loss")
             else:
                 upstream = empty(dtype=torch.promote_types(torch.float32, case.dtype))
                 wants = [name in wanted for name in ("student", "teacher")]
-                at.attention_transfer_loss_backward(upstream, student, teacher, p, variant, reduce, 1e-12, wants)
+                at.attention_transfer_loss_backward(upstream, student, teacher, p, *options, wants)
 
     forms = [
-        (2.0, "mean", ""),
+        (2.0, "mean", None),
         (2.0, "max", "l2"),
         (1.0, "sum", "softmax"),
         (1.5, "mean", "l2"),
-        (3.0, "max", ""),
+        (3.0, "max", None),
         (2.7, "sum", "l2"),
         (4.0, "max", "softmax"),
     ]
@@ -322,9 +334,9 @@ def attention_calls(kind: str):
     if kind == "cases":
         for i, case in enumerate(FEATURE_CASES):
             yield f"{case.name} {forms[i % 7]}", partial(pool, case, *forms[i % 7])
-            yield f"{case.name}, loss", partial(transfer, case, 2.0, ("code", "paper")[i % 2], "mean", ["loss and gradient", "student, teacher"])
+            yield f"{case.name}, loss", partial(transfer, case, 2.0, ("authors", "paper")[i % 2], "mean", ["loss and gradient", "student, teacher"])
         yield "one of all in every form", lambda: [pool(FEATURE_CASES[1], *form) for form in forms]
-        yield "one of all, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "code", "max", every)
+        yield "one of all, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
         yield "plain, loss in parts", partial(transfer, FEATURE_CASES[0], 2.7, "paper", "sum", every)
     if kind == "shapes":
         for i, shape in enumerate([(128, 256, 8, 8), (128, 256, 56, 56), (128, 512, 2, 2), (128, 64, 8, 8), (128, 256, 56, 56), (128, 3, 3, 3)]):
@@ -333,7 +345,7 @@ def attention_calls(kind: str):
             dtype, *form = [(torch.bfloat16, 2.7, "mean", "l2"), (torch.float16, 1.5, "max", "softmax"), (torch.float64, 2.7, "max", "l2")][i % 3]
             yield f"{shape} {layout} {dtype}", partial(pool, FeatureCase("", shape, dtype, layout), *form)
         for extent, dtype in ((8, torch.float32), (56, torch.float32), (56, torch.float64)):
-            for variant in ("code", "paper"):
+            for variant in ("authors", "paper"):
                 case = FeatureCase("", (128, 64, extent, extent), dtype)
                 yield f"loss {variant} {extent} {dtype}", partial(transfer, case, 2.0, variant, "mean", ["loss and gradient", "student, teacher"])
     if kind == "large":
@@ -345,7 +357,7 @@ def attention_calls(kind: str):
         ):
             yield f"{shape} {layout}", partial(pool, FeatureCase("", shape, torch.bfloat16, layout), 2.0, "max", "l2")
         yield "a map of 3e9 numbers", partial(pool, FeatureCase("", (1, 2, 3 << 30), torch.bfloat16), 2.0, "mean", "softmax")
-        yield "a large batch, loss", partial(transfer, FeatureCase("", (1 << 17, 3, 2, 2)), 2.0, "code", "mean", every)
+        yield "a large batch, loss", partial(transfer, FeatureCase("", (1 << 17, 3, 2, 2)), 2.0, "authors", "mean", every)
         yield "double, many channels", partial(pool, FeatureCase("", (2, 1 << 20, 16, 16), torch.float64), 2.0, "mean", "l2")
 
 
@@ -357,8 +369,8 @@ def rbf_calls(kind: str):
         dtype = torch.promote_types(torch.float32, case.dtype)
         for wanted in flags:
             wants = [name in wanted for name in ("sx", "sy", "tx", "ty")]
-            rbf.rbf_correlation_loss(*inputs, case.beta, "batchmean", wants)
-            for reduction, shape in (("none", case.shape[:1]), ("sum", ())):
+            rbf.rbf_correlation_loss(*inputs, case.beta, Reduction.BATCHMEAN, wants)
+            for reduction, shape in ((Reduction.NONE, case.shape[:1]), (Reduction.SUM, ())):
                 rbf.rbf_correlation_loss_backward(empty(*shape, dtype=dtype), *inputs, case.beta, reduction, wants)
 
     def dense(case: CorrelationCase):
@@ -396,7 +408,7 @@ def svd_calls(kind: str):
 
     def decompose(m, n, k, dtype=torch.float32, layout="rows", batch=3, return_u=True, state=True, gradients="u, s, v"):
         x = on_gpu(laid_out(torch.empty(batch, m, n, dtype=dtype), layout))
-        u, s, v, saved = svd.truncated_svd(x, k, "max_abs", return_u, 1e-6, state)
+        u, s, v, saved = svd.truncated_svd(x, k, Sign.MAX_ABS, return_u, 1e-6, state)
         given = [torch.empty_like(t) if name in gradients else None for name, t in zip("usv", (u, s, v), strict=True)]
         svd.truncated_svd_backward(*given, x, u, s, v, saved, 1e-6)
 

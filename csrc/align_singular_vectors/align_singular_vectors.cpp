@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "../common/check.h"
-#include "../common/drivers.h"
+#include "../common/implementations.h"
 #include "../common/saved_gradient.h"
 
 namespace kdkernels::align_singular_vectors {
@@ -12,11 +12,11 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using WithDriver = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool,
-                                                              c10::string_view);
-using BackwardWithDriver = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                                                              const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
-                                                              bool, std::array<bool, 3>, c10::string_view);
+using WithImplementation = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool,
+                                                                      int64_t);
+using BackwardWithImplementation = std::tuple<Tensor, Tensor, Tensor>(const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                                      const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                                                      const Tensor&, const Tensor&, bool, std::array<bool, 3>, int64_t);
 
 std::optional<Tensor> optional(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
@@ -29,10 +29,10 @@ bool needs_grad(const std::optional<Tensor>& t) {
 // not differentiable.
 struct Align : torch::autograd::Function<Align> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                               bool flip_teacher, std::string driver, std::array<Tensor, 4>* all) {
-    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
+                               bool flip_teacher, int64_t implementation, std::array<Tensor, 4>* all) {
+    static const auto op = find_op<WithImplementation>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher, driver);
+    auto [s, t, match, flips] = op.call(student, teacher, weight, flip_teacher, implementation);
     *all = {s, t, match, flips};
     variable_list outputs;
     if (student.requires_grad() || needs_grad(weight)) outputs.push_back(s);
@@ -42,13 +42,13 @@ struct Align : torch::autograd::Function<Align> {
     auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
     ctx->save_for_backward({savable(student), savable(teacher), savable(weight.value_or(Tensor())), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
-    ctx->saved_data["driver"] = driver;
+    ctx->saved_data["implementation"] = implementation;
     ctx->saved_data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad(), needs_grad(weight)};
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op = find_op<BackwardWithDriver>("kdkernels::align_singular_vectors_backward");
+    static const auto op = find_op<BackwardWithImplementation>("kdkernels::align_singular_vectors_backward");
     variable_list result(6);  // one for each argument of forward
     const auto needs = ctx->saved_data["needs"].toBoolList();
     const Tensor to_s = needs[0] || needs[2] ? grads.front() : Tensor(), to_t = needs[1] || needs[2] ? grads.back() : Tensor();
@@ -57,7 +57,7 @@ struct Align : torch::autograd::Function<Align> {
     const auto kept = saved(ctx);
     auto [s, t, w] = op.call(optional(to_s), optional(to_t), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
                              ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
-                             ctx->saved_data["driver"].toStringRef());
+                             ctx->saved_data["implementation"].toInt());
     if (needs[0]) result[0] = s;
     if (needs[1]) result[1] = t;
     if (needs[2]) result[2] = w;
@@ -66,16 +66,16 @@ struct Align : torch::autograd::Function<Align> {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                                                    bool flip_teacher, c10::string_view driver) {
+                                                    bool flip_teacher, int64_t implementation) {
   check_no_tangent("align_singular_vectors", student, teacher, weight.value_or(Tensor()));
   const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
   if (!at::GradMode::is_enabled() || !any) {
-    static const auto op = find_op<WithDriver>("kdkernels::align_singular_vectors");
+    static const auto op = find_op<WithImplementation>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(student, teacher, weight, flip_teacher, driver);
+    return op.call(student, teacher, weight, flip_teacher, implementation);
   }
   std::array<Tensor, 4> all;
-  const auto out = Align::apply(student, teacher, weight, flip_teacher, std::string(driver), &all);
+  const auto out = Align::apply(student, teacher, weight, flip_teacher, implementation, &all);
   if (student.requires_grad() || needs_grad(weight)) all[0] = out.front();
   if (teacher.requires_grad() || needs_grad(weight)) all[1] = out.back();
   return {all[0], all[1], all[2], all[3]};
@@ -91,12 +91,12 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   const std::string of_backward =
       "(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, Tensor match, Tensor flips, "
       "bool flip_teacher, bool[3] wanted";
-  // driver: "" for the fastest there is.
-  m.def(("align_singular_vectors" + arguments + ", str driver=\"\"" + results).c_str());
-  m.def(("align_singular_vectors_backward" + of_backward + ", str driver=\"\") -> (Tensor, Tensor, Tensor)").c_str());
-  for (const std::string driver : {"cuda", "triton", "torch"}) {
-    m.def(("align_singular_vectors_" + driver + arguments + results).c_str());
-    m.def(("align_singular_vectors_backward_" + driver + of_backward + ") -> (Tensor, Tensor, Tensor)").c_str());
+  // implementation: see csrc/check.h.
+  m.def(("align_singular_vectors" + arguments + ", int implementation=0" + results).c_str());
+  m.def(("align_singular_vectors_backward" + of_backward + ", int implementation=0) -> (Tensor, Tensor, Tensor)").c_str());
+  for (const std::string implementation : {"cuda", "triton", "torch"}) {
+    m.def(("align_singular_vectors_" + implementation + arguments + results).c_str());
+    m.def(("align_singular_vectors_backward_" + implementation + of_backward + ") -> (Tensor, Tensor, Tensor)").c_str());
   }
 }
 

@@ -11,7 +11,7 @@
 
 namespace kdkernels::align_singular_vectors {
 
-// The drivers' ops, see common/drivers.h.
+// The ops of implementations, see common/implementations.h.
 using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                              const std::optional<at::Tensor>&, bool);
 using BackwardSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,

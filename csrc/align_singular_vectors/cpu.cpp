@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "../common/drivers.h"
+#include "../common/implementations.h"
 #include "../common/simd.h"
 #include "align_singular_vectors.h"
 
@@ -93,8 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_st
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> align_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
-                                                     bool flip_teacher, c10::string_view driver) {
-  if (!driver.empty()) return driver_op<Signature>("align_singular_vectors", driver).call(student, teacher, weight, flip_teacher);
+                                                     bool flip_teacher, int64_t implementation) {
+  if (const auto chosen = parse_implementation(implementation); chosen != Implementation::fastest)
+    return implementation_op<Signature>("align_singular_vectors", chosen).call(student, teacher, weight, flip_teacher);
   check(student, teacher, weight);
   return (in_double(student, teacher) ? forward<double> : forward<float>)(student, teacher, weight, flip_teacher);
 }
@@ -102,9 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_cpu(const Tensor& student, cons
 std::tuple<Tensor, Tensor, Tensor> align_backward_cpu(const std::optional<Tensor>& grad_student, const std::optional<Tensor>& grad_teacher,
                                                       const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                       const Tensor& match, const Tensor& flips, bool flip_teacher,
-                                                      std::array<bool, 3> wanted, c10::string_view driver) {
-  if (!driver.empty())
-    return driver_op<BackwardSignature>("align_singular_vectors_backward", driver)
+                                                      std::array<bool, 3> wanted, int64_t implementation) {
+  if (const auto chosen = parse_implementation(implementation); chosen != Implementation::fastest)
+    return implementation_op<BackwardSignature>("align_singular_vectors_backward", chosen)
         .call(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted);
   check_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, wanted);
   check_match(match, student.size(-1));

@@ -1,4 +1,4 @@
-// driver="cuda" of align_singular_vectors on CUDA tensors.
+// The implementation "cuda" of align_singular_vectors on CUDA tensors.
 #include <torch/library.h>
 
 #include "../common/cuda_device.h"

@@ -15,18 +15,17 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using PoolSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, c10::string_view, c10::string_view, double);
-using PoolBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, c10::string_view,
-                                     c10::string_view, double);
-using LossSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, c10::string_view, c10::string_view,
-                                                                 double, bool);
-using LossBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, c10::string_view,
-                                                         c10::string_view, double, std::array<bool, 2>);
+using PoolSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, int64_t, int64_t, double);
+using PoolBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, int64_t, int64_t,
+                                     double);
+using LossSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, int64_t, int64_t, double, bool);
+using LossBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, int64_t, int64_t, double,
+                                                         std::array<bool, 2>);
 using RescaleSignature = void(Tensor&, const Tensor&, const Tensor&);
 
 struct Pool : torch::autograd::Function<Pool> {
   // What has no derivative goes beside the outputs: compiled autograd takes no function that marks an output as not differentiable.
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, std::string reduce, std::string normalize, double eps,
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, int64_t reduce, int64_t normalize, double eps,
                                std::array<Tensor, 2>* beside) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
     at::AutoDispatchBelowADInplaceOrView below;
@@ -36,8 +35,8 @@ struct Pool : torch::autograd::Function<Pool> {
     save(ctx, {x, maps, norm, channel});
     auto& saved = ctx->saved_data;
     saved["p"] = p;
-    saved["reduce"] = std::move(reduce);
-    saved["normalize"] = std::move(normalize);
+    saved["reduce"] = reduce;
+    saved["normalize"] = normalize;
     saved["eps"] = eps;
     return {maps};
   }
@@ -49,14 +48,13 @@ struct Pool : torch::autograd::Function<Pool> {
     check_no_tangent("attention_pool_backward", grads[0]);
     const auto kept = saved(ctx);
     auto& data = ctx->saved_data;
-    result[0] = op.call(grads[0], kept[0], kept[1], kept[2], kept[3], data["p"].toDouble(), data["reduce"].toStringView(),
-                        data["normalize"].toStringView(), data["eps"].toDouble());
+    result[0] = op.call(grads[0], kept[0], kept[1], kept[2], kept[3], data["p"].toDouble(), data["reduce"].toInt(),
+                        data["normalize"].toInt(), data["eps"].toDouble());
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, c10::string_view reduce, c10::string_view normalize,
-                                                 double eps) {
+std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, int64_t reduce, int64_t normalize, double eps) {
   check_no_tangent("attention_pool", x);
   if (!at::GradMode::is_enabled() || !x.requires_grad()) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
@@ -64,13 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, c10:
     return op.call(x, p, reduce, normalize, eps);
   }
   std::array<Tensor, 2> beside;
-  const auto out = Pool::apply(x, p, std::string(reduce), std::string(normalize), eps, &beside);
+  const auto out = Pool::apply(x, p, reduce, normalize, eps, &beside);
   return {out[0], beside[0], beside[1]};
 }
 
 struct Loss : torch::autograd::Function<Loss> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, double p, std::string variant,
-                               std::string reduce, double eps) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, double p, int64_t variant,
+                               int64_t reduce, double eps) {
     static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad();
     at::AutoDispatchBelowADInplaceOrView below;
@@ -82,8 +80,8 @@ struct Loss : torch::autograd::Function<Loss> {
     save(ctx, {student, map_only ? teacher_map : teacher, grad, scale});
     auto& saved = ctx->saved_data;
     saved["p"] = p;
-    saved["variant"] = std::move(variant);
-    saved["reduce"] = std::move(reduce);
+    saved["variant"] = variant;
+    saved["reduce"] = reduce;
     saved["eps"] = eps;
     saved["save_grad"] = save_grad;
     saved["map_only"] = map_only;
@@ -114,24 +112,23 @@ struct Loss : torch::autograd::Function<Loss> {
     check_no_tangent("attention_transfer_loss_backward", grad_loss);
     const auto needs = data["needs"].toBoolList();
     const Tensor teacher = data["map_only"].toBool() ? kept[1].pow(1 / data["p"].toDouble()).unsqueeze(1) : kept[1];
-    auto [to_student, to_teacher] =
-        recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toStringView(), data["reduce"].toStringView(),
-                       data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
+    auto [to_student, to_teacher] = recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toInt(),
+                                                   data["reduce"].toInt(), data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
     if (needs[0]) result[0] = to_student;
     if (needs[1]) result[1] = to_teacher;
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, const Tensor& teacher, double p, c10::string_view variant,
-                                                         c10::string_view reduce, double eps, bool save_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, const Tensor& teacher, double p, int64_t variant,
+                                                         int64_t reduce, double eps, bool save_grad) {
   check_no_tangent("attention_transfer_loss", student, teacher);
   if (!at::GradMode::is_enabled() || !(student.requires_grad() || teacher.requires_grad())) {
     static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(student, teacher, p, variant, reduce, eps, save_grad);
   }
-  const auto out = Loss::apply(student, teacher, p, std::string(variant), std::string(reduce), eps);
+  const auto out = Loss::apply(student, teacher, p, variant, reduce, eps);
   // The saved gradient is the graph's alone: its backward may scale it in place.
   return {out[0], nothing(student), nothing(student, at::kFloat), nothing(student, compute_dtype(student, teacher))};
 }
@@ -141,18 +138,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, 
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // maps [B, *spatial]; norm [B], float64, for normalize="l2"; channel [B, *spatial], int32, for reduce="max"; else these are empty.
-  m.def("attention_pool(Tensor x, float p, str reduce, str normalize, float eps) -> (Tensor maps, Tensor norm, Tensor channel)");
+  m.def("attention_pool(Tensor x, float p, int reduce, int normalize, float eps) -> (Tensor maps, Tensor norm, Tensor channel)");
   m.def(
-      "attention_pool_backward(Tensor grad, Tensor x, Tensor maps, Tensor norm, Tensor channel, float p, str reduce, str normalize, "
+      "attention_pool_backward(Tensor grad, Tensor x, Tensor maps, Tensor norm, Tensor channel, float p, int reduce, int normalize, "
       "float eps) -> Tensor");
   // If save_grad, which the derivative sets, dLoss/dStudent = grad_student * scale and the teacher's map before it is normalised; else
   // these are empty. scale [B], float32, is a power of two for each sample where the student is float16, whose range the gradient may
   // leave; for other types it is empty and stands for 1.
   m.def(
-      "attention_transfer_loss(Tensor student, Tensor teacher, float p, str variant, str reduce, float eps, bool save_grad) "
+      "attention_transfer_loss(Tensor student, Tensor teacher, float p, int variant, int reduce, float eps, bool save_grad) "
       "-> (Tensor loss, Tensor grad_student, Tensor scale, Tensor teacher_map)");
   m.def(
-      "attention_transfer_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, float p, str variant, str reduce, float eps, "
+      "attention_transfer_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, float p, int variant, int reduce, float eps, "
       "bool[2] wanted) -> (Tensor grad_student, Tensor grad_teacher)");
   // grad *= scale * grad_loss, rounded once.
   m.def("attention_transfer_loss_rescale_(Tensor(a!) grad, Tensor scale, Tensor grad_loss) -> ()");

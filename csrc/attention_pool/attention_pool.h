@@ -3,7 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string_view>
+#include <limits>
+#include <vector>
 
 #include "../common/check.h"
 
@@ -11,7 +12,7 @@ namespace kdkernels::attention_pool {
 
 enum class Reduce { mean, sum, max };
 enum class Normalize { none, l2, softmax };
-enum class Variant { code, paper };
+enum class Variant { authors, paper };
 
 struct Options {
   double p;
@@ -19,22 +20,22 @@ struct Options {
   double eps;
 };
 
-inline Options parse_options(double p, std::string_view reduce, double eps) {
+inline Reduce parse_reduce(int64_t value) {
+  return option<Reduce>("reduce", value, {{Reduce::mean, "mean"}, {Reduce::sum, "sum"}, {Reduce::max, "max"}});
+}
+
+inline Normalize parse_normalize(int64_t value) {
+  return option<Normalize>("normalize", value, {{Normalize::none, "none"}, {Normalize::l2, "l2"}, {Normalize::softmax, "softmax"}});
+}
+
+inline Variant parse_variant(int64_t value) {
+  return option<Variant>("variant", value, {{Variant::authors, "authors"}, {Variant::paper, "paper"}});
+}
+
+inline Options parse_options(double p, int64_t reduce, double eps) {
   TORCH_CHECK_VALUE(p > 0 && p < std::numeric_limits<double>::infinity(), "p must be a finite number > 0, got ", p);
   TORCH_CHECK_VALUE(eps > 0, "eps must be > 0, got ", eps);
-  TORCH_CHECK_VALUE(reduce == "mean" || reduce == "sum" || reduce == "max", "reduce must be mean, sum or max, got ", std::string(reduce));
-  return {p, reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max, eps};
-}
-
-inline Normalize parse_normalize(std::string_view normalize) {
-  TORCH_CHECK_VALUE(normalize.empty() || normalize == "l2" || normalize == "softmax", "normalize must be l2 or softmax, got ",
-                    std::string(normalize));
-  return normalize.empty() ? Normalize::none : normalize == "l2" ? Normalize::l2 : Normalize::softmax;
-}
-
-inline Variant parse_variant(std::string_view variant) {
-  TORCH_CHECK_VALUE(variant == "code" || variant == "paper", "variant must be code or paper, got ", std::string(variant));
-  return variant == "code" ? Variant::code : Variant::paper;
+  return {p, parse_reduce(reduce), eps};
 }
 
 inline void check_features(const at::Tensor& x, const char* name) {

@@ -271,8 +271,8 @@ double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant vari
                  t.normalize(qt, places, qt);
                  for (int64_t i = 0; i < places; ++i) d[i] = qs[i] - qt[i];
                  const double norm = L2<T>::norm_of(d, places);
-                 losses[b] = variant == Variant::code ? norm * norm / static_cast<double>(places) : norm;
-                 const double slope = variant == Variant::code ? 2 / static_cast<double>(places) : norm > 0 ? 1 / norm : norm;
+                 losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(places) : norm;
+                 const double slope = variant == Variant::authors ? 2 / static_cast<double>(places) : norm > 0 ? 1 / norm : norm;
                  const double scale = upstream * slope / static_cast<double>(batch);
                  T* const weight = scratch.array(kWeight, slot, slots);
                  if (wanted[0]) s.backward(qs, d, places, scale * student.factor(), weight);
@@ -294,16 +294,15 @@ double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant vari
   return batch > 0 ? total / static_cast<double>(batch) : 0;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_pool_cpu(const at::Tensor& x, double p, c10::string_view reduce,
-                                                                  c10::string_view normalize, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_pool_cpu(const at::Tensor& x, double p, int64_t reduce, int64_t normalize,
+                                                                  double eps) {
   check_features(x, "x");
   const auto kernel = compute_dtype(x) == at::kDouble ? pool_forward<double> : pool_forward<float>;
   return kernel(x, parse_options(p, reduce, eps), parse_normalize(normalize));
 }
 
 at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& maps, const at::Tensor& norm,
-                                       const at::Tensor& channel, double p, c10::string_view reduce, c10::string_view normalize,
-                                       double eps) {
+                                       const at::Tensor& channel, double p, int64_t reduce, int64_t normalize, double eps) {
   check_features(x, "x");
   const Options o = parse_options(p, reduce, eps);
   const Normalize normalized = parse_normalize(normalize);
@@ -368,17 +367,16 @@ std::tuple<at::Tensor, at::Tensor> loss_gradients(const at::Tensor& student, con
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_transfer_loss_cpu(const at::Tensor& student, const at::Tensor& teacher,
-                                                                                       double p, c10::string_view variant,
-                                                                                       c10::string_view reduce, double eps,
-                                                                                       bool save_grad) {
+                                                                                       double p, int64_t variant, int64_t reduce,
+                                                                                       double eps, bool save_grad) {
   check_pair(student, teacher);
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_saved_gradient<double> : loss_and_saved_gradient<float>;
   return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), save_grad);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at::Tensor& grad_loss, const at::Tensor& student,
-                                                                        const at::Tensor& teacher, double p, c10::string_view variant,
-                                                                        c10::string_view reduce, double eps, std::array<bool, 2> wanted) {
+                                                                        const at::Tensor& teacher, double p, int64_t variant,
+                                                                        int64_t reduce, double eps, std::array<bool, 2> wanted) {
   check_pair(student, teacher);
   check_floating(grad_loss, "grad_loss");
   check_shape(grad_loss, "grad_loss", {});

@@ -4,6 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <initializer_list>
+#include <string>
+#include <utility>
+
 namespace kdkernels {
 
 inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::Tensor& b, const char* b_name) {
@@ -29,6 +33,18 @@ inline void check_shape(const at::Tensor& x, const char* name, at::IntArrayRef s
 
 inline void check_device(const at::Tensor& x, const char* name, at::Device device) {
   TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, ", got ", x.device());
+}
+
+// An option of an op: the schema passes the value of an enum of kdkernels/options.py. The C++ enums have the same values, and
+// tests/test_options.py compares them by the message of this check.
+template <typename Enum>
+Enum option(const char* name, int64_t value, std::initializer_list<std::pair<Enum, const char*>> members) {
+  std::string expected;
+  for (const auto& [member, member_name] : members) {
+    if (static_cast<int64_t>(member) == value) return member;
+    expected += (expected.empty() ? "" : ", ") + std::to_string(static_cast<int64_t>(member)) + " (" + member_name + ")";
+  }
+  TORCH_CHECK_VALUE(false, name, " must be one of ", expected, ", got ", value);
 }
 
 }  // namespace kdkernels

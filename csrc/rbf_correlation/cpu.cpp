@@ -222,7 +222,7 @@ at::Tensor reduce(const Loss& loss, const at::Tensor& sx, at::ScalarType dtype, 
 using LossAndGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 LossAndGradients rbf_correlation_loss_cpu(const at::Tensor& sx, const at::Tensor& sy, const at::Tensor& tx, const at::Tensor& ty,
-                                          double beta, c10::string_view reduction, std::array<bool, 4> wanted) {
+                                          double beta, int64_t reduction, std::array<bool, 4> wanted) {
   check_pairs(sx, sy, tx, ty);
   check_beta(beta);
   const Reduction reduced = parse_reduction(reduction);
@@ -250,7 +250,7 @@ void rbf_correlation_loss_rescale_cpu(at::Tensor& gradient, const at::Tensor& gr
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rbf_correlation_loss_backward_cpu(const at::Tensor& grad_loss,
                                                                                              const at::Tensor& sx, const at::Tensor& sy,
                                                                                              const at::Tensor& tx, const at::Tensor& ty,
-                                                                                             double beta, c10::string_view reduction,
+                                                                                             double beta, int64_t reduction,
                                                                                              std::array<bool, 4> wanted) {
   auto [loss, to_sx, to_sy, to_tx, to_ty] = rbf_correlation_loss_cpu(sx, sy, tx, ty, beta, reduction, wanted);
   check_floating(grad_loss, "grad_loss");

@@ -18,9 +18,9 @@ using torch::autograd::variable_list;
 using Signature = Tensor(const Tensor&, const Tensor&, double);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double);
 using LossSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-                                                                         c10::string_view, std::array<bool, 4>);
+                                                                         int64_t, std::array<bool, 4>);
 using LossBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                                         const Tensor&, double, c10::string_view, std::array<bool, 4>);
+                                                                         const Tensor&, double, int64_t, std::array<bool, 4>);
 using RescaleSignature = void(Tensor&, const Tensor&);
 
 struct Correlation : torch::autograd::Function<Correlation> {
@@ -58,7 +58,7 @@ Tensor correlation_autograd(const Tensor& x, const Tensor& y, double beta) {
 
 struct Loss : torch::autograd::Function<Loss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& sx, const Tensor& sy, const Tensor& tx, const Tensor& ty, double beta,
-                               std::string reduction) {
+                               int64_t reduction) {
     static const auto op = find_op<LossSignature>("kdkernels::rbf_correlation_loss");
     const std::array<bool, 4> needs{sx.requires_grad(), sy.requires_grad(), tx.requires_grad(), ty.requires_grad()};
     at::AutoDispatchBelowADInplaceOrView below;
@@ -67,7 +67,7 @@ struct Loss : torch::autograd::Function<Loss> {
     save(ctx, {sx, sy, tx, ty, to_sx, to_sy, to_tx, to_ty});
     auto& saved = ctx->saved_data;
     saved["beta"] = beta;
-    saved["reduction"] = std::move(reduction);
+    saved["reduction"] = reduction;
     saved["needs"] = std::vector<bool>(needs.begin(), needs.end());
     return {loss};
   }
@@ -85,7 +85,7 @@ struct Loss : torch::autograd::Function<Loss> {
     if (at::GradMode::is_enabled() || has_tangent(grad_loss)) {
       check_no_tangent("rbf_correlation_loss_backward", grad_loss);
       auto [to_sx, to_sy, to_tx, to_ty] =
-          recompute.call(grad_loss, kept[0], kept[1], kept[2], kept[3], data["beta"].toDouble(), data["reduction"].toStringView(), needs);
+          recompute.call(grad_loss, kept[0], kept[1], kept[2], kept[3], data["beta"].toDouble(), data["reduction"].toInt(), needs);
       const Tensor all[] = {to_sx, to_sy, to_tx, to_ty};
       for (int i = 0; i < 4; ++i)
         if (needs[i]) result[i] = all[i];
@@ -108,14 +108,14 @@ struct Loss : torch::autograd::Function<Loss> {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& sx, const Tensor& sy, const Tensor& tx, const Tensor& ty,
-                                                                 double beta, c10::string_view reduction, std::array<bool, 4> wanted) {
+                                                                 double beta, int64_t reduction, std::array<bool, 4> wanted) {
   check_no_tangent("rbf_correlation_loss", sx, sy, tx, ty);
   if (!at::GradMode::is_enabled() || !(sx.requires_grad() || sy.requires_grad() || tx.requires_grad() || ty.requires_grad())) {
     static const auto op = find_op<LossSignature>("kdkernels::rbf_correlation_loss");
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(sx, sy, tx, ty, beta, reduction, wanted);
   }
-  const auto out = Loss::apply(sx, sy, tx, ty, beta, std::string(reduction));
+  const auto out = Loss::apply(sx, sy, tx, ty, beta, reduction);
   // The saved gradients are the graph's alone: its backward may scale them in place.
   const at::ScalarType dtype = out[0].scalar_type();
   return {out[0], nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype)};
@@ -129,10 +129,10 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("rbf_correlation_backward(Tensor grad, Tensor x, Tensor y, float beta) -> (Tensor grad_x, Tensor grad_y)");
   // The gradients of the inputs that are wanted, in the dtype of the loss; the derivative sets `wanted`. The others are empty.
   m.def(
-      "rbf_correlation_loss(Tensor sx, Tensor sy, Tensor tx, Tensor ty, float beta, str reduction, bool[4] wanted) "
+      "rbf_correlation_loss(Tensor sx, Tensor sy, Tensor tx, Tensor ty, float beta, int reduction, bool[4] wanted) "
       "-> (Tensor loss, Tensor grad_sx, Tensor grad_sy, Tensor grad_tx, Tensor grad_ty)");
   m.def(
-      "rbf_correlation_loss_backward(Tensor grad_loss, Tensor sx, Tensor sy, Tensor tx, Tensor ty, float beta, str reduction, "
+      "rbf_correlation_loss_backward(Tensor grad_loss, Tensor sx, Tensor sy, Tensor tx, Tensor ty, float beta, int reduction, "
       "bool[4] wanted) -> (Tensor grad_sx, Tensor grad_sy, Tensor grad_tx, Tensor grad_ty)");
   m.def("rbf_correlation_loss_rescale_(Tensor(a!) grad, Tensor grad_loss) -> ()");
 }

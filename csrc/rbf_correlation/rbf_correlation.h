@@ -5,18 +5,17 @@
 
 #include <array>
 #include <cmath>
-#include <string_view>
+#include <vector>
 
 #include "../common/check.h"
 
 namespace kdkernels::rbf_correlation {
 
-enum class Reduction { none, sum, batchmean };
+// Values as in temperature_kl.h, which also has a mean.
+enum class Reduction { none = 0, sum = 1, batchmean = 3 };
 
-inline Reduction parse_reduction(std::string_view reduction) {
-  TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "batchmean", "reduction must be none, sum or batchmean, got ",
-                    std::string(reduction));
-  return reduction == "none" ? Reduction::none : reduction == "sum" ? Reduction::sum : Reduction::batchmean;
+inline Reduction parse_reduction(int64_t value) {
+  return option<Reduction>("reduction", value, {{Reduction::none, "none"}, {Reduction::sum, "sum"}, {Reduction::batchmean, "batchmean"}});
 }
 
 inline void check_beta(double beta) {

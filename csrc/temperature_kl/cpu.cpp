@@ -412,9 +412,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const Options& o, const 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, double temperature,
                                                                   const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                                  const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
-                                                                  double beta, c10::string_view reduction, bool scale_by_t2,
-                                                                  bool include_entropy, double target_eps, bool save_grad) {
+                                                                  const OptionalTensor& normalizer, int64_t dim, int64_t direction,
+                                                                  double beta, int64_t reduction, bool scale_by_t2, bool include_entropy,
+                                                                  double target_eps, bool save_grad) {
   const Options o = parse_options(student, temperature, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps);
   check_inputs(student, teacher, row_temperature, mask, normalizer, o);
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? forward<double> : forward<float>;
@@ -423,9 +423,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_cpu(const at::Tens
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> temperature_kl_backward_cpu(
     const at::Tensor& grad_loss, const at::Tensor& student, const at::Tensor& teacher, double temperature,
-    const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& normalizer, int64_t dim,
-    c10::string_view direction, double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps,
-    std::array<bool, 3> wanted) {
+    const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& normalizer, int64_t dim, int64_t direction,
+    double beta, int64_t reduction, bool scale_by_t2, bool include_entropy, double target_eps, std::array<bool, 3> wanted) {
   const Options o = parse_options(student, temperature, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps);
   check_inputs(student, teacher, row_temperature, mask, normalizer, o);
   check_floating(grad_loss, "grad_loss");

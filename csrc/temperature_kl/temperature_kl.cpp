@@ -16,19 +16,19 @@ using OptionalTensor = std::optional<at::Tensor>;
 using at::Tensor;
 
 using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&,
-                                                            const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view, double,
-                                                            c10::string_view, bool, bool, double, bool);
+                                                            const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, double, int64_t,
+                                                            bool, bool, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&,
-                                                             const OptionalTensor&, const OptionalTensor&, int64_t, c10::string_view,
-                                                             double, c10::string_view, bool, bool, double, std::array<bool, 3>);
+                                                             const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, double,
+                                                             int64_t, bool, bool, double, std::array<bool, 3>);
 using RescaleSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 using RescaleInPlaceSignature = void(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 
 struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
                                                 double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                const OptionalTensor& normalizer, int64_t dim, std::string direction, double beta,
-                                                std::string reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
+                                                const OptionalTensor& normalizer, int64_t dim, int64_t direction, double beta,
+                                                int64_t reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
     at::AutoDispatchBelowADInplaceOrView below;
@@ -36,16 +36,16 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
                                            reduction, scale_by_t2, include_entropy, target_eps, save_grad);
     ctx->set_materialize_grads(false);
     // KL(p_t || p_s) depends on the teacher in its terms of first order in log p_s alone: the saved gradient holds them.
-    const bool without_teacher = save_grad && direction == "forward" && target_eps == 0;
+    const bool without_teacher = save_grad && direction == static_cast<int64_t>(Direction::forward) && target_eps == 0;
     save(ctx, {student, without_teacher ? Tensor() : teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()),
                normalizer.value_or(Tensor()), grad, row_scale});
     auto& saved = ctx->saved_data;
     saved["without_teacher"] = without_teacher;
     saved["temperature"] = temperature;
     saved["dim"] = dim;
-    saved["direction"] = std::move(direction);
+    saved["direction"] = direction;
     saved["beta"] = beta;
-    saved["reduction"] = std::move(reduction);
+    saved["reduction"] = reduction;
     saved["scale_by_t2"] = scale_by_t2;
     saved["include_entropy"] = include_entropy;
     saved["target_eps"] = target_eps;
@@ -80,9 +80,9 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     const auto needs = data["needs"].toBoolList();
     auto differentiable = [&](const Tensor& upstream, const Tensor& teacher) {
       return recompute.call(upstream, kept[0], teacher, data["temperature"].toDouble(), optional(kept[2]), optional(kept[3]),
-                            optional(kept[4]), dim, data["direction"].toStringView(), data["beta"].toDouble(),
-                            data["reduction"].toStringView(), data["scale_by_t2"].toBool(), data["include_entropy"].toBool(),
-                            data["target_eps"].toDouble(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
+                            optional(kept[4]), dim, data["direction"].toInt(), data["beta"].toDouble(), data["reduction"].toInt(),
+                            data["scale_by_t2"].toBool(), data["include_entropy"].toBool(), data["target_eps"].toDouble(),
+                            std::array<bool, 3>{needs[0], needs[1], needs[2]});
     };
     if (data["without_teacher"].toBool()) {
       // The gradient against the student itself is 0 and has the derivative of every other; the saved one has the value.
@@ -103,9 +103,9 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
 
 std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student, const Tensor& teacher, double temperature,
                                                            const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                                                           const OptionalTensor& normalizer, int64_t dim, c10::string_view direction,
-                                                           double beta, c10::string_view reduction, bool scale_by_t2, bool include_entropy,
-                                                           double target_eps, bool save_grad) {
+                                                           const OptionalTensor& normalizer, int64_t dim, int64_t direction, double beta,
+                                                           int64_t reduction, bool scale_by_t2, bool include_entropy, double target_eps,
+                                                           bool save_grad) {
   check_no_tangent("temperature_kl", student, teacher, row_temperature.value_or(Tensor()));
   const bool needs_grad = student.requires_grad() || teacher.requires_grad() || (row_temperature && row_temperature->requires_grad());
   if (!at::GradMode::is_enabled() || !needs_grad) {
@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student
     return op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
                    include_entropy, target_eps, save_grad);
   }
-  const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, std::string(direction), beta,
-                                        std::string(reduction), scale_by_t2, include_entropy, target_eps);
+  const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
+                                        scale_by_t2, include_entropy, target_eps);
   // The saved gradient is the graph's alone: its backward may scale it in place.
   return {out[0], nothing(student), nothing(student, at::kFloat)};
 }
@@ -131,11 +131,11 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
       "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
       "dim, "
-      "str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
+      "int direction, float beta, int reduction, bool scale_by_t2, bool include_entropy, float target_eps, bool save_grad) "
       "-> (Tensor loss, Tensor grad_student, Tensor row_scale)");
   m.def(
       "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
-      "Tensor? normalizer, int dim, str direction, float beta, str reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
+      "Tensor? normalizer, int dim, int direction, float beta, int reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
       "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
   // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may
   // be empty. Rows that the mask leaves out are 0 whatever grad_loss is.

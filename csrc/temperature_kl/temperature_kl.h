@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/where.h>
 #include <c10/core/ScalarType.h>
-#include <c10/util/string_view.h>
 
 #include <array>
 #include <cmath>
@@ -29,31 +28,30 @@ struct Options {
   double target_eps;
 };
 
-inline Options parse_options(const at::Tensor& student, double temperature, int64_t dim, c10::string_view direction, double beta,
-                             c10::string_view reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
-  Options o{temperature, dim < 0 ? dim + student.dim() : dim, {}, beta, {}, scale_by_t2, include_entropy, target_eps};
+inline Direction parse_direction(int64_t value) {
+  return option<Direction>("direction", value, {{Direction::forward, "forward"}, {Direction::reverse, "reverse"}, {Direction::jsd, "jsd"}});
+}
+
+inline Reduction parse_reduction(int64_t value) {
+  return option<Reduction>(
+      "reduction", value,
+      {{Reduction::none, "none"}, {Reduction::sum, "sum"}, {Reduction::mean, "mean"}, {Reduction::batchmean, "batchmean"}});
+}
+
+inline Options parse_options(const at::Tensor& student, double temperature, int64_t dim, int64_t direction, double beta, int64_t reduction,
+                             bool scale_by_t2, bool include_entropy, double target_eps) {
+  Options o{temperature,
+            dim < 0 ? dim + student.dim() : dim,
+            parse_direction(direction),
+            beta,
+            parse_reduction(reduction),
+            scale_by_t2,
+            include_entropy,
+            target_eps};
   TORCH_CHECK_VALUE(o.dim >= 0 && o.dim < student.dim(), "dim must lie in [", -student.dim(), ", ", student.dim() - 1, "], got ", dim);
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature must be a finite number > 0, got ", temperature);
   TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta must lie in [0, 1], got ", beta);
   TORCH_CHECK_VALUE(target_eps >= 0 && std::isfinite(target_eps), "target_eps must be a finite number >= 0, got ", target_eps);
-  if (direction == "forward")
-    o.direction = Direction::forward;
-  else if (direction == "reverse")
-    o.direction = Direction::reverse;
-  else if (direction == "jsd")
-    o.direction = Direction::jsd;
-  else
-    TORCH_CHECK_VALUE(false, "direction must be 'forward', 'reverse' or 'jsd', got '", direction, "'");
-  if (reduction == "none")
-    o.reduction = Reduction::none;
-  else if (reduction == "sum")
-    o.reduction = Reduction::sum;
-  else if (reduction == "mean")
-    o.reduction = Reduction::mean;
-  else if (reduction == "batchmean")
-    o.reduction = Reduction::batchmean;
-  else
-    TORCH_CHECK_VALUE(false, "reduction must be 'none', 'sum', 'mean' or 'batchmean', got '", reduction, "'");
   return o;
 }
 

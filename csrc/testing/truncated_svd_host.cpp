@@ -1,4 +1,5 @@
-// driver="cuda" on CPU tensors: the bodies of the CUDA kernels run by the Cta of host_cta.h, block by block. For tests; it is slow.
+// The implementation "cuda" on CPU tensors: the bodies of the CUDA kernels run by the Cta of host_cta.h, block by block. For tests; it is
+// slow.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -73,15 +74,14 @@ const char* launch_backward(const BackwardProblem* problems, int count, int64_t 
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_host(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,
-                                                        bool save_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_host(const Tensor& x, int64_t k, int64_t sign, bool return_u, double, bool save_state) {
   return decompose(x, k, sign, return_u, save_state, {shared_limit, nullptr});
 }
 Tensor backward_host(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s, const std::optional<Tensor>& grad_v,
                      const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v, const Tensor& state, double gap_eps) {
   return decompose_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, {shared_limit, nullptr});
 }
-Lists group_host(at::TensorList x, int64_t k, c10::string_view sign, bool return_u, at::ArrayRef<double>, bool save_state) {
+Lists group_host(at::TensorList x, int64_t k, int64_t sign, bool return_u, at::ArrayRef<double>, bool save_state) {
   return decompose_group(x, k, sign, return_u, save_state, {shared_limit, nullptr});
 }
 std::vector<Tensor> group_backward_host(at::TensorList grad_u, at::TensorList grad_s, at::TensorList grad_v, at::TensorList x,

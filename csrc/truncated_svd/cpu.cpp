@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../common/drivers.h"
+#include "../common/implementations.h"
 #include "backward.h"
 
 namespace kdkernels::truncated_svd {
@@ -99,9 +99,10 @@ void leave_out_the_unused(const Cotangents& grads, const Tensor& s, const Tensor
   for (int64_t i = 0; i < which.numel(); ++i) to.one(which[i].item().toLong()).zero_();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, c10::string_view sign, bool return_u,
-                                                             double gap_eps, bool save_state, c10::string_view driver) {
-  if (!driver.empty()) return driver_op<Signature>("truncated_svd", driver).call(x, k, sign, return_u, gap_eps, save_state);
+std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, int64_t k, int64_t sign, bool return_u, double gap_eps,
+                                                             bool save_state, int64_t implementation) {
+  if (const auto chosen = parse_implementation(implementation); chosen != Implementation::fastest)
+    return implementation_op<Signature>("truncated_svd", chosen).call(x, k, sign, return_u, gap_eps, save_state);
   check_matrices(x, k);
   const bool fix = parse_sign(sign), is_double = compute_dtype(x) == at::kDouble;
   Triplets t = is_double ? Decomposition<double>(x, k, fix, return_u, save_state, true, Tier::direct).run()
@@ -113,10 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, in
 
 Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s,
                                   const std::optional<Tensor>& grad_v, const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v,
-                                  const Tensor& state, double gap_eps, c10::string_view driver) {
-  if (!driver.empty()) {
-    return driver_op<BackwardSignature>("truncated_svd_backward", driver).call(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps);
-  }
+                                  const Tensor& state, double gap_eps, int64_t implementation) {
+  if (const auto chosen = parse_implementation(implementation); chosen != Implementation::fastest)
+    return implementation_op<BackwardSignature>("truncated_svd_backward", chosen).call(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps);
   const BackwardInputs in(grad_u, grad_s, grad_v, x, u, s, v, gap_eps);
   const int64_t k = in.k;
   const at::ScalarType dtype = in.dtype;

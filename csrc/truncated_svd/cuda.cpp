@@ -1,4 +1,4 @@
-// driver="cuda" of truncated_svd on CUDA tensors.
+// The implementation "cuda" of truncated_svd on CUDA tensors.
 #include <torch/library.h>
 
 #include "../common/cuda_device.h"
@@ -11,8 +11,7 @@ Runner runner(const OnDevice& on) {
   return {on.shared_memory, on.stream};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, int64_t k, c10::string_view sign, bool return_u, double,
-                                                        bool save_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, int64_t k, int64_t sign, bool return_u, double, bool save_state) {
   const OnDevice on(x);
   return decompose(x, k, sign, return_u, save_state, runner(on));
 }
@@ -29,7 +28,7 @@ const Tensor& first_of(at::TensorList x) {
   return x[0];
 }
 
-Lists group_cuda(at::TensorList x, int64_t k, c10::string_view sign, bool return_u, at::ArrayRef<double>, bool save_state) {
+Lists group_cuda(at::TensorList x, int64_t k, int64_t sign, bool return_u, at::ArrayRef<double>, bool save_state) {
   const OnDevice on(first_of(x));
   return decompose_group(x, k, sign, return_u, save_state, runner(on));
 }

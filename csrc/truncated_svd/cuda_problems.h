@@ -50,7 +50,8 @@ struct Shape {
 inline void check_fits(const Tensor& x, int64_t k, const Need& need, int64_t limit) {
   const Shape shape(x);
   TORCH_CHECK_VALUE(shape.p <= kMaxSide && shape.q * std::max<int64_t>(k, shape.p) < (int64_t(1) << 31) && need.shared <= limit,
-                    "driver=\"cuda\" takes matrices whose smaller side is at most ", kMaxSide, ", got ", x.sizes(), " with k = ", k);
+                    "the implementation \"cuda\" takes matrices whose smaller side is at most ", kMaxSide, ", got ", x.sizes(),
+                    " with k = ", k);
 }
 
 inline void check_launched(const char* error) {
@@ -107,8 +108,8 @@ struct Decomposition {
   ForwardProblem problem;
 };
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int64_t k, c10::string_view sign, bool return_u,
-                                                            bool save_state, const Runner& runner) {
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int64_t k, int64_t sign, bool return_u, bool save_state,
+                                                            const Runner& runner) {
   const Decomposition one(x, k, parse_sign(sign), return_u, save_state, runner.limit);
   if (one.problem.batch > 0) check_launched(launch_forward(&one.problem, 1, runner.limit, runner.stream));
   return one.results();
@@ -117,7 +118,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int
 using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
 // Several batches of matrices, in as few launches as their kinds allow.
-inline Lists decompose_group(at::TensorList xs, int64_t k, c10::string_view sign, bool return_u, bool save_state, const Runner& runner) {
+inline Lists decompose_group(at::TensorList xs, int64_t k, int64_t sign, bool return_u, bool save_state, const Runner& runner) {
   std::vector<Decomposition> members;
   std::vector<ForwardProblem> problems;
   for (const Tensor& x : xs) {

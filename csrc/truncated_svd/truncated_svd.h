@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <limits>
-#include <string_view>
 
 #include "../common/check.h"
 #include "../common/vectors.h"
@@ -12,9 +11,8 @@
 
 namespace kdkernels::truncated_svd {
 
-// The drivers' ops: truncated_svd_<driver> takes what truncated_svd does, without the driver.
-using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, c10::string_view, bool, double,
-                                                                             bool);
+// The ops of implementations: truncated_svd_<implementation> takes what truncated_svd does but for the last argument.
+using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, int64_t, int64_t, bool, double, bool);
 using BackwardSignature = at::Tensor(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
                                      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double);
 
@@ -24,9 +22,11 @@ inline void check_matrices(const at::Tensor& x, int64_t k) {
   TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(-1), x.size(-2)), "k must lie in [1, min(M, N)], got ", k, " for ", x.sizes());
 }
 
-inline bool parse_sign(std::string_view sign) {
-  TORCH_CHECK_VALUE(sign == "max_abs" || sign.empty(), "sign must be max_abs or None, got ", std::string(sign));
-  return !sign.empty();
+enum class Sign { none, max_abs };
+
+// Whether signs are fixed.
+inline bool parse_sign(int64_t value) {
+  return option<Sign>("sign", value, {{Sign::none, "none"}, {Sign::max_abs, "max_abs"}}) == Sign::max_abs;
 }
 
 inline at::ScalarType compute_dtype(const at::Tensor& x) {

@@ -20,7 +20,7 @@ __all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer
 class AttentionTransfer(Distiller):
     """Matches the attention maps of student and teacher at pairs of layers, with the labels and, if asked for, KD.
 
-    The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2 KL``. With ``variant="code"`` and
+    The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2 KL``. With ``variant="authors"`` and
     ``beta=1000`` that is the authors' code; the paper's ``beta / 2`` on norms is ``variant="paper"`` with about 0.1.
 
     Args:
@@ -28,7 +28,7 @@ class AttentionTransfer(Distiller):
         student_taps, teacher_taps: names of layers, pair by pair; their maps [B, C, *spatial] may have other channels and extents.
         p: exponent of each pair, or one for all.
         reduce: "mean", "sum" or "max" over channels, for each pair or all.
-        variant: "code" (mean square of the difference of normalised maps) or "paper" (its norm).
+        variant: "authors" (mean square of the difference of normalised maps) or "paper" (its norm).
         beta: weight of the attention losses.
         gamma: weight of the cross-entropy.
         alpha: weight of T^2 KL; 0 for none (AT + KD: 0.9 with gamma 0.1).
@@ -44,7 +44,7 @@ class AttentionTransfer(Distiller):
         teacher_taps: Iterable[str],
         p: float | list[float] = 2.0,
         reduce: str | list[str] = "mean",
-        variant: Literal["code", "paper"] = "code",
+        variant: Literal["authors", "paper"] = "authors",
         beta: float = 1000.0,
         gamma: float = 1.0,
         alpha: float = 0.0,

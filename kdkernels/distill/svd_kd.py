@@ -67,7 +67,7 @@ class SVDKD(TwoStage):
         student, teacher: networks from images [B, C, H, W] to logits [B, K].
         student_taps, teacher_taps: names of layers, from the front to the back; each two neighbours are a pair. As many channels in student and
             teacher.
-        k, align, grad, weighting, loss, extra: see :func:`svd_kd_loss`. "official" sums over the whole batch of a step, over processes and
+        k, align, grad, weighting, loss, extra: see :func:`svd_kd_loss`. "authors" sums over the whole batch of a step, over processes and
             micro-batches.
         first_stage_epochs: epochs of the first of two stages; 0 for multitask training.
         rule: see :func:`clip_transfer`.
@@ -92,9 +92,9 @@ class SVDKD(TwoStage):
         teacher_taps: Iterable[str],
         k: int = 1,
         align: Literal["teacher", "student"] = "teacher",
-        grad: Literal["exact", "rank1", "official"] = "exact",
+        grad: Literal["exact", "rank1", "authors"] = "exact",
         weighting: Literal["sigma", "none"] = "sigma",
-        loss: Literal["official", "mean"] = "official",
+        loss: Literal["authors", "mean"] = "authors",
         extra: int = 1,
         first_stage_epochs: int = 0,
         rule: Literal["authors", "poster"] = "authors",
@@ -121,9 +121,9 @@ class SVDKD(TwoStage):
 
     def check_method(self, image: Tensor) -> None:
         maps = [x.flatten(2) for x in self.student_taps(image)[1].values()]
-        if self.terms["grad"] == "official" and all(x.shape[2] >= x.shape[1] for x in maps):
+        if self.terms["grad"] == "authors" and all(x.shape[2] >= x.shape[1] for x in maps):
             raise ValueError(
-                "grad='official' trains no tapped layer: it gives a gradient only to maps with fewer places than channels, and the student's "
+                "grad='authors' trains no tapped layer: it gives a gradient only to maps with fewer places than channels, and the student's "
                 f"layers {self.student_taps.names} have {[x.shape[2] for x in maps]} places and {[x.shape[1] for x in maps]} channels"
             )
 

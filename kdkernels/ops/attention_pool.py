@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Normalize, Reduce, Variant
 from ..reference import attention_pool as pool_reference
 from ..reference import attention_transfer_loss as loss_reference
 from ..reference.attention_pool import average_to
 from . import checks
-from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
-
-_REDUCES = ("mean", "sum", "max")
-_NORMALIZES = (None, "l2", "softmax")
-_VARIANTS = ("code", "paper")
-
-_pool_op = torch.ops.kdkernels.attention_pool.default
-_loss_op = torch.ops.kdkernels.attention_transfer_loss.default
+from .registration import register
+from .transforms import examples_first
 
 
 def attention_pool(
@@ -56,15 +52,8 @@ def attention_pool(
         Y. Hou et al. Learning Lightweight Lane Detection CNNs by Self Attention Distillation. ICCV 2019. https://arxiv.org/abs/1908.00821
     """
     _check_features("x", x)
-    _check_options(p, reduce, eps)
-    checks.choice("normalize", normalize, _NORMALIZES)
-    return _pool(x, p, reduce, normalize, eps)
-
-
-def _pool(x, p, reduce, normalize, eps) -> Tensor:
-    if takes_reference(x):
-        return pool_reference(usable(x), p, reduce=reduce, normalize=normalize, eps=eps)
-    return _pool_op(x, p, reduce, normalize or "", eps)[0]
+    reduce = _check_options(p, reduce, eps)
+    return _pool(x, p, reduce, checks.option("normalize", normalize), eps)
 
 
 def attention_transfer_loss(
@@ -72,7 +61,7 @@ def attention_transfer_loss(
     teacher: Tensor,  # [B, D, *spatial]
     p: float = 2.0,
     *,
-    variant: str = "code",
+    variant: str = "authors",
     reduce: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
@@ -83,7 +72,7 @@ def attention_transfer_loss(
     =============  ==============================================================================================
     ``variant``    loss
     =============  ==============================================================================================
-    ``"code"``     :math:`\frac{1}{B M} \sum_b \|q_s - q_t\|_2^2`: the authors' code, with a weight of 1000
+    ``"authors"``  :math:`\frac{1}{B M} \sum_b \|q_s - q_t\|_2^2`: the authors' code, with a weight of 1000
     ``"paper"``    :math:`\frac{1}{B} \sum_b \|q_s - q_t\|_2`: equation 2 of the paper, without its :math:`\beta / 2`
     =============  ==============================================================================================
 
@@ -93,7 +82,7 @@ def attention_transfer_loss(
             requires one. Where its extents in space differ, the larger features are averaged to the smaller extents first, before the
             powers, as RepDistiller and mdistiller do (adaptive average pooling, per dimension).
         p: exponent > 0, see :func:`attention_pool`.
-        variant: "code" or "paper".
+        variant: "authors" or "paper".
         reduce: how channels become a map. "mean" and "sum" differ by ``eps`` alone, as maps are normalised.
         eps: least divisor.
 
@@ -120,14 +109,11 @@ def attention_transfer_loss(
         raise ValueError(
             f"student and teacher must have the same batch and as many dimensions, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    _check_options(p, reduce, eps)
-    checks.choice("variant", variant, _VARIANTS)
+    reduce, variant = _check_options(p, reduce, eps), checks.option("variant", variant)
     if student.shape[2:] != teacher.shape[2:]:
         extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = average_to(student, extents), average_to(teacher, extents)
-    if takes_reference(student, teacher):
-        return loss_reference(usable(student), usable(teacher), p, variant=variant, reduce=reduce, eps=eps)
-    return _loss_op(student, teacher, p, variant, reduce, eps, False)[0]
+    return _loss(student, teacher, p, variant, reduce, eps, False)
 
 
 def _check_features(name: str, x: Tensor) -> None:
@@ -136,14 +122,11 @@ def _check_features(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(x.shape)}")
 
 
-def _check_options(p, reduce, eps) -> None:
+def _check_options(p, reduce, eps) -> int:
+    """Checks the options of a map; returns the value of ``reduce``."""
     checks.positive("p", p)
     checks.positive("eps", eps)
-    checks.choice("reduce", reduce, _REDUCES)
-
-
-def _map_dtype(*features: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in features] else torch.float32
+    return checks.option("reduce", reduce)
 
 
 def _map_shape(x: Tensor) -> tuple[int, ...]:
@@ -152,19 +135,14 @@ def _map_shape(x: Tensor) -> tuple[int, ...]:
 
 @torch.library.register_fake("kdkernels::attention_pool")
 def _(x, p, reduce, normalize, eps):
-    norm = x.new_empty(x.shape[0] if normalize == "l2" else 0, dtype=torch.float64)
-    channel = x.new_empty(_map_shape(x) if reduce == "max" else 0, dtype=torch.int32)
-    return x.new_empty(_map_shape(x), dtype=_map_dtype(x)), norm, channel
-
-
-@torch.library.register_fake("kdkernels::attention_pool_backward")
-def _(grad, x, maps, norm, channel, p, reduce, normalize, eps):
-    return torch.empty_like(x)
+    norm = x.new_empty(x.shape[0] if normalize == Normalize.L2 else 0, dtype=torch.float64)
+    channel = x.new_empty(_map_shape(x) if reduce == Reduce.MAX else 0, dtype=torch.int32)
+    return x.new_empty(_map_shape(x), dtype=compute_dtype(x)), norm, channel
 
 
 @torch.library.register_fake("kdkernels::attention_transfer_loss")
 def _(student, teacher, p, variant, reduce, eps, save_grad):
-    dtype = _map_dtype(student, teacher)
+    dtype = compute_dtype(student, teacher)
     return (
         student.new_empty((), dtype=dtype),
         torch.empty_like(student) if save_grad else student.new_empty(0),
@@ -173,93 +151,15 @@ def _(student, teacher, p, variant, reduce, eps, save_grad):
     )
 
 
-@torch.library.register_fake("kdkernels::attention_transfer_loss_backward")
-def _(grad_loss, student, teacher, p, variant, reduce, eps, wanted):
-    return (
-        torch.empty_like(student) if wanted[0] else student.new_empty(0),
-        torch.empty_like(teacher) if wanted[1] else student.new_empty(0),
-    )
-
-
-@torch.library.register_fake("kdkernels::attention_transfer_loss_rescale_")
-def _(grad, scale, grad_loss):
-    return None
-
-
-def _differentiable_pool(x, arguments):
-    p, reduce, normalize, eps = arguments[5:]
-    return (pool_reference(x, p, reduce=reduce, normalize=normalize or None, eps=eps),)
-
-
-def _differentiable_loss(student, teacher, arguments):
-    p, variant, reduce, eps = arguments[3:7]
-    return (loss_reference(student, teacher, p, variant=variant, reduce=reduce, eps=eps),)
-
-
-derive_double_backward("attention_pool_backward", upstream=(0,), inputs=(1,), reference=_differentiable_pool)
-derive_double_backward("attention_transfer_loss_backward", upstream=(0,), inputs=(1, 2), wanted=7, reference=_differentiable_loss)
-derive_vmap("attention_pool_backward")
-derive_vmap("attention_transfer_loss_backward")
-
-
-@torch.library.register_vmap("kdkernels::attention_pool")
-def _(info, in_dims, x, p, reduce, normalize, eps):
-    """The examples are more samples of one batch."""
-    x = x.movedim(in_dims[0], 0)
-    sizes, flat = x.shape[:2], x.flatten(0, 1)
-    if takes_reference(flat):
-        outputs = (_pool(flat, p, reduce, normalize or None, eps), flat.new_empty(0), flat.new_empty(0))
-    else:
-        outputs = _pool_op(flat, p, reduce, normalize, eps)
-    return tuple(o.unflatten(0, sizes) if o.shape[0] == len(flat) else o.new_empty(info.batch_size, 0) for o in outputs), (0, 0, 0)
-
-
-@torch.library.register_vmap("kdkernels::attention_transfer_loss")
-def _(info, in_dims, student, teacher, p, variant, reduce, eps, save_grad):
+def _vmap_loss(info, in_dims, student, teacher, p, variant, reduce, eps, save_grad):
     """Normalised maps of all examples at once, then the distance of each."""
     features = examples_first(info.batch_size, (student, teacher), in_dims[:2])
-    q = [_pool(x.flatten(0, 1), p, reduce, "l2", eps).flatten(1).unflatten(0, x.shape[:2]) for x in features]
+    q = [_pool(x.flatten(0, 1), p, reduce, Normalize.L2.value, eps).flatten(1).unflatten(0, x.shape[:2]) for x in features]
     difference = q[0] - q[1]  # [examples, B, M]
-    per_sample = difference.square().mean(2) if variant == "code" else torch.linalg.vector_norm(difference, dim=2)
+    per_sample = difference.square().mean(2) if variant == Variant.AUTHORS else torch.linalg.vector_norm(difference, dim=2)
     none = student.new_empty(info.batch_size, 0)
-    return (per_sample.sum(1) / max(per_sample.shape[1], 1), none, none.float(), none.to(_map_dtype(*features))), (0, 0, 0, 0)
+    return (per_sample.sum(1) / max(per_sample.shape[1], 1), none, none.float(), none.to(compute_dtype(*features))), (0, 0, 0, 0)
 
 
-def _triton_kernels():
-    try:
-        from ..triton import attention_pool as kernels
-    except ImportError as error:
-        raise RuntimeError("attention_pool on a GPU runs in Triton, which is not installed: pip install triton") from error
-    return kernels
-
-
-@torch.library.impl("kdkernels::attention_pool", "CUDA")
-def _(*args):
-    return _triton_kernels().attention_pool(*args)
-
-
-@torch.library.impl("kdkernels::attention_pool_backward", "CUDA")
-def _(*args):
-    return _triton_kernels().attention_pool_backward(*args)
-
-
-@torch.library.impl("kdkernels::attention_transfer_loss", "CUDA")
-def _(*args):
-    return _triton_kernels().attention_transfer_loss(*args)
-
-
-@torch.library.impl("kdkernels::attention_transfer_loss_backward", "CUDA")
-def _(*args):
-    return _triton_kernels().attention_transfer_loss_backward(*args)
-
-
-@torch.library.impl("kdkernels::attention_transfer_loss_rescale_", "CUDA")
-def _(grad, scale, grad_loss):
-    compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    factor = grad_loss.to(compute)
-    if scale.numel():
-        factor = (factor * scale).view(-1, *(1,) * (grad.dim() - 1))
-    if grad.dtype == compute:
-        grad.mul_(factor)
-    else:
-        grad.copy_(grad.to(compute) * factor)
+_pool = register("attention_pool", pool_reference, launchers="attention_pool", vmap="samples")
+_loss = register("attention_transfer_loss", loss_reference, launchers="attention_pool", vmap=_vmap_loss)

@@ -8,7 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..dtypes import FLOATING
+from ..options import VALUES
 
 
 def kind(value) -> str:
@@ -79,3 +80,12 @@ def choice(name: str, value, known: tuple) -> None:
         raise TypeError(f"{name} must be one of {known}, got {kind(value)}")
     if value not in known:
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def option(name: str, value, without: tuple = ()) -> int:
+    """The number that stands for a value of the option ``name``; those in ``without`` are for other ops."""
+    known = VALUES[name]
+    if isinstance(value, str) and value in known and value not in without:
+        return known[value]
+    choice(name, value, tuple(k for k in known if k not in without))
+    return known[value]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Reduction
 from ..reference import rbf_correlation as correlation_reference
 from ..reference import rbf_correlation_loss as loss_reference
 from . import checks
-from .registration import derive_double_backward, derive_vmap, examples_first, takes_reference, usable
-
-_REDUCTIONS = ("sum", "none", "batchmean")
-
-_correlation_op = torch.ops.kdkernels.rbf_correlation.default
-_loss_op = torch.ops.kdkernels.rbf_correlation_loss.default
+from .registration import register
+from .transforms import examples_first
 
 
 def rbf_correlation(
@@ -53,12 +51,6 @@ def rbf_correlation(
         raise ValueError(f"x [B, M, K] and y [B, N, K] must agree in B and K, got {tuple(x.shape)} and {tuple(y.shape)}")
     checks.positive("beta", beta)
     return _correlation(x, y, beta)
-
-
-def _correlation(x, y, beta) -> Tensor:
-    if takes_reference(x, y):
-        return correlation_reference(usable(x), usable(y), beta)
-    return _correlation_op(x, y, beta)
 
 
 def rbf_correlation_loss(
@@ -117,14 +109,7 @@ def rbf_correlation_loss(
     if sx.shape[0] != sy.shape[0] or sx.shape[2] != sy.shape[2]:
         raise ValueError(f"sx [B, M, K] and sy [B, N, K] must agree in B and K, got {tuple(sx.shape)} and {tuple(sy.shape)}")
     checks.positive("beta", beta)
-    checks.choice("reduction", reduction, _REDUCTIONS)
-    return _loss(sx, sy, tx, ty, beta, reduction)
-
-
-def _loss(sx, sy, tx, ty, beta, reduction) -> Tensor:
-    if takes_reference(sx, sy, tx, ty):
-        return loss_reference(*map(usable, (sx, sy, tx, ty)), beta, reduction=reduction)
-    return _loss_op(sx, sy, tx, ty, beta, reduction, (False,) * 4)[0]
+    return _loss(sx, sy, tx, ty, beta, checks.option("reduction", reduction, without=("mean",)), (False,) * 4)
 
 
 def _check_features(**features: Tensor) -> None:
@@ -137,18 +122,9 @@ def _check_features(**features: Tensor) -> None:
             raise ValueError(f"{' and '.join(features)} must be on one device, got {first.device} and {x.device}")
 
 
-def _compute_dtype(*features: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in features] else torch.float32
-
-
 @torch.library.register_fake("kdkernels::rbf_correlation")
 def _(x, y, beta):
-    return x.new_empty((x.shape[0], x.shape[1], y.shape[1], x.shape[2]), dtype=_compute_dtype(x, y))
-
-
-@torch.library.register_fake("kdkernels::rbf_correlation_backward")
-def _(grad, x, y, beta):
-    return torch.empty_like(x), torch.empty_like(y)
+    return x.new_empty((x.shape[0], x.shape[1], y.shape[1], x.shape[2]), dtype=compute_dtype(x, y))
 
 
 def _wanted_like(inputs, wanted, dtype=None):
@@ -158,84 +134,23 @@ def _wanted_like(inputs, wanted, dtype=None):
 @torch.library.register_fake("kdkernels::rbf_correlation_loss")
 def _(sx, sy, tx, ty, beta, reduction, wanted):
     inputs = (sx, sy, tx, ty)
-    dtype = _compute_dtype(*inputs)
-    return sx.new_empty(sx.shape[:1] if reduction == "none" else (), dtype=dtype), *_wanted_like(inputs, wanted, dtype)
+    dtype = compute_dtype(*inputs)
+    return sx.new_empty(sx.shape[:1] if reduction == Reduction.NONE else (), dtype=dtype), *_wanted_like(inputs, wanted, dtype)
 
 
-@torch.library.register_fake("kdkernels::rbf_correlation_loss_backward")
-def _(grad_loss, sx, sy, tx, ty, beta, reduction, wanted):
+def _fake_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wanted):
     return tuple(_wanted_like((sx, sy, tx, ty), wanted))
 
 
-@torch.library.register_fake("kdkernels::rbf_correlation_loss_rescale_")
-def _(grad, grad_loss):
-    return None
-
-
-def _differentiable_correlation(x, y, arguments):
-    return (correlation_reference(x, y, arguments[3]),)
-
-
-def _differentiable_loss(sx, sy, tx, ty, arguments):
-    beta, reduction = arguments[5:7]
-    return (loss_reference(sx, sy, tx, ty, beta, reduction=reduction),)
-
-
-derive_double_backward("rbf_correlation_backward", upstream=(0,), inputs=(1, 2), reference=_differentiable_correlation)
-derive_double_backward("rbf_correlation_loss_backward", upstream=(0,), inputs=(1, 2, 3, 4), wanted=7, reference=_differentiable_loss)
-derive_vmap("rbf_correlation_backward")
-derive_vmap("rbf_correlation_loss_backward")
-
-
-@torch.library.register_vmap("kdkernels::rbf_correlation")
-def _(info, in_dims, x, y, beta):
-    """The examples are more samples of one batch."""
-    features = examples_first(info.batch_size, (x, y), in_dims[:2])
-    return _correlation(*(v.flatten(0, 1) for v in features), beta).unflatten(0, features[0].shape[:2]), 0
-
-
-@torch.library.register_vmap("kdkernels::rbf_correlation_loss")
-def _(info, in_dims, sx, sy, tx, ty, beta, reduction, wanted):
+def _vmap_loss(info, in_dims, sx, sy, tx, ty, beta, reduction, wanted):
+    """The examples are more samples of one batch, reduced for each example."""
     features = examples_first(info.batch_size, (sx, sy, tx, ty), in_dims[:4])
     batch = features[0].shape[1]
-    loss = _loss(*(v.flatten(0, 1) for v in features), beta, "none").unflatten(0, (info.batch_size, batch))
-    if reduction != "none":
-        loss = loss.sum(1) / (max(batch, 1) if reduction == "batchmean" else 1)
+    loss = _loss(*(v.flatten(0, 1) for v in features), beta, Reduction.NONE.value, (False,) * 4).unflatten(0, (info.batch_size, batch))
+    if reduction != Reduction.NONE:
+        loss = loss.sum(1) / (max(batch, 1) if reduction == Reduction.BATCHMEAN else 1)
     return (loss, *(sx.new_empty(info.batch_size, 0) for _ in range(4))), (0,) * 5
 
 
-def _triton_kernels():
-    try:
-        from ..triton import rbf_correlation as kernels
-    except ImportError as error:
-        raise RuntimeError("rbf_correlation on a GPU runs in Triton, which is not installed: pip install triton") from error
-    return kernels
-
-
-@torch.library.impl("kdkernels::rbf_correlation", "CUDA")
-def _(*args):
-    return _triton_kernels().rbf_correlation(*args)
-
-
-@torch.library.impl("kdkernels::rbf_correlation_backward", "CUDA")
-def _(*args):
-    return _triton_kernels().rbf_correlation_backward(*args)
-
-
-@torch.library.impl("kdkernels::rbf_correlation_loss", "CUDA")
-def _(*args):
-    return _triton_kernels().rbf_correlation_loss(*args)
-
-
-@torch.library.impl("kdkernels::rbf_correlation_loss_backward", "CUDA")
-def _(*args):
-    return _triton_kernels().rbf_correlation_loss_backward(*args)
-
-
-@torch.library.impl("kdkernels::rbf_correlation_loss_rescale_", "CUDA")
-def _(grad, grad_loss):
-    if grad_loss.dim() == 0:
-        grad.mul_(grad_loss)
-        return
-    factor = grad_loss.view(-1, 1, 1)
-    grad.mul_(factor).masked_fill_(factor == 0, 0)  # a sample that was left out stays out, also where its gradient is not finite
+_correlation = register("rbf_correlation", correlation_reference, launchers="rbf_correlation", vmap="samples")
+_loss = register("rbf_correlation_loss", loss_reference, launchers="rbf_correlation", vmap=_vmap_loss, fake_of_backward=_fake_loss_backward)

@@ -1,158 +1,211 @@
-"""What torch's transforms ask of an op, derived from its schema and its reference.
+"""Completes an op whose schema, CPU kernels and first derivative the C++ extension has registered:
+:func:`register`.
 
-The C++ extension registers schema, kernels and first derivative of each op. This module adds the rest, the same way for every op:
+From the schema and the reference it derives what is not specific to an op:
 
-- forward mode and ``torch.func``: :func:`takes_reference` tells a public function to call the reference, which torch differentiates in every mode;
-- second and higher derivatives: :func:`derive_double_backward` differentiates the op's backward through the reference;
-- vmap of a backward op: :func:`derive_vmap` calls the op once for each example.
+- forward mode and ``torch.func``: the reference, which torch differentiates in every mode;
+- second and higher derivatives: the reference, differentiated twice;
+- vmap, and the fake kernels of the backward;
+- CUDA tensors: the launchers in ``kdkernels.triton``, imported by the first call;
+- devices for which there are no kernels (``DEVICES_WITHOUT_KERNELS``): the reference, which
+  autograd differentiates there. It never replaces a kernel on the CPU or on CUDA: what is missing
+  there is an error that names the cure.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from ..options import NAMES
+from .transforms import examples_first, second_derivative, takes_reference, usable
 
-def takes_reference(*tensors: Tensor | None) -> bool:
-    """Whether this call must go through the reference, because the C++ derivative does not exist for the transform that is applied.
-
-    That is the case under ``torch.func.grad``, ``vjp``, ``jvp`` and the like, also where the call is a vmap rule's and they stand further out, and in
-    forward mode if one of the tensors carries a tangent. What vmap has wrapped is left to the op's vmap rule, which asks again.
-    """
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():  # which transform it is cannot be asked there
-            return True
-        functorch = torch._C._functorch
-        if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap or any(functorch.is_gradtrackingtensor(t) for t in given):
-            return True
-    return forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given)
+# Dispatch keys: the devices of torch whose autograd key Python can register kernels for.
+DEVICES_WITHOUT_KERNELS = ("MPS", "XPU", "HPU", "XLA", "IPU", "Lazy", "PrivateUse1")
 
 
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward mode is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _has_tangent(t: Tensor) -> bool:
-    return not torch._C._functorch.is_batchedtensor(t) and forward_ad.unpack_dual(t).tangent is not None
-
-
-def is_linearised() -> bool:
-    """Whether ``torch.func.linearize`` traces the derivative in forward mode."""
-    if forward_ad._current_level < 0:
-        return False
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    return get_proxy_mode() is not None
-
-
-def is_batched(t) -> bool:
-    """Whether vmap stands behind a tensor: of ``torch.func``, or the older one of ``is_grads_batched``."""
-    functorch = torch._C._functorch
-    return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
-
-
-def usable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in a form that autograd can save: one that was made under ``torch.inference_mode`` is copied."""
-    if torch.compiler.is_compiling():  # compiled code cannot ask, and is run outside of inference mode
-        return tensor
-    if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return tensor.clone()
-    return tensor
-
-
-def _handle(t: Tensor) -> Tensor:
-    """A view of t with a place of its own in the graph: a derivative with respect to it counts the paths through this view and no other path that
-    leads to t (the upstream gradient may depend on t, or a second input may), and still leads back to t."""
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
-def second_derivative(
-    reference: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],  # one for each result of the reference
-    wanted: Sequence[bool],  # the inputs whose gradients the backward returns
-    cotangents: Sequence[Tensor | None],  # of those gradients
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The gradients of ``sum_i <cotangents[i], backward(upstream, inputs)[i]>`` with respect to upstream and to inputs."""
-    create_graph = torch.is_grad_enabled()
-    chosen = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
-    to_upstream, to_inputs = [None] * len(upstream), [None] * len(inputs)
-    if not chosen:
-        return to_upstream, to_inputs
-    with torch.enable_grad():
-        given = [None if t is None else _handle(t) if t.requires_grad or i in chosen else t for i, t in enumerate(inputs)]
-        above = [None if g is None else _handle(g) if g.requires_grad else g for g in upstream]
-        results = [(r, g) for r, g in zip(reference(*given), above, strict=True) if g is not None and r.requires_grad]
-        if not results:
-            return to_upstream, to_inputs
-        first = torch.autograd.grad(
-            [r for r, _ in results],
-            [given[i] for i in chosen],
-            [g.to(r.dtype) for r, g in results],
-            create_graph=True,
-            allow_unused=True,
-        )
-        pairs = [(f, cotangents[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
-        # What the caller does not differentiate needs no gradient; upstream and inputs share one list for one pass.
-        sources = [(to_upstream, j, g) for j, g in enumerate(above) if g is not None and g.requires_grad]
-        sources += [(to_inputs, i, t) for i, t in enumerate(given) if t is not None and t.requires_grad]
-        if not pairs:
-            return to_upstream, to_inputs
-        second = torch.autograd.grad(
-            [f for f, _ in pairs], [t for *_, t in sources], [c.to(f.dtype) for f, c in pairs], create_graph=create_graph, allow_unused=True
-        )
-    for (to, position, _), gradient in zip(sources, second, strict=True):
-        to[position] = gradient
-    return to_upstream, to_inputs
-
-
-def derive_double_backward(
+def register(
     name: str,
+    reference: Callable[..., Tensor | tuple[Tensor | None, ...]],
     *,
-    upstream: Sequence[int],  # positions of the upstream gradients among the arguments of the backward op
-    inputs: Sequence[int],  # of the forward's inputs, in the order of the gradients that the op returns
-    reference: Callable[..., Sequence[Tensor]],  # (inputs..., arguments) -> the forward's results, one for each upstream gradient
-    wanted: int | None = None,  # of the flags that say which gradients the op returns; None: all of them
-    constants: Sequence[int] = (),  # of other tensors that the reference reads
-) -> None:
-    """Registers the derivative of the backward op ``kdkernels::name``: the reference is differentiated twice."""
-    kept = (*upstream, *inputs, *constants)
+    launchers: str | None = None,
+    vmap: str | Callable = "each",
+    reference_of_backward: Callable[..., tuple[Tensor, ...]] | None = None,
+    fake_of_backward: Callable | None = None,
+) -> Callable:
+    """Completes the op ``kdkernels::<name>`` and its backward ``kdkernels::<name>_backward``.
+
+    Args:
+        reference: the definition in plain PyTorch. Its parameters have the names of arguments of
+            the op and receive these arguments, options as the strings they stand for. It returns
+            the results that have a derivative, which come first among those of the op.
+        launchers: the module of ``kdkernels.triton`` that has a function for each op of the family,
+            with the op's name and arguments. ``None`` if the op's own module registers its kernels
+            for GPUs and for devices without kernels.
+        vmap: "samples" if the first dimension of every tensor counts samples that do not influence
+            one another: the examples of vmap become more samples. "each" calls the op once for each
+            example. Or a rule as :func:`torch.library.register_vmap` takes it.
+        reference_of_backward: for second derivatives, if they need another function than
+            ``reference``; its parameters have the names of arguments of the backward.
+        fake_of_backward: shapes and dtypes of the gradients, if they are not those of the inputs.
+
+    Returns:
+        A function of the arguments of the op that returns its results that have a derivative. It
+        chooses between the op and the reference.
+    """
+    op, backward = _Schema(name), _Schema(f"{name}_backward")
+    call_reference = _Reference(reference, op)
+    count = len(backward.upstream)
+
+    def all_results(*arguments):
+        if takes_reference(*arguments):
+            return call_reference.all_results([usable(a) for a in arguments])
+        return op.overload(*arguments)
+
+    def call(*arguments):
+        if takes_reference(*arguments):
+            results = call_reference([usable(a) for a in arguments])
+            return results if count > 1 else results[0]
+        results = op.overload(*arguments)
+        return results if op.results == 1 else results[0] if count == 1 else results[:count]
+
+    inputs = [op.names[i] for i in op.tensors[: backward.results]]
+    derive_double_backward(backward, _Reference(reference_of_backward or reference, backward), inputs)
+    torch.library.register_fake(f"kdkernels::{backward.name}", fake_of_backward or _fake_gradients(backward, inputs))
+    derive_vmap(backward.name)
+    if vmap == "samples":
+        torch.library.register_vmap(f"kdkernels::{name}", _vmap_over_samples(op, all_results))
+    elif vmap == "each":
+        derive_vmap(name, all_results)
+    else:
+        torch.library.register_vmap(f"kdkernels::{name}", vmap)
+    _complete_rescale(name)
+    if launchers is not None:
+        for member in (name, backward.name, f"{name}_rescale", f"{name}_rescale_"):
+            if hasattr(torch.ops.kdkernels, member):
+                torch.library.impl(f"kdkernels::{member}", "CUDA")(_launcher(launchers, member))
+        for key in DEVICES_WITHOUT_KERNELS:
+            torch.library.impl(f"kdkernels::{name}", (key, f"Autograd{key}"))(call_reference.kernel)
+    return call
+
+
+class _Schema:
+    """What the schema of the op ``kdkernels::<name>`` says about its arguments."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.overload = getattr(torch.ops.kdkernels, name).default
+        arguments = self.overload._schema.arguments
+        self.names = [a.name for a in arguments]
+        self.tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self.upstream = [i for i in self.tensors if self.names[i].startswith("grad")]  # of a backward: the gradients of the forward's results
+        self.results = len(self.overload._schema.returns)
+
+
+class _Reference:
+    """The reference as a function of the arguments of an op."""
+
+    def __init__(self, function: Callable, op: _Schema):
+        self.function, self.op = function, op
+        self.positions = {p: op.names.index(p) for p in inspect.signature(function).parameters if p in op.names}
+
+    def __call__(self, arguments: Sequence) -> tuple[Tensor | None, ...]:
+        given = {p: NAMES[p][arguments[i]] if p in NAMES else arguments[i] for p, i in self.positions.items()}
+        results = self.function(**given)
+        return results if isinstance(results, tuple) else (results,)
+
+    def all_results(self, arguments: Sequence) -> Tensor | tuple[Tensor, ...]:
+        """What the op returns, with an empty tensor for every result that has no derivative."""
+        results = self(arguments)
+        return (*results, *(results[0].new_empty(0) for _ in range(self.op.results - len(results)))) if self.op.results > 1 else results[0]
+
+    def kernel(self, *arguments) -> Tensor | tuple[Tensor, ...]:
+        """The op's kernel on devices without kernels, and its derivative there: autograd records
+        what the reference does.
+        """
+        for name, value in zip(self.op.names, arguments, strict=False):
+            if (name == "save_grad" and value) or (name == "wanted" and any(value)):
+                raise NotImplementedError(
+                    f"kdkernels::{self.op.name} writes no gradients on this device, got {name}={value}: let autograd differentiate it"
+                )
+        return self.all_results(arguments)
+
+
+def derive_double_backward(backward: _Schema, reference: _Reference, inputs: Sequence[str]) -> None:
+    """Registers the derivative of a backward op: the reference is differentiated twice.
+
+    ``inputs`` names the forward's inputs in the order of the gradients that the op returns;
+    ``wanted``, if it is an argument, says which of them are asked for.
+    """
+    positions = [backward.names.index(name) for name in inputs]
+    constants = [i for i in reference.positions.values() if i in backward.tensors and i not in positions]
+    kept = (*backward.upstream, *positions, *constants)
+    wanted = backward.names.index("wanted") if "wanted" in backward.names else None
 
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(inputs[i] for i in kept))
         ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs]
 
-    def backward(ctx, *cotangents):
+    def differentiate(ctx, *cotangents):
         arguments = list(ctx.arguments)
         for position, tensor in zip(kept, ctx.saved_tensors, strict=True):
             arguments[position] = tensor
-        flags = arguments[wanted] if wanted is not None else [True] * len(inputs)
+
+        def from_inputs(*given):
+            replaced = list(arguments)
+            for position, tensor in zip(positions, given, strict=True):
+                replaced[position] = tensor
+            return reference(replaced)
+
+        flags = arguments[wanted] if wanted is not None else [True] * len(positions)
         to_upstream, to_inputs = second_derivative(
-            lambda *given: reference(*given, arguments), [arguments[i] for i in inputs], [arguments[i] for i in upstream], flags, cotangents
+            from_inputs, [arguments[i] for i in positions], [arguments[i] for i in backward.upstream], flags, cotangents
         )
         result = [None] * len(arguments)
-        for position, gradient in zip((*upstream, *inputs), (*to_upstream, *to_inputs), strict=True):
+        for position, gradient in zip((*backward.upstream, *positions), (*to_upstream, *to_inputs), strict=True):
             result[position] = gradient
         return tuple(result)
 
-    torch.library.register_autograd(f"kdkernels::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"kdkernels::{backward.name}", differentiate, setup_context=setup_context)
 
 
-def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
-    """Tensors with the dimension that vmap hides in front; those that have none are expanded."""
-    return [None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)]
+def _fake_gradients(backward: _Schema, inputs: Sequence[str]) -> Callable:
+    """Gradients have the shape, dtype and strides of their inputs; those that are not wanted are
+    empty.
+    """
+    positions = [backward.names.index(name) for name in inputs]
+    wanted = backward.names.index("wanted") if "wanted" in backward.names else None
+
+    def fake(*arguments):
+        given = [arguments[i] for i in positions]
+        flags = arguments[wanted] if wanted is not None else [True] * len(given)
+        gradients = tuple(torch.empty_like(x) if flag and x is not None else given[0].new_empty(0) for x, flag in zip(given, flags, strict=True))
+        return gradients if backward.results > 1 else gradients[0]
+
+    return fake
 
 
-def derive_vmap(name: str) -> None:
-    """Registers the vmap rule that is right for every op ``kdkernels::name``: one call for each example, the results stacked."""
-    op = getattr(torch.ops.kdkernels, name).default
+def _complete_rescale(name: str) -> None:
+    """The ops that multiply a saved gradient by the upstream gradient."""
+    if hasattr(torch.ops.kdkernels, f"{name}_rescale_"):
+        torch.library.register_fake(f"kdkernels::{name}_rescale_", lambda *arguments: None)
+    if hasattr(torch.ops.kdkernels, f"{name}_rescale"):
+        torch.library.register_fake(f"kdkernels::{name}_rescale", lambda grad, *arguments: torch.empty_like(grad))
+        derive_vmap(f"{name}_rescale")
+
+
+def derive_vmap(name: str, call: Callable | None = None) -> None:
+    """Registers the vmap rule that is right for every op ``kdkernels::<name>``: one call for each
+    example, the results stacked.
+    """
+    call_op = call or getattr(torch.ops.kdkernels, name).default
 
     @torch.library.register_vmap(f"kdkernels::{name}")
     def rule(info, in_dims, *arguments):
@@ -160,14 +213,52 @@ def derive_vmap(name: str) -> None:
         dims, _ = pytree.tree_flatten(in_dims, is_leaf=lambda d: d is None)
         batched = [isinstance(a, Tensor) and d is not None for a, d in zip(flat, dims, strict=True)]
 
-        def call(example: int | None):  # None: zeros in the place of an example, for the shapes of an empty batch
+        def call_one(example: int | None):  # None: zeros in the place of an example, for the shapes of an empty batch
             def pick(a, d):
                 return a.select(d, example) if example is not None else a.new_zeros(a.movedim(d, 0).shape[1:])
 
             chosen = [pick(a, d) if b else a for a, d, b in zip(flat, dims, batched, strict=True)]
-            return pytree.tree_flatten(op(*pytree.tree_unflatten(chosen, structure)))
+            return pytree.tree_flatten(call_op(*pytree.tree_unflatten(chosen, structure)))
 
-        calls = [call(i) for i in range(info.batch_size)] or [call(None)]
+        calls = [call_one(i) for i in range(info.batch_size)] or [call_one(None)]
         results = [torch.stack(column)[: info.batch_size] for column in zip(*(leaves for leaves, _ in calls), strict=True)]
         form = calls[0][1]
         return pytree.tree_unflatten(results, form), pytree.tree_unflatten([0] * len(results), form)
+
+
+def _vmap_over_samples(op: _Schema, call: Callable) -> Callable:
+    def rule(info, in_dims, *arguments):
+        given = examples_first(info.batch_size, [arguments[i] for i in op.tensors], [in_dims[i] for i in op.tensors])
+        sizes = given[0].shape[:2]
+        replaced = list(arguments)
+        for position, tensor in zip(op.tensors, given, strict=True):
+            replaced[position] = None if tensor is None else tensor.flatten(0, 1)
+        results = call(*replaced)
+        results = results if op.results > 1 else (results,)
+        split = tuple(r.unflatten(0, sizes) if len(r) == sizes.numel() else r.new_empty(info.batch_size, 0) for r in results)
+        return (split, (0,) * len(split)) if op.results > 1 else (split[0], 0)
+
+    return rule
+
+
+@functools.cache
+def _triton_module(name: str):
+    try:
+        return importlib.import_module(f"kdkernels.triton.{name}")
+    except ImportError as error:
+        raise RuntimeError(f"{name} on a GPU runs in Triton, which is not installed: pip install triton") from error
+
+
+def _launcher(module: str, name: str) -> Callable:
+    """The kernel of an op for CUDA tensors. It checks the values of options, as the C++ kernels
+    do.
+    """
+    options = [(i, option) for i, option in enumerate(_Schema(name).names) if option in NAMES]
+
+    def launch(*arguments):
+        for i, option in options:
+            if arguments[i] not in NAMES[option]:
+                raise ValueError(f"{option} must be one of {', '.join(f'{v} ({n})' for v, n in NAMES[option].items())}, got {arguments[i]}")
+        return getattr(_triton_module(module), name)(*arguments)
+
+    return launch

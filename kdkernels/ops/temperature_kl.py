@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Reduction
 from ..reference import temperature_kl as reference
 from . import checks
-from .registration import derive_double_backward, derive_vmap, examples_first, is_linearised, is_transformed, takes_reference, usable
-
-_DIRECTIONS = ("forward", "reverse", "jsd")
-_REDUCTIONS = ("none", "sum", "mean", "batchmean")
-
-_forward_op = torch.ops.kdkernels.temperature_kl.default
+from .registration import register
+from .transforms import examples_first, is_linearised, is_transformed
 
 
 def temperature_kl(
@@ -88,38 +86,14 @@ def temperature_kl(
     if direction == "jsd" and (beta == 0 or beta == 1):
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), normalizer, dtype=torch.float64, device=student.device)
+        wide = torch.float64 if student.device.type != "mps" else torch.float32  # Apple's GPUs have no float64
+        normalizer = torch.full((), normalizer, dtype=wide, device=student.device)
     if not torch.compiler.is_compiling() and is_transformed() and not is_linearised():  # past which the kernel does not check them
         checks.positive_values("temperature", rows_temperature)
         checks.positive_values("normalizer", normalizer)
+    direction, reduction = checks.option("direction", direction), checks.option("reduction", reduction)
     options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)
-    return _dispatch(student, teacher, temperature, rows_temperature, mask, normalizer, *options)
-
-
-def _dispatch(student, teacher, temperature, row_temperature, mask, normalizer, *options):
-    if takes_reference(student, teacher, row_temperature):
-        inputs = (usable(student), usable(teacher), temperature, usable(row_temperature), usable(mask), usable(normalizer))
-        return _reference(*inputs, *options)
-    return _forward_op(student, teacher, temperature, row_temperature, mask, normalizer, *options, False)[0]
-
-
-def _reference(
-    student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps
-):
-    return reference(
-        student,
-        teacher,
-        temperature if row_temperature is None else row_temperature,
-        dim=dim,
-        direction=direction,
-        beta=beta,
-        reduction=reduction,
-        scale_by_t2=scale_by_t2,
-        include_entropy=include_entropy,
-        target_eps=target_eps,
-        mask=mask,
-        normalizer=normalizer,
-    )
+    return _divergence(student, teacher, temperature, rows_temperature, mask, normalizer, *options, False)
 
 
 def _row_shape(logits: Tensor, dim: int) -> tuple:
@@ -146,8 +120,8 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
     checks.tensor("student", student, "logits")
     checks.tensor("teacher", teacher, "logits")
     checks.integer("dim", dim)
-    checks.choice("direction", direction, _DIRECTIONS)
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.option("direction", direction)
+    checks.option("reduction", reduction)
     checks.share("beta", beta)
     checks.not_negative("target_eps", target_eps)
     checks.flag("scale_by_t2", scale_by_t2)
@@ -197,10 +171,6 @@ def _check_normalizer(normalizer, student, reduction) -> None:
         checks.positive("normalizer", normalizer, "a number or a tensor of one")
 
 
-def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 @torch.library.register_fake("kdkernels::temperature_kl")
 def _(
     student,
@@ -218,17 +188,16 @@ def _(
     target_eps,
     save_grad,
 ):
-    shape = _row_shape(student, dim) if reduction == "none" else ()
-    loss = student.new_empty(shape, dtype=_compute_dtype(student, teacher))
+    shape = _row_shape(student, dim) if reduction == Reduction.NONE else ()
+    loss = student.new_empty(shape, dtype=compute_dtype(student, teacher))
     scaled = save_grad and student.dtype == torch.float16
     row_scale = student.new_empty(_row_shape(student, dim) if scaled else 0, dtype=torch.float32)
     return loss, torch.empty_like(student) if save_grad else student.new_empty(0), row_scale
 
 
-@torch.library.register_fake("kdkernels::temperature_kl_backward")
-def _(grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, dim, *options):
+def _fake_backward(grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, dim, *options):
     wanted = options[-1]
-    row_dtype = _compute_dtype(student, teacher) if row_temperature is None else row_temperature.dtype
+    row_dtype = compute_dtype(student, teacher) if row_temperature is None else row_temperature.dtype
     return (
         torch.empty_like(student) if wanted[0] else student.new_empty(0),
         torch.empty_like(teacher) if wanted[1] else student.new_empty(0),
@@ -236,68 +205,41 @@ def _(grad_loss, student, teacher, temperature, row_temperature, mask, normalize
     )
 
 
-@torch.library.register_fake("kdkernels::temperature_kl_rescale")
-def _(grad, row_scale, grad_loss, mask, dim):
-    return torch.empty_like(grad)
+def _reference(
+    student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps
+):
+    return reference(
+        student,
+        teacher,
+        temperature if row_temperature is None else row_temperature,
+        dim=dim,
+        direction=direction,
+        beta=beta,
+        reduction=reduction,
+        scale_by_t2=scale_by_t2,
+        include_entropy=include_entropy,
+        target_eps=target_eps,
+        mask=mask,
+        normalizer=normalizer,
+    )
 
 
-@torch.library.register_fake("kdkernels::temperature_kl_rescale_")
-def _(grad, row_scale, grad_loss, mask, dim):
-    return None
-
-
-def _differentiable(student, teacher, row_temperature, arguments):
-    _upstream, _student, _teacher, temperature, _rows, mask, normalizer, *options, _wanted = arguments
-    return (_reference(student, teacher, temperature, row_temperature, mask, normalizer, *options),)
-
-
-derive_double_backward("temperature_kl_backward", upstream=(0,), inputs=(1, 2, 4), constants=(5, 6), wanted=14, reference=_differentiable)
-derive_vmap("temperature_kl_backward")
-derive_vmap("temperature_kl_rescale")
-
-
-@torch.library.register_vmap("kdkernels::temperature_kl")
-def _(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2, *rest):
-    """One call over the batch with reduction="none", reduced per example."""
+def _vmap(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, *rest):
+    """One call over the batch with reduction="none", reduced for each example."""
     size = info.batch_size
     dim = dim % (student.dim() - (in_dims[0] is not None))
     given = (student, teacher, row_temperature, mask, normalizer)
     student, teacher, rows, mask, normalizer = examples_first(size, given, (*in_dims[:2], *in_dims[3:6]))
     *forms, _save_grad = rest
-    loss = _dispatch(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, "none", scale_by_t2, *forms)
-    if reduction != "none":
+    loss = _divergence(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, Reduction.NONE.value, *forms, False)
+    if reduction != Reduction.NONE:
         classes = student.shape[dim + 1]
         kept = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
         count = max(kept, 1) if normalizer is None and mask is None else kept if normalizer is None else normalizer.reshape(size)
         loss = loss.reshape(size, loss[0].numel()).sum(1)
-        if reduction != "sum":
-            loss = loss / (count * classes if reduction == "mean" else count)
+        if reduction != Reduction.SUM:
+            loss = loss / (count * classes if reduction == Reduction.MEAN else count)
     return (loss, student.new_empty(size, 0), student.new_empty(size, 0, dtype=torch.float32)), (0, 0, 0)
 
 
-def _triton_kernels():
-    try:
-        from ..triton import temperature_kl as kernels
-    except ImportError as error:
-        raise RuntimeError("temperature_kl on a GPU runs in Triton, which is not installed: pip install triton") from error
-    return kernels
-
-
-@torch.library.impl("kdkernels::temperature_kl", "CUDA")
-def _(*args):
-    return _triton_kernels().temperature_kl(*args)
-
-
-@torch.library.impl("kdkernels::temperature_kl_backward", "CUDA")
-def _(*args):
-    return _triton_kernels().temperature_kl_backward(*args)
-
-
-@torch.library.impl("kdkernels::temperature_kl_rescale", "CUDA")
-def _(*args):
-    return _triton_kernels().temperature_kl_rescale(*args)
-
-
-@torch.library.impl("kdkernels::temperature_kl_rescale_", "CUDA")
-def _(*args):
-    return _triton_kernels().temperature_kl_rescale_(*args)
+_divergence = register("temperature_kl", _reference, launchers="temperature_kl", vmap=_vmap, fake_of_backward=_fake_backward)

@@ -1,21 +1,23 @@
-"""The ops of truncated_svd in plain PyTorch, for devices that have no kernel of ours yet: same schemas, same results, no host round trip."""
+"""The ops of truncated_svd in plain PyTorch, for devices without kernels: same schemas, same results, no host round trip."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import NAMES
 from ..reference import align_singular_vectors as align_reference
 from ..reference import truncated_svd as svd_reference
 from ..reference.truncated_svd import match_singular_vectors
 
 
-def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def truncated_svd(x: Tensor, k: int, sign: int, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         # In units in which no square leaves its range.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(x)
         first, second = _units(x.to(dtype))
-        u, s, v = svd_reference(x.to(dtype) * first * second, k, sign=sign or None, return_u=True)
+        u, s, v = svd_reference(x.to(dtype) * first * second, k, sign=NAMES["sign"][sign], return_u=True)
         s = s / second[..., 0] / first[..., 0]
     m, n = x.shape[-2:]
     u = u.mT.contiguous().mT if return_u or m < n else u.new_empty(0)
@@ -41,7 +43,8 @@ def truncated_svd_backward(
     state: Tensor,
     gap_eps: float,
 ) -> Tensor:
-    """The formula of csrc/truncated_svd/derivative.h, in float64, with all eigenvectors of the smaller Gram matrix for its solve."""
+    """The formula of csrc/truncated_svd/derivative.h, in float64 if the device has it, with all
+    eigenvectors of the smaller Gram matrix for its solve."""
     with torch.no_grad():
         return _gradient(grad_u, grad_s, grad_v, x, s, v, u if u.dim() == x.dim() else None, gap_eps)
 
@@ -49,9 +52,10 @@ def truncated_svd_backward(
 def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor | None, gap_eps: float) -> Tensor:
     broken = ~x.isfinite().flatten(-2).all(-1)[..., None, None]
     tall = x.shape[-2] >= x.shape[-1]
-    wide = x.double().masked_fill(broken, 0)
-    m = wide.mT if tall else wide  # [..., p, q]
-    a = (v if tall else u).double().nan_to_num()
+    wide = torch.float64 if x.device.type != "mps" else torch.float32  # Apple's GPUs have no float64
+    m = x.to(wide).masked_fill(broken, 0)
+    m = m.mT if tall else m  # [..., p, q]
+    a = (v if tall else u).to(wide).nan_to_num()
     ga, gb = (grad_v, grad_u) if tall else (grad_u, grad_v)
     if u is None or gb is None or gb.dim() != x.dim():
         gb = None
@@ -61,8 +65,8 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     sigma = (m.mT @ a).norm(dim=-2, keepdim=True)  # [..., 1, k]
     null = (1e-6 if s.dtype == torch.float32 else 1e-13) * sigma[..., :1]
     inverse = torch.where(sigma > null, 1 / sigma, torch.zeros_like(sigma))
-    mg = m @ gb.double() if gb is not None else torch.zeros_like(a)
-    g = mg * inverse + (ga.double() if ga is not None and ga.dim() == x.dim() else 0)
+    mg = m @ gb.to(wide) if gb is not None else torch.zeros_like(a)
+    g = mg * inverse + (ga.to(wide) if ga is not None and ga.dim() == x.dim() else 0)
     mu, q = torch.linalg.eigh(m @ m.mT)
     lam = sigma**2
     first = sigma[..., :1]
@@ -83,19 +87,19 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         """<x_i, g_j> - <x_j, g_i>; that of a function of the span is rounding, which a small gap would blow up."""
         c = x.mT @ cotangent
         size = cotangent.norm(dim=-2, keepdim=True)
-        noise = (8 * torch.finfo(s.dtype).eps * torch.maximum(size, size.mT)).clamp_min(1e-300)
+        noise = (8 * torch.finfo(s.dtype).eps * torch.maximum(size, size.mT)).clamp_min(torch.finfo(c.dtype).tiny)
         return torch.nn.functional.softshrink((c - c.mT) / noise, 1.0) * noise
 
     if ga is not None and ga.dim() == x.dim():
-        z = z + a @ (0.5 * differences(a, ga.double()) * turn)
+        z = z + a @ (0.5 * differences(a, ga.to(wide)) * turn)
     w = m.mT @ a
     y = m.mT @ z
     if gb is not None:
-        b = (u if tall else v).double().nan_to_num()
-        y = y + (gb.double() - b @ (b.mT @ gb.double())) * inverse + b @ (sigma.mT * differences(b, gb.double()) * turn).mT
+        b = (u if tall else v).to(wide).nan_to_num()
+        y = y + (gb.to(wide) - b @ (b.mT @ gb.to(wide))) * inverse + b @ (sigma.mT * differences(b, gb.to(wide)) * turn).mT
     gradient = (z @ w.mT + a @ y.mT) * units[0] * units[1]
     if grad_s is not None:  # the derivative of values knows no unit
-        gradient = gradient + a @ (grad_s.double().unsqueeze(-2) * inverse * w).mT
+        gradient = gradient + a @ (grad_s.to(wide).unsqueeze(-2) * inverse * w).mT
     if x.dtype in (torch.float32, torch.float64):  # held at the largest number; half types say with an infinity that they have none
         gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
@@ -109,7 +113,7 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
 
 def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | None, flip_teacher: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        dtype = compute_dtype(student, teacher)
         s, t = student.to(dtype), teacher.to(dtype)
         outputs = align_reference(s, t, None if weight is None else weight.to(dtype), flip="teacher" if flip_teacher else "student")
         match, flips = match_singular_vectors(s, t)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Normalize, Reduce, Variant
 from .launch import compile_options, device_of
 from .math import join, split
 
@@ -324,19 +326,15 @@ def _power(p: float) -> float:
     return p if p in _SHORT_POWERS else 0.0
 
 
-def _compute(*features: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in features] else torch.float32
-
-
 def _tl(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _pool(x: Tensor, p: float, reduce: str, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+def _pool(x: Tensor, p: float, reduce: int, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Maps [B, *spatial] and, for a maximum, channels."""
     shape = [x.shape[0], *x.shape[2:]]
     maps = torch.empty(shape, dtype=compute, device=x.device)
-    channel = torch.empty(shape if reduce == "max" else 0, dtype=torch.int32, device=x.device)
+    channel = torch.empty(shape if reduce == Reduce.MAX else 0, dtype=torch.int32, device=x.device)
     if x.numel() == 0:
         return maps, channel
     x = _readable(x)
@@ -345,13 +343,13 @@ def _pool(x: Tensor, p: float, reduce: str, compute: torch.dtype) -> tuple[Tenso
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
         _pool_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]),)](
-            x, maps, channel if reduce == "max" else maps, *strides, channels, places, *split(p),
-            MEAN=reduce == "mean", MAX=reduce == "max", POWER=_power(p), COMPUTE=_tl(compute), **sizes,
+            x, maps, channel if reduce == Reduce.MAX else maps, *strides, channels, places, *split(p),
+            MEAN=reduce == Reduce.MEAN, MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=_tl(compute), **sizes,
         )  # fmt: skip
     return maps, channel
 
 
-def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: str, compute: torch.dtype) -> Tensor:
+def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: int, compute: torch.dtype) -> Tensor:
     """The gradient of the features from the weights of the places [B, *spatial]."""
     grad = torch.empty_like(x)
     if x.numel() == 0:
@@ -363,49 +361,49 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: str, 
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
         _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]) * triton.cdiv(channels, sizes["BLOCK_C"]),)](
-            x, out, weight, channel if reduce == "max" else weight, *strides, *_strides(out), channels, places, *split(p),
-            MAX=reduce == "max", POWER=_power(p), COMPUTE=_tl(compute), **sizes,
+            x, out, weight, channel if reduce == Reduce.MAX else weight, *strides, *_strides(out), channels, places, *split(p),
+            MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=_tl(compute), **sizes,
         )  # fmt: skip
     return grad if out is grad else grad.copy_(out)
 
 
-def _factor(x: Tensor, p: float, reduce: str) -> float:
-    return p / (x.shape[1] if reduce == "mean" else 1)
+def _factor(x: Tensor, p: float, reduce: int) -> float:
+    return p / (x.shape[1] if reduce == Reduce.MEAN else 1)
 
 
-def attention_pool(x: Tensor, p: float, reduce: str, normalize: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_pool(x: Tensor, p: float, reduce: int, normalize: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Implements kdkernels::attention_pool."""
-    compute = _compute(x)
+    compute = compute_dtype(x)
     maps, channel = _pool(x, p, reduce, compute)
-    norm = torch.empty(x.shape[0] if normalize == "l2" else 0, dtype=torch.float64, device=x.device)
-    if normalize and maps.numel():
+    norm = torch.empty(x.shape[0] if normalize == Normalize.L2 else 0, dtype=torch.float64, device=x.device)
+    if normalize != Normalize.NONE and maps.numel():
         places = x.shape[2:].numel()
         with device_of(x):
             _normalize_kernel[(x.shape[0],)](
-                maps, norm, places, *split(eps), SOFTMAX=normalize == "softmax", COMPUTE=_tl(compute), **_row_block(places)
+                maps, norm, places, *split(eps), SOFTMAX=normalize == Normalize.SOFTMAX, COMPUTE=_tl(compute), **_row_block(places)
             )
     return maps, norm, channel
 
 
 def attention_pool_backward(
-    grad: Tensor, x: Tensor, maps: Tensor, norm: Tensor, channel: Tensor, p: float, reduce: str, normalize: str, eps: float
+    grad: Tensor, x: Tensor, maps: Tensor, norm: Tensor, channel: Tensor, p: float, reduce: int, normalize: int, eps: float
 ) -> Tensor:
     """Implements kdkernels::attention_pool_backward."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    compute = _compute(x)
+    compute = compute_dtype(x)
     weight, places = torch.empty_like(maps), x.shape[2:].numel()
     with device_of(x):
         _weight_kernel[(x.shape[0],)](
-            maps, grad.contiguous(), weight, norm if normalize == "l2" else maps, *split(_factor(x, p, reduce)), *split(eps), places,
-            KIND={"": 0, "l2": 1, "softmax": 2}[normalize], COMPUTE=_tl(compute), **_row_block(places),
+            maps, grad.contiguous(), weight, norm if normalize == Normalize.L2 else maps, *split(_factor(x, p, reduce)), *split(eps), places,
+            KIND=int(normalize), COMPUTE=_tl(compute), **_row_block(places),
         )  # fmt: skip
     return _scatter(x, weight, channel, p, reduce, compute)
 
 
-def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce: str) -> Tensor:
+def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce: int) -> Tensor:
     """The power of two by which the gradient of each sample is divided to be stored in float16, [B]: csrc/attention_pool/cpu.cpp has the bound."""
-    whole = maps * channels if reduce == "mean" else maps
+    whole = maps * channels if reduce == Reduce.MEAN else maps
     slope = 2.0 ** (-24 * (p - 1)) if p < 1 else whole ** (1 - 1 / p)
     bound = (weight.abs() * slope).flatten(1).amax(1)
     exponent = torch.where(bound.isfinite() & (bound > 0), torch.frexp(bound).exponent, 15)
@@ -414,7 +412,7 @@ def _scale_of_half(weight: Tensor, maps: Tensor, channels: int, p: float, reduce
 
 def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved=False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, both gradients, the scale of the student's gradient and the teacher's map: the last two where the gradient is saved."""
-    compute = _compute(student, teacher)
+    compute = compute_dtype(student, teacher)
     batch = student.shape[0]
     losses = torch.empty(batch, dtype=torch.float64, device=student.device)
     empty, no_scale = student.new_empty(0), losses.new_empty(0, dtype=torch.float32)
@@ -430,7 +428,7 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved
     with device_of(student):
         _transfer_kernel[(batch,)](
             s_map, t_map, losses, *(s_map if w is None else w for w in weights), s_map if upstream is None else upstream, *numbers, batch, places,
-            PAPER=variant == "paper", HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
+            PAPER=variant == Variant.PAPER, HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
             COMPUTE=_tl(compute), **_row_block(places),
         )  # fmt: skip
     scale = no_scale
@@ -451,3 +449,15 @@ def attention_transfer_loss(student, teacher, p, variant, reduce, eps, save_grad
 def attention_transfer_loss_backward(grad_loss, student, teacher, p, variant, reduce, eps, wanted) -> tuple[Tensor, Tensor]:
     """Implements kdkernels::attention_transfer_loss_backward."""
     return _transfer(student, teacher, p, variant, reduce, eps, grad_loss, wanted)[1:3]
+
+
+def attention_transfer_loss_rescale_(grad: Tensor, scale: Tensor, grad_loss: Tensor) -> None:
+    """Implements kdkernels::attention_transfer_loss_rescale_."""
+    compute = compute_dtype(grad)
+    factor = grad_loss.to(compute)
+    if scale.numel():
+        factor = (factor * scale).view(-1, *(1,) * (grad.dim() - 1))
+    if grad.dtype == compute:
+        grad.mul_(factor)
+    else:
+        grad.copy_(grad.to(compute) * factor)

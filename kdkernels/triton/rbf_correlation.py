@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Reduction
 from .launch import compile_options, device_of
 from .math import exp_falling, exp_parts, join, split
 
@@ -301,10 +303,6 @@ def largest_z(rank: int, double: bool) -> float:
     return (2.0 ** (-56 if double else -28) * math.factorial(rank - 1)) ** (1 / (rank - 1))
 
 
-def _compute(*features: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in features] else torch.float32
-
-
 def _tl(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -324,10 +322,10 @@ def dense_sizes(columns: int, double: bool) -> dict[str, int | bool]:
     return {"BLOCK_M": block_m, "BLOCK_N": tile // (block_m * block_k), "BLOCK_K": block_k} | compile_options(4)
 
 
-def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tuple[Tensor, list[Tensor]]:
+def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: int, wanted) -> tuple[Tensor, list[Tensor]]:
     sx, sy = inputs[:2]
     batch, m, columns = sx.shape
-    n, compute, device = sy.shape[1], _compute(*inputs), sx.device
+    n, compute, device = sy.shape[1], compute_dtype(*inputs), sx.device
     count = batch * columns
     rows = [x.transpose(1, 2).contiguous() for x in inputs]  # no copy of what truncated_svd made
     gradients = [torch.empty(x.shape, dtype=compute, device=device) if w else None for x, w in zip(rows, wanted, strict=True)]
@@ -337,7 +335,7 @@ def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tu
         scale = math.sqrt(2 / beta)
         unused = losses.to(compute)  # of the gradients' type: a kernel chooses between two of them
         targets = [unused if g is None else g for g in gradients]
-        numbers = (*split(scale), *split(2 * scale / (batch if reduction == "batchmean" else 1)))
+        numbers = (*split(scale), *split(2 * scale / (batch if reduction == Reduction.BATCHMEAN else 1)))
         limits = [part for rank in (_FEW.value, _MANY.value) for part in split(largest_z(rank, compute == torch.float64))]
         wants = {f"WANT_{name}": bool(w) for name, w in zip(("SX", "SY", "TX", "TY"), wanted, strict=True)}
         sizes = pair_sizes()
@@ -350,8 +348,8 @@ def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: str, wanted) -> tu
             _pairs_kernel[(count * sum(blocks),)](*rows, *targets, parts, centers, marks, m, n, blocks[0], *numbers, **wants, **sizes)
         losses += parts.sum(1)
     per_sample = losses.view(batch, columns).sum(1)
-    if reduction != "none":
-        per_sample = per_sample.sum() / (max(batch, 1) if reduction == "batchmean" else 1)
+    if reduction != Reduction.NONE:
+        per_sample = per_sample.sum() / (max(batch, 1) if reduction == Reduction.BATCHMEAN else 1)
     return per_sample.to(compute), [_laid_out(g, x, compute) for g, x in zip(gradients, inputs, strict=True)]
 
 
@@ -364,14 +362,21 @@ def _laid_out(rows: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
     return columns if columns.stride() == like.stride() else like.copy_(columns)
 
 
+def _check_reduction(reduction: int) -> None:
+    if reduction == Reduction.MEAN:
+        raise ValueError(f"reduction must be one of 0 (none), 1 (sum), 3 (batchmean), got {reduction}")
+
+
 def rbf_correlation_loss(sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::rbf_correlation_loss."""
+    _check_reduction(reduction)
     loss, gradients = _loss((sx, sy, tx, ty), beta, reduction, wanted)
     return loss, *gradients
 
 
 def rbf_correlation_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::rbf_correlation_loss_backward."""
+    _check_reduction(reduction)
     inputs = (sx, sy, tx, ty)
     gradients = _loss(inputs, beta, reduction, wanted)[1]
     factor = grad_loss.view(-1, 1, 1) if grad_loss.dim() else grad_loss
@@ -386,7 +391,7 @@ def rbf_correlation_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wa
 
 def rbf_correlation(x: Tensor, y: Tensor, beta: float) -> Tensor:
     """Implements kdkernels::rbf_correlation."""
-    (batch, m, columns), n, compute = x.shape, y.shape[1], _compute(x, y)
+    (batch, m, columns), n, compute = x.shape, y.shape[1], compute_dtype(x, y)
     out = torch.empty(batch, m, n, columns, dtype=compute, device=x.device)
     if out.numel():
         with device_of(x):
@@ -398,7 +403,7 @@ def rbf_correlation(x: Tensor, y: Tensor, beta: float) -> Tensor:
 
 def rbf_correlation_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Implements kdkernels::rbf_correlation_backward."""
-    (batch, m, columns), n, compute = x.shape, y.shape[1], _compute(x, y)
+    (batch, m, columns), n, compute = x.shape, y.shape[1], compute_dtype(x, y)
     if grad.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(y)
     sizes = dense_sizes(columns, compute == torch.float64)
@@ -410,3 +415,12 @@ def rbf_correlation_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float) ->
             grad, x.contiguous(), y.contiguous(), to_x, parts, *grad.stride(), batch, m, n, columns, *split(1 / beta), COMPUTE=_tl(compute), **sizes
         )
     return torch.empty_like(x).copy_(to_x), torch.empty_like(y).copy_(parts.sum(0))
+
+
+def rbf_correlation_loss_rescale_(grad: Tensor, grad_loss: Tensor) -> None:
+    """Implements kdkernels::rbf_correlation_loss_rescale_."""
+    if grad_loss.dim() == 0:
+        grad.mul_(grad_loss)
+        return
+    factor = grad_loss.view(-1, 1, 1)
+    grad.mul_(factor).masked_fill_(factor == 0, 0)  # a sample that was left out stays out, also where its gradient is not finite

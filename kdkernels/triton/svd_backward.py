@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from .launch import compile_options, device_of
 from .math import join, split
-from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, compute_dtype, one_batch, precision, state_size, warps_for
+from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, power_of_two, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
 
 

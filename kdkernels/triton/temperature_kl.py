@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import Reduction
 from .launch import compile_options, device_of, is_dense
 from .math import centred_kl, exp_falling, exp_parts, log, log1p
-
-_DIRECTIONS = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 @triton.jit
@@ -530,7 +529,7 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             student, teacher, *(student if p is None else p for p in pointers), float(temperature), float(weight), rows, classes, inner,
             *(s for operand in strides for s in operand),
-            BETA=beta, EPS=eps, DIRECTION=_DIRECTIONS[direction], T_SQUARED=t_squared, ENTROPY=entropy,
+            BETA=beta, EPS=eps, DIRECTION=int(direction), T_SQUARED=t_squared, ENTROPY=entropy,
             HAS_TEMPERATURE=row_temperature is not None, HAS_MASK=mask is not None, HAS_WEIGHT=weight_tensor is not None,
             UPSTREAM=0 if upstream is None else 1 if upstream.dim() == 0 else 2,
             WANT_LOSS=loss is not None, WANT_STUDENT=to_student is not None, WANT_TEACHER=to_teacher is not None,
@@ -542,9 +541,9 @@ def _launch(student, teacher, temperature, row_temperature, mask, normalizer, di
 
 def _row_weight(reduction, classes, rows, mask, normalizer) -> tuple[float, Tensor | None]:
     """Weight of a row in the loss as number times tensor (or None), without reading anything back."""
-    if reduction in ("none", "sum"):
+    if reduction in (Reduction.NONE, Reduction.SUM):
         return 1.0, None
-    per_class = 1.0 / classes if reduction == "mean" else 1.0
+    per_class = 1.0 / classes if reduction == Reduction.MEAN else 1.0
     if normalizer is not None:
         return per_class, 1.0 / normalizer.to(torch.float64).reshape(())
     if mask is not None:
@@ -556,7 +555,7 @@ def _row_shape(x: Tensor, dim: int) -> list[int]:
     return [*x.shape[:dim], *x.shape[dim:][1:]]
 
 
-def _check(student, teacher, row_temperature, mask, normalizer, dim, upstream=None, reduction="none") -> None:
+def _check(student, teacher, row_temperature, mask, normalizer, dim, upstream=None, reduction=Reduction.NONE) -> None:
     """What guards the memory, for ops that are called past their public function."""
     for name, x in (("student", student), ("teacher", teacher), ("temperature", row_temperature), ("grad_loss", upstream)):
         if x is not None and x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -573,7 +572,7 @@ def _check(student, teacher, row_temperature, mask, normalizer, dim, upstream=No
     for name, x, shape in (
         ("temperature", row_temperature, rows),
         ("mask", mask, rows),
-        ("grad_loss", upstream, rows if reduction == "none" else ()),
+        ("grad_loss", upstream, rows if reduction == Reduction.NONE else ()),
     ):
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -596,7 +595,7 @@ def temperature_kl(student, teacher, temperature, row_temperature, mask, normali
     weight = _launch(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
                      include_entropy, target_eps, loss=row_loss, to_student=grad if save_grad else None,
                      row_scale=row_scale if scaled else None)  # fmt: skip
-    if reduction == "none":
+    if reduction == Reduction.NONE:
         return row_loss, grad, row_scale
     total = row_loss.sum(dtype=torch.float64)
     return (total * weight).to(compute), grad, row_scale
@@ -617,7 +616,7 @@ def temperature_kl_backward(grad_loss, student, teacher, temperature, row_temper
 
 
 def _check_rescale(grad, row_scale, grad_loss, mask, dim) -> None:
-    _check(grad, grad, None, mask, None, dim, grad_loss, "none" if grad_loss.dim() else "sum")
+    _check(grad, grad, None, mask, None, dim, grad_loss, Reduction.NONE if grad_loss.dim() else Reduction.SUM)
     rows = tuple(_row_shape(grad, dim))
     if tuple(row_scale.shape) not in ((0,), rows) or row_scale.dtype != torch.float32:
         raise ValueError(f"row_scale must be float32 and empty or of shape {rows}, got {tuple(row_scale.shape)} of {row_scale.dtype}")

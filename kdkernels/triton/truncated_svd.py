@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
+from ..options import Sign
 from .align_singular_vectors import align_singular_vectors, align_singular_vectors_backward  # noqa: F401  the same set of ops
 from .launch import compile_options, device_of
 from .svd_backward import truncated_svd_backward  # noqa: F401  the same set of ops
@@ -23,7 +25,6 @@ from .svd_sizes import (
     block_sizes,
     check_fits,
     column_block,
-    compute_dtype,
     gram_sizes,
     one_batch,
     precision,
@@ -327,7 +328,7 @@ def _finish_kernel(
     _write_s(s_ptr + b * k, sigma_ptr, scale, k, KB)
 
 
-def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def truncated_svd(x: Tensor, k: int, sign: int, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::truncated_svd_triton."""
     shape = x.shape[:-2]
     x, tall, strides = one_batch(x)
@@ -335,7 +336,7 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
     check_fits(p, k)
     dtype = compute_dtype(x)
     double = dtype == torch.float64
-    wants_b = return_u or not tall
+    wants_b, fix_sign = return_u or not tall, sign == Sign.MAX_ABS
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=x.device)
@@ -355,7 +356,7 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
             _gram_kernel[(batch * blocks * (blocks + 1) // 2,)](x, matrix, *strides, p, q, **gram, **common)
             _decompose_kernel[(batch,)](
                 x, matrix, a, s, sigma, scale, state, residual, work, rows, *strides, state.shape[1], p, q, k,
-                FIX_SIGN=bool(sign) and not wants_b, WRITE_S=not wants_b, **common, **sizes, **search_sizes(double), **compile_options(warps_for(p)),
+                FIX_SIGN=fix_sign and not wants_b, WRITE_S=not wants_b, **common, **sizes, **search_sizes(double), **compile_options(warps_for(p)),
             )  # fmt: skip
             if wants_b:
                 columns = column_block(p, double)
@@ -363,7 +364,7 @@ def truncated_svd(x: Tensor, k: int, sign: str, return_u: bool, gap_eps: float, 
                     x, a, b, scale, *strides, p, q, k, T=as_tl(dtype), PB=sizes["PB"], BQ=columns, **compile_options(4)
                 )
                 _finish_kernel[(batch,)](
-                    a, b, s, sigma, scale, p, q, k, SIGN=bool(sign), SIGN_ON_A=tall, T=as_tl(dtype), KB=sizes["KB"], BLOCK=1024, **compile_options(4)
+                    a, b, s, sigma, scale, p, q, k, SIGN=fix_sign, SIGN_ON_A=tall, T=as_tl(dtype), KB=sizes["KB"], BLOCK=1024, **compile_options(4)
                 )
     a = a.view(*shape, k, p).mT
     b = b.view(*shape, k, q).mT if wants_b else b

@@ -1,0 +1,49 @@
+// Implementations of one op that a caller may choose by name, each a set of ops of its own.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+
+namespace kdkernels {
+
+// Implementations of an op between which kdkernels.testing.implementation chooses.
+enum class Implementation { fastest, cuda, triton, torch };
+
+inline Implementation parse_implementation(int64_t value) {
+  return option<Implementation>("implementation", value,
+                                {{Implementation::fastest, "fastest"},
+                                 {Implementation::cuda, "cuda"},
+                                 {Implementation::triton, "triton"},
+                                 {Implementation::torch, "torch"}});
+}
+
+// The op `kdkernels::<op>_<implementation>`.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> implementation_op(const std::string& op, Implementation implementation) {
+  const char* name = implementation == Implementation::cuda ? "_cuda" : implementation == Implementation::triton ? "_triton" : "_torch";
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("kdkernels::" + op + name).c_str(), "").typed<Signature>();
+}
+
+// The kernel of an op of implementation "cuda" on a device for which none is registered: the error says what is missing.
+inline void say_what_is_missing(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  auto on_gpu = [](const c10::IValue& value) {
+    if (value.isTensor()) return value.toTensor().is_cuda();
+    return value.isTensorList() && !value.toTensorVector().empty() && value.toTensorVector()[0].is_cuda();
+  };
+  TORCH_CHECK_NOT_IMPLEMENTED(std::none_of(stack->begin(), stack->end(), on_gpu),
+                              "implementation \"cuda\" needs the CUDA kernels, which were not built: kdkernels.show_config() says why");
+  TORCH_CHECK_NOT_IMPLEMENTED(false,
+                              "implementation \"cuda\" takes CUDA tensors. CPU tensors are for tests of its kernels: build kdkernels with "
+                              "KDKERNELS_TESTING=1 and import kdkernels._testing");
+}
+
+inline torch::CppFunction without_cuda_kernels() {
+  return torch::CppFunction::makeFromBoxedFunction<&say_what_is_missing>();
+}
+
+}  // namespace kdkernels
