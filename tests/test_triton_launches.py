@@ -65,5 +65,7 @@ def test_a_tensor_of_another_device_is_an_error():
     stand_in = triton_launches.StandIn("sm_90")
     with pytest.raises(AssertionError, match="takes a tensor of cuda:1"):
         stand_in.check("kernel", (1, 1, 1), (x,))
+    with pytest.raises(AssertionError, match="takes a tensor of cuda:1"):
+        stand_in.check("kernel", (1, 1, 1), (3, (x, 1)))
     with stand_in.current(x.device):
-        stand_in.check("kernel", (1, 1, 1), (x,))
+        stand_in.check("kernel", (1, 1, 1), (x, (x, 1)))

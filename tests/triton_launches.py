@@ -111,7 +111,9 @@ class StandIn:
         self.specialised[name] += 1
         if self.all_stages:
             return triton_compile(source, target=target, options=options, **others)
-        traits = {**source.signature, **{source.fn.arg_names[path[0]]: trait(value) for path, value in source.constants.items()}}
+        names = source.fn.arg_names
+        traits = {(name,): kind for name, kind in source.signature.items()}
+        traits |= {(names[first], *rest): trait(value) for (first, *rest), value in source.constants.items()}  # rest: within a tuple
         pairs = set(itertools.combinations(sorted((argument, str(value)) for argument, value in traits.items()), 2))
         kernel = NotCompiled(self, name)
         if not pairs <= self.pairs[name]:
@@ -126,7 +128,7 @@ class StandIn:
             raise AssertionError(f"{name} cannot be launched over the grid {grid}")
         if grid[0] * grid[1] * grid[2] >= 2**31:
             raise AssertionError(f"{name}: Triton multiplies the grid {grid} in 32 bits, and launches nothing where that is negative")
-        for tensor in arguments:
+        for tensor in flattened(arguments):
             if isinstance(tensor, Tensor) and tensor.device != torch.device("cuda", self.device):
                 raise AssertionError(f"{name} is launched on device {self.device} and takes a tensor of {tensor.device}")
         self.launches[name] += 1
@@ -139,6 +141,12 @@ class StandIn:
             yield
         finally:
             self.device = before
+
+
+def flattened(arguments: tuple):
+    """The arguments of a launch, those within tuples one by one."""
+    for argument in arguments:
+        yield from flattened(argument) if isinstance(argument, tuple) else (argument,)
 
 
 def trait(constant) -> str:

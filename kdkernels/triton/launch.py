@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 
@@ -18,6 +19,11 @@ def compile_options(num_warps: int) -> dict[str, int | bool]:
     if torch.version.hip is None:
         options["maxnreg"] = min(255, 65536 // (32 * num_warps))
     return options
+
+
+def as_tl(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a compute dtype."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def is_dense(x: Tensor) -> bool:

@@ -22,6 +22,12 @@ def join(high, low, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def number(value, COMPUTE: tl.constexpr):
+    """A float64 scalar argument of a kernel as COMPUTE; in the interpreter it is a plain float."""
+    return tl.full([], value, COMPUTE)
+
+
+@triton.jit
 def exp_parts(y):
     """e^y = scale (1 + r + h), scale a power of two, |r| <= ln2 / 2, h = e^r - 1 - r; scale is 1 and r is y for small y."""
     lowest: tl.constexpr = -708.0 if y.dtype == tl.float64 else -87.0

@@ -1,0 +1,209 @@
+"""Values and gradients of temperature_kl from the divergence of a tile of rows: KL with its forms, and Jensen-Shannon.
+
+p and q are the probabilities of the base and the other net; value and gradients are those of docs/temperature_kl.md and csrc/temperature_kl/forms.h:
+    KL                    V = KL(p || q)
+    with eps              V = sum (p + eps) (log(p + eps) - log q)
+    without entropy       V = -sum (p + eps) log q
+    Jensen-Shannon        V = beta KL(p || M) + (1 - beta) KL(q || M),  M = beta p + (1 - beta) q
+Gradients are dV / d(other / T), and T times dV / d(base / T), which is a mean of differences of logits. The latter and T V are in quarters of the
+units of the logits, like all that divergence() keeps in them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import exp_falling, exp_parts, log, log1p
+from .temperature_kl_divergence import excess
+from .temperature_kl_rows import block_logits
+
+# Values, and sums of logits that are multiplied by gradients, are kept times this: logits near the end of the range have room in them.
+SUM_UNIT = tl.constexpr(2.0**-12)
+
+
+class KLMeans(NamedTuple):
+    """What the value and the gradient to the base logits need of a row, [ROWS, 1]."""
+
+    value: tl.tensor  # T V times SUM_UNIT
+    base: tl.tensor  # E_p[base - max]
+    eps_term: tl.tensor  # T E_p[log(1 + eps / p)]
+
+
+class JSDMeans(NamedTuple):
+    """What the value and the gradients of the Jensen-Shannon divergence need of a row, [ROWS, 1]."""
+
+    value: tl.tensor  # T V times SUM_UNIT
+    log_p_ratio: tl.tensor  # E_p[log(p / M)]
+    log_q_ratio: tl.tensor  # E_q[log(q / M)]
+    # The gradients of all classes but the one that has more than half of a probability, which gets the negative of their sum: the mean that would
+    # be subtracted from its own term is nearly that term.
+    minority_base: tl.tensor
+    minority_other: tl.tensor
+
+
+class JSDTerms(NamedTuple):
+    """Of each class [ROWS, BLOCK]."""
+
+    p: tl.tensor
+    q: tl.tensor
+    log_p_ratio: tl.tensor  # log(p / M)
+    log_q_ratio: tl.tensor  # log(q / M)
+    p_psi: tl.tensor  # p psi(a u), terms of E_p[log(p / M)]
+    q_psi: tl.tensor  # q psi(beta v), terms of E_q[log(q / M)]
+
+
+@triton.jit
+def _probability(base, in_row, d, inverse_t):
+    return tl.where(in_row, exp_falling((base - d.base_max) * inverse_t), 0.0) * d.inverse_sum
+
+
+@triton.jit
+def _sum_rows(terms, in_row):
+    return tl.sum(tl.where(in_row, terms, 0.0), 1, keep_dims=True)
+
+
+@triton.jit
+def _log_1_plus_eps_over(p, log_weight, d, eps):
+    """log(1 + eps / p), from whichever side does not cancel. log_weight = (base - max) / T."""
+    return tl.where(p > eps, log1p(eps / p), log(p + eps) - (log_weight - d.log_base_sum))
+
+
+@triton.jit
+def kl_means(
+    tile, held, d, eps, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The value of KL and its forms: that of the divergence plus terms that are added without cancellation."""
+    mean_base, mean_eps_term = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
+    added = tl.zeros(d.kl.shape, COMPUTE)
+    value = d.kl * SUM_UNIT
+    if HAS_EPS or not ENTROPY:
+        for start in range(0, tile.classes, BLOCK):
+            base, other, in_row = block_logits(tile, held, start, COMPUTE, ONE_BLOCK, BLOCK)
+            p = _probability(base, in_row, d, tile.inverse_t)
+            relative = base - d.base_max
+            mean_base += tl.sum(tl.where(p == 0.0, 0.0, p * relative), 1, keep_dims=True)
+            if HAS_EPS:
+                near_log_q = ((other - d.other_center) + (d.base_center - d.base_max)) + (d.shift - d.log_base_sum) * tile.quarter_t
+                log_q = tl.where(d.far_apart, (other - d.other_max) - d.log_other_sum * tile.quarter_t, near_log_q)
+                eps_term = tl.where(p == 0.0, 0.0, p * _log_1_plus_eps_over(p, relative * tile.inverse_t, d, eps) * tile.quarter_t)
+                mean_eps_term += tl.sum(eps_term, 1, keep_dims=True)
+                by_eps = eps_term + eps * (log(p + eps) * tile.quarter_t - log_q) if ENTROPY else -eps * log_q
+                added += _sum_rows(by_eps * SUM_UNIT, in_row)
+        value += added
+        if not ENTROPY:
+            value += (d.log_base_sum * tile.quarter_t - mean_base) * SUM_UNIT
+    return KLMeans(value, mean_base, mean_eps_term)
+
+
+@triton.jit
+def kl_gradients(base, other, in_row, tile, d, means, eps, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr):
+    """Gradients of a block to the base and to the other logits."""
+    terms = excess(base, other, in_row, d, tile.inverse_t)
+    p, relative = terms.weight * d.inverse_sum, base - d.base_max
+    far_q = tl.exp((other - d.other_max) * tile.inverse_t) / d.other_sum
+    growth = tl.where(d.far_apart, far_q * d.base_sum - terms.weight, terms.growth)
+    to_other = (growth - d.w * terms.weight) * d.inverse_sum / (1.0 + d.w)  # q - p
+    if HAS_EPS:
+        to_other += eps * (tile.classes * (p + to_other) - 1.0)
+    log_ratio = (terms.difference - d.mean) - d.drift * tile.quarter_t
+    if not ENTROPY:
+        log_ratio = log_ratio - (relative - means.base)
+    elif HAS_EPS:
+        log_ratio = log_ratio + _log_1_plus_eps_over(p, relative * tile.inverse_t, d, eps) * tile.quarter_t - means.eps_term
+    return tl.where(p == 0.0, 0.0, p * log_ratio), to_other
+
+
+@triton.jit
+def _log_and_psi(x, one_plus_x):
+    """log(1 + x), psi(x) = x - log(1 + x), and whether psi is from the series; the caller knows 1 + x better where x is close to -1."""
+    one = tl.where(x > -0.25, 1.0 + x, one_plus_x)
+    near = tl.abs(x) < 0.29
+    small_x = tl.where(near, x, 0.0)
+    s = small_x / (2.0 + small_x)  # log(1 + x) = 2 atanh(s)
+    s2 = s * s
+    terms: tl.constexpr = 11 if x.dtype == tl.float64 else 5
+    series = tl.full(x.shape, 1.0 / (2 * terms + 1), x.dtype)
+    for k in tl.static_range(terms - 1):
+        series = series * s2 + 1.0 / (2 * (terms - 1 - k) + 1)
+    rest = 2.0 * s * s2 * series
+    result = tl.where(near, 2.0 * s + rest, log(one))
+    return result, tl.where(near, small_x * s - rest, x - result), near
+
+
+@triton.jit
+def _jsd_terms(base, other, in_row, tile, d, beta):
+    """See csrc/temperature_kl/jsd.h: u = q / p - 1, v = p / q - 1, a = 1 - beta."""
+    tiny: tl.constexpr = 2.3e-308 if base.dtype == tl.float64 else 1.2e-38
+    limit: tl.constexpr = 708.0 if base.dtype == tl.float64 else 87.0
+    a, b = tl.maximum(tl.full([], 1.0 - beta, base.dtype), tiny), tl.maximum(tl.full([], beta, base.dtype), tiny)
+    p = _probability(base, in_row, d, tile.inverse_t)
+    log_ratio = ((base - d.base_center) - (other - d.other_center)) * tile.inverse_t - d.shift  # log(p / q)
+    scale, r, h = exp_parts(tl.maximum(-limit, tl.minimum(limit, -log_ratio)))
+    u = scale * (r + h) + (scale - 1.0)
+    ratio = scale * (r + h) + scale
+    inverse = 1.0 / ratio
+    v = -u * inverse
+    # q is p times the ratio, or from the exponent where p is too small for this; from the other's log-sum-exp where the nets are far apart.
+    near_log_q = ((other - d.other_center) + (d.base_center - d.base_max)) * tile.inverse_t + (d.shift - d.log_base_sum)
+    exponent = tl.where(d.far_apart, (other - d.other_max) * tile.inverse_t, near_log_q)
+    q_from_exponent = tl.exp(tl.minimum(exponent, limit, propagate_nan=tl.PropagateNan.ALL)) * tl.where(d.far_apart, 1.0 / d.other_sum, 1.0)
+    q = tl.where(d.far_apart | ~(log_ratio > -16.0), q_from_exponent, p * ratio)
+    log_m_p, psi_p, near_p = _log_and_psi(a * u, b + a * ratio)  # log(M / p)
+    log_m_q, psi_q, near_q = _log_and_psi(b * v, a + b * inverse)
+    p_psi = tl.where(near_p, p * psi_p, a * (q - p) - p * log_m_p)
+    q_psi = tl.where(near_q, q * psi_q, b * (p - q) - q * log_m_q)
+    p_psi = tl.where(p == 0.0, a * q, p_psi)
+    q_psi = tl.where(q == 0.0, b * p, q_psi)
+    return JSDTerms(p, q, -log_m_p, -log_m_q, p_psi, q_psi)
+
+
+@triton.jit
+def _jsd_minority(tile, held, d, beta, mean_p, mean_q, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the gradients to the base and to the other logits over the classes that have at most half of the probability."""
+    to_base, to_other = tl.zeros(mean_p.shape, COMPUTE), tl.zeros(mean_p.shape, COMPUTE)
+    a, b = tl.full([], 1.0 - beta, COMPUTE), tl.full([], beta, COMPUTE)
+    for start in range(0, tile.classes, BLOCK):
+        base, other, in_row = block_logits(tile, held, start, COMPUTE, ONE_BLOCK, BLOCK)
+        terms = _jsd_terms(base, other, in_row, tile, d, beta)
+        p, q = terms.p, terms.q
+        to_other += _sum_rows(a * q * (terms.log_q_ratio - mean_q), in_row & (q <= 0.5) & (q > 0.0))
+        to_base += _sum_rows(b * p * (terms.log_p_ratio - mean_p), in_row & (p <= 0.5) & (p > 0.0))
+    return to_base, to_other
+
+
+@triton.jit
+def jsd_means(
+    tile, held, d, beta, GRADIENTS: tl.constexpr, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The value of the Jensen-Shannon divergence, and with GRADIENTS what these need."""
+    mean_p, mean_q = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
+    largest_probability = tl.zeros(d.kl.shape, COMPUTE)
+    for start in range(0, tile.classes, BLOCK):
+        base, other, in_row = block_logits(tile, held, start, COMPUTE, ONE_BLOCK, BLOCK)
+        terms = _jsd_terms(base, other, in_row, tile, d, beta)
+        block_largest = tl.max(tl.where(in_row, tl.maximum(terms.p, terms.q), 0.0), 1, keep_dims=True)
+        largest_probability = tl.maximum(largest_probability, block_largest)
+        mean_p += _sum_rows(terms.p_psi, in_row)
+        mean_q += _sum_rows(terms.q_psi, in_row)
+    a, b = tl.full([], 1.0 - beta, COMPUTE), tl.full([], beta, COMPUTE)
+    value = (b * mean_p + a * mean_q) * (tile.quarter_t * SUM_UNIT)
+    minority_base, minority_other = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
+    if GRADIENTS:  # noqa: SIM102 - decided when compiled
+        if tl.max(tl.max(largest_probability, 1), 0) > 0.5:
+            minority_base, minority_other = _jsd_minority(tile, held, d, beta, mean_p, mean_q, COMPUTE, ONE_BLOCK, BLOCK)
+    return JSDMeans(value, mean_p, mean_q, minority_base, minority_other)
+
+
+@triton.jit
+def jsd_gradients(base, other, in_row, tile, d, means, beta):
+    """Gradients of a block to the base and to the other logits."""
+    terms = _jsd_terms(base, other, in_row, tile, d, beta)
+    a, b = tl.full([], 1.0 - beta, base.dtype), tl.full([], beta, base.dtype)
+    p, q = terms.p, terms.q
+    to_base = tl.where(p == 0.0, 0.0, b * p * (terms.log_p_ratio - means.log_p_ratio))
+    to_other = tl.where(q == 0.0, 0.0, a * q * (terms.log_q_ratio - means.log_q_ratio))
+    to_base = tl.where(p > 0.5, -means.minority_base, to_base) * tile.quarter_t
+    return to_base, tl.where(q > 0.5, -means.minority_other, to_other)

@@ -1,0 +1,117 @@
+"""How the kernels of temperature_kl read and write rows of logits.
+
+A program works on a tile of rows and walks over their classes block by block. Row i of a tensor starts at (i // inner_size) * outer_stride +
+(i % inner_size) * inner_stride, so that classes may lie in any dimension. A row that fits one block is read once and then held in registers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A tensor seen as rows of classes [rows, C]: an argument of the kernels."""
+
+    pointer: tl.tensor
+    outer_stride: tl.tensor
+    inner_stride: tl.tensor
+    class_stride: tl.tensor
+
+
+class Tile(NamedTuple):
+    """The rows of one program in the base and the other net."""
+
+    base: tl.tensor  # [ROWS, 1] pointers to the first class
+    other: tl.tensor
+    base_stride: tl.tensor  # from one class to the next
+    other_stride: tl.tensor
+    kept: tl.tensor  # [ROWS, 1] false for rows that are masked out or past the end, which are read as zeros in both nets
+    classes: tl.tensor
+    quarter_t: tl.tensor  # [ROWS, 1] T / 4: see read_logits
+    inverse_t: tl.tensor  # [ROWS, 1] 4 / T
+
+
+@triton.jit
+def row_pointers(rows, row, inner_size):
+    """Pointers [ROWS, 1] to the first class of rows [ROWS]."""
+    return rows.pointer + (row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride)[:, None]
+
+
+@triton.jit
+def columns(start, BLOCK: tl.constexpr):
+    """The classes [1, BLOCK] of the block that begins at `start`."""
+    return start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+
+
+@triton.jit
+def read_logits(tile, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """A quarter of the logits [ROWS, BLOCK] of both nets, from memory.
+
+    The difference of two differences of finite numbers may be four times the largest number; quarters of them leave it in range.
+    """
+    column = columns(start, BLOCK)
+    present = tile.kept & (column < tile.classes)
+    base = tl.load(tile.base + column * tile.base_stride, mask=present, other=0.0).to(COMPUTE)
+    other = tl.load(tile.other + column * tile.other_stride, mask=present, other=0.0).to(COMPUTE)
+    return base * 0.25, other * 0.25
+
+
+@triton.jit
+def block_logits(tile, held, start, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """A quarter of the logits of both nets in a block, and which of its columns are classes. `held` are those of a row of one block."""
+    if ONE_BLOCK:
+        base, other = held
+    else:
+        base, other = read_logits(tile, start, COMPUTE, BLOCK)
+    return base, other, columns(start, BLOCK) < tile.classes
+
+
+@triton.jit
+def store_gradient(gradients, row, inner_size, column, gradient, kept, written):
+    """Writes a gradient [ROWS, BLOCK]: zeros in rows that are masked out."""
+    pointer = row_pointers(gradients, row, inner_size) + column * gradients.class_stride
+    tl.store(pointer, tl.where(kept, gradient, 0.0).to(gradients.pointer.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def powers_of_two(largest):
+    """2^n in float32 and 2^-n, so that largest * 2^-n lies in [2^14, 2^15), high in the range of float16; n = 0 for 0, inf and NaN."""
+    bits = largest.to(tl.float32).to(tl.int32, bitcast=True)
+    n = tl.minimum(tl.maximum(((bits >> 23) & 0xFF) - (127 + 14), -126), 126)
+    n = tl.where((largest > 0.0) & (largest < float("inf")), n, 0)
+    return ((n + 127) << 23).to(tl.float32, bitcast=True), ((127 - n) << 23).to(tl.float32, bitcast=True).to(largest.dtype)
+
+
+def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of one number per row: that of x without dimension `dim`."""
+    dim %= x.dim()
+    return tuple(x.shape[:dim] + x.shape[dim + 1 :])
+
+
+def as_rows(tensors: list[Tensor | None], dim: int) -> tuple[int, list[Rows | None]] | None:
+    """Tensors of one shape as Rows with the same inner size, classes in dimension `dim`: (inner size, rows); None where two strides do not do.
+
+    Dimensions beside `dim` are joined where they lie one after another in the memory of every tensor.
+    """
+    present = [x for x in tensors if x is not None]
+    shape, dim = present[0].shape, dim % present[0].dim()
+    groups: list[list[int]] = []  # dimensions that are joined, from the outermost
+    for d in (d for d in range(len(shape)) if d != dim and shape[d] != 1):
+        if groups and all(x.stride(groups[-1][-1]) == x.stride(d) * x.shape[d] for x in present):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    if len(groups) > 2:
+        return None
+    inner_size = math.prod(shape[d] for d in groups[-1]) if groups else 1
+
+    def rows_of(x: Tensor) -> Rows:
+        outer = x.stride(groups[0][-1]) if len(groups) == 2 else 0
+        return Rows(x, outer, x.stride(groups[-1][-1]) if groups else 0, x.stride(dim))
+
+    return inner_size, [None if x is None else rows_of(x) for x in tensors]
