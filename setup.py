@@ -12,7 +12,7 @@ import sys
 from glob import glob
 
 import setuptools
-from setuptools import setup
+from setuptools import find_packages, setup
 
 if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read the licence in pyproject.toml, and says so in 90 lines
     raise SystemExit(f"kdkernels is built with setuptools 77 or later, found {setuptools.__version__}: pip install 'setuptools>=77'")
@@ -114,4 +114,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.build_temp = parent
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+def packages() -> list[str]:
+    """Every folder of kdkernels/ with an __init__.py, and the two that lie elsewhere (package-dir in pyproject.toml)."""
+    return sorted({*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
+
+
+setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

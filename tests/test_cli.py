@@ -16,8 +16,8 @@ import lightning as L
 from kdkernels.cli import main
 from kdkernels.data import Digits
 from kdkernels.distill import Supervised
-from kdkernels.engine import AtomicCheckpointIO
-from kdkernels.export import export
+from kdkernels.distill.engine import AtomicCheckpointIO
+from kdkernels.distill.export import export_student
 from kdkernels.models import FeatureTaps, TinyCNN, from_checkpoint, load_weights
 from kdkernels.models.weights import CHECKPOINT_KEY, describe
 
@@ -136,8 +136,8 @@ def test_export(there, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
 
-    formats = ["--onnx", "out/s.onnx", "--torch-export", "out/s.pt2", "--safetensors", "out/s.safetensors"]
-    assert main(["export", "--ckpt", "runs/teacher/best.ckpt", *formats]) == 0
+    files = ["out/s.onnx", "out/s.pt2", "out/s.safetensors"]
+    assert main(["export", "--ckpt", "runs/teacher/best.ckpt", "--out", *files]) == 0
     assert capsys.readouterr().out.count("the logits differ by at most") == 3
     student = from_checkpoint("runs/teacher/best.ckpt").eval()
     image = torch.randn(5, 3, 32, 32)  # another batch size than the exported one
@@ -170,7 +170,7 @@ class Wrong(TinyCNN):
 def test_an_export_that_differs_is_not_left(there):
     spec = {"class_path": "test_cli.Wrong", "init_args": {"width": 4}}
     with pytest.raises(ValueError, match=r"wrong.pt2 is not written: its logits differ from the student's by 1.0e\+00 of the largest"):
-        export("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
+        export_student("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
     assert not list(there.glob("*wrong*"))
 
 
@@ -178,7 +178,7 @@ def test_export_of_a_training_in_python(tmp_path, capsys):
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(Supervised(TinyCNN(3)), Digits())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    command = ["export", "--ckpt", str(tmp_path / "x.ckpt"), "--safetensors", str(tmp_path / "x.safetensors")]
+    command = ["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "x.safetensors")]
     assert main(command) == 1
     assert "give --student CLASS --student.ARGUMENT" in capsys.readouterr().err
     assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "3"]) == 0
@@ -206,18 +206,25 @@ def test_export_of_tied_weights(tmp_path):
     state = {f"student.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": spec, "image_shape": [3, 8, 8]}}, tmp_path / "t.ckpt")
     targets = {"safetensors": str(tmp_path / "t.safetensors"), "torch_export": str(tmp_path / "t.pt2")}
-    assert max(export(tmp_path / "t.ckpt", targets).values()) <= 1e-6
+    assert max(export_student(tmp_path / "t.ckpt", targets).values()) <= 1e-6
     loaded = load_weights(Tied(), tmp_path / "t.safetensors")
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.state_dict().items())
     assert loaded.a.weight is loaded.b.weight
 
 
 def test_export_refuses_nonsense(tmp_path, capsys):
-    assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--onnx", "x.onnx"]) == 1
+    assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", "x.onnx"]) == 1
     assert "there is no file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["export", "--ckpt", "x.ckpt"])
-    assert "nothing to write" in capsys.readouterr().err
+    for out, message in {
+        "": "kdkernels export: needs --out",
+        "--out x.bin": "kdkernels export: --out: files must end in .onnx, .pt2, .safetensors, got 'x.bin'",
+        "--out x.onnx y.onnx": "kdkernels export: --out: one file of each format, got 'x.onnx' and 'y.onnx'",
+        "--out x.onnx --image_shap [1,2,3]": "kdkernels export: there is no option --image_shap; did you mean '--image_shape'?",
+        "--out x.onnx --image_shape three": "kdkernels export: --image_shape: ",
+    }.items():
+        assert main(["export", "--ckpt", "x.ckpt", *out.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(message)
 
 
 # Mistakes.
@@ -307,13 +314,16 @@ def test_plot_attention(there, capsys):
 
 def test_plot_shows_the_maps_of_the_networks(there):
     """What is drawn is attention_pool of the trained student, at the layers asked for."""
-    from kdkernels import attention_pool, plot
+    from kdkernels import attention_pool
+    from kdkernels.distill.restore import restore
+    from kdkernels.plots import attention
+    from kdkernels.plots.checkpoints import batch_of
 
-    method, data = plot.restore("runs/teacher/best.ckpt")
-    raw, batch = plot.batch_of(data, [0, 30])
+    method, data = restore("runs/teacher/best.ckpt")
+    raw, batch = batch_of(data, [0, 30])
     with torch.no_grad():
         found = {"student": FeatureTaps(method.student.eval(), ["block1"])(batch["image"])}
-    figure = plot._draw(raw, batch, found, 2.0, data)
+    figure = attention._draw(raw, batch, found, 2.0, data)
     drawn = torch.from_numpy(figure.axes[1].images[1].get_array().data)
     expected = attention_pool(found["student"][1]["block1"], 2.0)[0]
     torch.testing.assert_close(drawn[::2, ::2], expected / expected.max())
@@ -348,18 +358,18 @@ def test_plot_dfv(there, capsys):
 
 def test_plot_dfv_shows_what_the_loss_compares(there):
     """The difference that is drawn is that of the loss of one vector, for the image that is shown."""
-    from kdkernels import plot_dfv
     from kdkernels.nn import svd_kd_loss
+    from kdkernels.plots import dfv
 
     torch.manual_seed(0)
     nets = [{f"l{i}": torch.randn(2, c, n, n).relu() for i, (c, n) in enumerate([(6, 8), (10, 4), (12, 2)])} for _ in range(2)]
-    found = plot_dfv.compare_layers(*nets)
-    pairs = plot_dfv._correlations(found)
+    found = dfv.compare_layers(*nets)
+    pairs = dfv._correlations(found)
     total = sum(0.5 * (s - t).square().sum() for s, t in pairs)
     expected = svd_kd_loss(*([x[:1] for x in net.values()] for net in nets), 1)
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
     spectrum = torch.linalg.svdvals(nets[0]["l1"][0].flatten(1))
     torch.testing.assert_close(found[1].spectra[0], spectrum / spectrum[0], rtol=1e-4, atol=1e-6)
-    figure = plot_dfv._draw([("a", found), ("b", found)], 1)
+    figure = dfv._draw([("a", found), ("b", found)], 1)
     shown = torch.from_numpy(figure.axes[1 + 3 + 2].images[0].get_array().data)
     torch.testing.assert_close(shown, pairs[0][0] - pairs[0][1])

@@ -1,4 +1,4 @@
-"""``kdkernels plot dfv``: what SVD-KD compares, over training: singular spectra, aligned vectors, and their correlations as heat maps."""
+"""What SVD-KD compares, over training: singular spectra, aligned vectors, and their correlations as heat maps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models.weights import describe
-from .ops.rbf_correlation import rbf_correlation
-from .ops.truncated_svd import align_singular_vectors, feature_svd
-from .plot import batch_of, picture_path, restore, taps_of, write_picture
+from ..distill.restore import restore
+from ..models.weights import describe
+from ..ops.rbf_correlation import rbf_correlation
+from ..ops.truncated_svd import align_singular_vectors, feature_svd
+from .checkpoints import batch_of, taps_of
+from .drawing import picture_path, subplots, write_picture
 
 
 class Layer(NamedTuple):
@@ -95,16 +97,11 @@ def _title(ckpt: str | os.PathLike) -> str:
 
 
 def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     layers = len(rows[0][1])
     columns = 1 + layers + 3 * (layers - 1)
     widths = [1.5] + [1.2] * layers + [1.0] * (3 * (layers - 1))
     size = (1.75 * sum(widths), 1.9 * len(rows) + 1.0)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
+    figure, axes = subplots(len(rows), columns, figsize=size, squeeze=False, width_ratios=widths)
     largest = max(float((a - b).abs().max()) for _, found in rows for pair in _correlations(found) for a, b in [pair]) or 1.0
     lowest = min(float(x.min()) for _, found in rows for pair in _correlations(found) for x in pair)
     for row, (title, found) in enumerate(rows):
