@@ -14,6 +14,7 @@ pytest.importorskip("lightning")
 import lightning as L
 
 from kdkernels.cli import main
+from kdkernels.cli.configs import load_config, merged, with_bases
 from kdkernels.data import Digits
 from kdkernels.distill import Supervised
 from kdkernels.distill.engine import AtomicCheckpointIO
@@ -49,7 +50,11 @@ def test_a_run_leaves_checkpoints_logs_and_its_config(run):
     folder = run / "runs" / "teacher"
     logs = folder / "version_0"
     assert {p.name for p in folder.iterdir()} >= {"best.ckpt", "last.ckpt", "version_0"}
-    assert yaml.safe_load((logs / "config.yaml").read_text())["model"]["init_args"]["student"]["init_args"]["width"] == 4
+    written = yaml.safe_load((logs / "config.yaml").read_text())  # of the config and its bases, with all that was given besides
+    student = {"class_path": "kdkernels.models.TinyCNN", "init_args": {"width": 4, "depth": 1, "num_classes": 10}}
+    assert written["model"]["init_args"]["student"] == student
+    assert written["data"]["class_path"] == "kdkernels.data.ClutterDigits"
+    assert "base" not in written
     header = (logs / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/cross_entropy", "train/accuracy", "val/accuracy", "epoch", "step"} <= set(header)
     assert list(logs.glob("events.out.tfevents*"))
@@ -98,7 +103,7 @@ def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     status = main(["fit", "--config", str(config), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
     message = capsys.readouterr().err
-    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in config.read_text()]
+    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in yaml.safe_dump(load_config(config))]
     if not needs:
         assert status == 0
     elif "teacher" in needs:
@@ -107,9 +112,46 @@ def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
         assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
 
 
+def test_a_config_with_bases(tmp_path):
+    """Each base is relative to the file that names it; the file's own values win; the arguments of another class are replaced."""
+    (tmp_path / "deep").mkdir()
+    first = "seed_everything: 3\nmodel: {class_path: A, init_args: {x: 1, y: [1, 2], net: {class_path: N, init_args: {w: 1}}}}\n"
+    (tmp_path / "deep" / "first.yaml").write_text(first)
+    (tmp_path / "deep" / "second.yaml").write_text("base: first.yaml\nmodel: {init_args: {y: [3], net: {class_path: M}}}\n")
+    (tmp_path / "third.yaml").write_text("base: deep/second.yaml\nmodel: {class_path: A, init_args: {x: null}}\n")
+    expected = {"seed_everything": 3, "model": {"class_path": "A", "init_args": {"x": None, "y": [3], "net": {"class_path": "M"}}}}
+    assert load_config(tmp_path / "third.yaml") == expected
+    assert merged({"model": {"init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B", "init_args": {"x": 1}}}
+    assert merged({"model": {"class_path": "A", "init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}
+    whole, third = str(tmp_path / "deep" / "first.yaml"), str(tmp_path / "third.yaml")
+    others = ["--config", whole, "--config", "absent.yaml"]  # no bases: left to the parser
+    command, option, text, joined, *rest = with_bases(["fit", "-c", third, f"--config={third}", *others])
+    assert (command, option, rest) == ("fit", "-c", others)
+    assert yaml.safe_load(text) == yaml.safe_load(joined.removeprefix("--config=")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: absent.yaml", "config: there is no file '{folder}/absent.yaml' (base of '{folder}/c.yaml')"),
+        ("base: [a.yaml]", "config: base of '{folder}/c.yaml' must be the name of a file, got ['a.yaml']"),
+        ("base: c.yaml", "config: '{folder}/c.yaml' extends itself: c.yaml -> c.yaml"),
+        ("base: list.yaml", "config: '{folder}/list.yaml' must hold sections such as model, data and trainer, got list"),
+        ("base: broken.yaml", "config: '{folder}/broken.yaml' is no YAML: "),
+    ],
+)
+def test_a_base_that_cannot_be_used(tmp_path, capsys, text, message):
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "broken.yaml").write_text("model: [")
+    (tmp_path / "c.yaml").write_text(text)
+    for command in (["fit", "--config", str(tmp_path / "c.yaml")], ["fit", "--help", "--config", str(tmp_path / "c.yaml")]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.startswith("kdkernels fit: " + message.format(folder=tmp_path))
+
+
 def test_the_recipe_of_the_literature():
     """RepDistiller's: resnet56 to resnet20, T = 4, 0.1 CE + 0.9 KL, 240 epochs, steps at 150, 180 and 210."""
-    config = yaml.safe_load((ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml").read_text())
+    config = load_config(ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml")
     method, data = config["model"]["init_args"], config["data"]["init_args"]
     assert method["student"]["class_path"].endswith("resnet20")
     assert (method["temperature"], method["gamma"], method["alpha"]) == (4.0, 0.1, 0.9)

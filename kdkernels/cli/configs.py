@@ -57,10 +57,14 @@ def merged(base: dict, over: dict) -> dict:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        same_class = both and value.get("class_path", old.get("class_path")) == old.get("class_path")
-        result[key] = merged(old, value) if same_class else value
+        mergeable = isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value)
+        result[key] = merged(old, value) if mergeable else value
     return result
+
+
+def _other_class(base: dict, over: dict) -> bool:
+    """Whether both name a class, and not the same one."""
+    return "class_path" in base and "class_path" in over and base["class_path"] != over["class_path"]
 
 
 def options_in(arguments: list[str]) -> Iterator[tuple[str, str]]:

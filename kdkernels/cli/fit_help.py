@@ -53,7 +53,7 @@ def brief_help(arguments: list[str]) -> str:
 
 def _chosen(arguments: list[str]) -> dict[str, str]:
     """The classes that the arguments and their configs name, by section."""
-    chosen = {}
+    chosen: dict[str, str] = {}
     for name, value in options_in(arguments):
         if name in ("-c", "--config"):
             sections = load_config(value)
@@ -64,7 +64,7 @@ def _chosen(arguments: list[str]) -> dict[str, str]:
 
 
 def _options(cls: type, section: str) -> str:
-    said = {}
+    said: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         said |= _documented(base)  # the nearest class last
     text = ""
@@ -83,7 +83,7 @@ def _documented(cls: type) -> dict[str, str]:
     block = re.search(r"\n\s*Args:\n(.*?)(\n\s*\n|\n\s*(Returns|Raises|References):|\Z)", cls.__doc__ or "", re.S)
     if block is None:
         return {}
-    said = {}
+    said: dict[str, str] = {}
     for entry in re.split(r"\n {8}(?=\S)", "\n" + block.group(1)):
         names, _, text = entry.strip().partition(": ")
         text = re.split(r"(?<=[.;]) ", " ".join(text.replace("``", "").split()))[0].rstrip(".;")

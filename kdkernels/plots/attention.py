@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distill.restore import restore
+from ..data import ImageData
 from ..ops.attention_pool import attention_pool
-from .checkpoints import batch_of, taps_of
+from .checkpoints import batch_of, count_images, restore_with_images, taps_of
 from .drawing import picture_path, subplots, write_picture
 
 
@@ -40,9 +39,9 @@ def plot_attention(
     out = picture_path(out)
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
-    method, data = restore(ckpt)
+    method, data = restore_with_images(ckpt)
     taps = taps_of(method, layers, teacher_layers)
-    count = len(data.splits["val"])
+    count = count_images(data)
     raw, batch = batch_of(data, list(range(0, count, max(1, count // images)))[:images])
     with torch.no_grad():
         found = {name: tap(batch["image"]) for name, tap in taps.items()}
@@ -50,7 +49,7 @@ def plot_attention(
     return write_picture(figure, out)
 
 
-def _draw(raw: Tensor, batch: dict, found: dict, p: float, data: L.LightningDataModule):
+def _draw(raw: Tensor, batch: dict, found: dict, p: float, data: ImageData):
     classes = getattr(data, "classes", None) or [str(k) for k in range(data.num_classes or int(batch["label"].max()) + 1)]
     columns = [(name, i) for i in range(len(next(iter(found.values()))[1])) for name in found]
     rows = len(raw)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import lightning as L
+import os
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..data import ImageData
 from ..distill import Distiller
+from ..distill.restore import restore
 from ..models import TAPS
 from ..models.taps import FeatureTaps
+
+
+def restore_with_images(ckpt: str | os.PathLike) -> tuple[Distiller, ImageData]:
+    """:func:`kdkernels.distill.restore.restore`, for data whose validation images can be looked at one by one.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`restore`; or the data are not of :mod:`kdkernels.data`.
+    """
+    method, data = restore(ckpt)
+    if not isinstance(data, ImageData):
+        raise ValueError(f"{os.fspath(ckpt)!r} was trained on {type(data).__name__}; pictures need data of kdkernels.data (see FromDatasets)")
+    return method, data
 
 
 def taps_of(method: Distiller, layers: list[str] | None, teacher_layers: list[str] | None) -> dict[str, FeatureTaps]:
@@ -26,7 +42,13 @@ def taps_of(method: Distiller, layers: list[str] | None, teacher_layers: list[st
     return taps
 
 
-def batch_of(data: L.LightningDataModule, images: list[int]) -> tuple[Tensor, dict]:
+def count_images(data: ImageData) -> int:
+    """How many images the validation split holds."""
+    split: Any = data.splits["val"]  # a Dataset with a length, which its type does not say
+    return len(split)
+
+
+def batch_of(data: ImageData, images: list[int]) -> tuple[Tensor, dict]:
     """Images of the validation split to look at [N, C, H, W] in [0, 1], and the batch as the networks see it."""
     batch = data.splits["val"][images]
     raw = batch["image"]

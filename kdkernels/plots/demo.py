@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..data import ClutterDigits
 from .drawing import subplots
 
@@ -48,7 +50,8 @@ def loss_times(bench: dict):
 
 def sample_images(data: ClutterDigits):
     """Eight test images above the masks of their digits."""
-    images, count = data.splits["test"].fields, 8
+    split: Any = data.splits["test"]  # all of the demo's images are in memory, in named tensors
+    images, count = split.fields, 8
     figure, axes = subplots(2, count, figsize=(9, 2.6))
     for i in range(count):
         axes[0, i].imshow(images["image"][i].permute(1, 2, 0).numpy())

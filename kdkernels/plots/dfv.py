@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distill.restore import restore
 from ..models.weights import describe
 from ..ops.rbf_correlation import rbf_correlation
 from ..ops.truncated_svd import align_singular_vectors, feature_svd
-from .checkpoints import batch_of, taps_of
+from .checkpoints import batch_of, count_images, restore_with_images, taps_of
 from .drawing import picture_path, subplots, write_picture
 
 
@@ -54,18 +53,19 @@ def plot_dfv(
         raise ValueError(f"vector must be at least 1, got {vector}")
     rows = []
     for ckpt in ckpts:
-        method, data = restore(ckpt)
+        method, data = restore_with_images(ckpt)
         if method.teacher is None:
             raise ValueError(f"{os.fspath(ckpt)!r} was trained without a teacher; plot dfv compares a student with one")
         taps = taps_of(method, layers, teacher_layers)
         if len(taps["student"].names) < 2:
             raise ValueError(f"layers must name at least two layers, got {taps['student'].names}")
-        if not 0 <= image < len(data.splits["val"]):
-            raise ValueError(f"image must be in [0, {len(data.splits['val']) - 1}], the validation split, got {image}")
+        count = count_images(data)
+        if not 0 <= image < count:
+            raise ValueError(f"image must be in [0, {count - 1}], the validation split, got {image}")
         _, batch = batch_of(data, [image])
         with torch.no_grad():
-            features = [taps[name](batch["image"])[1] for name in ("student", "teacher")]
-            rows.append((_title(ckpt), compare_layers(*features, vector)))
+            student, teacher = (taps[name](batch["image"])[1] for name in ("student", "teacher"))
+            rows.append((_title(ckpt), compare_layers(student, teacher, vector)))
     figure = _draw(rows, vector)
     return write_picture(figure, out)
 
@@ -86,8 +86,8 @@ def compare_layers(student: dict[str, Tensor], teacher: dict[str, Tensor], vecto
         s, t = s[:1].float(), t[:1].float()
         found = [feature_svd(x, min(x.shape[1], x[0, 0].numel())) for x in (s, t)]
         v, w = align_singular_vectors(found[0][2][..., : vector + 1], found[1][2][..., :vector], flip="student")
-        spectra = tuple(F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in found)
-        result.append(Layer(name, spectra, (v[0, :, -1], w[0, :, -1])))
+        spectrum, of_teacher = (F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in found)
+        result.append(Layer(name, (spectrum, of_teacher), (v[0, :, -1], w[0, :, -1])))
     return result
 
 
@@ -149,5 +149,6 @@ def _correlations(found: list[Layer]) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for front, back in pairwise(found):
         nets = zip(front.vectors, back.vectors, strict=True)
-        pairs.append(tuple(rbf_correlation(f[None, :, None], h[None, :, None])[0, :, :, 0] for f, h in nets))
+        student, teacher = (rbf_correlation(f[None, :, None], h[None, :, None])[0, :, :, 0] for f, h in nets)
+        pairs.append((student, teacher))
     return pairs
