@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 
 import setuptools
-from setuptools import setup
+from setuptools import find_packages, setup
 
 if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read the licence in pyproject.toml, and says so in 90 lines
     raise SystemExit(f"kdkernels is built with setuptools 77 or later, found {setuptools.__version__}: pip install 'setuptools>=77'")
@@ -157,4 +157,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         ext.extra_compile_args += ["-include", str(header)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+def packages() -> list[str]:
+    """Every folder of kdkernels/ with an __init__.py, and the two that lie elsewhere (package-dir in pyproject.toml)."""
+    return sorted({*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
+
+
+setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

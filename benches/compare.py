@@ -74,6 +74,26 @@ def report(old: dict, new: dict, show: int = 10) -> list[str]:
     return [*lines, "", "least and most:", *map(str, changes[:show] if len(changes) <= 2 * show else [*changes[:show], "...", *changes[-3:]])]
 
 
+def compare_files(files: list[str]) -> tuple[list[str], bool]:
+    """Compares OLD and NEW, or NEW alone with the committed results of its class of machine.
+
+    Returns:
+        The lines of the report, and whether a cell was lost.
+
+    Raises:
+        ValueError: more than two files, or one that holds no results.
+        OSError: a file cannot be read.
+    """
+    if len(files) > 2:
+        raise ValueError(f"--compare takes one or two files, got {len(files)}")
+    new = load(files[-1])
+    old_path = Path(files[0]) if len(files) == 2 else baseline_of(new)
+    if len(files) == 1 and not old_path.exists():
+        return [f"no committed results of {rows_of(new)[0]['machine']}: nothing to compare with"], False
+    old = load(old_path)
+    return report(old, new), any(change.lost for change in compare(old, new))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.compare", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -81,19 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--fail", action="store_true", help="exit with 1 where a cell was lost; without it that is only reported")
     options = parser.parse_args(arguments)
-    if len(options.files) > 2:
-        parser.error(f"expected one or two files, got {len(options.files)}")
     try:
-        new = load(options.files[-1])
-        old_path = Path(options.files[0]) if len(options.files) == 2 else baseline_of(new)
-        if len(options.files) == 1 and not old_path.exists():
-            print(f"no committed results of {rows_of(new)[0]['machine']}: nothing to compare with")
-            return 0
-        old = load(old_path)
+        lines, lost = compare_files(options.files)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print("\n".join(report(old, new)))
-    return int(options.fail and any(change.lost for change in compare(old, new)))
+    print("\n".join(lines))
+    return int(options.fail and lost)
 
 
 if __name__ == "__main__":

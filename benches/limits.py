@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import kdkernels
-from kdkernels.timing import time_interleaved
+
+from .timing import time_interleaved
 
 RATES = ("copy", "GEMM", "GEMM float64", "exp")
 SECONDS = 0.01 if os.environ.get("KDKERNELS_BENCH") == "smoke" else 0.3  # for each rate

@@ -8,7 +8,7 @@ import io
 import os
 from pathlib import Path
 
-from kdkernels.report import STYLE
+from kdkernels.plots.page import STYLE
 
 from .pictures import draw, sweeps_of, title_of
 from .tables import CONTENDERS, Entry, Table, about, rows_of, tables

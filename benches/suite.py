@@ -19,10 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels.timing import Prepared, ratio_interval, time_interleaved
-
 from .limits import peak_memory, seconds_for
 from .machine import commit, machine
+from .timing import Prepared, ratio_interval, time_interleaved
 
 MODE = os.environ.get("KDKERNELS_BENCH", "full")  # "full"; "quick": the main rows, briefly; "smoke": tiny inputs, shows that all of it runs
 DEVICE = os.environ.get("KDKERNELS_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")

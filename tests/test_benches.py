@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdkernels
-from kdkernels.timing import Prepared, ratio_interval, time_interleaved
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
@@ -30,6 +29,7 @@ from benches.compare import main as compare_files  # noqa: E402
 from benches.limits import RATES, peak_memory, seconds_for  # noqa: E402
 from benches.suite import Cell, Measured, Problem, copies_of  # noqa: E402
 from benches.tables import load, markdown, plain, rows_of, share_of_limit, tables  # noqa: E402
+from benches.timing import Prepared, ratio_interval, time_interleaved  # noqa: E402
 
 MB = 1 << 20
 

@@ -14,10 +14,11 @@ pytest.importorskip("lightning")
 import lightning as L
 
 from kdkernels.cli import main
+from kdkernels.cli.configs import load_config, merged, with_bases
 from kdkernels.data import Digits
 from kdkernels.distill import Supervised
-from kdkernels.engine import AtomicCheckpointIO
-from kdkernels.export import export
+from kdkernels.distill.engine import AtomicCheckpointIO
+from kdkernels.distill.export import export_student
 from kdkernels.models import FeatureTaps, TinyCNN, from_checkpoint, load_weights
 from kdkernels.models.weights import CHECKPOINT_KEY, describe
 
@@ -49,7 +50,11 @@ def test_a_run_leaves_checkpoints_logs_and_its_config(run):
     folder = run / "runs" / "teacher"
     logs = folder / "version_0"
     assert {p.name for p in folder.iterdir()} >= {"best.ckpt", "last.ckpt", "version_0"}
-    assert yaml.safe_load((logs / "config.yaml").read_text())["model"]["init_args"]["student"]["init_args"]["width"] == 4
+    written = yaml.safe_load((logs / "config.yaml").read_text())  # of the config and its bases, with all that was given besides
+    student = {"class_path": "kdkernels.models.TinyCNN", "init_args": {"width": 4, "depth": 1, "num_classes": 10}}
+    assert written["model"]["init_args"]["student"] == student
+    assert written["data"]["class_path"] == "kdkernels.data.ClutterDigits"
+    assert "base" not in written
     header = (logs / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/cross_entropy", "train/accuracy", "val/accuracy", "epoch", "step"} <= set(header)
     assert list(logs.glob("events.out.tfevents*"))
@@ -98,7 +103,7 @@ def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     status = main(["fit", "--config", str(config), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
     message = capsys.readouterr().err
-    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in config.read_text()]
+    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in yaml.safe_dump(load_config(config))]
     if not needs:
         assert status == 0
     elif "teacher" in needs:
@@ -107,9 +112,46 @@ def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
         assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
 
 
+def test_a_config_with_bases(tmp_path):
+    """Each base is relative to the file that names it; the file's own values win; the arguments of another class are replaced."""
+    (tmp_path / "deep").mkdir()
+    first = "seed_everything: 3\nmodel: {class_path: A, init_args: {x: 1, y: [1, 2], net: {class_path: N, init_args: {w: 1}}}}\n"
+    (tmp_path / "deep" / "first.yaml").write_text(first)
+    (tmp_path / "deep" / "second.yaml").write_text("base: first.yaml\nmodel: {init_args: {y: [3], net: {class_path: M}}}\n")
+    (tmp_path / "third.yaml").write_text("base: deep/second.yaml\nmodel: {class_path: A, init_args: {x: null}}\n")
+    expected = {"seed_everything": 3, "model": {"class_path": "A", "init_args": {"x": None, "y": [3], "net": {"class_path": "M"}}}}
+    assert load_config(tmp_path / "third.yaml") == expected
+    assert merged({"model": {"init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B", "init_args": {"x": 1}}}
+    assert merged({"model": {"class_path": "A", "init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}
+    whole, third = str(tmp_path / "deep" / "first.yaml"), str(tmp_path / "third.yaml")
+    others = ["--config", whole, "--config", "absent.yaml"]  # no bases: left to the parser
+    command, option, text, joined, *rest = with_bases(["fit", "-c", third, f"--config={third}", *others])
+    assert (command, option, rest) == ("fit", "-c", others)
+    assert yaml.safe_load(text) == yaml.safe_load(joined.removeprefix("--config=")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: absent.yaml", "config: there is no file '{folder}/absent.yaml' (base of '{folder}/c.yaml')"),
+        ("base: [a.yaml]", "config: base of '{folder}/c.yaml' must be the name of a file, got ['a.yaml']"),
+        ("base: c.yaml", "config: '{folder}/c.yaml' extends itself: c.yaml -> c.yaml"),
+        ("base: list.yaml", "config: '{folder}/list.yaml' must hold sections such as model, data and trainer, got list"),
+        ("base: broken.yaml", "config: '{folder}/broken.yaml' is no YAML: "),
+    ],
+)
+def test_a_base_that_cannot_be_used(tmp_path, capsys, text, message):
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "broken.yaml").write_text("model: [")
+    (tmp_path / "c.yaml").write_text(text)
+    for command in (["fit", "--config", str(tmp_path / "c.yaml")], ["fit", "--help", "--config", str(tmp_path / "c.yaml")]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.startswith("kdkernels fit: " + message.format(folder=tmp_path))
+
+
 def test_the_recipe_of_the_literature():
     """RepDistiller's: resnet56 to resnet20, T = 4, 0.1 CE + 0.9 KL, 240 epochs, steps at 150, 180 and 210."""
-    config = yaml.safe_load((ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml").read_text())
+    config = load_config(ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml")
     method, data = config["model"]["init_args"], config["data"]["init_args"]
     assert method["student"]["class_path"].endswith("resnet20")
     assert (method["temperature"], method["gamma"], method["alpha"]) == (4.0, 0.1, 0.9)
@@ -136,8 +178,8 @@ def test_export(there, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
 
-    formats = ["--onnx", "out/s.onnx", "--torch-export", "out/s.pt2", "--safetensors", "out/s.safetensors"]
-    assert main(["export", "--ckpt", "runs/teacher/best.ckpt", *formats]) == 0
+    files = ["out/s.onnx", "out/s.pt2", "out/s.safetensors"]
+    assert main(["export", "--ckpt", "runs/teacher/best.ckpt", "--out", *files]) == 0
     assert capsys.readouterr().out.count("the logits differ by at most") == 3
     student = from_checkpoint("runs/teacher/best.ckpt").eval()
     image = torch.randn(5, 3, 32, 32)  # another batch size than the exported one
@@ -170,7 +212,7 @@ class Wrong(TinyCNN):
 def test_an_export_that_differs_is_not_left(there):
     spec = {"class_path": "test_cli.Wrong", "init_args": {"width": 4}}
     with pytest.raises(ValueError, match=r"wrong.pt2 is not written: its logits differ from the student's by 1.0e\+00 of the largest"):
-        export("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
+        export_student("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
     assert not list(there.glob("*wrong*"))
 
 
@@ -178,7 +220,7 @@ def test_export_of_a_training_in_python(tmp_path, capsys):
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(Supervised(TinyCNN(3)), Digits())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    command = ["export", "--ckpt", str(tmp_path / "x.ckpt"), "--safetensors", str(tmp_path / "x.safetensors")]
+    command = ["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "x.safetensors")]
     assert main(command) == 1
     assert "give --student CLASS --student.ARGUMENT" in capsys.readouterr().err
     assert main([*command, "--student", "kdkernels.models.TinyCNN", "--student.width", "3"]) == 0
@@ -206,18 +248,25 @@ def test_export_of_tied_weights(tmp_path):
     state = {f"student.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": spec, "image_shape": [3, 8, 8]}}, tmp_path / "t.ckpt")
     targets = {"safetensors": str(tmp_path / "t.safetensors"), "torch_export": str(tmp_path / "t.pt2")}
-    assert max(export(tmp_path / "t.ckpt", targets).values()) <= 1e-6
+    assert max(export_student(tmp_path / "t.ckpt", targets).values()) <= 1e-6
     loaded = load_weights(Tied(), tmp_path / "t.safetensors")
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.state_dict().items())
     assert loaded.a.weight is loaded.b.weight
 
 
 def test_export_refuses_nonsense(tmp_path, capsys):
-    assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--onnx", "x.onnx"]) == 1
+    assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", "x.onnx"]) == 1
     assert "there is no file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["export", "--ckpt", "x.ckpt"])
-    assert "nothing to write" in capsys.readouterr().err
+    for out, message in {
+        "": "kdkernels export: needs --out",
+        "--out x.bin": "kdkernels export: --out: files must end in .onnx, .pt2, .safetensors, got 'x.bin'",
+        "--out x.onnx y.onnx": "kdkernels export: --out: one file of each format, got 'x.onnx' and 'y.onnx'",
+        "--out x.onnx --image_shap [1,2,3]": "kdkernels export: there is no option --image_shap; did you mean '--image_shape'?",
+        "--out x.onnx --image_shape three": "kdkernels export: --image_shape: ",
+    }.items():
+        assert main(["export", "--ckpt", "x.ckpt", *out.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(message)
 
 
 # Mistakes.
@@ -307,13 +356,16 @@ def test_plot_attention(there, capsys):
 
 def test_plot_shows_the_maps_of_the_networks(there):
     """What is drawn is attention_pool of the trained student, at the layers asked for."""
-    from kdkernels import attention_pool, plot
+    from kdkernels import attention_pool
+    from kdkernels.distill.restore import restore
+    from kdkernels.plots import attention
+    from kdkernels.plots.checkpoints import batch_of
 
-    method, data = plot.restore("runs/teacher/best.ckpt")
-    raw, batch = plot.batch_of(data, [0, 30])
+    method, data = restore("runs/teacher/best.ckpt")
+    raw, batch = batch_of(data, [0, 30])
     with torch.no_grad():
         found = {"student": FeatureTaps(method.student.eval(), ["block1"])(batch["image"])}
-    figure = plot._draw(raw, batch, found, 2.0, data)
+    figure = attention._draw(raw, batch, found, 2.0, data)
     drawn = torch.from_numpy(figure.axes[1].images[1].get_array().data)
     expected = attention_pool(found["student"][1]["block1"], 2.0)[0]
     torch.testing.assert_close(drawn[::2, ::2], expected / expected.max())
@@ -348,18 +400,18 @@ def test_plot_dfv(there, capsys):
 
 def test_plot_dfv_shows_what_the_loss_compares(there):
     """The difference that is drawn is that of the loss of one vector, for the image that is shown."""
-    from kdkernels import plot_dfv
     from kdkernels.nn import svd_kd_loss
+    from kdkernels.plots import dfv
 
     torch.manual_seed(0)
     nets = [{f"l{i}": torch.randn(2, c, n, n).relu() for i, (c, n) in enumerate([(6, 8), (10, 4), (12, 2)])} for _ in range(2)]
-    found = plot_dfv.compare_layers(*nets)
-    pairs = plot_dfv._correlations(found)
+    found = dfv.compare_layers(*nets)
+    pairs = dfv._correlations(found)
     total = sum(0.5 * (s - t).square().sum() for s, t in pairs)
     expected = svd_kd_loss(*([x[:1] for x in net.values()] for net in nets), 1)
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
     spectrum = torch.linalg.svdvals(nets[0]["l1"][0].flatten(1))
     torch.testing.assert_close(found[1].spectra[0], spectrum / spectrum[0], rtol=1e-4, atol=1e-6)
-    figure = plot_dfv._draw([("a", found), ("b", found)], 1)
+    figure = dfv._draw([("a", found), ("b", found)], 1)
     shown = torch.from_numpy(figure.axes[1 + 3 + 2].images[0].get_array().data)
     torch.testing.assert_close(shown, pairs[0][0] - pairs[0][1])

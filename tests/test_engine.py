@@ -23,7 +23,7 @@ import train_processes
 from kdkernels import distill
 from kdkernels.data import Augment, ClutterDigits
 from kdkernels.distill import KD, Distiller, Supervised
-from kdkernels.engine import AtomicCheckpointIO, OutputCheck, checkpoints
+from kdkernels.distill.engine import AtomicCheckpointIO, OutputCheck, checkpoints
 from kdkernels.models import TinyCNN, load_weights
 
 HERE = Path(__file__).parent

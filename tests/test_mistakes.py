@@ -11,7 +11,7 @@ pytest.importorskip("lightning")
 from PIL import Image
 
 from kdkernels.cli import main
-from kdkernels.mistakes import one_line
+from kdkernels.cli.user_errors import one_line
 
 NETS = """
 import torch
@@ -143,7 +143,7 @@ def test_a_student_that_came_from_a_checkpoint_needs_it_no_more(config, capfd, t
     (tmp_path / "run" / "best.ckpt").unlink()
     (tmp_path / "elsewhere" / "its_nets.py").write_text(NETS)
     target = str(tmp_path / "s.safetensors")
-    assert main(["export", "--ckpt", str(tmp_path / "second" / "best.ckpt"), "--safetensors", target]) == 0, capfd.readouterr().err
+    assert main(["export", "--ckpt", str(tmp_path / "second" / "best.ckpt"), "--out", target]) == 0, capfd.readouterr().err
 
 
 def test_help_is_short_and_about_what_is_at_hand(config, capfd):

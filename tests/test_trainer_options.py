@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from kdkernels.data import Digits, FromDatasets
 from kdkernels.data.loading import Batches
 from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, Supervised
-from kdkernels.engine import checkpoints
+from kdkernels.distill.engine import checkpoints
 from kdkernels.models import FeatureTaps, TinyCNN
 
 IMAGES = [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(12)]

@@ -17,10 +17,10 @@ from torch.nn.parameter import is_lazy
 
 from .. import __version__
 from ..data.keyed_random import bits
-from ..engine import OutputCheck
 from ..models.taps import FeatureTaps
 from ..models.weights import CHECKPOINT_KEY, load_weights
 from .checks import TeacherAccuracy, TrainerCheck, total_steps
+from .engine import OutputCheck
 from .teacher_cache import TeacherCache
 
 

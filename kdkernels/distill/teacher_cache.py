@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import reserve
+from .engine import reserve
 
 Outputs = tuple[Tensor, dict[str, Tensor]]  # logits, tapped features
 

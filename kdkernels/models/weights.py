@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return inside
 
 
-def _is_state_dict(value: object) -> bool:
+def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and len(value) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 

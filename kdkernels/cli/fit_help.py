@@ -6,9 +6,10 @@ import inspect
 import re
 
 import lightning as L
-import yaml
 
-from . import data, distill
+from .. import data, distill
+from .class_options import import_class, options_of
+from .configs import load_config, options_in
 
 _COMMON = """\
 usage: kdkernels {command} --config FILE [--SECTION.OPTION VALUE ...]
@@ -40,8 +41,8 @@ def brief_help(arguments: list[str]) -> str:
     text = _COMMON.format(command=command, ckpt=ckpt)
     chosen = _chosen(arguments)
     for section, package, base in (("model", distill, distill.Distiller), ("data", data, L.LightningDataModule)):
-        cls = imported(chosen.get(section))
-        if cls is not None:
+        if section in chosen:
+            cls = import_class(chosen[section])
             text += f"{cls.__name__} (--{section}.OPTION VALUE): {_first_sentence(cls)}\n\n{_options(cls, section)}\n"
             continue
         found = [c for c in (getattr(package, name) for name in package.__all__) if inspect.isclass(c) and issubclass(c, base) and c is not base]
@@ -52,56 +53,18 @@ def brief_help(arguments: list[str]) -> str:
 
 def _chosen(arguments: list[str]) -> dict[str, str]:
     """The classes that the arguments and their configs name, by section."""
-    chosen = {}
-    for name, value in _pairs(arguments):
+    chosen: dict[str, str] = {}
+    for name, value in options_in(arguments):
         if name in ("-c", "--config"):
-            with open(value) as file:
-                sections = yaml.safe_load(file) or {}
+            sections = load_config(value)
             chosen |= {s: sections[s]["class_path"] for s in ("model", "data") if isinstance(sections.get(s), dict) and "class_path" in sections[s]}
         elif name in ("--model", "--data"):
             chosen[name[2:]] = value
     return chosen
 
 
-def _pairs(arguments: list[str]):
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if equals:
-            yield name, value
-        elif i + 1 < len(arguments):
-            yield name, arguments[i + 1]
-
-
-def config_files(arguments: list[str]) -> list[str]:
-    return [value for name, value in _pairs(arguments) if name in ("-c", "--config")]
-
-
-def imported(path: str | None) -> type | None:
-    if path is None:
-        return None
-    module, _, name = path.rpartition(".")
-    for package in [module] if module else ["kdkernels.distill", "kdkernels.data"]:
-        cls = getattr(__import__(package, fromlist=["_"]), name, None)
-        if cls is not None:
-            return cls
-    raise ValueError(f"there is no class {path!r}")
-
-
-def options_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those of its bases where it passes them on."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-        found |= {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in found}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
 def _options(cls: type, section: str) -> str:
-    said = {}
+    said: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         said |= _documented(base)  # the nearest class last
     text = ""
@@ -120,7 +83,7 @@ def _documented(cls: type) -> dict[str, str]:
     block = re.search(r"\n\s*Args:\n(.*?)(\n\s*\n|\n\s*(Returns|Raises|References):|\Z)", cls.__doc__ or "", re.S)
     if block is None:
         return {}
-    said = {}
+    said: dict[str, str] = {}
     for entry in re.split(r"\n {8}(?=\S)", "\n" + block.group(1)):
         names, _, text = entry.strip().partition(": ")
         text = re.split(r"(?<=[.;]) ", " ".join(text.replace("``", "").split()))[0].rstrip(".;")

@@ -1,4 +1,4 @@
-"""``kdkernels plot dfv``: what SVD-KD compares, over training: singular spectra, aligned vectors, and their correlations as heat maps."""
+"""What SVD-KD compares, over training: singular spectra, aligned vectors, and their correlations as heat maps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models.weights import describe
-from .ops.rbf_correlation import rbf_correlation
-from .ops.truncated_svd import align_singular_vectors, feature_svd
-from .plot import batch_of, picture_path, restore, taps_of, write_picture
+from ..models.weights import describe
+from ..ops.rbf_correlation import rbf_correlation
+from ..ops.truncated_svd import align_singular_vectors, feature_svd
+from .checkpoints import batch_of, count_images, restore_with_images, taps_of
+from .drawing import picture_path, subplots, write_picture
 
 
 class Layer(NamedTuple):
@@ -52,18 +53,19 @@ def plot_dfv(
         raise ValueError(f"vector must be at least 1, got {vector}")
     rows = []
     for ckpt in ckpts:
-        method, data = restore(ckpt)
+        method, data = restore_with_images(ckpt)
         if method.teacher is None:
             raise ValueError(f"{os.fspath(ckpt)!r} was trained without a teacher; plot dfv compares a student with one")
         taps = taps_of(method, layers, teacher_layers)
         if len(taps["student"].names) < 2:
             raise ValueError(f"layers must name at least two layers, got {taps['student'].names}")
-        if not 0 <= image < len(data.splits["val"]):
-            raise ValueError(f"image must be in [0, {len(data.splits['val']) - 1}], the validation split, got {image}")
+        count = count_images(data)
+        if not 0 <= image < count:
+            raise ValueError(f"image must be in [0, {count - 1}], the validation split, got {image}")
         _, batch = batch_of(data, [image])
         with torch.no_grad():
-            features = [taps[name](batch["image"])[1] for name in ("student", "teacher")]
-            rows.append((_title(ckpt), compare_layers(*features, vector)))
+            student, teacher = (taps[name](batch["image"])[1] for name in ("student", "teacher"))
+            rows.append((_title(ckpt), compare_layers(student, teacher, vector)))
     figure = _draw(rows, vector)
     return write_picture(figure, out)
 
@@ -84,8 +86,8 @@ def compare_layers(student: dict[str, Tensor], teacher: dict[str, Tensor], vecto
         s, t = s[:1].float(), t[:1].float()
         found = [feature_svd(x, min(x.shape[1], x[0, 0].numel())) for x in (s, t)]
         v, w = align_singular_vectors(found[0][2][..., : vector + 1], found[1][2][..., :vector], flip="student")
-        spectra = tuple(F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in found)
-        result.append(Layer(name, spectra, (v[0, :, -1], w[0, :, -1])))
+        spectrum, of_teacher = (F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in found)
+        result.append(Layer(name, (spectrum, of_teacher), (v[0, :, -1], w[0, :, -1])))
     return result
 
 
@@ -95,16 +97,11 @@ def _title(ckpt: str | os.PathLike) -> str:
 
 
 def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     layers = len(rows[0][1])
     columns = 1 + layers + 3 * (layers - 1)
     widths = [1.5] + [1.2] * layers + [1.0] * (3 * (layers - 1))
     size = (1.75 * sum(widths), 1.9 * len(rows) + 1.0)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
+    figure, axes = subplots(len(rows), columns, figsize=size, squeeze=False, width_ratios=widths)
     largest = max(float((a - b).abs().max()) for _, found in rows for pair in _correlations(found) for a, b in [pair]) or 1.0
     lowest = min(float(x.min()) for _, found in rows for pair in _correlations(found) for x in pair)
     for row, (title, found) in enumerate(rows):
@@ -152,5 +149,6 @@ def _correlations(found: list[Layer]) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for front, back in pairwise(found):
         nets = zip(front.vectors, back.vectors, strict=True)
-        pairs.append(tuple(rbf_correlation(f[None, :, None], h[None, :, None])[0, :, :, 0] for f, h in nets))
+        student, teacher = (rbf_correlation(f[None, :, None], h[None, :, None])[0, :, :, 0] for f, h in nets)
+        pairs.append((student, teacher))
     return pairs

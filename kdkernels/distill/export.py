@@ -1,4 +1,4 @@
-"""``kdkernels export``: the student of a checkpoint, alone, in a format that others read."""
+"""The student of a checkpoint, alone, in formats that others read: safetensors, torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,41 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..models.weights import build, describe, load_weights
 from .engine import umask
-from .mistakes import one_line
-from .models.weights import build, describe, load_weights
 
 # Largest difference of a logit, relative to the largest logit: float32 in another order of summation through a deep network.
 TOLERANCE = 1e-4
 
 
-def main(arguments: list[str] | None = None) -> int:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="kdkernels export", description="Writes the student of a checkpoint, and checks that the file gives the same logits."
-    )
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of kdkernels fit, or of a Distiller")
-    parser.add_argument("--safetensors", type=str, help="file for the weights: names and tensors")
-    parser.add_argument("--torch-export", type=str, help="file for torch.export's program (.pt2)")
-    parser.add_argument("--onnx", type=str, help="file for ONNX, any batch size")
-    parser.add_argument("--image_shape", type=list[int], help="[C, H, W]; by default that of the training images")
-    parser.add_subclass_arguments(nn.Module, "student", required=False, help="how the student is made, where the checkpoint does not say")
-    options = parser.parse_args(arguments)
-    targets = {name: options[name] for name in ("safetensors", "torch_export", "onnx") if options[name]}
-    if not targets:
-        parser.error("nothing to write: give --safetensors, --torch-export or --onnx")
-    try:
-        spec = options.student.as_dict() if options.get("student") is not None else None
-        for name, difference in export(options.ckpt, targets, spec, options.image_shape).items():
-            print(f"{targets[name]}: the logits differ by at most {difference:.1e} of the largest")
-    except (OSError, ValueError) as error:
-        print(f"kdkernels export: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def export(ckpt: str | os.PathLike, targets: dict[str, str], spec: dict | None = None, image_shape: list[int] | None = None) -> dict[str, float]:
+def export_student(
+    ckpt: str | os.PathLike, targets: dict[str, str], spec: dict | None = None, image_shape: list[int] | None = None
+) -> dict[str, float]:
     """Writes the student of a checkpoint.
 
     Args:

@@ -11,13 +11,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from .. import benches
+from ..benches.compare import compare_files
+from ..benches.machine import machine
+from ..benches.tables import key_of, load, rows_of
+from .arguments import Parser, make_folder
+
 OPS = ("temperature_kl", "attention_pool", "rbf_correlation", "truncated_svd", "svd_kd", "teacher_cache", "step")
 NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}  # matplotlib draws, lightning trains: without them the rest still runs
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="kdkernels bench", description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = Parser("bench", __doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="one op, its sweeps too; may be given several times (default: all)")
     parser.add_argument("--select", metavar="TEXT", action="append", help="rows whose 'op: cell, direction' holds this text; several: any of them")
     mode = parser.add_mutually_exclusive_group()
@@ -31,25 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"kdkernels bench needs {', '.join(missing)}: pip install --no-build-isolation '.[train,bench]' in the source folder", file=sys.stderr)
+        print(f"kdkernels bench: needs {', '.join(missing)}: pip install --no-build-isolation '.[train,bench]' in the source folder", file=sys.stderr)
         return 1
     if options.compare:
-        from .compare import main as compare
-
-        return compare(options.compare)
+        lines, _ = compare_files(options.compare)
+        print("\n".join(lines))
+        return 0
     options.mode = options.mode or "full"
     out = options.out or (
         options.results.parent if options.results else Path("runs") / f"bench{'' if options.mode == 'full' else '_' + options.mode}"
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out: cannot make the folder {out}: {error.strerror}")
-    if not os.access(out, os.W_OK):
-        parser.error(f"--out: the folder {out} cannot be written to")
+    make_folder(parser, out)
     if options.results is not None:
-        from .tables import load
-
         try:
             result = load(options.results)
         except (OSError, ValueError) as error:
@@ -62,8 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path) -> int:
     import torch
 
-    from .machine import machine
-
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +71,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
     environment |= {"KDKERNELS_BENCH_OPS": "\n".join(options.op or ()), "KDKERNELS_BENCH_SELECT": "\n".join(options.select or ())}
     with tempfile.TemporaryDirectory(prefix=".bench", dir=out) as folder:  # on the disk where the results go
         fresh = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-quiet"]
+        suite = str(Path(benches.__file__).resolve().parent)
+        command = [sys.executable, "-m", "pytest", suite, "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-quiet"]
         command += [f"--benchmark-storage=file://{folder}", f"--benchmark-json={fresh}"]
         try:
             code = subprocess.run(command, env=environment).returncode
@@ -99,10 +96,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
     return code
 
 
-def _earlier(parser: argparse.ArgumentParser, kept: Path, mode: str, machine: str) -> dict | None:
+def _earlier(parser: argparse.ArgumentParser, kept: Path, mode: str, here: str) -> dict | None:
     """Results that are in the folder already, which rows are added to."""
-    from .tables import load, rows_of
-
     if not kept.exists():
         return None
     try:
@@ -110,17 +105,15 @@ def _earlier(parser: argparse.ArgumentParser, kept: Path, mode: str, machine: st
     except (OSError, ValueError) as error:
         parser.error(f"--out: {error}; move it away, or name another folder")
     first = rows_of(earlier)[0]
-    if (first["mode"], first["machine"]) != (mode, machine):
+    if (first["mode"], first["machine"]) != (mode, here):
         parser.error(
-            f"--out: {kept} holds results of a {first['mode']} run on {first['machine']}, this is a {mode} run on {machine}: name another folder"
+            f"--out: {kept} holds results of a {first['mode']} run on {first['machine']}, this is a {mode} run on {here}: name another folder"
         )
     return earlier
 
 
 def merged(earlier: dict, fresh: dict) -> dict:
     """Fresh rows in the place of earlier ones of the same name, new ones behind them."""
-    from .tables import key_of
-
     new = {key_of(b["extra_info"]): b for b in fresh["benchmarks"]}
     old = {key_of(b["extra_info"]): b for b in earlier["benchmarks"]}
     return fresh | {"benchmarks": list((old | new).values())}
@@ -131,14 +124,10 @@ def _show(out: Path, result: dict, report: bool) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no pictures and no report without matplotlib; where it is installed: kdkernels bench --results {out / 'bench.json'}", file=sys.stderr)
     else:
-        from .page import write_page
-        from .pictures import write_pictures
+        from ..benches.page import write_page
+        from ..benches.pictures import write_pictures
 
         written += write_pictures(result, out)
         if report:
             written.append(write_page(out / "report.html", result))
     print("wrote " + ", ".join(map(str, written)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -148,3 +150,18 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def silence_lightning() -> None:
+    """Silences Lightning's tips, and warnings about settings that are intentional."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*isinstance.treespec.*",
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*weights_only. was not set.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

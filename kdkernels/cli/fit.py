@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import enum
 import json
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -18,10 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from .cli_help import brief_help
-from .distill import Distiller
-from .engine import AtomicCheckpointIO, EpochLines, checkpoints
-from .models.weights import describe
+from ..distill import Distiller
+from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, silence_lightning
+from ..models.weights import describe
+from .configs import config_files, with_bases
+from .fit_help import brief_help
 
 MONITOR = "val/accuracy"
 
@@ -85,23 +84,6 @@ class CLI(LightningCLI):
             print(report(self.trainer))
 
 
-def instantiate(config: dict) -> tuple[Distiller, L.LightningDataModule]:
-    """Method and data from the ``model`` and ``data`` sections of a config."""
-    _quiet()
-    cli = LightningCLI(
-        Distiller,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=False,
-        save_config_callback=None,
-        trainer_defaults={"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1},
-        args=config,
-        run=False,
-    )
-    return cli.model, cli.datamodule
-
-
 def report(trainer: L.Trainer) -> str:
     """The monitored number of the last epoch and of the best, each with its checkpoint."""
     lines = {}
@@ -114,9 +96,11 @@ def report(trainer: L.Trainer) -> str:
     return "\n".join(lines.values())
 
 
-def run(arguments: list[str]) -> int:
-    """Runs the command line; returns its exit status."""
-    _quiet()
+def main(arguments: list[str]) -> int:
+    """Runs ``fit``, ``validate`` or ``test``, the first of the arguments, with the options that follow it."""
+    silence_lightning()
+    folders = (os.path.dirname(os.path.abspath(path)) for path in config_files(arguments))
+    sys.path[1:1] = folders  # so that networks beside a config can be imported
     if {"-h", "--help"} & set(arguments):
         print(brief_help(arguments), end="")
         return 0
@@ -133,24 +117,9 @@ def run(arguments: list[str]) -> int:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the method makes them
         save_config_kwargs={"overwrite": True},
-        args=arguments,
+        args=with_bases(arguments),
     )
     return 0
-
-
-def _quiet() -> None:
-    """Advertisements, and hints about what is meant so."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
-    for message in (
-        ".*does not have many workers.*",
-        ".*exists and is not empty.*",
-        ".*isinstance.treespec.*",
-        ".*LeafSpec.*",
-        ".*smaller than the logging interval.*",
-        ".*args parameter is intended to run from within Python.*",
-        ".*weights_only. was not set.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _plain(config: Namespace) -> dict:

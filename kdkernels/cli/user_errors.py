@@ -1,10 +1,13 @@
-"""What went wrong, in one line: the cause, and the cure where it is known."""
+"""User errors: printed as one line, without a traceback. The line names the cause, and the cure where it is known."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from collections.abc import Sequence
+
+from .class_options import import_class, options_of
 
 TRACEBACK = "KDKERNELS_TRACEBACK=1 shows where"
 # What jsonargparse says of values that it tried, and of one that is no value of an option.
@@ -62,7 +65,7 @@ def _of_the_parser(text: str) -> str:
         return f"{key}{owner.rpartition('.')[2] if owner else 'the config'} has no option {name!r}{_near(name, owner) if owner else ''}"
     section = re.search(r"does not accept option '([^']+)'", text)
     if section:
-        return f"{key}the config has no option {section.group(1)!r}{_close(section.group(1).partition('.')[0], ['model', 'data', 'trainer'])}"
+        return f"{key}the config has no option {section.group(1)!r}{close_match(section.group(1).partition('.')[0], ['model', 'data', 'trainer'])}"
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if unknown and unknown.group(1) in ("optimizer", "lr_scheduler"):  # where other command lines of Lightning have them
         return f"there is no option --{unknown.group(1)}; did you mean --model.{unknown.group(1).removeprefix('lr_')}?"
@@ -83,15 +86,14 @@ def _of_the_parser(text: str) -> str:
 
 
 def _near(name: str, path: str) -> str:
-    from .cli_help import imported, options_of
-
     try:
-        options = list(options_of(imported(path)))
+        options = list(options_of(import_class(path)))
     except Exception:  # a class that cannot be looked at has no suggestions
         return ""
-    return _close(name, options) or (f"; it has {', '.join(options)}" if len(options) < 20 else "")
+    return close_match(name, options) or (f"; it has {', '.join(options)}" if len(options) < 20 else "")
 
 
-def _close(name: str, options: list[str]) -> str:
+def close_match(name: str, options: Sequence[str]) -> str:
+    """``; did you mean 'x'?`` where an option resembles ``name``, else nothing."""
     close = difflib.get_close_matches(name, options, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

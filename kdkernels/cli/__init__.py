@@ -1,0 +1,83 @@
+"""The command line: ``kdkernels COMMAND``. Each command is a module of this package with a function ``main(arguments)``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from .arguments import UsageError
+from .user_errors import close_match, one_line
+
+USAGE = """usage: kdkernels COMMAND [options]
+
+  fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
+                           (--help lists every option, --print_config writes a config, --ckpt_path last resumes a run)
+  export                   write the student of a checkpoint: kdkernels export --ckpt best.ckpt --out student.onnx
+  plot attention           draw images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
+  plot dfv                 draw singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
+  bench                    time every op against its reference, its peers and the machine's limit: kdkernels bench --quick --report
+  demo                     train a teacher, a student alone and a distilled student on the embedded images, and write a report
+  info                     print what is built, and where each op runs
+
+kdkernels COMMAND --help lists the options of a command.
+"""
+TRAINING = ("fit", "validate", "test")
+COMMANDS = (*TRAINING, "bench", "demo", "export", "info", "plot")
+_EXTRAS = {
+    "train": ("lightning", "jsonargparse", "torchmetrics", "sklearn", "scipy", "matplotlib", "PIL", "safetensors", "tensorboard"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status. Errors are printed as one line, ``kdkernels COMMAND: ...``.
+
+    Args:
+        arguments: the command and its options; by default those of the process.
+
+    Returns:
+        0 for success, 1 for a failure, 2 for arguments that cannot be used, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if command not in COMMANDS:
+        print(f"kdkernels: there is no command {command!r}{close_match(command, COMMANDS)}; kdkernels --help lists them", file=sys.stderr)
+        return 2
+    try:
+        return _run(command, arguments[1:])
+    except UsageError as error:
+        return _fail(command, error, status=2)
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, modules in _EXTRAS.items() if error.name in modules), None)
+        if extra is None:
+            return _fail(command, error)
+        print(f"kdkernels {command}: needs {error.name}: pip install --no-build-isolation '.[{extra}]' in the source folder", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kdkernels {command}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _fail(command, error)
+
+
+def _run(command: str, options: list[str]) -> int:
+    sys.path[:0] = [os.getcwd()]  # so that networks and data in the current folder can be imported
+    if command in TRAINING:
+        from . import fit
+
+        return fit.main([command, *options])
+    return importlib.import_module(f".{command}", __name__).main(options)
+
+
+def _fail(command: str, error: Exception, status: int = 1) -> int:
+    """Prints one line; ``KDKERNELS_TRACEBACK=1`` shows the traceback instead."""
+    if os.environ.get("KDKERNELS_TRACEBACK") == "1":
+        raise error
+    print(f"kdkernels {command}: {one_line(error)}", file=sys.stderr)
+    return status

@@ -1,0 +1,35 @@
+"""Classes that a config or an option names by import path, and the arguments they take."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+PACKAGES = ("kdkernels.distill", "kdkernels.data")  # whose classes are named without a path
+
+
+def import_class(path: str) -> type:
+    """The class of an import path, or of a bare name in :data:`PACKAGES`.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    module, _, name = path.rpartition(".")
+    for package in [module] if module else PACKAGES:
+        cls = getattr(importlib.import_module(package), name, None)
+        if cls is not None:
+            return cls
+    raise ValueError(f"there is no class {path!r}")
+
+
+def options_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class, with those of its bases where it passes them on."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        found |= {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found

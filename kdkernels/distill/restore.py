@@ -1,0 +1,45 @@
+"""A method and its data, made again from a config or from a checkpoint of ``kdkernels fit``."""
+
+from __future__ import annotations
+
+import os
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI
+
+from ..models.weights import describe, load_weights
+from .base import Distiller
+from .engine import silence_lightning
+
+
+def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
+    """The method with its trained student, and its data, set up for validation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this package, or does not say how its method and data are made.
+    """
+    config = describe(ckpt).get("config")
+    if config is None:
+        raise ValueError(f"{os.fspath(ckpt)!r} does not say how its method and data are made: it was not trained by `kdkernels fit`")
+    method, data = instantiate(config)
+    load_weights(method.student, ckpt)
+    data.setup("validate")
+    return method, data
+
+
+def instantiate(config: dict) -> tuple[Distiller, L.LightningDataModule]:
+    """Method and data from the ``model`` and ``data`` sections of a config."""
+    silence_lightning()
+    cli = LightningCLI(
+        Distiller,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=False,
+        save_config_callback=None,
+        trainer_defaults={"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1},
+        args=config,
+        run=False,
+    )
+    return cli.model, cli.datamodule
