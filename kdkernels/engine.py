@@ -81,7 +81,8 @@ class EpochLines(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        metrics = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "val/accuracy") if name in trainer.callback_metrics}
+        names = ("train/loss", f"val/{module.task.main_metric}")
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
         print(f"epoch {trainer.current_epoch + 1}{of}{shown}  {time.monotonic() - self._began:.0f} s", flush=True)
