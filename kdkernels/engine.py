@@ -51,7 +51,7 @@ def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: in
     if every is not None:
         callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, **options))
     if monitor is not None:
-        callbacks.append(ModelCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
+        callbacks.append(BestCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
     return callbacks
 
 
@@ -70,6 +70,14 @@ class LastCheckpoint(ModelCheckpoint):
     def _save(self, trainer: L.Trainer) -> None:
         if trainer.global_step not in (0, self._last_global_step_saved) and not trainer.fast_dev_run:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint of the highest metric; none where the validation images have no labels, so that there is no metric."""
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict) -> None:
+        if self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
 
 class EpochLines(L.Callback):
