@@ -259,12 +259,12 @@ def test_shared_layers_are_refused():
         KD(student, student)
 
 
-class Aux(Small):
-    """A second head in training, as of GoogLeNet."""
+class Hidden(Small):
+    """Returns what are no logits while it trains."""
 
     def forward(self, x):
         logits = super().forward(x)
-        return (logits, logits) if self.training else logits
+        return {"scores": logits, "loss": None} if self.training else logits
 
 
 class Gray(Small):
@@ -283,7 +283,7 @@ class Broken(Small):
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        (Aux, r"in training mode the student \(Aux\) must return logits .* it returned tuple; put it into a module that returns the logits alone"),
+        (Hidden, r"in training mode the student \(Hidden\) must return logits .* it returned a dict of 'scores': \[2, 3\], 'loss': NoneType"),
         (Gray, r"the student \(Gray\) cannot take images \[2, 3, 8, 8\]: .*expected input"),
         (Broken, r"in training mode the student \(Broken\) cannot take images \[2, 3, 8, 8\]: 'switch'"),
     ],

@@ -22,8 +22,6 @@ from ..models.weights import describe
 from .configs import config_files, with_bases
 from .fit_help import brief_help
 
-MONITOR = "val/accuracy"
-
 
 class CLI(LightningCLI):
     """LightningCLI with this package's defaults: where a config says nothing, the last and the best checkpoint, CSV and TensorBoard logs."""
@@ -70,7 +68,7 @@ class CLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            monitor = None if config.get("limit_val_batches") == 0 else MONITOR
+            monitor = None if config.get("limit_val_batches") == 0 else f"val/{self.model.task.main_metric}"
             given = [*given, *checkpoints(root, monitor, self.config[self.subcommand].checkpoint_every)]
         if config.get("enable_progress_bar") is False:
             given = [*given, EpochLines()]
@@ -87,9 +85,10 @@ class CLI(LightningCLI):
 def report(trainer: L.Trainer) -> str:
     """The monitored number of the last epoch and of the best, each with its checkpoint."""
     lines = {}
+    main = f"val/{trainer.lightning_module.task.main_metric}"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            kind, name = ("last", MONITOR) if callback.monitor is None else ("best", callback.monitor)
+            kind, name = ("last", main) if callback.monitor is None else ("best", callback.monitor)
             value = trainer.callback_metrics.get(name) if kind == "last" else callback.best_model_score
             shown = f"{name} {float(value):.4f}  " if value is not None else ""
             lines[kind] = f"{kind}  {shown}{os.path.relpath(callback.best_model_path)}"

@@ -3,9 +3,9 @@
 from .augment import Augment
 from .base import ImageData
 from .cifar import CIFAR10, CIFAR100
-from .clutter_digits import ClutterDigits
+from .clutter_digits import ClutterDigits, SegmentedClutterDigits
 from .digits import Digits
 from .from_datasets import FromDatasets
 from .image_folder import ImageFolder
 
-__all__ = ["CIFAR10", "CIFAR100", "Augment", "ClutterDigits", "Digits", "FromDatasets", "ImageData", "ImageFolder"]
+__all__ = ["CIFAR10", "CIFAR100", "Augment", "ClutterDigits", "Digits", "FromDatasets", "ImageData", "ImageFolder", "SegmentedClutterDigits"]

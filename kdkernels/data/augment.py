@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .keyed_random import bits, uniform
 
+MIXUP_OF_MAPS = "mixup cannot be used with label maps: it would need two labels for each pixel; cutmix pastes the label map too"
 _CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _KIND, _TURN = range(8)  # what a random number is for
 
 
@@ -25,8 +26,13 @@ class Augment:
         rotate: degrees, up to which an image is turned to either side around its middle, by nearest pixels, black where there are none.
         views: how many different augmentations a sample has: epoch e shows view ``e % views``. ``None``: a new one each epoch.
         seed: of everything above.
+        label_fill: in label maps, the label of pixels that a crop or a rotation brings in from outside of the image. 255 is what
+            :class:`kdkernels.tasks.Segmentation` ignores by default.
 
     mixup and cutmix pair the images of a batch, and add to it ``mixed_label`` [B] and ``mix`` [B], the weight of ``label`` against it.
+
+    Label maps [B, H, W] move with their images, by nearest pixels. cutout leaves them as they are. cutmix pastes the same box into the
+    label map, so that nothing is added to the batch. mixup raises a ValueError: it would need two labels for each pixel.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Augment:
         views: int | None = None,
         seed: int = 0,
         rotate: float = 0.0,
+        label_fill: int = 255,
     ):
         for name, value in {"crop": crop, "cutout": cutout, "mixup": mixup, "cutmix": cutmix, "rotate": rotate}.items():
             if value < 0:
@@ -46,7 +53,7 @@ class Augment:
         if views is not None and views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.crop, self.flip, self.cutout, self.mixup, self.cutmix, self.views, self.seed = crop, flip, cutout, mixup, cutmix, views, seed
-        self.rotate = rotate
+        self.rotate, self.label_fill = rotate, label_fill
         self._beta = {alpha: _beta_quantiles(alpha) for alpha in (mixup, cutmix) if alpha}
 
     @property
@@ -59,15 +66,16 @@ class Augment:
         return f"Augment({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
 
     def __call__(self, batch: dict, normalize: Callable[[Tensor], Tensor]) -> dict:
-        """The batch augmented and normalised. ``image`` [B, C, H, W] and, if there, ``mask`` [B, H, W] move together."""
+        """The batch augmented and normalised. ``image`` [B, C, H, W] and, if there, ``mask`` and a label map [B, H, W] move together."""
         index, view = batch["index"], batch["view"]
         batch = dict(batch)
         rows, columns = self._source_pixels(index, view, batch["image"].shape[-2:])
-        for name in ("image", "mask"):
+        fills = {"image": 0, "mask": 0} | ({"label": self.label_fill} if has_label_maps(batch) else {})
+        for name, fill in fills.items():
             if name in batch and (self.crop or self.flip):
-                batch[name] = _gather(batch[name], rows[:, :, None], columns[:, None], self.crop)
+                batch[name] = _gather(batch[name], rows[:, :, None], columns[:, None], self.crop, fill)
             if name in batch and self.rotate:
-                batch[name] = _gather(batch[name], *self._turned_pixels(index, view, batch[name].shape[-2:]), 1)
+                batch[name] = _gather(batch[name], *self._turned_pixels(index, view, batch[name].shape[-2:]), 1, fill)
         batch["image"] = normalize(batch["image"])
         if self.cutout:
             batch["image"] = self._cut_out(batch["image"], index, view)
@@ -105,9 +113,11 @@ class Augment:
         return image.masked_fill(inside[:, None], 0.0)
 
     def _mix(self, batch: dict, index: Tensor, view: int) -> dict:
-        image, label = batch["image"], batch["label"]
+        image, label, maps = batch["image"], batch.get("label"), has_label_maps(batch)
+        if maps and self.mixup:
+            raise ValueError(MIXUP_OF_MAPS)
         partner = bits(self.seed, _PARTNER, view, index).argsort()
-        other, mixed_label = image[partner], label[partner]
+        other, mixed_label = image[partner], None if label is None else label[partner]
         draw = self._random(_MIX, view, index, 2)
         mix = torch.ones_like(draw[:, 0])
         by_box = torch.zeros_like(mix, dtype=torch.bool)
@@ -119,11 +129,13 @@ class Augment:
             inside = _box(centre[:, 0] * height, centre[:, 1] * width, half * height, half * width, height, width) & by_box[:, None, None]
             image = torch.where(inside[:, None], other, image)
             mix = 1 - inside.float().mean((1, 2))
+            if maps:
+                return {**batch, "image": image, "label": torch.where(inside, mixed_label, label)}
         if self.mixup:
             weight = torch.where(by_box, 1.0, self._weights(self.mixup, draw[:, 0]))
             image = torch.lerp(other, image, weight[:, None, None, None].to(image.dtype))
             mix = torch.where(by_box, mix, weight)
-        return {**batch, "image": image, "mixed_label": mixed_label, "mix": mix}
+        return {**batch, "image": image} | ({} if label is None else {"mixed_label": mixed_label, "mix": mix})
 
     def _weights(self, alpha: float, u: Tensor) -> Tensor:
         """Quantiles at ``u`` of Beta(alpha, alpha), from a table."""
@@ -139,10 +151,15 @@ def _beta_quantiles(alpha: float) -> Tensor:
     return torch.from_numpy(betaincinv(alpha, alpha, torch.linspace(0, 1, 4097, dtype=torch.float64).numpy())).float()
 
 
-def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int) -> Tensor:
-    """x [B, (C,) H, W] with zeros of width ``border`` around, read at rows and columns, which broadcast to [B, H, W]."""
+def has_label_maps(batch: dict) -> bool:
+    """Whether the labels are maps [B, H, W]: not class numbers [B] or probabilities [B, K]."""
+    return "label" in batch and batch["label"].dim() == 3
+
+
+def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int, fill: int = 0) -> Tensor:
+    """x [B, (C,) H, W] with a border of the width ``border`` and the value ``fill``, read at rows and columns, which broadcast to [B, H, W]."""
     channels = x if x.dim() == 4 else x[:, None]
-    channels = F.pad(channels, [border] * 4)
+    channels = F.pad(channels, [border] * 4, value=fill)
     batch, channel = torch.arange(len(x), device=x.device), torch.arange(channels.shape[1], device=x.device)
     out = channels[batch[:, None, None, None], channel[:, None, None], rows[:, None], columns[:, None]]
     return out if x.dim() == 4 else out[:, 0]

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augment import Augment
-from .decode import as_pixels
+from .augment import MIXUP_OF_MAPS, Augment, has_label_maps
+from .decode import as_pixels, is_pil
 from .keyed_random import seeded
 from .loading import Batches, Draw, Loader, OrderedBatches
 
@@ -19,10 +20,14 @@ from .loading import Batches, Draw, Loader, OrderedBatches
 class ImageData(L.LightningDataModule):
     """Data of images and labels. A subclass says what they are in :meth:`make_splits`.
 
-    A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of ``image`` [B, C, H, W] float32 (float64 where
-    a dataset gives that), normalised; ``label`` [B] int64, or probabilities [B, K] float32; ``index`` [B] int64, the samples' places in their
-    split; in training also ``view``, which augmentation this is, and ``share``, see :class:`Batches`. Outside Lightning:
-    ``for batch in map(data.finish, data.train_dataloader())``.
+    A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of
+
+    - ``image`` [B, C, H, W] float32 (float64 where a dataset gives that), normalised;
+    - ``label``, if the data have labels: class numbers [B] int64, probabilities [B, K] float32, or label maps [B, H, W] int64;
+    - ``index`` [B] int64, the samples' places in their split;
+    - in training also ``view``, which augmentation this is, and ``share``, see :class:`Batches`.
+
+    Outside Lightning: ``for batch in map(data.finish, data.train_dataloader())``.
 
     Args:
         batch_size: images per batch and process.
@@ -32,6 +37,8 @@ class ImageData(L.LightningDataModule):
     """
 
     num_classes: int | None = None
+    classes: Sequence[str] | None = None  # their names
+    label_maps = False  # whether labels are maps, a class for each pixel
     image_shape: tuple[int, int, int] | None = None
     mean: Sequence[float] | None = None  # per channel, on a scale where white is 1
     std: Sequence[float] | None = None
@@ -56,6 +63,8 @@ class ImageData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if not self.splits:
             self.splits = self.make_splits()
+        if self.label_maps and self.augment is not None and self.augment.mixup:
+            raise ValueError(MIXUP_OF_MAPS)
 
     def train_dataloader(self) -> Loader:
         order = {"shuffle": True, "seed": self.order_seed, "views": self.views, "least": 2}
@@ -88,10 +97,12 @@ class ImageData(L.LightningDataModule):
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)  # float64, bfloat16 networks
 
     def finish(self, batch: dict) -> dict:
-        """Augments (a training batch) and normalises, on the batch's device."""
+        """Augments (a training batch) and normalises, on the batch's device. Label maps, which travel as uint8, become int64."""
         if self.augment is not None and batch.get("view") is not None:
-            return self.augment(batch, self.normalize)
-        return {**batch, "image": self.normalize(batch["image"])}
+            batch = self.augment(batch, self.normalize)
+        else:
+            batch = {**batch, "image": self.normalize(batch["image"])}
+        return {**batch, "label": batch["label"].long()} if has_label_maps(batch) else batch
 
     def normalize(self, image: Tensor) -> Tensor:  # [..., C, H, W] uint8 or float32 -> float32, float64 -> float64
         image = image.float() / 255 if image.dtype == torch.uint8 else image
@@ -110,13 +121,13 @@ class ImageData(L.LightningDataModule):
 
 
 class TensorImages(Dataset):
-    """Images in memory: fields [N, ...], among them ``image`` and ``label``."""
+    """Images in memory: fields [N, ...], among them ``image`` and, if there are labels, ``label``."""
 
     def __init__(self, **fields: Tensor):
         self.fields = fields
 
     def __len__(self) -> int:
-        return len(self.fields["label"])
+        return len(self.fields["image"])
 
     def __getitem__(self, draw: Draw | int | list[int]) -> dict:
         index = draw.index if isinstance(draw, Draw) else draw
@@ -131,7 +142,7 @@ class TensorImages(Dataset):
 
 
 class ItemImages(Dataset):
-    """Batches from a dataset that gives one sample at a time: (image, label), or a dict with "image" and "label".
+    """Batches from a dataset that gives one sample at a time: (image, label), a dict with "image" and perhaps "label", or an image alone.
 
     The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample), and by
     ``split`` where that is not 0: images to validate on have other random numbers than those to train on.
@@ -160,7 +171,8 @@ class ItemImages(Dataset):
                     f"images must have one dtype, which says what is white; sample {i} has {s['image'].dtype}, sample {index[0]} "
                     f"{samples[0]['image'].dtype}"
                 )
-        self._check_labels(index, [s["label"] for s in samples])
+        if "label" in samples[0]:
+            self._check_labels(index, [s["label"] for s in samples])
         return with_draw({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, draw)
 
     def _check_labels(self, index: list[int], labels: list[Tensor]) -> None:
@@ -190,7 +202,7 @@ class ItemImages(Dataset):
         for i in torch.linspace(0, len(self) - 1, min(16, len(self))).long().tolist():
             sample = self._sample(i, 0)
             digest.update(sample["image"].contiguous().numpy().data)
-            digest.update(str(sample["label"].tolist()).encode())
+            digest.update(str(sample["label"].tolist() if "label" in sample else None).encode())
         return digest.hexdigest()
 
 
@@ -203,18 +215,20 @@ def with_draw(batch: dict, draw: Draw | int | list[int]) -> dict:
 
 
 def as_sample(sample: object, index: int) -> dict[str, Tensor]:
-    """What a user's dataset gives, as tensors: image [C, H, W] and label [], and what else a dict holds."""
-    if isinstance(sample, (tuple, list)) and len(sample) >= 2:
-        sample = {"image": sample[0], "label": sample[1]}
-    if not isinstance(sample, dict) or not {"image", "label"} <= sample.keys():
-        raise TypeError(f'sample {index} must be (image, label) or a dict with "image" and "label", got {type(sample).__name__}')
+    """A sample of a user's dataset as tensors: image [C, H, W], label [], [K] or [H, W] if it has one, and what else a dict holds."""
+    if isinstance(sample, (Tensor, np.ndarray)) or is_pil(sample):
+        sample = {"image": sample}
+    elif isinstance(sample, (tuple, list)) and sample:
+        sample = dict(zip(("image", "label"), sample, strict=False))
+    if not isinstance(sample, dict) or "image" not in sample:
+        raise TypeError(f'sample {index} must be an image, (image, label) or a dict with "image" and perhaps "label", got {type(sample).__name__}')
     image = as_pixels(sample["image"], f"the image of sample {index}")
-    label = as_label(_as_tensor(sample["label"], "label", index), index)
+    label = {"label": as_label(_as_tensor(sample["label"], "label", index), index, image.shape[1:])} if "label" in sample else {}
     others = {name: _as_tensor(value, name, index) for name, value in sample.items() if name not in ("image", "label")}
     taken = sorted(_OWN_FIELDS.intersection(others))
     if taken:
         raise ValueError(f"sample {index} has fields {taken}, names that a batch has for itself: call them otherwise")
-    return {"image": image, "label": label, **others}
+    return {"image": image, **label, **others}
 
 
 _OWN_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
@@ -222,13 +236,17 @@ _OWN_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
 
 def _as_tensor(value: object, name: str, index: int) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(np.array(value) if is_pil(value) else value)  # of a PIL image with a palette the numbers, not the colours
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"field {name!r} of sample {index} must be a number, an array or a tensor, got {type(value).__name__}") from error
 
 
-def as_label(label: Tensor, index: int) -> Tensor:
-    """A class's number as int64 [], or probabilities of the classes as float32 [K]."""
+def as_label(label: Tensor, index: int, size: Sequence[int] = ()) -> Tensor:
+    """A class's number as int64 [], probabilities of the classes as float32 [K], or a label map of integers of the image's ``size`` [H, W]."""
+    if label.dim() == 2 and label.numel() > 1 and not label.is_floating_point():
+        if list(label.shape) != list(size):
+            raise ValueError(f"the label map of sample {index} must have the image's height and width {list(size)}, got shape {list(label.shape)}")
+        return label.to(torch.uint8) if label.dtype == torch.bool else label
     if label.dim() == 0 or label.numel() == 1:
         label = label.reshape(())
         if label.is_complex() or (label.is_floating_point() and label != label.round()) or label.dtype == torch.bool:

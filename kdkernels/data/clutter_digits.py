@@ -40,6 +40,7 @@ class ClutterDigits(ImageData):
     """
 
     num_classes = 10
+    classes = tuple("0123456789")
     image_shape = (3, _SIDE, _SIDE)
     mean, std = (0.45, 0.45, 0.42), (0.27, 0.27, 0.29)
 
@@ -71,15 +72,30 @@ class ClutterDigits(ImageData):
     def make_splits(self) -> dict[str, Dataset]:
         splits: dict[str, Dataset] = {}
         for number, (split, size) in enumerate(self.sizes.items()):
-            images = ClutterImages(split, size, 3 * self.seed + number, **self.look)
+            images = ClutterImages(split, size, 3 * self.seed + number, **self.look, label_maps=self.label_maps)
             splits[split] = images.in_memory() if size * _BYTES <= self.max_memory * 2**30 else images
         return splits
+
+
+class SegmentedClutterDigits(ClutterDigits):
+    """The images of :class:`ClutterDigits` with a class for each pixel.
+
+    ``label`` [B, 32, 32] is 0 on the background and d + 1 on the pixels of the digit d, 11 classes. With the task
+    :class:`kdkernels.tasks.Segmentation`.
+    """
+
+    num_classes = 11
+    classes = ("background", *"0123456789")
+    label_maps = True
 
 
 class ClutterImages(Dataset):
     """The images of a split, made when asked for."""
 
-    def __init__(self, split: str, size: int, seed: int, max_rotation: float, max_shift: float, contrast: float, noise: float):
+    def __init__(
+        self, split: str, size: int, seed: int, max_rotation: float, max_shift: float, contrast: float, noise: float, label_maps: bool = False
+    ):
+        self.label_maps = label_maps
         self.split, self.size, self.seed = split, size, seed
         self.max_rotation, self.max_shift, self.contrast, self.noise = max_rotation, max_shift, contrast, noise
 
@@ -96,7 +112,7 @@ class ClutterImages(Dataset):
         return TensorImages(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def fingerprint(self) -> str:
-        recipe = (self.split, self.size, self.seed, self.max_rotation, self.max_shift, self.contrast, self.noise)
+        recipe = (self.split, self.size, self.seed, self.max_rotation, self.max_shift, self.contrast, self.noise, self.label_maps)
         return hashlib.sha256(repr(recipe).encode()).hexdigest()
 
     @cached_property
@@ -110,7 +126,7 @@ class ClutterImages(Dataset):
         return scans[part], labels[part], torch.stack(photographs)
 
     def make(self, index: Tensor) -> dict[str, Tensor]:
-        """Images ``index`` [B]: image [B, 3, 32, 32] uint8, label [B], mask [B, 32, 32] bool."""
+        """Images ``index`` [B]: image [B, 3, 32, 32] uint8, label [B] or, as maps, [B, 32, 32] uint8, mask [B, 32, 32] bool."""
         scans, labels, photographs = self._sources
 
         def random(purpose: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:  # [B, *shape]
@@ -143,4 +159,7 @@ class ClutterImages(Dataset):
         if self.noise:
             pixels = torch.arange(image[0].numel()).view(image[0].shape)
             image = image + self.noise * normal(self.seed, _NOISE, index[:, None, None, None], pixels)
-        return {"image": (image.clamp(0, 1) * 255).round().to(torch.uint8), "label": labels[which], "mask": ink[:, 0] > 0.5}
+        mask, label = ink[:, 0] > 0.5, labels[which]
+        if self.label_maps:
+            label = torch.where(mask, label[:, None, None] + 1, 0).to(torch.uint8)
+        return {"image": (image.clamp(0, 1) * 255).round().to(torch.uint8), "label": label, "mask": mask}

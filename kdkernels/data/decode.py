@@ -67,6 +67,11 @@ def _scaled(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
+def is_pil(image: object) -> bool:
+    """Whether it is an image of Pillow, which is not imported here."""
+    return hasattr(image, "convert") and hasattr(image, "getbands")
+
+
 def as_pixels(image: object, name: str) -> Tensor:
     """An image of a user's dataset as a tensor [C, H, W] of uint8 or floats: tensors [C, H, W], arrays [H, W] or [H, W, C], PIL images.
 
@@ -75,7 +80,7 @@ def as_pixels(image: object, name: str) -> Tensor:
     Raises:
         TypeError, ValueError: another type, other integers (nothing says what is white), or another shape.
     """
-    if hasattr(image, "convert") and hasattr(image, "getbands"):  # PIL's
+    if is_pil(image):
         image = np.array(to_8_bits(image))
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):

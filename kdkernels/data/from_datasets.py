@@ -11,12 +11,12 @@ from .base import ImageData, ItemImages, require_positive
 
 
 class FromDatasets(ImageData):
-    """Data from map-style datasets whose items are ``(image, label)``, or dicts with ``image`` and ``label``.
+    """Data from map-style datasets whose items are ``(image, label)``, dicts with ``image`` and perhaps ``label``, or images alone.
 
     Images are tensors [C, H, W] (uint8, or float on any scale; float64 stays that), arrays [H, W, C] or PIL images, all of one size. 16 bits
-    become floats in [0, 1]. A label is a class's number, or probabilities of the classes [K]. More fields of a dict are
-    stacked into the batch. Random transforms of the datasets draw from generators that are seeded by (``seed``, epoch, sample), so that a
-    resumed run, other processes and other batches see the same images.
+    become floats in [0, 1]. A label is a class's number, probabilities of the classes [K], or a label map of integers [H, W] (a PIL image
+    too). More fields of a dict are stacked into the batch. Random transforms of the datasets draw from generators that are seeded by
+    (``seed``, epoch, sample), so that a resumed run, other processes and other batches see the same images.
 
     Args:
         train, val, test: the datasets; by import path in a config.
@@ -59,6 +59,7 @@ class FromDatasets(ImageData):
         if num_classes is None and hasattr(train, "classes"):
             num_classes = len(train.classes)
         self.num_classes, self.mean, self.std = num_classes, mean, std
+        self.classes = list(map(str, train.classes)) if hasattr(train, "classes") and len(train.classes) == num_classes else None
         self._views, self._fingerprint, self.seed = views, fingerprint, seed
 
     @property
@@ -68,5 +69,7 @@ class FromDatasets(ImageData):
     def make_splits(self) -> dict[str, ItemImages]:
         numbers = {"train": 0, "val": 1, "test": 2}
         splits = {name: ItemImages(d, self.seed, self._fingerprint, self.num_classes, numbers[name]) for name, d in self.datasets.items()}
-        self.image_shape = tuple(splits["train"][0]["image"].shape)
+        first = splits["train"][0]
+        self.image_shape = tuple(first["image"].shape)
+        self.label_maps = "label" in first and first["label"].dim() == 2
         return splits

@@ -1,9 +1,10 @@
 """Distillation methods. A method is a pure loss function and a small LightningModule. The modules need the extra ``train``."""
 
 from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention_loss, input_gradient
-from .base import Distiller, Supervised
+from .base import Distiller
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
+from .supervised import Supervised
 from .svd_kd import SVDKD, clip_transfer, svd_kd_loss
 from .teacher_cache import TeacherCache
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
 from ..nn import attention_transfer_losses  # the loss itself needs no trainer
-from ..ops.temperature_kl import temperature_kl
+from ..tasks import Classification, Task
 from .base import Distiller
 
 __all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer_losses", "gradient_attention_loss", "input_gradient"]
@@ -66,10 +65,14 @@ class AttentionTransfer(Distiller):
         logits, features = self.student_outputs(batch)
         pairs = pair_features(features, teacher_features)
         attention = sum(attention_transfer_losses(*zip(*pairs, strict=True), p=self.p, reduce=self.reduce, variant=self.variant))
-        losses = {"cross_entropy": self.gamma * self.cross_entropy(logits, batch), "attention": self.beta * attention}
+        losses = self.label_losses(logits, batch, self.gamma) | {"attention": self.beta * attention}
         if self.alpha:
-            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
+            losses["kl"] = self.alpha * self.task.divergence(logits, teacher_logits, self.temperature, batch)
         return logits, losses
+
+    def check_unlabelled(self) -> None:
+        if not self.alpha:
+            raise ValueError("without labels AttentionTransfer would train the tapped layers alone: give alpha > 0, the weight of T^2 KL")
 
 
 class GradientAttentionTransfer(Distiller):
@@ -93,40 +96,47 @@ class GradientAttentionTransfer(Distiller):
         self.beta, self.symmetry = beta, symmetry
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        image, label = batch["image"], batch["label"]
-        gradient, logits = input_gradient(self.student, image, label, create_graph=True)
+        image, label, task = batch["image"], batch["label"], self.task
+        gradient, logits = input_gradient(self.student, image, label, create_graph=True, task=task)
         if self.symmetry:
-            mirrored, _ = input_gradient(self.student, image.flip(-1), label, create_graph=True)
+            mirrored, _ = input_gradient(self.student, image.flip(-1), task.mirrored_label(label), create_graph=True, task=task)
             target = mirrored.flip(-1)
         else:
-            target, _ = input_gradient(self.teacher, image, label)
+            target, _ = input_gradient(self.teacher, image, label, task=task)
         attention = gradient_attention_loss(gradient, target)
-        return logits, {"cross_entropy": self.cross_entropy(logits, batch), "gradient": self.beta * attention}
+        return logits, self.label_losses(logits, batch) | {"gradient": self.beta * attention}
+
+    def check_unlabelled(self) -> None:
+        raise ValueError("GradientAttentionTransfer differentiates the loss on the labels, and the training data have none")
 
     def check_method(self, image: Tensor) -> None:
         """Differentiates the student twice, once, before training."""
-        label = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        shape = [size for i, size in enumerate(self(image).shape) if i != 1]  # of the rows
+        label = torch.zeros(shape, dtype=torch.int64, device=image.device)
         try:
-            gradient, _ = input_gradient(self.student, image, label, create_graph=True)
+            gradient, _ = input_gradient(self.student, image, label, create_graph=True, task=self.task)
             if any(name.endswith(("Error", "NotImplemented")) for name in _operations(gradient)):  # raise only in a backward through them
                 raise RuntimeError("an operation is marked as once differentiable")
             torch.autograd.grad(gradient.square().sum(), list(self.student.parameters()), allow_unused=True)
         except RuntimeError as error:
-            operations = ", ".join(_operations(self.student(image.detach().requires_grad_())))
+            operations = ", ".join(_operations(self(image.detach().requires_grad_())))
             raise RuntimeError(
                 f"{type(self.student).__name__} cannot be differentiated twice: {error}. One of its operations has no double backward: {operations}"
             ) from error
 
 
-def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """The gradient of each sample's cross-entropy with respect to its image, and the logits.
+def input_gradient(
+    network: nn.Module, image: Tensor, label: Tensor, *, create_graph: bool = False, task: Task | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of each sample's loss with respect to its image, and the logits.
 
     Args:
-        network: from images to logits [B, K]. Batch norm in training mode makes a sample's loss depend on the other images; their share is
+        network: from images to logits. Batch norm in training mode makes a sample's loss depend on the other images; their share is
             in the gradient.
         image: [B, C, *spatial].
-        label: [B].
+        label: [B], or what the task's labels are.
         create_graph: for a loss of the gradient.
+        task: says what the loss is; by default :class:`kdkernels.tasks.Classification`, the cross-entropy.
 
     Returns:
         J [B, C, *spatial], and the logits.
@@ -135,9 +145,10 @@ def input_gradient(network: nn.Module, image: Tensor, label: Tensor, *, create_g
         RuntimeError: an operation of the network cannot be differentiated twice.
     """
     with torch.enable_grad():
+        task = Classification() if task is None else task
         image = image.detach().requires_grad_()
-        logits = network(image)
-        loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, label, reduction="sum")
+        logits = task.logits(network(image))
+        loss = task.label_loss(logits, {"image": image, "label": label}, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, image, create_graph=create_graph)
         if create_graph and not gradient.requires_grad:
             raise RuntimeError(f"{type(network).__name__} gives no gradient of its gradient: an operation in it has no double backward")

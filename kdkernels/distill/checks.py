@@ -1,4 +1,4 @@
-"""What is looked at before training, and said once: options of the trainer that cannot work, and a teacher that knows nothing."""
+"""Checks of the trainer's options before training, and a report of the teachers' accuracy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-VALIDATION = ("val/accuracy", "val/cross_entropy")
+from .batch import as_batch
 
 
 def total_steps(trainer: L.Trainer) -> float:
@@ -46,54 +46,67 @@ class TrainerCheck(L.Callback):
     def _check_monitor(self, trainer: L.Trainer, module: L.LightningModule, who: str, name: str | None) -> None:
         if name is None:
             return
-        ours = type(module).__module__.startswith("kdkernels.")  # others may log what they like
-        if ours and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in VALIDATION:
-            raise ValueError(f"{who} watches {name!r}, which is not logged: there are {', '.join(VALIDATION)}, train/accuracy, train/loss, and so on")
+        ours = type(module).__module__.startswith("kdkernels.")  # methods of others may log what they like
+        if ours and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module)):
+            main = f"train/{module.task.main_metric}"
+            raise ValueError(f"{who} watches {name!r}, which is not logged: there are {', '.join(logged)}, {main}, train/loss, and so on")
         validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
         if name.startswith("val/") and not validated and not trainer.fast_dev_run:
             raise ValueError(f"{who} watches {name!r}, and there is no validation: limit_val_batches is 0, or the data have no images for it")
 
 
+def _logged_in_validation(module: L.LightningModule) -> list[str]:
+    return [f"val/{name}" for name in (*module.task.metrics(2), "cross_entropy")]
+
+
 class TeacherAccuracy(L.Callback):
-    """Says once how many validation images the teacher gets right, and warns where it knows no more than chance: weights were forgotten."""
+    """Reports once the share of validation images (or pixels) that each teacher classifies correctly.
+
+    Warns about a teacher that is no better than chance: its weights were probably forgotten.
+    """
 
     def __init__(self):
-        self._said = self._warned = False
-        self._right = self._count = 0
-        self._classes = 1
+        self._reported = self._warned = False
+        self._correct: list[float] = []  # by teacher
+        self._count, self._classes = 0, 1
 
-    def _listens(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        return module.teacher is not None and not self._said and trainer.state.fn == "fit"
+    def _is_due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        return bool(module.teachers) and not self._reported and trainer.state.fn == "fit"
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if not self._listens(trainer, module):
-            return
-        from .base import accuracy, as_batch
-
         batch = as_batch(batch)
-        module._hold_teacher()
-        logits = module.teacher(batch["image"])
-        self._right += float(accuracy(logits, batch)) * len(logits)
-        self._count += len(logits)
+        if not self._is_due(trainer, module) or "label" not in batch:
+            return
+        module.hold_teachers()
+        self._correct = self._correct or [0.0] * len(module.teachers)
+        for i, teacher in enumerate(module.teachers):
+            logits = module.task.logits(teacher(batch["image"]))
+            correct, count = module.task.count_correct(logits, batch)
+            self._correct[i] += correct
+        self._count += count
         self._classes = logits.shape[1]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self._listens(trainer, module):
+        if not self._is_due(trainer, module):
             return
-        numbers = torch.tensor([self._right, self._count], dtype=torch.float64, device=module.device)
-        right, count = trainer.strategy.reduce(numbers, reduce_op="sum").tolist()
-        self._right = self._count = 0
+        correct = self._correct or [0.0] * len(module.teachers)
+        numbers = torch.tensor([*correct, self._count], dtype=torch.float64, device=module.device)
+        *correct, count = trainer.strategy.reduce(numbers, reduce_op="sum").tolist()
+        self._correct, self._count = [], 0
         if not count:
             return
+        for (name, teacher), right in zip(module.teachers_by_name().items(), correct, strict=True):
+            self._report(f"the {name}", type(teacher).__name__, module.task.rows, right / count, count, trainer.sanity_checking)
+        self._reported = not trainer.sanity_checking
+
+    def _report(self, name: str, kind: str, rows: str, share: float, count: float, sanity_checking: bool) -> None:
         chance = 1 / self._classes
-        share = right / count
         margin = min(2 * math.sqrt(chance * (1 - chance) / count), 0.3 * (1 - chance))  # two standard deviations; less where there are few images
         if not self._warned and count >= self._classes and share <= chance + margin:
             self._warned = True
             rank_zero_warn(
-                f"the teacher ({type(module.teacher).__name__}) is right for {share:.1%} of {count:.0f} images of {self._classes} classes, "
+                f"{name} ({kind}) is right for {share:.1%} of {count:.0f} {rows} of {self._classes} classes, "
                 "no better than chance: was it given its weights (teacher_weights)?"
             )
-        if not trainer.sanity_checking:
-            self._said = True
-            rank_zero_info(f"the teacher's accuracy on the {count:.0f} validation images: {share:.4f}")
+        if not sanity_checking:
+            rank_zero_info(f"{name}'s accuracy on the {count:.0f} validation {rows}: {share:.4f}")

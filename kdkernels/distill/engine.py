@@ -53,7 +53,7 @@ def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: in
     if every is not None:
         callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, **options))
     if monitor is not None:
-        callbacks.append(ModelCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
+        callbacks.append(BestCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
     return callbacks
 
 
@@ -74,6 +74,14 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint of the highest metric; none where the validation images have no labels, so that there is no metric."""
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict) -> None:
+        if self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+
 class EpochLines(L.Callback):
     """A line for each epoch, where there is no progress bar."""
 
@@ -83,7 +91,8 @@ class EpochLines(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        metrics = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "val/accuracy") if name in trainer.callback_metrics}
+        names = ("train/loss", f"val/{module.task.main_metric}")
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
         print(f"epoch {trainer.current_epoch + 1}{of}{shown}  {time.monotonic() - self._began:.0f} s", flush=True)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
-from ..ops.temperature_kl import temperature_kl
 from .two_stage import TwoStage
 
 __all__ = ["FSP", "fsp_loss", "fsp_matrix"]
@@ -142,8 +141,4 @@ class FSP(TwoStage):
         losses = {}
         if self.first_stage or not self.first_stage_epochs:
             losses["fsp"] = self.beta * fsp_loss(own, other, variant=self.variant)
-        # In the first stage with weight 0: DDP waits for a gradient of every parameter.
-        losses["cross_entropy"] = (0.0 if self.first_stage else self.gamma) * self.cross_entropy(logits, batch)
-        if self.alpha and not self.first_stage:
-            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
-        return logits, losses
+        return logits, losses | self.main_losses(logits, teacher_logits, batch)

@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ..nn import kd_loss  # the loss itself needs no trainer
-from ..ops.temperature_kl import temperature_kl
+from ..tasks.base import Combine, teacher_shares
 from .base import Distiller
 
 __all__ = ["KD", "kd_loss"]
 
 
 class KD(Distiller):
-    """Trains a student on labels and on the softened predictions of a teacher: the terms of :func:`kd_loss`.
+    """Trains a student on labels and on the softened predictions of one or several teachers.
+
+    For one teacher and classification the loss is that of :func:`kd_loss`. Data without labels train on the teachers alone.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits [B, K].
-        temperature: T of both predictions.
-        gamma: weight of the cross-entropy.
+        student, teacher: networks from images [B, C, H, W] to logits of the shape that the task says; ``teacher`` may be a list of networks.
+        temperature: T of all predictions.
+        gamma: weight of the loss on the labels.
         alpha: weight of T^2 KL.
+        combine: what several teachers teach: "probabilities", the mean of their softened probabilities; "divergences", the weighted mean of
+            the divergences from each of them.
+        combine_weights: weights of the teachers in ``combine``; by default all are equal. Only their ratios matter.
         **options: the other arguments of :class:`Distiller`.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, temperature: float = 4.0, gamma: float = 0.1, alpha: float = 0.9, **options):
+    takes_several_teachers = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | list[nn.Module],
+        temperature: float = 4.0,
+        gamma: float = 0.1,
+        alpha: float = 0.9,
+        combine: Combine = "probabilities",
+        combine_weights: Sequence[float] | None = None,
+        **options,
+    ):
         super().__init__(student, teacher, **options)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        if combine not in ("probabilities", "divergences"):
+            raise ValueError(f"combine must be 'probabilities' or 'divergences', got {combine!r}")
+        teacher_shares(len(self.teachers), combine_weights)
         self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
+        self.combine, self.combine_weights = combine, combine_weights
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher_logits, _ = self.teacher_outputs(batch)
+        teachers = self.teacher_logits(batch)
         logits, _ = self.student_outputs(batch)
-        kl = temperature_kl(logits, teacher_logits, self.temperature)
-        return logits, {"cross_entropy": self.gamma * self.cross_entropy(logits, batch), "kl": self.alpha * kl}
+        options = {"combine": self.combine, "weights": self.combine_weights}
+        divergence = self.task.divergence(logits, teachers, self.temperature, batch, **options)
+        return logits, self.label_losses(logits, batch, self.gamma) | {"kl": self.alpha * divergence}
+
+    def check_unlabelled(self) -> None:
+        if not self.alpha:
+            raise ValueError("without labels KD trains on T^2 KL alone: give alpha > 0, its weight")

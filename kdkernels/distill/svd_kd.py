@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..models.taps import pair_features
 from ..nn import svd_kd_loss, svd_kd_terms  # the loss itself needs no trainer
-from ..ops.temperature_kl import temperature_kl
-from .base import as_batch
+from .batch import as_batch
 from .two_stage import TwoStage
 
 __all__ = ["SVDKD", "clip_transfer", "svd_kd_loss"]
@@ -130,10 +129,7 @@ class SVDKD(TwoStage):
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits, teacher_features = self.teacher_outputs(batch)
         logits, features = self.student_outputs(batch)
-        main = 0.0 if self.first_stage else 1.0
-        losses = {"cross_entropy": main * self.gamma * self.cross_entropy(logits, batch)}
-        if self.alpha and not self.first_stage:
-            losses["kl"] = self.alpha * temperature_kl(logits, teacher_logits, self.temperature)
+        losses = self.main_losses(logits, teacher_logits, batch)
         if self.first_stage or not self.first_stage_epochs:
             pairs = pair_features(features, teacher_features, channels=True)
             transfer, kept = svd_kd_terms(*zip(*pairs, strict=True), **self.terms)

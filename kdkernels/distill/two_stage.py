@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Distiller
 
 
 class TwoStage(Distiller):
     """A first stage of ``first_stage_epochs`` epochs trains features alone: the layers up to the last tap. What lies behind gets no step, not even
-    one of weight decay or momentum. A subclass gives its other losses the weight 0 there, so that every parameter has a gradient: DDP waits for it.
+    one of weight decay or momentum. A subclass takes its other losses from
+    :meth:`main_losses`, and has the attributes ``gamma``, ``alpha`` and ``temperature``.
 
     Args:
         first_stage_epochs: epochs of the first stage; 0 for one stage.
@@ -27,6 +28,20 @@ class TwoStage(Distiller):
     @property
     def first_stage(self) -> bool:
         return self.current_epoch < self.first_stage_epochs
+
+    def main_losses(self, logits: Tensor, teacher_logits: Tensor, batch: dict) -> dict[str, Tensor]:
+        """The loss on the labels with the weight ``gamma``, and ``alpha`` T^2 KL. In the first stage their weight is 0: DDP waits for a
+        gradient of every parameter."""
+        losses = self.label_losses(logits, batch, 0.0 if self.first_stage else self.gamma)
+        if self.first_stage:
+            return losses or {"cross_entropy": 0.0 * logits.sum()}
+        if self.alpha:
+            losses["kl"] = self.alpha * self.task.divergence(logits, teacher_logits, self.temperature, batch)
+        return losses
+
+    def check_unlabelled(self) -> None:
+        if not self.alpha:
+            raise ValueError(f"without labels {type(self).__name__} would train the tapped layers alone: give alpha > 0, the weight of T^2 KL")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.first_stage:

@@ -27,6 +27,7 @@ from .sskd import (
 )
 from .taps import FeatureTaps, pair_features
 from .tiny_cnn import TinyCNN
+from .tiny_fcn import TinyFCN
 from .vgg import VGG, vgg8, vgg11, vgg13
 from .weights import from_checkpoint, load_weights
 from .wrn import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
@@ -43,6 +44,7 @@ TAPS: dict[type, tuple[str, ...]] = {
     MobileNet: ("stage0", "stage1", "stage2", "stage3"),
     ResNeXt: ("stem", "stage0", "stage1", "stage2"),
     TinyCNN: ("block1", "block2", "block3"),
+    TinyFCN: ("block1", "block2", "block3"),
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "ShuffleNetV1",
     "ShuffleNetV2",
     "TinyCNN",
+    "TinyFCN",
     "WideResNet",
     "from_checkpoint",
     "load_weights",

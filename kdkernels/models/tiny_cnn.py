@@ -20,9 +20,9 @@ class TinyCNN(nn.Module):
         super().__init__()
         if min(width, depth, num_classes) < 1:
             raise ValueError(f"width, depth and num_classes must be at least 1, got {width}, {depth} and {num_classes}")
-        self.block1 = _block(3, width, depth)
-        self.block2 = _block(width, 2 * width, depth)
-        self.block3 = _block(2 * width, 4 * width, depth)
+        self.block1 = conv_block(3, width, depth)
+        self.block2 = conv_block(width, 2 * width, depth)
+        self.block3 = conv_block(2 * width, 4 * width, depth)
         self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, num_classes]
@@ -30,7 +30,8 @@ class TinyCNN(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def _block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+def conv_block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    """``depth`` times a 3x3 convolution, batch norm and ReLU; then the map is halved by maximum: [B, inputs, H, W] -> [B, outputs, H/2, W/2]."""
     layers: list[nn.Module] = []
     for i in range(depth):
         layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

@@ -1,0 +1,78 @@
+"""One class for each pixel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class Segmentation(Task):
+    """One class for each pixel: logits [B, K, H, W] of the images' height and width, label maps [B, H, W] of class numbers.
+
+    Pixels labelled ``ignore_index`` add nothing to the cross-entropy, to the divergence from the teacher or to the metrics. Both losses
+    are sums over the other pixels, divided by the number of all pixels (see :class:`Task`). The metrics are
+
+    - ``mean_iou``: the intersection of predicted and labelled pixels over their union, for each class over all images of an epoch, and
+      then the mean over the classes that occur in a label or in a prediction;
+    - ``pixel_accuracy``: the share of pixels whose predicted class is the label.
+
+    Args:
+        ignore_index: the label of pixels without a class. Pixels that augmentation brings in from outside of an image have the label 255.
+    """
+
+    main_metric = "mean_iou"
+    rows = "pixels"
+    logits_shape = "[B, K, H, W]"
+
+    def __init__(self, ignore_index: int = 255):
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+        self.ignore_index = ignore_index
+
+    def check_logits(self, logits: Tensor, image: Tensor) -> bool:
+        return logits.dim() == 4 and len(logits) == len(image) and logits.shape[2:] == image.shape[2:]
+
+    def check_labels(self, label: Tensor, image: Tensor, num_classes: int, stage: str, values: bool = True) -> None:
+        expected = [len(image), *image.shape[2:]]
+        if label.is_floating_point() or list(label.shape) != expected:
+            kind = "floating point" if label.is_floating_point() else "integers"
+            raise ValueError(f"labels must be label maps {expected} of class numbers; a {stage} batch has {kind} of shape {list(label.shape)}")
+        if not values:
+            return
+        known = label[label != self.ignore_index]
+        if not known.numel():
+            return
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"labels must lie in [0, {num_classes - 1}], the networks' classes, or be ignore_index ({self.ignore_index}); "
+                f"a {stage} batch has {low} to {high}"
+            )
+
+    def label_loss(self, logits: Tensor, batch: dict, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        logits, label = logits if logits.dtype == torch.float64 else logits.float(), batch["label"]
+        total = F.cross_entropy(logits, label, ignore_index=self.ignore_index, reduction="sum")
+        return total / (label.numel() if reduction == "mean" else label[0].numel())
+
+    def mask(self, batch: dict) -> Tensor | None:
+        return batch["label"] != self.ignore_index if "label" in batch else None
+
+    def metrics(self, num_classes: int) -> dict[str, Metric]:
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+        options = {"num_classes": num_classes, "ignore_index": self.ignore_index, "validate_args": False}
+        return {"mean_iou": MulticlassJaccardIndex(average="macro", **options), "pixel_accuracy": MulticlassAccuracy(average="micro", **options)}
+
+    def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        return logits.argmax(1), batch["label"]
+
+    def mirrored_label(self, label: Tensor) -> Tensor:
+        return label.flip(-1)
