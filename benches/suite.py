@@ -92,7 +92,7 @@ _compiled_ops: set[str] = set()
 
 
 def drop_repeated_compilations(op: str, functions: dict[str, Callable]) -> None:
-    """Remove Inductor's contenders, except from the first input of each op: a smoke run would spend most of its time compiling."""
+    """Remove Inductor's contenders, except from the first input of each op: each compilation takes seconds, which tell a smoke run nothing."""
     if op in _compiled_ops:
         for name in [name for name in functions if name.startswith("Inductor")]:
             del functions[name]
