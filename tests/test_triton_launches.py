@@ -5,6 +5,7 @@ For sm_90 all calls are rehearsed: the cases of the other tests, shapes as in tr
 front end, and the main variants are compiled to the end, in float64 too. For the other targets the main variants alone are compiled, without float64.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -51,6 +52,33 @@ KERNELS = [
     "_decompose_kernel", "_project_kernel", "_finish_kernel", "_product_kernel", "_solve_kernel", "_update_kernel", "_align_kernel",
     "_align_backward_kernel",
 ]  # fmt: skip
+
+
+def _constants(tree: ast.Module) -> set[str]:
+    """The names of a module's tl.constexpr objects."""
+    values = [(n.targets[0] if isinstance(n, ast.Assign) else n.target, n.value) for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+    return {target.id for target, value in values if value is not None and ast.unparse(value).startswith("tl.constexpr(")}
+
+
+def _constants_before_tensors(tree: ast.Module, constants: set[str]) -> list[str]:
+    """The arithmetic whose left side consists of such constants alone, and whose right side does not."""
+
+    def names(node: ast.expr) -> set[str]:
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+    operations = [node for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
+    return [ast.unparse(o) for o in operations if names(o.left) and names(o.left) <= constants and names(o.right) - constants]
+
+
+def test_constants_stand_behind_tensors():
+    """The interpreter of Triton 3.8 makes constant * tensor a value that it cannot compare; tensor * constant is right in every release."""
+    wrong = ast.parse("A = tl.constexpr(2.0)\ndef f(x):\n    return (1 - A) * x < A * A * x, x * (A * A)")
+    assert _constants_before_tensors(wrong, _constants(wrong)) == ["(1 - A) * x", "A * A * x"]
+    trees = {path.name: ast.parse(path.read_text()) for path in (SCRIPT.parent.parent / "kdkernels" / "triton").glob("*.py")}
+    constants = set().union(*map(_constants, trees.values()))
+    assert {"ILL_CONDITIONED", "SIGN_TIES", "TIES"} <= constants
+    found = {name: _constants_before_tensors(tree, constants) for name, tree in trees.items()}
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (1, 65536, 1), (1, 1, 65536), (2**31, 1, 1), (2**20, 2**11, 1)])

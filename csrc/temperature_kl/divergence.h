@@ -26,7 +26,8 @@ struct Divergence {
   Mask<T> far;  // the nets are so far apart that the row was computed from two log-sum-exps
 
   // Logarithms of probabilities are kept over T where the nets are near. Where they are far apart and T < 1, a difference of logits over T
-  // may leave the range of T although loss and gradient, which are multiplied by T^2, do not: there they are kept in units of the logits.
+  // may leave the range of T although loss and gradient, which are multiplied by T^2, do not: there they are kept in units of the centred
+  // logits, whose temperature is `temperature`.
   Vec<T> unit;   // what a difference of logits is multiplied by: 1 / T or 1
   Vec<T> rest;   // what is left to multiply by: 1 or 1 / T
   Vec<T> mean;   // m, the mean of d as first computed

@@ -30,7 +30,7 @@ def _align_kernel(
             own = tl.load(teacher_ptr + task * n + first + lane, inside, other=0.0).to(tl.float64)
             total += own * tl.load(student_ptr + tl.cast(j, tl.int64) * n + first + lane, inside, other=0.0).to(tl.float64)
         cosine = tl.sum(total, 0)
-        better = (task_of_vector >= many) & (chosen == many) & (tl.abs(cosine) >= (1 - TIES) * most)
+        better = (task_of_vector >= many) & (chosen == many) & (tl.abs(cosine) >= most * (1 - TIES))
         chosen = tl.where(better, j, chosen)
         best = tl.where(better, cosine, best)
         most = tl.where((task_of_vector < many) & (tl.abs(cosine) > most), tl.abs(cosine), most)

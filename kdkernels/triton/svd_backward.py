@@ -146,7 +146,7 @@ def _solve_kernel(
         if HAS_STATE:  # which says what s rounds: below the normal numbers to a few digits, and past the largest to an infinity
             lambda_ptr = state_ptr + b * state_size + p * (p + 1) // 2 + 3 * p
             kept = tl.load(lambda_ptr + j, j < k, other=0.0).to(tl.float64) + tl.load(lambda_ptr + k + j, j < k, other=0.0).to(tl.float64)
-            recompute = tl.sum(tl.where(j == k - 1, kept, 0.0), 0) < ILL_CONDITIONED * ILL_CONDITIONED * tl.max(kept, 0)
+            recompute = tl.sum(tl.where(j == k - 1, kept, 0.0), 0) < tl.max(kept, 0) * (ILL_CONDITIONED * ILL_CONDITIONED)
             if not recompute:
                 own_ptr = state_ptr + b * state_size
                 scale = tl.load(lambda_ptr + 2 * k).to(tl.float64)
