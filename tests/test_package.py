@@ -79,6 +79,20 @@ def test_import_brings_in_no_trainer_and_no_compiler():
     assert run.stdout == heavy_in_torch.stdout, run.stderr
 
 
+def test_cuda_kernels_on_cpu_tensors_outside_of_a_test_is_one_sentence():
+    code = (
+        "import torch, kdkernels as k; x = torch.ones(2, 3, 2)\n"
+        "for call in (lambda: k.truncated_svd(x, 1, driver='cuda'), lambda: k.truncated_svds([x], 1, driver='cuda'),\n"
+        "             lambda: k.align_singular_vectors(x, x, driver='cuda')):\n"
+        "    try: call()\n"
+        "    except NotImplementedError as error: print(error)"
+    )
+    run = _python(code)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3, run.stdout + run.stderr
+    assert all(line.startswith('driver="cuda" takes CUDA tensors. CPU tensors are for tests of its kernels') for line in lines)
+
+
 def test_command_line(tmp_path, capsys):
     from kdkernels.cli import main
 

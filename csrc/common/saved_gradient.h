@@ -6,6 +6,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#ifndef AT_PER_OPERATOR_HEADERS
+#define AT_PER_OPERATOR_HEADERS  // without it the operators + - * / of tensors bring every op of torch with them
+#endif
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -57,8 +61,8 @@ inline bool has_scale(const at::Tensor& grad) {
 inline at::Tensor scaled(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& grad_loss) {
   const at::ScalarType compute = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor factor = grad_loss.to(compute);
-  if (has_scale(grad)) factor = factor.mul(scale);
-  return grad.to(compute).mul(factor).to(grad.scalar_type());
+  if (has_scale(grad)) factor = factor * scale;
+  return (grad.to(compute) * factor).to(grad.scalar_type());
 }
 
 // Saves tensors for the backward. autograd refuses those that were made under torch.inference_mode, whether or not they need a gradient;

@@ -98,7 +98,7 @@ struct Loss : torch::autograd::Function<Loss> {
         rescale.call(grad, grad_loss);
       } else {
         const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(1).unsqueeze(2) : grad_loss;
-        grad = grad.mul(factor);
+        grad = grad * factor;
         if (grad_loss.dim() > 0) grad = grad.masked_fill(factor.eq(0), 0);  // a sample that was left out, see rescale
       }
       result[i] = grad.to(kept[i].scalar_type());
