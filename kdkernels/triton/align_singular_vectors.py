@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compile_options, device_of
+from .launch import compile_options, compute_dtype, device_of
 
 TIES = tl.constexpr(1e-6)  # see csrc/align_singular_vectors.h
 
@@ -115,13 +115,9 @@ def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype).mT.contiguous().view(-1, t.shape[-1], t.shape[-2])
 
 
-def _compute(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | None, flip_teacher: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements kdkernels::align_singular_vectors_triton."""
-    dtype = _compute(student, teacher)
+    dtype = compute_dtype(student, teacher)
     (n, k), many, batch = teacher.shape[-2:], student.shape[-1], teacher.shape[:-2]
     s, t, w = _rows(student, dtype), _rows(teacher, dtype), None if weight is None else weight.to(dtype).contiguous()
     out_s, out_t = (torch.empty((*batch, k, n), dtype=dtype, device=teacher.device) for _ in range(2))
