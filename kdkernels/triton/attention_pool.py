@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..options import Normalize, Reduce, Variant
-from .launch import compile_options, device_of
-from .math import join, split
+from .launch import as_tl, compile_options, device_of
+from .math import number
 
 _SHORT_POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -65,7 +65,7 @@ def _pool_kernel(
     x_sample, x_channel, x_place,
     channels,
     places,
-    p_hi, p_lo,  # the exponent, see join()
+    p: tl.float64,  # the exponent
     MEAN: tl.constexpr,
     MAX: tl.constexpr,
     POWER: tl.constexpr,
@@ -77,7 +77,7 @@ def _pool_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     s = (tl.program_id(0) % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    p = join(p_hi, p_lo, COMPUTE)
+    p = number(p, COMPUTE)
     here = x_ptr + sample * x_sample + s[None, :].to(tl.int64) * x_place
     if MAX:
         # The first channel of the largest key: the magnitude, and above all of them a NaN.
@@ -130,7 +130,13 @@ def _norm(map_ptr, places, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalize_kernel(map_ptr, norm_ptr, places, eps_hi, eps_lo, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+def _divisor(norm, eps):
+    """max(norm, eps), or NaN."""
+    return tl.where((norm > eps) | (norm != norm), norm, eps)
+
+
+@triton.jit
+def _normalize_kernel(map_ptr, norm_ptr, places, eps: tl.float64, SOFTMAX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     """Maps [B, places] to normalised ones, in place; norms [B] of "l2"."""
     sample = tl.program_id(0).to(tl.int64)
     row = map_ptr + sample * places
@@ -151,8 +157,8 @@ def _normalize_kernel(map_ptr, norm_ptr, places, eps_hi, eps_lo, SOFTMAX: tl.con
             tl.store(row + start + lane, tl.exp(a - top) / divisor, start + lane < places)
     else:
         norm = _norm(row, places, COMPUTE, BLOCK)
-        eps = join(eps_hi, eps_lo, COMPUTE)
-        divisor = tl.where((norm > eps) | (norm != norm), norm, eps)
+        eps = number(eps, COMPUTE)
+        divisor = _divisor(norm, eps)
         tl.store(norm_ptr + sample, norm.to(tl.float64))
         for start in range(0, places, BLOCK):
             a = tl.load(row + start + lane, start + lane < places, other=0.0)
@@ -175,7 +181,7 @@ def _weigh(q_ptr, g_ptr, weight_ptr, norm, eps, factor, places, KIND: tl.constex
         if KIND == 1:
             q = tl.load(q_ptr + start + lane, inside, other=0.0)
             # Where the norm is below eps the divisor is a constant: no second term.
-            g = tl.where(norm > eps, g - q * dot, g) / tl.where((norm > eps) | (norm != norm), norm, eps)
+            g = tl.where(norm > eps, g - q * dot, g) / _divisor(norm, eps)
         if KIND == 2:
             g = tl.load(q_ptr + start + lane, inside, other=0.0) * (g - dot)
         tl.store(weight_ptr + start + lane, g * factor, inside)
@@ -183,11 +189,11 @@ def _weigh(q_ptr, g_ptr, weight_ptr, norm, eps, factor, places, KIND: tl.constex
 
 @triton.jit
 def _weight_kernel(
-    q_ptr, g_ptr, weight_ptr, norm_ptr, factor_hi, factor_lo, eps_hi, eps_lo, places,
+    q_ptr, g_ptr, weight_ptr, norm_ptr, factor: tl.float64, eps: tl.float64, places,
     KIND: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
-    eps, factor = join(eps_hi, eps_lo, COMPUTE), join(factor_hi, factor_lo, COMPUTE)
+    eps, factor = number(eps, COMPUTE), number(factor, COMPUTE)
     norm = eps
     if KIND == 1:
         norm = tl.load(norm_ptr + sample).to(COMPUTE)
@@ -203,9 +209,9 @@ def _transfer_kernel(
     to_student_ptr,  # weights [B, S], or unused
     to_teacher_ptr,
     upstream_ptr,  # [] dL/dLoss, or unused
-    eps_hi, eps_lo,
-    student_hi, student_lo,  # factors of the weights
-    teacher_hi, teacher_lo,
+    eps: tl.float64,
+    student_factor: tl.float64,  # of the weights
+    teacher_factor: tl.float64,
     batch,
     places,
     PAPER: tl.constexpr,
@@ -218,10 +224,10 @@ def _transfer_kernel(
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     s_row, t_row = student_ptr + sample * places, teacher_ptr + sample * places
-    eps = join(eps_hi, eps_lo, COMPUTE)
+    eps = number(eps, COMPUTE)
     s_norm, t_norm = _norm(s_row, places, COMPUTE, BLOCK), _norm(t_row, places, COMPUTE, BLOCK)
-    s_divisor = tl.where((s_norm > eps) | (s_norm != s_norm), s_norm, eps)
-    t_divisor = tl.where((t_norm > eps) | (t_norm != t_norm), t_norm, eps)
+    s_divisor = _divisor(s_norm, eps)
+    t_divisor = _divisor(t_norm, eps)
     squares = tl.zeros([BLOCK], COMPUTE)
     s_along, t_along = tl.zeros([BLOCK], COMPUTE), tl.zeros([BLOCK], COMPUTE)
     for start in range(0, places, BLOCK):
@@ -242,7 +248,7 @@ def _transfer_kernel(
     if HAS_UPSTREAM:
         scale = scale * tl.load(upstream_ptr).to(COMPUTE)
     if WANT_STUDENT or WANT_TEACHER:
-        to_student, to_teacher = scale * join(student_hi, student_lo, COMPUTE), -scale * join(teacher_hi, teacher_lo, COMPUTE)
+        to_student, to_teacher = scale * number(student_factor, COMPUTE), -scale * number(teacher_factor, COMPUTE)
         for start in range(0, places, BLOCK):
             inside = start + lane < places
             qs, qt = tl.load(s_row + start + lane, inside, other=0.0) / s_divisor, tl.load(t_row + start + lane, inside, other=0.0) / t_divisor
@@ -265,7 +271,7 @@ def _scatter_kernel(
     g_sample, g_channel, g_place,
     channels,
     places,
-    p_hi, p_lo,
+    p: tl.float64,
     MAX: tl.constexpr,
     POWER: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -281,7 +287,7 @@ def _scatter_kernel(
     c64, s64 = c[:, None].to(tl.int64), s[None, :].to(tl.int64)
     x = tl.load(x_ptr + sample * x_sample + c64 * x_channel + s64 * x_place, inside, other=0.0).to(COMPUTE)
     weight = tl.load(weight_ptr + sample * places + s, s < places, other=0.0)
-    g = _slope(x, join(p_hi, p_lo, COMPUTE), POWER) * weight[None, :]
+    g = _slope(x, number(p, COMPUTE), POWER) * weight[None, :]
     if MAX:
         channel = tl.load(channel_ptr + sample * places + s, s < places, other=-1)
         g = tl.where(c[:, None] == channel[None, :], g, 0.0)
@@ -326,10 +332,6 @@ def _power(p: float) -> float:
     return p if p in _SHORT_POWERS else 0.0
 
 
-def _tl(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def _pool(x: Tensor, p: float, reduce: int, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Maps [B, *spatial] and, for a maximum, channels."""
     shape = [x.shape[0], *x.shape[2:]]
@@ -343,8 +345,8 @@ def _pool(x: Tensor, p: float, reduce: int, compute: torch.dtype) -> tuple[Tenso
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
         _pool_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]),)](
-            x, maps, channel if reduce == Reduce.MAX else maps, *strides, channels, places, *split(p),
-            MEAN=reduce == Reduce.MEAN, MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=_tl(compute), **sizes,
+            x, maps, channel if reduce == Reduce.MAX else maps, *strides, channels, places, p,
+            MEAN=reduce == Reduce.MEAN, MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=as_tl(compute), **sizes,
         )  # fmt: skip
     return maps, channel
 
@@ -361,8 +363,8 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: int, 
     sizes = block_sizes(channels, places, strides[2], compute == torch.float64)
     with device_of(x):
         _scatter_kernel[(x.shape[0] * triton.cdiv(places, sizes["BLOCK_S"]) * triton.cdiv(channels, sizes["BLOCK_C"]),)](
-            x, out, weight, channel if reduce == Reduce.MAX else weight, *strides, *_strides(out), channels, places, *split(p),
-            MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=_tl(compute), **sizes,
+            x, out, weight, channel if reduce == Reduce.MAX else weight, *strides, *_strides(out), channels, places, p,
+            MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=as_tl(compute), **sizes,
         )  # fmt: skip
     return grad if out is grad else grad.copy_(out)
 
@@ -380,7 +382,7 @@ def attention_pool(x: Tensor, p: float, reduce: int, normalize: int, eps: float)
         places = x.shape[2:].numel()
         with device_of(x):
             _normalize_kernel[(x.shape[0],)](
-                maps, norm, places, *split(eps), SOFTMAX=normalize == Normalize.SOFTMAX, COMPUTE=_tl(compute), **_row_block(places)
+                maps, norm, places, eps, SOFTMAX=normalize == Normalize.SOFTMAX, COMPUTE=as_tl(compute), **_row_block(places)
             )
     return maps, norm, channel
 
@@ -395,8 +397,8 @@ def attention_pool_backward(
     weight, places = torch.empty_like(maps), x.shape[2:].numel()
     with device_of(x):
         _weight_kernel[(x.shape[0],)](
-            maps, grad.contiguous(), weight, norm if normalize == Normalize.L2 else maps, *split(_factor(x, p, reduce)), *split(eps), places,
-            KIND=int(normalize), COMPUTE=_tl(compute), **_row_block(places),
+            maps, grad.contiguous(), weight, norm if normalize == Normalize.L2 else maps, _factor(x, p, reduce), eps, places,
+            KIND=int(normalize), COMPUTE=as_tl(compute), **_row_block(places),
         )  # fmt: skip
     return _scatter(x, weight, channel, p, reduce, compute)
 
@@ -423,13 +425,13 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved
         return losses.sum().to(compute), *grads, no_scale, maps
     (s_map, s_channel), (t_map, t_channel) = (_pool(x, p, reduce, compute) for x in (student, teacher))
     weights = [torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True)]
-    numbers = (*split(eps), *split(_factor(student, p, reduce)), *split(_factor(teacher, p, reduce)))
+    numbers = (eps, _factor(student, p, reduce), _factor(teacher, p, reduce))
     places = s_map.shape[1:].numel()
     with device_of(student):
         _transfer_kernel[(batch,)](
             s_map, t_map, losses, *(s_map if w is None else w for w in weights), s_map if upstream is None else upstream, *numbers, batch, places,
             PAPER=variant == Variant.PAPER, HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
-            COMPUTE=_tl(compute), **_row_block(places),
+            COMPUTE=as_tl(compute), **_row_block(places),
         )  # fmt: skip
     scale = no_scale
     if scaled:

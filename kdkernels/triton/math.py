@@ -1,29 +1,12 @@
 """Elementary functions that keep their digits, the same in float32 and float64 (see csrc/common/simd.h)."""
 
-import numpy as np
 import triton
 import triton.language as tl
 
 
-def split(value: float) -> tuple[float, float]:
-    """Two float32 whose sum is the value to 48 bits: what a kernel, whose scalar arguments are float32, takes for a double. See join()."""
-    high = float(np.float32(value))
-    return high, float(np.float32(value - high))
-
-
-@triton.jit
-def join(high, low, COMPUTE: tl.constexpr):
-    """The number that split() took apart, as COMPUTE."""
-    if tl.float64 == COMPUTE:
-        one = tl.full([], 1.0, tl.float64)  # a plain float in the interpreter has no .to()
-        return high * one + low * one
-    else:
-        return high
-
-
 @triton.jit
 def number(value, COMPUTE: tl.constexpr):
-    """A float64 scalar argument of a kernel as COMPUTE; in the interpreter it is a plain float."""
+    """A scalar argument of a kernel as COMPUTE. Annotate it tl.float64: Triton passes other floats as float32. In the interpreter it has no .to()."""
     return tl.full([], value, COMPUTE)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..options import Reduction
-from .launch import compile_options, device_of
-from .math import exp_falling, exp_parts, join, split
+from .launch import as_tl, compile_options, device_of
+from .math import exp_falling, exp_parts, number
 
 # What a column is marked with: the terms that do, or that its pairs are to be summed. More than 16 do not fit the registers, and pairs are cheap.
 _FEW: tl.constexpr = tl.constexpr(8)
@@ -57,21 +57,21 @@ def _mark_kernel(
     center_ptr,  # [B * K] float64
     mark_ptr,  # [B * K] int32
     m, n,
-    scale_hi, scale_lo,
-    few_hi, few_lo, many_hi, many_lo,  # the largest z for which 8 and 16 terms do
+    scale: tl.float64,
+    few_limit: tl.float64, many_limit: tl.float64,  # the largest z for which 8 and 16 terms do
     WANT_SX: tl.constexpr, WANT_SY: tl.constexpr, WANT_TX: tl.constexpr, WANT_TY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which way each column goes. One with a NaN or an infinity is done: its loss and its gradients are NaN."""
     column = tl.program_id(0).to(tl.int64)
-    scale = join(scale_hi, scale_lo, tl.float64)
+    scale = number(scale, tl.float64)
     x_middle, x_radius = _range(sx_ptr + column * m, tx_ptr + column * m, m, BLOCK)
     y_middle, y_radius = _range(sy_ptr + column * n, ty_ptr + column * n, n, BLOCK)
     apart = tl.abs(x_middle - y_middle)
     by_x = x_radius <= y_radius
     z = scale * scale * tl.where(by_x, x_radius * (y_radius + apart), y_radius * (x_radius + apart))
     pairs_are_few = tl.cast(m, tl.int64) * n <= 64 * (tl.cast(m, tl.int64) + n)
-    few, many = z <= join(few_hi, few_lo, tl.float64), z <= join(many_hi, many_lo, tl.float64)
+    few, many = z <= number(few_limit, tl.float64), z <= number(many_limit, tl.float64)
     tl.store(center_ptr + column, tl.where(by_x, x_middle, y_middle))
     tl.store(mark_ptr + column, tl.where(z != z, 0, tl.where(pairs_are_few, _PAIRS, tl.where(few, _FEW, tl.where(many, _MANY, _PAIRS)))))
     tl.store(loss_ptr + column, z * 0.0)
@@ -164,8 +164,7 @@ def _terms_kernel(
     to_sx_ptr, to_sy_ptr, to_tx_ptr, to_ty_ptr,
     loss_ptr, center_ptr, mark_ptr,
     m, n,
-    scale_hi, scale_lo,
-    slope_hi, slope_lo,
+    scale: tl.float64, slope: tl.float64,
     WANT_SX: tl.constexpr, WANT_SY: tl.constexpr, WANT_TX: tl.constexpr, WANT_TY: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,7 +172,7 @@ def _terms_kernel(
     """The columns that are marked with this rank."""
     column = tl.program_id(0).to(tl.int64)
     if tl.load(mark_ptr + column) == RANK:
-        scale, slope = join(scale_hi, scale_lo, tl.float64), join(slope_hi, slope_lo, tl.float64)
+        scale, slope = number(scale, tl.float64), number(slope, tl.float64)
         center = tl.load(center_ptr + column)
         sx, tx, sy, ty = sx_ptr + column * m, tx_ptr + column * m, sy_ptr + column * n, ty_ptr + column * n
         of_x, of_y = _products(sx, tx, m, center, scale, RANK, BLOCK), _products(sy, ty, n, center, scale, RANK, BLOCK)
@@ -204,8 +203,7 @@ def _pairs_kernel(
     part_ptr,  # [B * K, blocks of x] float64, zeros
     center_ptr, mark_ptr,
     m, n, x_blocks,
-    scale_hi, scale_lo,
-    slope_hi, slope_lo,
+    scale: tl.float64, slope: tl.float64,
     WANT_SX: tl.constexpr, WANT_SY: tl.constexpr, WANT_TX: tl.constexpr, WANT_TY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
@@ -214,7 +212,7 @@ def _pairs_kernel(
     blocks = x_blocks + tl.cdiv(n, BLOCK)
     column, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     if tl.load(mark_ptr + column) == _PAIRS:
-        scale, slope = join(scale_hi, scale_lo, tl.float64), join(slope_hi, slope_lo, tl.float64)
+        scale, slope = number(scale, tl.float64), number(slope, tl.float64)
         center = tl.load(center_ptr + column)
         of_x = block < x_blocks
         if of_x:
@@ -254,7 +252,7 @@ def _pairs_kernel(
 
 @triton.jit
 def _correlation_kernel(
-    x_ptr, y_ptr, out_ptr, m, columns, numbers, inverse_hi, inverse_lo, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, y_ptr, out_ptr, m, columns, numbers, inverse: tl.float64, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Numbers [BLOCK] of a row [N * K] of the result: x [B * M, K] against y [B, N * K]."""
     blocks = tl.cdiv(numbers, BLOCK)  # 64 bits wide if `numbers` is, and so is j
@@ -262,7 +260,7 @@ def _correlation_kernel(
     j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * columns + j % columns, j < numbers, other=0.0).to(COMPUTE)
     y = tl.load(y_ptr + row // m * numbers + j, j < numbers, other=0.0).to(COMPUTE)
-    value = exp_falling(-(x - y) * (x - y) * join(inverse_hi, inverse_lo, COMPUTE))
+    value = exp_falling(-(x - y) * (x - y) * number(inverse, COMPUTE))
     tl.store(out_ptr + row * numbers + j, value, j < numbers)
 
 
@@ -273,13 +271,13 @@ def _correlation_backward_kernel(
     part_ptr,  # [blocks of M, B, N, K]
     g_sample, g_row, g_number, g_column,
     batch, m, n, columns,
-    inverse_hi, inverse_lo,
+    inverse: tl.float64,
     COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks, column_blocks = tl.cdiv(m, BLOCK_M), tl.cdiv(columns, BLOCK_K)
     block = (tl.program_id(0) // column_blocks % blocks).to(tl.int64)
     sample = (tl.program_id(0) // (column_blocks * blocks)).to(tl.int64)
-    inverse = join(inverse_hi, inverse_lo, COMPUTE)
+    inverse = number(inverse, COMPUTE)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     k = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     x = tl.load(x_ptr + (sample * m + i) * columns + k, (i < m) & (k < columns), other=0.0).to(COMPUTE)
@@ -301,10 +299,6 @@ def _correlation_backward_kernel(
 def largest_z(rank: int, double: bool) -> float:
     """For which `rank` terms do: z^(R-1) / (R-1)! is the accuracy of csrc/rbf_correlation/rank.h."""
     return (2.0 ** (-56 if double else -28) * math.factorial(rank - 1)) ** (1 / (rank - 1))
-
-
-def _tl(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def term_sizes(rank: int) -> dict[str, int | bool]:
@@ -335,17 +329,17 @@ def _loss(inputs: tuple[Tensor, ...], beta: float, reduction: int, wanted) -> tu
         scale = math.sqrt(2 / beta)
         unused = losses.to(compute)  # of the gradients' type: a kernel chooses between two of them
         targets = [unused if g is None else g for g in gradients]
-        numbers = (*split(scale), *split(2 * scale / (batch if reduction == Reduction.BATCHMEAN else 1)))
-        limits = [part for rank in (_FEW.value, _MANY.value) for part in split(largest_z(rank, compute == torch.float64))]
+        slope = 2 * scale / (batch if reduction == Reduction.BATCHMEAN else 1)
+        limits = [largest_z(rank, compute == torch.float64) for rank in (_FEW.value, _MANY.value)]
         wants = {f"WANT_{name}": bool(w) for name, w in zip(("SX", "SY", "TX", "TY"), wanted, strict=True)}
         sizes = pair_sizes()
         blocks = [triton.cdiv(length, sizes["BLOCK"]) for length in (m, n)]
         parts = torch.zeros(count, blocks[0], dtype=torch.float64, device=device)
         with device_of(sx):
-            _mark_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, *split(scale), *limits, **wants, BLOCK=256, **compile_options(4))
+            _mark_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, scale, *limits, **wants, BLOCK=256, **compile_options(4))
             for rank in (_FEW.value, _MANY.value):
-                _terms_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, *numbers, **wants, **term_sizes(rank))
-            _pairs_kernel[(count * sum(blocks),)](*rows, *targets, parts, centers, marks, m, n, blocks[0], *numbers, **wants, **sizes)
+                _terms_kernel[(count,)](*rows, *targets, losses, centers, marks, m, n, scale, slope, **wants, **term_sizes(rank))
+            _pairs_kernel[(count * sum(blocks),)](*rows, *targets, parts, centers, marks, m, n, blocks[0], scale, slope, **wants, **sizes)
         losses += parts.sum(1)
     per_sample = losses.view(batch, columns).sum(1)
     if reduction != Reduction.NONE:
@@ -396,7 +390,7 @@ def rbf_correlation(x: Tensor, y: Tensor, beta: float) -> Tensor:
     if out.numel():
         with device_of(x):
             _correlation_kernel[(batch * m * triton.cdiv(n * columns, 1024),)](
-                x.contiguous(), y.contiguous(), out, m, columns, n * columns, *split(1 / beta), COMPUTE=_tl(compute), BLOCK=1024, **compile_options(4)
+                x.contiguous(), y.contiguous(), out, m, columns, n * columns, 1 / beta, COMPUTE=as_tl(compute), BLOCK=1024, **compile_options(4)
             )
     return out
 
@@ -412,7 +406,7 @@ def rbf_correlation_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float) ->
     parts = torch.empty(blocks, *y.shape, dtype=compute, device=x.device)
     with device_of(x):
         _correlation_backward_kernel[(batch * blocks * column_blocks,)](
-            grad, x.contiguous(), y.contiguous(), to_x, parts, *grad.stride(), batch, m, n, columns, *split(1 / beta), COMPUTE=_tl(compute), **sizes
+            grad, x.contiguous(), y.contiguous(), to_x, parts, *grad.stride(), batch, m, n, columns, 1 / beta, COMPUTE=as_tl(compute), **sizes
         )
     return torch.empty_like(x).copy_(to_x), torch.empty_like(y).copy_(parts.sum(0))
 

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import compute_dtype
-from .launch import compile_options, device_of
-from .math import join, split
-from .svd_sizes import ILL_CONDITIONED, as_tl, block_sizes, check_fits, column_block, one_batch, precision, state_size, warps_for
+from .launch import as_tl, compile_options, device_of
+from .math import number
+from .svd_sizes import ILL_CONDITIONED, block_sizes, check_fits, column_block, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, power_of_two, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
 
 
@@ -109,7 +109,7 @@ def _remove(z, a_ptr, p, k, PB: tl.constexpr):
 @triton.jit(do_not_specialize=["state_size"])
 def _solve_kernel(
     x_ptr, matrix_ptr, a_ptr, b_ptr, s_ptr, ga_ptr, gs_ptr, gb_ptr, mg_ptr, state_ptr, fresh_ptr, work_ptr, rows_ptr, z_ptr, coefficients_ptr,
-    x_batch, x_p, x_q, state_size, p, q, k, gap_high, gap_low,
+    x_batch, x_p, x_q, state_size, p, q, k, gap_eps: tl.float64,
     HAS_A: tl.constexpr, HAS_S: tl.constexpr, HAS_B: tl.constexpr, HAS_STATE: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr,
     RB: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _solve_kernel(
     z_ptr += b * k * p
     rows_ptr += b * 8 * p * KB
     coefficients_ptr += b * (2 * k + k * k + 2)
-    gap_eps = join(gap_high, gap_low, tl.float64)
+    gap_eps = number(gap_eps, tl.float64)
     wide_q = tl.cast(q, tl.int64)  # k q may exceed 32 bits
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     vectors, inside = j[None, :] * p + c[:, None], (c < p)[:, None] & (j < k)[None, :]
@@ -313,7 +313,7 @@ def truncated_svd_backward(
         _solve_kernel[(batch,)](
             m, empty(batch, p, p), a, pointer["b"], s, pointer["ga"], pointer["gs"], pointer["gb"], mg, state if has_state else z,
             empty(batch, size), empty(batch, 3 * sizes["PB"]), empty(batch, 8 * p * sizes["KB"], dtype=torch.float64), z, coefficients,
-            *strides, size, p, q, k, *split(gap_eps), HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
+            *strides, size, p, q, k, gap_eps, HAS_A=ga is not None, HAS_S=gs is not None, HAS_B=gb is not None, HAS_STATE=has_state,
             T=compute, **sizes, PRECISION=precision(double), BLOCK=512, **compile_options(warps_for(p)),
         )  # fmt: skip
         _update_kernel[(batch * triton.cdiv(q, columns),)](

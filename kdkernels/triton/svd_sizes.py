@@ -53,10 +53,6 @@ def state_size(p: int, k: int) -> int:
     return p * (p + 1) // 2 + 3 * p + 2 * k + 1
 
 
-def as_tl(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def one_batch(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
     """x as [B, M, N], whether it is tall, and the strides of a matrix, of its smaller side and of its larger side."""
     x = x.reshape(-1, *x.shape[-2:]) if x.dim() != 3 else x
@@ -65,7 +61,7 @@ def one_batch(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
 
 
 def check_fits(p: int, k: int) -> None:
-    if p > _MOST_SIDE or padded(p) * triton.next_power_of_2(k) > _MOST_NUMBERS:
+    if not fits(p, k):
         raise ValueError(
             f'the implementation "triton" takes matrices whose smaller side is at most {_MOST_SIDE}, and times k, '
             f"both rounded up to powers of two, at most {_MOST_NUMBERS}; got {p} with k = {k}"
