@@ -17,6 +17,8 @@ from .ops.registration import usable
 from .ops.temperature_kl import temperature_kl
 from .ops.truncated_svd import align_singular_vectors, truncated_svds
 
+__all__ = ["SVDKD", "AttentionTransfer", "TemperatureKL", "attention_transfer_losses", "kd_loss", "svd_kd_loss"]
+
 
 class TemperatureKL(nn.Module):
     """:func:`kdkernels.temperature_kl` with its options fixed: ``TemperatureKL(4.0)(student_logits, teacher_logits)``.

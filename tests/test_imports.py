@@ -100,6 +100,13 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for module in graph if (found := search(module, []))), [])
 
 
+def test_every_folder_is_a_package():
+    """setup.py finds the packages by their __init__.py; users' type checkers find the annotations by py.typed."""
+    folders = {path.parent for path in MODULES.values()}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert (ROOT / "kdkernels" / "py.typed").is_file()
+
+
 def test_every_part_has_a_layer():
     assert {part_of(module) for module in MODULES} - set(RANK) - {"config"} == set(), "name the part in LAYERS, above what it imports"
 

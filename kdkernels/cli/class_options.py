@@ -28,7 +28,7 @@ def options_of(cls: type) -> dict[str, inspect.Parameter]:
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         found |= {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in found}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

@@ -57,8 +57,10 @@ def merged(base: dict, over: dict) -> dict:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        mergeable = isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value)
-        result[key] = merged(old, value) if mergeable else value
+        if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
     return result
 
 

@@ -56,8 +56,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _of_the_parser(text: str) -> str:
-    key = re.search(r'Parser key "([^"]*)"', text)
-    key = f"--{key.group(1)}: " if key else ""
+    place = re.search(r'Parser key "([^"]*)"', text)
+    key = f"--{place.group(1)}: " if place else ""
     option = re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", text)
     owner = (re.findall(r"class_path '([^']+)'", text) or [None])[-1]
     if option:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..models.weights import build, describe, load_weights
 from .engine import umask
 
+__all__ = ["export_student"]
+
 # Largest difference of a logit, relative to the largest logit: float32 in another order of summation through a deep network.
 TOLERANCE = 1e-4
 

@@ -11,6 +11,8 @@ from ..models.weights import describe, load_weights
 from .base import Distiller
 from .engine import silence_lightning
 
+__all__ = ["instantiate", "restore"]
+
 
 def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
     """The method with its trained student, and its data, set up for validation.

@@ -14,6 +14,8 @@ from ..ops.attention_pool import attention_pool
 from .checkpoints import batch_of, count_images, restore_with_images, taps_of
 from .drawing import picture_path, subplots, write_picture
 
+__all__ = ["plot_attention"]
+
 
 def plot_attention(
     ckpt: str | os.PathLike,

@@ -17,6 +17,8 @@ from ..ops.truncated_svd import align_singular_vectors, feature_svd
 from .checkpoints import batch_of, count_images, restore_with_images, taps_of
 from .drawing import picture_path, subplots, write_picture
 
+__all__ = ["plot_dfv"]
+
 
 class Layer(NamedTuple):
     """Of one image: what SVD-KD makes of a layer of student and teacher."""
