@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels export|plot|bench|demo|info``."""
+"""The command line: ``kdkernels fit|validate|test --config x.yaml``, ``kdkernels export|predict|plot|bench|demo|info``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
                            (--help lists every option, --print_config writes a config, --ckpt_path last goes on where a run stopped)
   export                   the student of a checkpoint, alone: kdkernels export --ckpt best.ckpt --onnx student.onnx
+  predict                  the classes of images in a folder: kdkernels predict --model student.onnx --images photos --out classes.csv
   plot attention           images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   plot dfv                 singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   bench                    every op against its reference, its peers and the machine's limit: kdkernels bench --quick --report
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         show_config()
         return 0
-    if command not in ("bench", "demo", "export", "fit", "plot", "test", "validate"):
+    if command not in ("bench", "demo", "export", "fit", "plot", "predict", "test", "validate"):
         print(f"kdkernels: there is no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
@@ -65,6 +66,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from .export import main as export
 
         return export(arguments[1:])
+    if command == "predict":
+        from .predict import main as predict
+
+        return predict(arguments[1:])
     if command == "plot":
         from .plot import main as plot
 
