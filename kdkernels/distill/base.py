@@ -61,7 +61,8 @@ class Distiller(L.LightningModule):
         student: nn.Module,
         teacher: nn.Module | list[nn.Module] | None = None,
         student_weights: str | os.PathLike | None = None,
-        teacher_weights: str | os.PathLike | list[str | None] | None = None,
+        # The list comes first: jsonargparse takes the first type that fits, and turns a list into text for a str.
+        teacher_weights: list[str | None] | str | os.PathLike | None = None,
         student_taps: Iterable[str] = (),
         teacher_taps: Iterable[str] = (),
         teacher_cache: TeacherCache | None = None,
