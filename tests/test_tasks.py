@@ -266,13 +266,15 @@ def _plain(width):
     return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Softplus(), nn.Conv2d(width, 11, 3, padding=1))
 
 
-def _trained(batch_size, accumulate, folder=None, stop=None, start=None):
+def _trained(batch_size, accumulate, folder=None, stop=None, start=None, cutmix=0.0, precision="64-true"):
     torch.manual_seed(0)
-    method = KD(_plain(4), _plain(6), task=Segmentation(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9))
-    data = SegmentedClutterDigits(train_size=19, val_size=5, test_size=2, batch_size=batch_size, augment=Augment(crop=6, flip=True, cutmix=0.5))
+    constant = {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}  # the default one depends on the length of the run
+    method = KD(_plain(4), _plain(6), task=Segmentation(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), **constant)
+    augment = Augment(crop=6, flip=True, cutmix=cutmix)
+    data = SegmentedClutterDigits(train_size=19, val_size=5, test_size=2, batch_size=batch_size, augment=augment)
     options = {"callbacks": checkpoints(folder, every=1), "enable_checkpointing": True} if folder else {}
     steps = {"max_steps": stop} if stop else {}
-    trainer = _trainer(max_epochs=2, precision="64-true", accumulate_grad_batches=accumulate, **options, **steps)
+    trainer = _trainer(max_epochs=2, precision=precision, accumulate_grad_batches=accumulate, **options, **steps)
     trainer.fit(method, data, ckpt_path=start, weights_only=True)
     return method.student.state_dict(), trainer.callback_metrics
 
@@ -287,9 +289,10 @@ def test_segmentation_does_not_depend_on_micro_batches():
 
 
 def test_segmentation_resumes_exactly(tmp_path):
-    whole, metrics = _trained(4, 1)
-    _trained(4, 1, tmp_path, stop=3)
-    resumed, resumed_metrics = _trained(4, 1, tmp_path, start=tmp_path / "last.ckpt")
+    options = {"cutmix": 0.5, "precision": "32-true"}
+    whole, metrics = _trained(4, 1, **options)
+    _trained(4, 1, tmp_path, stop=3, **options)
+    resumed, resumed_metrics = _trained(4, 1, tmp_path, start=tmp_path / "last.ckpt", **options)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert torch.equal(metrics["val/mean_iou"], resumed_metrics["val/mean_iou"])
 
