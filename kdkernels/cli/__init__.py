@@ -14,6 +14,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
                            (--help lists every option, --print_config writes a config, --ckpt_path last resumes a run)
   export                   write the student of a checkpoint: kdkernels export --ckpt best.ckpt --out student.onnx
+  predict                  classify a folder of images: kdkernels predict --model student.onnx --images photos --out classes.csv
   plot attention           draw images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   plot dfv                 draw singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   bench                    time every op against its reference, its peers and the machine's limit: kdkernels bench --quick --report
@@ -23,7 +24,7 @@ USAGE = """usage: kdkernels COMMAND [options]
 kdkernels COMMAND --help lists the options of a command.
 """
 TRAINING = ("fit", "validate", "test")
-COMMANDS = (*TRAINING, "bench", "demo", "export", "info", "plot")
+COMMANDS = (*TRAINING, "bench", "demo", "export", "info", "plot", "predict")
 _EXTRAS = {
     "train": ("lightning", "jsonargparse", "torchmetrics", "sklearn", "scipy", "matplotlib", "PIL", "safetensors", "tensorboard"),
     "export": ("onnx", "onnxscript", "onnxruntime"),

@@ -38,6 +38,7 @@ class ImageData(L.LightningDataModule):
 
     num_classes: int | None = None
     classes: Sequence[str] | None = None  # their names
+    resize: str | None = None  # how images of other sizes become images of ``image_shape``; None: they are not resized
     label_maps = False  # whether labels are maps, a class for each pixel
     image_shape: tuple[int, int, int] | None = None
     mean: Sequence[float] | None = None  # per channel, on a scale where white is 1
@@ -113,6 +114,12 @@ class ImageData(L.LightningDataModule):
             self._scale[key] = tuple(torch.tensor(v, device=image.device, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
         mean, std = self._scale[key]
         return (image - mean) / std
+
+    def preprocessing(self) -> dict:
+        """What a network trained on these data needs to be used, as plain values: ``classes`` (names, or ``None``), ``image_shape`` [C, H, W],
+        ``resize``, ``mean`` and ``std`` per channel on a scale where white is 1 (or ``None``)."""
+        values = {name: getattr(self, name) for name in ("classes", "image_shape", "mean", "std")}
+        return {name: None if value is None else list(value) for name, value in values.items()} | {"resize": self.resize}
 
     def fingerprint(self, split: str = "train") -> str:
         """Changes when the images that a network sees change: what caches are keyed with."""

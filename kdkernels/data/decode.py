@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def read_image(path: str | os.PathLike, size: int) -> Tensor:
-    """[3, size, size] uint8: the square in the middle of an image, resized.
+CENTER_SQUARE = "center_square_bilinear"  # the name of the rule by which read_image resizes
+
+
+def read_image(path: str | os.PathLike, size: int, mode: str = "RGB") -> Tensor:
+    """[3, size, size] uint8, or [1, size, size] where ``mode`` is "L": the square in the middle of an image, resized.
 
     An image is turned as its EXIF data say. What lies under transparent pixels is hidden: they are shown on white. 16 bits and floats in [0, 1]
     are scaled to 8 bits. Of several frames the first is taken.
@@ -27,14 +30,15 @@ def read_image(path: str | os.PathLike, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            image = to_8_bits(ImageOps.exif_transpose(image), "RGB")
+            image = to_8_bits(ImageOps.exif_transpose(image), mode)
     except Exception as error:  # a decoder of a damaged file raises what it likes
         raise ValueError(f"cannot read the image {path}: {error}") from error
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2  # cut before it is resized: the rest of a long image would need room too
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def to_8_bits(image: Image.Image, mode: str | None = None) -> Image.Image:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .augment import Augment
 from .base import ImageData, ItemImages, TensorImages, require_at_least, require_positive
-from .decode import read_image
+from .decode import CENTER_SQUARE, read_image
 from .listing import LeftOut, Listing, split_folders
 
 
@@ -40,6 +40,8 @@ class ImageFolder(ImageData):
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
         seed: of what is held out.
     """
+
+    resize = CENTER_SQUARE
 
     def __init__(
         self,

@@ -75,6 +75,26 @@ class Listing:
         return files
 
 
+def image_files(folder: Path, left_out: LeftOut) -> list[Path]:
+    """Image files in a folder, at any depth, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no image.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}")
+    files = []
+    for path in _walk(folder, left_out):
+        if path.suffix.lower() in SUFFIXES:
+            files.append(path)
+        else:
+            left_out.add("have no suffix of an image", path)
+    if not files:
+        raise ValueError(f"{folder} holds no image (files that end in {', '.join(sorted(SUFFIXES))})")
+    return files
+
+
 class LeftOut:
     """Files that were left out, by the reason."""
 

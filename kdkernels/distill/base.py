@@ -61,7 +61,8 @@ class Distiller(L.LightningModule):
         student: nn.Module,
         teacher: nn.Module | list[nn.Module] | None = None,
         student_weights: str | os.PathLike | None = None,
-        teacher_weights: str | os.PathLike | list[str | None] | None = None,
+        # The list comes first: jsonargparse takes the first type that fits, and turns a list into text for a str.
+        teacher_weights: list[str | None] | str | os.PathLike | None = None,
         student_taps: Iterable[str] = (),
         teacher_taps: Iterable[str] = (),
         teacher_cache: TeacherCache | None = None,
@@ -100,6 +101,7 @@ class Distiller(L.LightningModule):
         self.student_spec: dict | None = None  # the configuration from which the command line built the student
         self.run_config: dict | None = None  # and the method and its data
         self.image_shape: list[int] | None = None
+        self.preprocessing: dict | None = None  # of the data, see kdkernels.data.ImageData.preprocessing
         self._seed: int | None = None
         self._stepped_by: list[str] | None = None  # class names of the optimizer and the schedule
         self._resumed: tuple[list[str] | None, list | None] = None, None  # the same of a checkpoint, and the states of its optimizers
@@ -231,6 +233,7 @@ class Distiller(L.LightningModule):
         if not any(module.training for module in self.student.modules()):  # handed over from use; a part in eval mode is meant to be
             self.student.train()
         data = self.trainer.datamodule
+        self.preprocessing = data.preprocessing() if hasattr(data, "preprocessing") else None
         if getattr(data, "image_shape", None) is not None:
             self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=self.dtype), data.num_classes)
         if self.teacher_cache is not None:
@@ -357,6 +360,8 @@ class Distiller(L.LightningModule):
             "student": self.student_spec,
             "config": self.run_config,
             "image_shape": self.image_shape,
+            "task": type(self.task).__name__.lower(),
+            "preprocessing": self.preprocessing,
             "seed": self._seed,
             "stepped_by": self._stepped_by,
         }

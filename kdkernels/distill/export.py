@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import tempfile
@@ -14,10 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..models.weights import build, describe, load_weights
+from ..tasks import find_logits
 from .engine import umask
 
 __all__ = ["export_student"]
+
+METADATA_KEY = "kdkernels"  # under which exported files carry what is needed to use them
 
 # Largest difference of a logit, relative to the largest logit: float32 in another order of summation through a deep network.
 TOLERANCE = 1e-4
@@ -33,6 +38,9 @@ def export_student(
         targets: files by format: "safetensors", "torch_export", "onnx".
         spec: ``{"class_path", "init_args"}`` of the student, where the checkpoint does not say.
         image_shape: [C, H, W], where the checkpoint does not say.
+
+    Each file carries, under the key "kdkernels", what is needed to use the student, as JSON (see :func:`metadata_of`): in ONNX's
+    ``metadata_props``, in the header of safetensors, in the extra file "kdkernels.json" of torch.export.
 
     Returns:
         For each format the largest difference of a logit from the student's own, relative to the largest logit. A file that differs by more
@@ -52,14 +60,17 @@ def export_student(
     student = load_weights(build(spec), ckpt).eval()
     image = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = student(image)
+        output = student(image)
+    expected = find_logits(output)
+    network = student if output is expected else LogitsOnly(student)
+    metadata = json.dumps(metadata_of(description, spec, image_shape))
     differences = {}
     for name, target in targets.items():
         target = Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             temporary = Path(folder) / target.name
-            logits = _FORMATS[name](student, image, temporary, spec)
+            logits = _FORMATS[name](network, image, temporary, spec, metadata)
             difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")
@@ -69,43 +80,71 @@ def export_student(
     return differences
 
 
+class LogitsOnly(nn.Module):
+    """A network that returns its logits in a tuple, a dict or an object, as one that returns them alone."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return find_logits(self.network(image))
+
+
+def metadata_of(description: dict, spec: dict | None, image_shape: list[int]) -> dict:
+    """What is needed to use a student: ``task``, ``classes``, ``image_shape``, ``resize``, ``mean``, ``std``, and ``student``, how it is built.
+
+    Values that the checkpoint does not hold are ``None``: its training had no data module of :mod:`kdkernels.data`.
+
+    Args:
+        description: of the checkpoint, from :func:`kdkernels.models.weights.describe`.
+        spec: ``{"class_path", "init_args"}`` of the student.
+        image_shape: [C, H, W].
+    """
+    data = description.get("preprocessing") or {}
+    values = {name: data.get(name) for name in ("classes", "resize", "mean", "std")}
+    return {"version": __version__, "task": description.get("task"), **values, "image_shape": list(image_shape), "student": spec}
+
+
 # Each writes the student to a file, and returns the logits that the file gives.
 
 
-def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict) -> Tensor:
+def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
     from safetensors.torch import save_file
 
+    student = student.network if isinstance(student, LogitsOnly) else student
     # A copy of each: the format has no place for tied weights.
-    save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}, path)
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}
+    save_file(weights, path, {METADATA_KEY: metadata})
     with torch.no_grad():
-        return load_weights(build(spec).eval(), path)(image)
+        return find_logits(load_weights(build(spec).eval(), path)(image))
 
 
-def _torch_export(student: nn.Module, image: Tensor, path: Path, spec: dict) -> Tensor:
+def _torch_export(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
     program = torch.export.export(student, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata})
     return torch.export.load(path).module()(image).detach()
 
 
-def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict) -> Tensor:
+def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
     import onnxruntime
 
     with _silence():
-        torch.onnx.export(
+        program = torch.onnx.export(
             student,
             (image,),
-            path,
             input_names=["image"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
-            external_data=False,
         )
+        program.model.metadata_props[METADATA_KEY] = metadata
+        program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
 
-_FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict], Tensor]] = {
+_FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict, str], Tensor]] = {
     "safetensors": _safetensors,
     "torch_export": _torch_export,
     "onnx": _onnx,

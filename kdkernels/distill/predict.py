@@ -1,0 +1,191 @@
+"""Predictions of a student for a folder of images, as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..data.decode import read_image
+from ..data.listing import LeftOut, image_files
+from ..models.weights import build, describe, from_checkpoint, load_weights
+from ..tasks import find_logits
+from .engine import umask
+from .export import METADATA_KEY, metadata_of
+
+__all__ = ["predict_images"]
+
+Logits = Callable[[Tensor], Tensor]  # images [B, C, H, W], normalised -> logits [B, K]
+
+
+def predict_images(
+    model: str | os.PathLike,
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    top_k: int = 1,
+    batch_size: int = 64,
+    on_error: Literal["fail", "skip"] = "fail",
+) -> int:
+    """Write the most probable classes of each image to a CSV file, which is written whole or not at all.
+
+    The columns are ``file`` (relative to the folder), ``class``, ``probability``, and with ``top_k`` > 1 also ``class_2``, ``probability_2``,
+    and so on. Images are read as :class:`kdkernels.data.ImageFolder` reads them: the square in the middle, resized to the student's size.
+
+    Args:
+        model: a file of ``kdkernels export`` (.onnx, .pt2, .safetensors), or a checkpoint of a student.
+        images: the folder; it is searched to any depth.
+        out: the CSV file.
+        top_k: how many classes of each image, the most probable first.
+        batch_size: images at a time.
+        on_error: "fail" stops at a file that cannot be read as an image and names it; "skip" leaves it out and names it on stderr.
+
+    Returns:
+        The number of images in the file.
+
+    Raises:
+        FileNotFoundError: there is no such model or folder.
+        ValueError: no image, an image that cannot be read, a model that does not say how images are prepared, or options out of range.
+    """
+    for name, value in {"top_k": top_k, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
+    folder, left_out = Path(images), LeftOut(Path(images))
+    files = image_files(folder, left_out)
+    network, metadata = load_model(model)
+    columns = ["file", "class", "probability", *(f"{name}_{i}" for i in range(2, top_k + 1) for name in ("class", "probability"))]
+
+    def rows() -> Iterator[list]:
+        for paths, pixels in _batches(files, metadata, batch_size, on_error, left_out):
+            probable = _probable(network(prepare(pixels, metadata)), metadata, top_k)
+            for path, cells in zip(paths, probable, strict=True):
+                yield [path.relative_to(folder).as_posix(), *cells]
+
+    count = _write_whole(Path(out), columns, rows())
+    if left_out:
+        print(left_out, file=sys.stderr)
+    return count
+
+
+def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
+    """The function from images to logits in a file, and its metadata (:func:`kdkernels.distill.export.metadata_of`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of the four formats, or does not carry metadata.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+    loaders = {".onnx": _load_onnx, ".pt2": _load_torch_export, ".safetensors": _load_safetensors, ".ckpt": _load_checkpoint}
+    if path.suffix not in loaders:
+        raise ValueError(f"model: {str(path)!r} must end in one of {', '.join(loaders)}")
+    network, metadata = loaders[path.suffix](path)
+    if metadata.get("task") != "classification":
+        raise ValueError(f"model: {str(path)!r} must be a student for classification, its task is {metadata.get('task')}")
+    channels, height, width = metadata["image_shape"]
+    if height != width or channels not in (1, 3):
+        raise ValueError(
+            f"model: {str(path)!r} takes images [{channels}, {height}, {width}], and only square images of 1 or 3 channels can be prepared"
+        )
+    return network, metadata
+
+
+def _load_onnx(path: Path) -> tuple[Logits, dict]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    metadata = _metadata(path, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), metadata
+
+
+def _load_torch_export(path: Path) -> tuple[Logits, dict]:
+    extra = {f"{METADATA_KEY}.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    return torch.no_grad()(program.module()), _metadata(path, extra[f"{METADATA_KEY}.json"])
+
+
+def _load_safetensors(path: Path) -> tuple[Logits, dict]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = _metadata(path, (file.metadata() or {}).get(METADATA_KEY))
+    network = load_weights(build(metadata["student"]), path).eval()
+    return torch.no_grad()(lambda image: find_logits(network(image))), metadata
+
+
+def _load_checkpoint(path: Path) -> tuple[Logits, dict]:
+    description = describe(path)
+    network = from_checkpoint(path).eval()
+    return torch.no_grad()(lambda image: find_logits(network(image))), metadata_of(description, description["student"], description["image_shape"])
+
+
+def _metadata(path: Path, text: str | bytes | None) -> dict:
+    if not text:
+        raise ValueError(f"model: {str(path)!r} does not say its classes and how images are prepared: export the checkpoint again")
+    return json.loads(text)
+
+
+def prepare(pixels: Tensor, metadata: dict) -> Tensor:  # [B, C, H, W] uint8 -> [B, C, H, W] float32
+    """Images normalised as the student's training images were."""
+    image = pixels.float() / 255
+    if metadata["mean"] is None:
+        return image
+    mean, std = (torch.tensor(metadata[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (image - mean) / std
+
+
+def _batches(files: list[Path], metadata: dict, batch_size: int, on_error: str, left_out: LeftOut) -> Iterator[tuple[list[Path], Tensor]]:
+    size, gray = metadata["image_shape"][1], metadata["image_shape"][0] == 1
+    for start in range(0, len(files), batch_size):
+        read = {}
+        for path in files[start : start + batch_size]:
+            try:
+                read[path] = read_image(path, size, "L" if gray else "RGB")
+            except ValueError as error:
+                if on_error == "fail":
+                    raise
+                left_out.add("cannot be read as images", path, str(error.__cause__))
+        if read:
+            yield list(read), torch.stack(list(read.values()))
+
+
+def _probable(logits: Tensor, metadata: dict, top_k: int) -> list[list]:
+    """For each image its most probable classes and their probabilities, one after the other."""
+    classes = metadata["classes"] or [str(i) for i in range(logits.shape[1])]
+    if top_k > logits.shape[1]:
+        raise ValueError(f"top_k must be at most {logits.shape[1]}, the number of classes, got {top_k}")
+    found = logits.double().softmax(1).topk(top_k)
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [[cell for i, p in zip(*pair, strict=True) for cell in (classes[i], f"{p:.6f}")] for pair in pairs]
+
+
+def _write_whole(path: Path, header: list[str], rows: Iterator[list]) -> int:
+    """Write a CSV file beside its place, and move it there once it is whole; returns the number of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        count = 0
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            for row in rows:
+                writer.writerow(row)
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return count

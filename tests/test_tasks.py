@@ -1,0 +1,419 @@
+"""Tasks: logits in outputs, losses and metrics by hand, segmentation of label maps, several teachers, data without labels."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("lightning")
+import lightning as L
+
+from kdkernels import reference
+from kdkernels.data import Augment, FromDatasets, SegmentedClutterDigits
+from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill.engine import checkpoints
+from kdkernels.models import TinyCNN, TinyFCN
+from kdkernels.tasks import Classification, Segmentation, find_logits
+
+TAPS = ["block1", "block2"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    module = SegmentedClutterDigits(train_size=16, val_size=8, test_size=2, batch_size=8, augment=Augment(crop=3, flip=True))
+    module.setup()
+    return module
+
+
+def _trainer(**options):
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options
+    return L.Trainer(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options)
+
+
+def _fit(method, data, **options):
+    trainer = _trainer(**options)
+    trainer.fit(method, data)
+    return trainer
+
+
+# Logits in what networks return.
+
+
+class Holder:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: [x], lambda x: {"logits": x, "out": None}, lambda x: {"out": x}])
+def test_logits_are_found(wrap):
+    logits = torch.ones(2, 3)
+    assert find_logits(wrap(logits)) is logits
+    assert find_logits(Holder(logits=logits, out=None)) is logits
+    assert find_logits(Holder(out=logits)) is logits
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ({"scores": torch.ones(2, 3), "n": 1}, r"a dict of 'scores': \[2, 3\], 'n': int"),
+        ((None, torch.ones(2)), r"a tuple of NoneType, \[2\]"),
+        ((), "an empty tuple"),
+        (Holder(scores=1), "Holder with the attributes scores"),
+        (None, "NoneType"),
+    ],
+)
+def test_outputs_without_logits_are_listed(output, found):
+    with pytest.raises(TypeError, match=f"must return a tensor, a tuple or list .*; it returned {found}"):
+        find_logits(output)
+
+
+# Segmentation: losses and metrics by hand.
+
+LABEL = torch.tensor([[[0, 1, 255], [2, 2, 255]], [[1, 1, 1], [255, 0, 0]]])
+
+
+def _pixels(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 2, 3, generator=generator, dtype=dtype) for _ in range(2)]
+
+
+def test_segmentation_losses_leave_ignored_pixels_out():
+    student, teacher = _pixels()
+    student.requires_grad_()
+    task, batch = Segmentation(), {"label": LABEL}
+    log_probabilities, total, kl = student.log_softmax(1), 0.0, 0.0
+    for b, y, x in (LABEL != 255).nonzero().tolist():
+        total = total - log_probabilities[b, LABEL[b, y, x], y, x]
+        kl = kl + 9 * F.kl_div((student[b, :, y, x] / 3).log_softmax(0), (teacher[b, :, y, x] / 3).softmax(0), reduction="sum")
+    torch.testing.assert_close(task.label_loss(student, batch), total / 12)
+    torch.testing.assert_close(task.label_loss(student, batch, reduction="sum"), total / 6)
+    torch.testing.assert_close(task.divergence(student, teacher, 3.0, batch), kl / 12)
+    task.divergence(student, teacher, 3.0, batch).backward()
+    ignored = (LABEL == 255)[:, None].expand_as(student)
+    assert (student.grad[ignored] == 0).all()
+    assert (student.grad[~ignored] != 0).all()
+    torch.testing.assert_close(task.divergence(student, teacher, 3.0, {}), reference.temperature_kl(student, teacher, 3.0, dim=1))
+
+
+def test_segmentation_losses_add_up_over_uneven_parts():
+    """Images of which more or less is ignored: shares in samples make the means of parts the mean of all."""
+    student, teacher = _pixels()
+    task = Segmentation()
+    for loss in (lambda s, t, b: task.label_loss(s, b), lambda s, t, b: task.divergence(s, t, 2.0, b)):
+        parts = [loss(student[i : i + 1], teacher[i : i + 1], {"label": LABEL[i : i + 1]}) for i in range(2)]
+        torch.testing.assert_close(sum(parts) / 2, loss(student, teacher, {"label": LABEL}))
+
+
+def test_segmentation_metrics_by_hand():
+    """Predicted 0 0 1 / 2 1 0 and 1 0 1 / 0 0 0. Intersections over unions: 3/5, 3/5, 1/2; class 3 occurs nowhere and does not count.
+
+    Class 0: intersection 1 + 2 = 3, union 5 (labelled 3; predicted 5, of those in labelled pixels). Class 1: labelled 4, predicted 3,
+    intersection 2, union 5. Class 2: labelled 2, predicted 1, intersection 1, union 2.
+    """
+    prediction = torch.tensor([[[0, 0, 1], [2, 1, 0]], [[1, 0, 1], [0, 0, 0]]])
+    task = Segmentation()
+    metrics = task.metrics(4)
+    inputs = task.metric_inputs(F.one_hot(prediction, 4).permute(0, 3, 1, 2).float(), {"label": LABEL})
+    for part in (slice(0, 1), slice(1, 2)):
+        for metric in metrics.values():
+            metric.update(inputs[0][part], inputs[1][part])
+    assert metrics["mean_iou"].compute().item() == pytest.approx((3 / 5 + 2 / 5 + 1 / 2) / 3)
+    assert metrics["pixel_accuracy"].compute().item() == pytest.approx(6 / 9)
+    assert task.count_correct(F.one_hot(prediction, 4).permute(0, 3, 1, 2).float(), {"label": LABEL}) == (6.0, 9)
+
+
+def test_label_maps_that_do_not_fit_are_refused():
+    image, task = torch.zeros(2, 3, 2, 3), Segmentation()
+    task.check_labels(LABEL, image, 3, "training")
+    task.check_labels(torch.full_like(LABEL, 255), image, 3, "training")
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], .*, or be ignore_index \(255\); a training batch has 0 to 2"):
+        task.check_labels(LABEL, image, 2, "training")
+    with pytest.raises(ValueError, match=r"labels must be label maps \[2, 2, 3\] of class numbers; a test batch has integers of shape \[2\]"):
+        task.check_labels(torch.zeros(2, dtype=torch.int64), image, 3, "test")
+    with pytest.raises(ValueError, match="label maps need the task Segmentation"):
+        Classification().check_labels(LABEL, image, 3, "training")
+    with pytest.raises(TypeError, match="ignore_index must be an integer"):
+        Segmentation(ignore_index=None)
+
+
+# Label maps under augmentation.
+
+
+def _numbered(count=6, side=9, **options):
+    """Images whose red channel is the label map: both must move together."""
+    label = torch.randint(0, 200, (count, side, side), dtype=torch.uint8)
+    batch = {"image": label[:, None].repeat(1, 3, 1, 1), "label": label, "index": torch.arange(count), "view": 3}
+    return Augment(**options)(batch, lambda image: image.float())
+
+
+@pytest.mark.parametrize(
+    "options", [{"crop": 3}, {"flip": True}, {"rotate": 40.0}, {"crop": 2, "flip": True, "rotate": 20.0}, {"cutmix": 1.0}], ids=str
+)
+def test_label_maps_move_with_their_images(options):
+    out = _numbered(**options)
+    inside = out["label"] != 255
+    assert torch.equal(out["image"][:, 0][inside], out["label"][inside].float())
+    assert (out["image"][:, 0][~inside] == 0).all()
+    assert bool((~inside).any()) == ("crop" in options or "rotate" in options)
+    assert "mixed_label" not in out
+    assert "mix" not in out
+    if "crop" in options:
+        assert (_numbered(**options, label_fill=7)["label"] != 255).all()
+
+
+def test_mixup_of_label_maps_is_refused_before_training():
+    data = SegmentedClutterDigits(train_size=4, val_size=2, test_size=2, augment=Augment(mixup=0.2))
+    for call in (data.setup, lambda: _numbered(mixup=0.2)):
+        with pytest.raises(ValueError, match="mixup cannot be used with label maps: it would need two labels for each pixel; cutmix pastes"):
+            call()
+
+
+def test_segmented_digits_are_the_masks_of_the_digits(data):
+    batch = data.finish(next(iter(data.val_dataloader())))
+    label, mask = batch["label"], batch["mask"]
+    assert (label.dtype, label.shape) == (torch.int64, (8, 32, 32))
+    assert torch.equal(label > 0, mask)
+    assert all(len(label[i].unique()) == 2 for i in range(8))  # the background and one digit
+    training = data.finish(next(iter(data.train_dataloader())))["label"]
+    assert set(training.unique().tolist()) <= {*range(11), 255}
+    assert (training == 255).any()
+
+
+def test_label_maps_of_datasets(tmp_path):
+    from PIL import Image
+
+    image, label = torch.rand(3, 4, 5), torch.arange(20).view(4, 5) % 3
+    for given in (label, label.to(torch.uint8), label.numpy(), Image.fromarray(label.to(torch.uint8).numpy())):
+        loaded = FromDatasets([(image, given)] * 4, [(image, given)] * 4, num_classes=3, batch_size=2)
+        loaded.setup()
+        batch = loaded.finish(next(iter(loaded.train_dataloader())))
+        assert torch.equal(batch["label"], label.expand(2, 4, 5))
+    with pytest.raises(ValueError, match=r"the label map of sample 0 must have the image's height and width \[4, 5\], got shape \[2, 3\]"):
+        FromDatasets([(image, label[:2, :3])] * 4, [(image, label)], num_classes=3).setup()
+
+
+# Networks for segmentation, and every method on them.
+
+
+class Dict(TinyFCN):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+
+class Auxiliary(TinyFCN):
+    """Returns a second output in training."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits[:, :2]) if self.training else logits
+
+
+METHODS = {
+    "Supervised": lambda s, t, **o: Supervised(s, **o),
+    "KD": lambda s, t, **o: KD(s, t, **o),
+    "AttentionTransfer": lambda s, t, **o: AttentionTransfer(s, t, TAPS, TAPS, alpha=0.9, **o),
+    "FSP": lambda s, t, **o: FSP(s, t, TAPS, TAPS, alpha=0.9, **o),
+    "SVDKD": lambda s, t, **o: SVDKD(s, t, TAPS, TAPS, alpha=0.9, **o),
+    "GradientAttentionTransfer": lambda s, t, **o: GradientAttentionTransfer(s, t, **o),
+    "symmetry": lambda s, t, **o: GradientAttentionTransfer(s, symmetry=True, **o),
+}
+
+
+@pytest.mark.parametrize(("name", "network"), [(name, Dict) for name in METHODS] + [(name, Auxiliary) for name in ("KD", "AttentionTransfer", "FSP")])
+def test_methods_train_segmentation(data, name, network):
+    method = METHODS[name](network(4), network(4, 2), task=Segmentation())
+    metrics = _fit(method, data).callback_metrics
+    assert {"val/mean_iou", "val/pixel_accuracy", "val/cross_entropy", "train/mean_iou", "train/loss"} <= set(metrics)
+    assert all(value.isfinite() for value in metrics.values())
+    assert 0 < metrics["val/pixel_accuracy"] <= 1
+
+
+def test_validation_is_of_all_images(data):
+    """Intersections and unions are summed over the batches; a second run starts from zero."""
+    method = Supervised(TinyFCN(4), task=Segmentation())
+    small = SegmentedClutterDigits(train_size=16, val_size=8, test_size=2, batch_size=3)
+    for inference_mode in (True, False, True):
+        values = _trainer(inference_mode=inference_mode).validate(method, small, verbose=False)[0]
+        batch = data.finish(next(iter(data.val_dataloader())))
+        metrics = method.task.metrics(11)
+        with torch.no_grad():
+            logits = method.student.eval()(batch["image"])
+        for name, metric in metrics.items():
+            metric.update(*method.task.metric_inputs(logits, batch))
+            assert values[f"val/{name}"] == pytest.approx(metric.compute().item(), rel=1e-6)
+        assert values["val/cross_entropy"] == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
+
+
+def test_networks_that_do_not_segment_are_refused(data):
+    with pytest.raises(ValueError, match=r"the student \(TinyCNN\) must return logits \[B, K, H, W\] for images .*, it returned \[2, 11\]"):
+        _fit(Supervised(TinyCNN(2, num_classes=11), task=Segmentation()), data)
+    half = nn.Sequential(nn.Conv2d(3, 11, 3, 2, 1))
+    with pytest.raises(ValueError, match=r"the teacher \(Sequential\) must return logits .*, it returned \[2, 11, 16, 16\]"):
+        _fit(KD(TinyFCN(2), half, task=Segmentation()), data)
+    with pytest.raises(ValueError, match=r"must return logits \[B, K\] .*, it returned \[2, 11, 32, 32\]"):
+        _fit(Supervised(TinyFCN(2)), data)
+    with pytest.raises(TypeError, match=r"task must be a kdkernels\.tasks\.Task, got str"):
+        Supervised(TinyFCN(2), task="segmentation")
+
+
+# The engine's guarantees for segmentation.
+
+
+def _plain(width):
+    """Without batch norm, whose statistics are those of a micro-batch."""
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Softplus(), nn.Conv2d(width, 11, 3, padding=1))
+
+
+def _trained(batch_size, accumulate, folder=None, stop=None, start=None, cutmix=0.0, precision="64-true"):
+    torch.manual_seed(0)
+    constant = {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}  # the default one depends on the length of the run
+    method = KD(_plain(4), _plain(6), task=Segmentation(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), **constant)
+    augment = Augment(crop=6, flip=True, cutmix=cutmix)
+    data = SegmentedClutterDigits(train_size=19, val_size=5, test_size=2, batch_size=batch_size, augment=augment)
+    options = {"callbacks": checkpoints(folder, every=1), "enable_checkpointing": True} if folder else {}
+    steps = {"max_steps": stop} if stop else {}
+    trainer = _trainer(max_epochs=2, precision=precision, accumulate_grad_batches=accumulate, **options, **steps)
+    trainer.fit(method, data, ckpt_path=start, weights_only=True)
+    return method.student.state_dict(), trainer.callback_metrics
+
+
+def test_segmentation_does_not_depend_on_micro_batches():
+    whole, metrics = _trained(8, 1)
+    split, split_metrics = _trained(2, 4)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=1e-11, atol=1e-13)
+    for name in ("val/mean_iou", "val/cross_entropy"):
+        assert split_metrics[name].item() == pytest.approx(metrics[name].item(), rel=1e-6)
+
+
+def test_segmentation_resumes_exactly(tmp_path):
+    options = {"cutmix": 0.5, "precision": "32-true"}
+    whole, metrics = _trained(4, 1, **options)
+    _trained(4, 1, tmp_path, stop=3, **options)
+    resumed, resumed_metrics = _trained(4, 1, tmp_path, start=tmp_path / "last.ckpt", **options)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert torch.equal(metrics["val/mean_iou"], resumed_metrics["val/mean_iou"])
+
+
+# Several teachers.
+
+
+def test_teachers_are_combined_by_hand():
+    generator = torch.Generator().manual_seed(1)
+    student, first, second = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    task, temperature = Classification(), 2.5
+    mean = 0.25 * (first / temperature).softmax(1) + 0.75 * (second / temperature).softmax(1)
+    expected = temperature**2 * F.kl_div((student / temperature).log_softmax(1), mean, reduction="batchmean")
+    torch.testing.assert_close(task.divergence(student, [first, second], temperature, {}, weights=[1, 3]), expected)
+    single = [reference.temperature_kl(student, teacher, temperature) for teacher in (first, second)]
+    combined = task.divergence(student, [first, second], temperature, {}, combine="divergences", weights=[2, 6])
+    torch.testing.assert_close(combined, 0.25 * single[0] + 0.75 * single[1])
+    torch.testing.assert_close(task.divergence(student, [first, first], temperature, {}), single[0])
+    excluded = first.clone()
+    excluded[:, 0] = -math.inf  # a class that no teacher knows
+    assert task.divergence(student, [excluded, excluded], temperature, {}).isfinite()
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "divergences"])
+def test_several_teachers_train_one_student(tmp_path, combine):
+    images = [(torch.rand(3, 8, 8), i % 3) for i in range(8)]
+    data = FromDatasets(images, images, num_classes=3, batch_size=4)
+    teachers = [TinyCNN(2, num_classes=3), TinyCNN(3, num_classes=3)]
+    torch.save(TinyCNN(2, num_classes=3).state_dict(), tmp_path / "first.pt")
+    method = KD(TinyCNN(2, num_classes=3), teachers, teacher_weights=[str(tmp_path / "first.pt"), None], combine=combine, combine_weights=[1.0, 2.0])
+    before = [{k: v.clone() for k, v in t.state_dict().items()} for t in teachers]
+    assert torch.equal(before[0]["fc.weight"], torch.load(tmp_path / "first.pt")["fc.weight"])
+    trainer = _fit(method, data)
+    assert trainer.callback_metrics["train/loss_kl"] > 0
+    assert all(torch.equal(v, t.state_dict()[k]) for t, old in zip(teachers, before, strict=True) for k, v in old.items())
+    assert method.double().teachers[1].fc.weight.dtype == torch.float64
+
+
+def test_wrong_teachers_are_refused():
+    student, teachers = TinyCNN(2), [TinyCNN(2), TinyCNN(3)]
+    for make, message in {
+        (lambda: AttentionTransfer(student, teachers, ["block1"], ["block1"])): "AttentionTransfer takes one teacher, got 2; KD takes several",
+        (lambda: KD(student, [])): "teacher is an empty list",
+        (lambda: KD(student, teachers, combine="mean")): "combine must be 'probabilities' or 'divergences', got 'mean'",
+        (lambda: KD(student, teachers, combine_weights=[1.0])): "one weight for each of the 2 teachers, got 1",
+        (lambda: KD(student, teachers, combine_weights=[1.0, 0.0])): "must be > 0 and finite",
+        (lambda: KD(student, teachers, teacher_weights=["a.pt"])): "one file for each of the 2 teachers, got 1",
+        (lambda: KD(student, [TinyCNN(2), student])): "student and teacher share",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_tasks_and_teachers_in_a_config(tmp_path):
+    from kdkernels.train import instantiate
+
+    def net(width):
+        return {"class_path": "kdkernels.models.TinyFCN", "init_args": {"width": width}}
+
+    torch.save(TinyFCN(3).state_dict(), tmp_path / "b.pt")
+    weights = {"teacher_weights": [None, str(tmp_path / "b.pt")], "combine_weights": [1, 3]}
+    task = {"class_path": "kdkernels.tasks.Segmentation", "init_args": {"ignore_index": 7}}
+    model = {"student": net(2), "teacher": [net(4), net(3)], "combine": "divergences", "task": task, **weights}
+    data = {"class_path": "kdkernels.data.SegmentedClutterDigits", "init_args": {"train_size": 4}}
+    method, loaded = instantiate({"model": {"class_path": "kdkernels.distill.KD", "init_args": model}, "data": data})
+    assert (type(method.task), method.task.ignore_index, loaded.num_classes) == (Segmentation, 7, 11)
+    assert [teacher.stem[0].out_channels for teacher in method.teachers] == [4, 3]
+    assert torch.equal(method.teachers[1].stem[0].weight, torch.load(tmp_path / "b.pt")["stem.0.weight"])
+    assert (method.combine, list(method.combine_weights)) == ("divergences", [1, 3])
+
+
+# Data without labels.
+
+
+def _images(labels):
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return [(image, i % 3) if labels else image for i, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("labelled_validation", [True, False])
+def test_kd_trains_without_labels(tmp_path, labelled_validation):
+    data = FromDatasets(_images(False), _images(labelled_validation), num_classes=3, batch_size=4, augment=Augment(cutmix=0.5, mixup=0.5))
+    student = TinyCNN(2, num_classes=3)
+    before = student.fc.weight.detach().clone()
+    method = KD(student, TinyCNN(3, num_classes=3))
+    trainer = _fit(method, data, enable_checkpointing=True, callbacks=checkpoints(tmp_path, "val/accuracy"))
+    names = set(trainer.callback_metrics)
+    assert {"train/loss", "train/loss_kl"} <= names
+    assert names.isdisjoint({"train/loss_cross_entropy", "train/accuracy", "train/cross_entropy"})
+    assert ("val/accuracy" in names) == labelled_validation == (tmp_path / "best.ckpt").exists()
+    assert not torch.equal(student.fc.weight, before)
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_without_labels_and_with_a_label_weight_of_0_is_the_same():
+    students = []
+    for labels in (True, False):
+        torch.manual_seed(2)
+        method = KD(TinyCNN(2, num_classes=3), TinyCNN(3, num_classes=3), gamma=0.0)
+        _fit(method, FromDatasets(_images(labels), _images(True), num_classes=3, batch_size=4))
+        students.append(method.student.state_dict())
+    assert all(torch.equal(value, students[1][name]) for name, value in students[0].items())
+
+
+def test_methods_that_need_labels_say_so():
+    make = lambda: TinyCNN(2, num_classes=3)  # noqa: E731
+    data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)
+    blocks = ["block1", "block2"]
+    for method, message in {
+        Supervised(make()): "Supervised trains on labels alone, and the training data have none",
+        KD(make(), make(), alpha=0.0): "without labels KD trains on T\\^2 KL alone: give alpha > 0",
+        AttentionTransfer(make(), make(), blocks, blocks): "without labels AttentionTransfer would train the tapped layers alone",
+        FSP(make(), make(), blocks, blocks): "without labels FSP would train the tapped layers alone",
+        GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer differentiates the loss on the labels",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            _fit(method, data)
+
+
+def test_two_stages_without_labels():
+    blocks = ["block1", "block2"]
+    method = FSP(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3), blocks, blocks, first_stage_epochs=1, alpha=0.5)
+    data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)
+    assert _fit(method, data, max_epochs=2).callback_metrics["train/loss_kl"] > 0
