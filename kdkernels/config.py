@@ -7,10 +7,16 @@ import importlib
 import importlib.util
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import _C
+
+try:
+    VERSION = version("kdkernels")
+except PackageNotFoundError:  # a source tree on the path that was built in place but not installed
+    VERSION = "0+unknown"
 
 OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vectors", "rbf_correlation")
 # What the build recorded counts, and not the file: a build in place without CUDA leaves the module of the one before where it is.
@@ -36,10 +42,11 @@ def load_cpu_kernels() -> str:
     return chosen
 
 
+CPU_ISA = load_cpu_kernels()
+
+
 def release_memory() -> None:
     """Gives memory that freed large results left for the next ones (see ``KDKERNELS_KEEP_MB``) back to the system. What is in use stays."""
-    from . import CPU_ISA
-
     importlib.import_module(f"kdkernels._cpu_{CPU_ISA}").release_memory()
 
 
@@ -93,8 +100,6 @@ def cuda_kernels_status(
 
 def build_info() -> dict:
     """What was built and loaded, as a dict of strings: versions, compiler, instruction sets, and the backend of each op by device."""
-    from . import CPU_ISA, __version__
-
     info = _C.build_info()
     triton = importlib.util.find_spec("triton") is not None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -110,7 +115,7 @@ def build_info() -> dict:
     backends["other devices"] = "reference in plain PyTorch"
     svd["other devices"] = "plain PyTorch, with the fused op's derivative"
     return {
-        "version": __version__,
+        "version": VERSION,
         "torch": f"{torch.__version__} (built against {info['torch']})",
         "compiler": info["compiler"],
         "cpu_isas_built": info["isas"],
@@ -122,8 +127,6 @@ def build_info() -> dict:
 
 
 def triton_version() -> str:
-    from importlib.metadata import version
-
     return version("triton")
 
 

@@ -17,11 +17,11 @@ from .ops.registration import usable
 from .ops.temperature_kl import temperature_kl
 from .ops.truncated_svd import align_singular_vectors, truncated_svds
 
-__all__ = ["SVDKD", "AttentionTransfer", "TemperatureKL", "attention_transfer_losses", "kd_loss", "svd_kd_loss"]
+__all__ = ["AttentionTransferLoss", "SVDKDLoss", "TemperatureKLLoss", "attention_transfer_losses", "kd_loss", "svd_kd_loss"]
 
 
-class TemperatureKL(nn.Module):
-    """:func:`kdkernels.temperature_kl` with its options fixed: ``TemperatureKL(4.0)(student_logits, teacher_logits)``.
+class TemperatureKLLoss(nn.Module):
+    """:func:`kdkernels.temperature_kl` with its options fixed: ``TemperatureKLLoss(4.0)(student_logits, teacher_logits)``.
 
     Args:
         temperature: T > 0; with ``learnable=True`` the initial value of a parameter, kept positive as ``exp(log_temperature)``.
@@ -36,7 +36,7 @@ class TemperatureKL(nn.Module):
         super().__init__()
         unknown = sorted(set(options) - set(self._OPTIONS))
         if unknown:
-            raise TypeError(f"TemperatureKL has no option {unknown[0]!r}; it takes {', '.join(self._OPTIONS)}")
+            raise TypeError(f"TemperatureKLLoss has no option {unknown[0]!r}; it takes {', '.join(self._OPTIONS)}")
         # Options that cannot be are refused here and not at the first batch.
         probe = torch.zeros((1,) * (abs(options.get("dim", -1)) + 1))
         temperature_kl(probe, probe, temperature, **options)
@@ -133,8 +133,8 @@ def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
         raise ValueError(f"labels must be on the logits' device {student.device}, got {labels.device}")
 
 
-class AttentionTransfer(nn.Module):
-    """Sum over pairs of layers of :func:`kdkernels.attention_transfer_loss`: ``AttentionTransfer()(student_features, teacher_features)``.
+class AttentionTransferLoss(nn.Module):
+    """Sum over pairs of layers of :func:`kdkernels.attention_transfer_loss`: ``AttentionTransferLoss()(student_features, teacher_features)``.
 
     RepDistiller's ``Attention`` gives the list, mdistiller's ``at_loss`` the sum; both with ``p=2`` and ``variant="authors"``.
 
@@ -341,8 +341,8 @@ def _with_rank1_gradient(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return v + (change - v.nan_to_num() * (v.nan_to_num() * change).sum(1, keepdim=True))
 
 
-class SVDKD(nn.Module):
-    """:func:`svd_kd_loss` with its options fixed: ``SVDKD(k=1)(student_features, teacher_features)``. The trainer with the authors' rule of two
+class SVDKDLoss(nn.Module):
+    """:func:`svd_kd_loss` with its options fixed: ``SVDKDLoss(k=1)(student_features, teacher_features)``. The trainer with the authors' rule of two
     gradients is :class:`kdkernels.distill.SVDKD`.
 
     Args:

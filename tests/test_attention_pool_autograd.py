@@ -183,16 +183,16 @@ def test_result_is_the_same_on_any_number_of_threads(shape):
 
 def test_module(device):
     s, t = ([_features(2, c, n, n, device=device) for c, n in sizes] for sizes in (((4, 8), (6, 4)), ((8, 8), (5, 4))))
-    module = kdkernels.nn.AttentionTransfer()
+    module = kdkernels.nn.AttentionTransferLoss()
     expected = sum(attention_transfer_loss(a, b) for a, b in zip(s, t, strict=True))
     torch.testing.assert_close(module(s, t), expected)
     torch.testing.assert_close(module(s[0], t[0]), attention_transfer_loss(s[0], t[0]))
-    mixed = kdkernels.nn.AttentionTransfer([1.0, 2.0], reduce=["sum", "max"], variant="paper")
+    mixed = kdkernels.nn.AttentionTransferLoss([1.0, 2.0], reduce=["sum", "max"], variant="paper")
     expected = attention_transfer_loss(s[0], t[0], 1, variant="paper") + attention_transfer_loss(s[1], t[1], 2, reduce="max", variant="paper")
     torch.testing.assert_close(mixed(s, t), expected)
-    assert repr(module) == "AttentionTransfer(p=2.0, reduce='mean', variant='authors')"
+    assert repr(module) == "AttentionTransferLoss(p=2.0, reduce='mean', variant='authors')"
     with pytest.raises(ValueError, match="p must be a finite number > 0, got -1"):
-        kdkernels.nn.AttentionTransfer(-1)
+        kdkernels.nn.AttentionTransferLoss(-1)
     with pytest.raises(ValueError, match="as many features, at least one, got 2 and 1"):
         module(s, t[:1])
     with pytest.raises(ValueError, match="p must be one value, or one for each of the 1 pairs, got 2"):

@@ -8,8 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom to the top. A part may import the parts in the lines above its own. "kdkernels" is what `import kdkernels` gives.
 LAYERS = [
+    {"options", "dtypes"},
     {"reference", "triton"},
     {"ops"},
+    {"testing"},
     {"nn"},
     {"kdkernels"},
     {"models", "data"},
@@ -21,11 +23,7 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-# config stands beside the layers: every part may import it, and it imports no part. These imports, inside functions, are the exceptions.
-EXCEPTIONS = {
-    ("kdkernels.config", "kdkernels"),  # which instruction set the package's import has loaded, asked when it is shown
-    ("kdkernels.distill.checks", "kdkernels.distill.base"),  # a callback that the base class installs asks for the base class
-}
+# config is in no layer: every part may import it, and it imports no part.
 
 
 def _modules() -> dict[str, Path]:
@@ -41,6 +39,7 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
+EXTENSIONS = {"kdkernels._C"}  # compiled; they import nothing of the package
 
 
 def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> set[str]:
@@ -57,7 +56,8 @@ def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> s
             package = module.split(".") if is_package else module.split(".")[:-1]
             start = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*start, *([node.module] if node.module else [])])
-            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in modules else source for alias in node.names}
+            names = [alias for alias in node.names if f"{source}.{alias.name}" not in EXTENSIONS]
+            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in modules else source for alias in names}
     return {name for name in found if name in modules and name != module}
 
 
@@ -74,7 +74,7 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
     for module, targets in graph.items():
         for target in targets:
             own, other = part_of(module), part_of(target)
-            if own == other or other == "config" or (module, target) in EXCEPTIONS:
+            if own == other or other == "config":
                 continue
             if own == "config" or RANK[other] >= RANK[own]:
                 found.append(f"{module} imports {target}")
@@ -91,7 +91,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
         if module in done:
             return []
         for target in sorted(graph[module]):
-            found = search(target, [*path, module]) if (module, target) not in EXCEPTIONS else []
+            found = search(target, [*path, module])
             if found:
                 return found
         done.add(module)
@@ -125,6 +125,7 @@ IMPORTS = {
     "from . import checks": {"kdkernels.ops.checks"},
     "from .. import __version__, nn": {"kdkernels", "kdkernels.nn"},
     "def f():\n    import kdkernels.data.base": {"kdkernels.data.base"},
+    "from .. import _C": set(),
     "import torch": set(),
     "if TYPE_CHECKING:\n    from ..distill import KD": set(),
 }

@@ -5,20 +5,20 @@ import torch
 import torch.nn.functional as F
 
 from kdkernels import reference, temperature_kl
-from kdkernels.nn import TemperatureKL, kd_loss
+from kdkernels.nn import TemperatureKLLoss, kd_loss
 
 
 def test_module_is_the_op(device):
     s, t = torch.randn(2, 5, 3, device=device), torch.randn(2, 5, 3, device=device)
     mask = torch.tensor([[True, False, True], [True, True, True]], device=device)
-    module = TemperatureKL(3.0, dim=1, direction="reverse")
+    module = TemperatureKLLoss(3.0, dim=1, direction="reverse")
     assert torch.equal(module(s, t, mask), temperature_kl(s, t, 3.0, dim=1, direction="reverse", mask=mask))
-    assert repr(module) == "TemperatureKL(temperature=3, dim=1, direction='reverse')"
+    assert repr(module) == "TemperatureKLLoss(temperature=3, dim=1, direction='reverse')"
     assert not list(module.parameters())
 
 
 def test_learnable_temperature(device):
-    module = TemperatureKL(2.0, learnable=True).to(device)
+    module = TemperatureKLLoss(2.0, learnable=True).to(device)
     s, t = torch.randn(4, 5, device=device), torch.randn(4, 5, device=device)
     loss = module(s, t)
     assert torch.allclose(loss, temperature_kl(s, t, 2.0), rtol=1e-5)
@@ -29,11 +29,11 @@ def test_learnable_temperature(device):
 
 def test_options_are_refused_at_construction():
     with pytest.raises(TypeError, match="no option 'axis'"):
-        TemperatureKL(2.0, axis=1)
+        TemperatureKLLoss(2.0, axis=1)
     with pytest.raises(ValueError, match="direction must be one of"):
-        TemperatureKL(2.0, direction="sideways")
+        TemperatureKLLoss(2.0, direction="sideways")
     with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
-        TemperatureKL(0.0)
+        TemperatureKLLoss(0.0)
 
 
 @pytest.mark.parametrize("dim", [1, -3, 2, -1])

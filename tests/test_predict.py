@@ -159,7 +159,8 @@ def test_a_student_that_returns_a_dict_is_exported(tmp_path):
     spec = {"class_path": "test_predict.DictFCN", "init_args": {"width": 2}}
     state = {f"student.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": spec, "image_shape": [3, 16, 16], "task": "segmentation"}}, tmp_path / "t.ckpt")
-    assert max(export_student(tmp_path / "t.ckpt", {"torch_export": str(tmp_path / "t.pt2"), "safetensors": str(tmp_path / "t.safetensors")}).values()) < 1e-5
+    targets = {"torch_export": str(tmp_path / "t.pt2"), "safetensors": str(tmp_path / "t.safetensors")}
+    assert max(export_student(tmp_path / "t.ckpt", targets).values()) < 1e-5
     image = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "t.pt2").module()(image), network(image)["out"], rtol=1e-4, atol=1e-5)

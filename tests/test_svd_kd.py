@@ -232,11 +232,11 @@ def test_compile():
 
 def test_module():
     student, teacher = _maps(), _maps(seed=1)
-    module = kdkernels.nn.SVDKD(2, align="student", loss="mean")
+    module = kdkernels.nn.SVDKDLoss(2, align="student", loss="mean")
     torch.testing.assert_close(module(student, teacher), svd_kd_loss(student, teacher, 2, align="student", loss="mean"))
-    assert repr(module) == "SVDKD(k=2, align='student', loss='mean')"
+    assert repr(module) == "SVDKDLoss(k=2, align='student', loss='mean')"
     with pytest.raises(ValueError, match="grad must be one of"):
-        kdkernels.nn.SVDKD(grad="none")
+        kdkernels.nn.SVDKDLoss(grad="none")
 
 
 X = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 2, 2)]

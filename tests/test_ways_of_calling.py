@@ -92,12 +92,12 @@ def test_kd_loss_in_one_graph(labels):
 
 
 def test_a_module_can_always_be_printed(recwarn):
-    learnable = nn.TemperatureKL(3.0, learnable=True)
+    learnable = nn.TemperatureKLLoss(3.0, learnable=True)
     assert "temperature=3, learnable=True" in repr(learnable)
     with torch.no_grad():
         learnable.log_temperature.add_(1.0)
     assert "temperature=8.15485" in repr(learnable)
-    assert "temperature=3, learnable=True" in repr(nn.TemperatureKL(3.0, learnable=True).to("meta"))
+    assert "temperature=3, learnable=True" in repr(nn.TemperatureKLLoss(3.0, learnable=True).to("meta"))
     assert not recwarn.list
 
 

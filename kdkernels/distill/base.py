@@ -335,6 +335,11 @@ class Distiller(L.LightningModule):
         self._update_metrics(stage, logits, batch, loader)
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
+    @property
+    def uses_default_schedule(self) -> bool:
+        """Whether the learning rate follows the default schedule, which needs to know the number of steps."""
+        return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
+
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.student.parameters())
         if self.make_scheduler is not None:

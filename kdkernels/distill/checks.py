@@ -35,10 +35,7 @@ class TrainerCheck(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             self._check_monitor(trainer, module, type(config.scheduler).__name__, config.monitor)
-        from .base import Distiller
-
-        default = module.make_scheduler is None and type(module).configure_optimizers is Distiller.configure_optimizers
-        if default and not math.isfinite(total_steps(trainer)):
+        if getattr(module, "uses_default_schedule", False) and not math.isfinite(total_steps(trainer)):
             raise ValueError(
                 "the default schedule falls to zero at the end of training, and there is none: give max_epochs or max_steps, or a scheduler"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Sign
 from .align_singular_vectors import align_singular_vectors, align_singular_vectors_backward  # noqa: F401  the same set of ops
-from .launch import as_tl, compile_options, compute_dtype, device_of
+from .launch import as_tl, compile_options, device_of
 from .svd_backward import truncated_svd_backward  # noqa: F401  the same set of ops
 from .svd_sizes import (
     ILL_CONDITIONED,
