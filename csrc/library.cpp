@@ -1,4 +1,5 @@
-// The extension module: what was built, and which instruction set the CPU runs. The ops are registered by their own files.
+// The extension module kdkernels._C: build information, and the best instruction set that the CPU
+// supports. The source file of each op registers that op.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -6,7 +7,7 @@
 
 namespace {
 
-// The most capable of the instruction sets that the CPU kernels are built for.
+// The best instruction set that this CPU supports, among those for which there are CPU kernels.
 std::string best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -1,4 +1,5 @@
-// Checks that guard memory, for ops that are called past their public Python function.
+// Argument checks that prevent invalid memory accesses. The public Python functions check their
+// arguments themselves; these checks protect callers that use torch.ops.kdkernels directly.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,15 +15,17 @@ inline void check_same_shape(const at::Tensor& a, const char* a_name, const at::
   TORCH_CHECK_VALUE(a.sizes() == b.sizes(), a_name, " and ", b_name, " must have the same shape, got ", a.sizes(), " and ", b.sizes());
 }
 
-// The kernels know these four; torch has more floating point types (float8), at::isFloatingType() holds for them too.
+// The kernels support exactly these four dtypes. at::isFloatingType() also accepts dtypes that they
+// do not support, for example float8.
 inline void check_floating(const at::Tensor& x, const char* name) {
   const at::ScalarType dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
                    " must be floating point (float64, float32, bfloat16 or float16), got ", dtype);
 }
 
-// Where a tensor lies. data_ptr() would copy one that is copy-on-write, and must not do so in a thread of parallel_for: inputs are read
-// where they are, outputs are this package's own.
+// The address of a tensor's data, without a copy. data_ptr() copies a copy-on-write tensor, which
+// is not allowed on a thread of parallel_for. The kernels only read their inputs, and their outputs
+// are never copy-on-write.
 inline void* address(const at::Tensor& x) {
   return const_cast<void*>(x.const_data_ptr());
 }
@@ -35,8 +38,9 @@ inline void check_device(const at::Tensor& x, const char* name, at::Device devic
   TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, ", got ", x.device());
 }
 
-// An option of an op: the schema passes the value of an enum of kdkernels/options.py. The C++ enums have the same values, and
-// tests/test_options.py compares them by the message of this check.
+// Converts an option of an op to its C++ enum. The schema passes the integer value of an enum of
+// kdkernels/options.py. The C++ enums have the same values; tests/test_options.py compares the two
+// by the message of this check.
 template <typename Enum>
 Enum option(const char* name, int64_t value, std::initializer_list<std::pair<Enum, const char*>> members) {
   std::string expected;

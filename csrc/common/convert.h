@@ -1,4 +1,4 @@
-// Rows of half-precision numbers to and from float, a vector at a time.
+// Conversion of rows of float16 or bfloat16 numbers to and from float, one vector at a time.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -9,10 +9,10 @@
 
 namespace kdkernels {
 
-using UShorts = uint16_t __attribute__((vector_size(simd::kBytes / 2)));
+using ShortVec = uint16_t __attribute__((vector_size(simd::kBytes / 2)));
 
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::BFloat16* p) {
-  UShorts bits;
+  ShortVec bits;
   std::memcpy(&bits, p, sizeof bits);
   return (simd::Vec<float>)(__builtin_convertvector(bits, simd::Mask<float>) << 16);
 }
@@ -20,9 +20,9 @@ KDKERNELS_INLINE simd::Vec<float> widen(const c10::BFloat16* p) {
 KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::BFloat16* p) {
   using I = simd::Mask<float>;
   const I bits = (I)v;
-  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest, ties to even
   const I result = v == v ? rounded : I{} + 0x7fc0;
-  const UShorts shorts = __builtin_convertvector(result, UShorts);
+  const ShortVec shorts = __builtin_convertvector(result, ShortVec);
   std::memcpy(p, &shorts, sizeof shorts);
 }
 

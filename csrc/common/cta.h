@@ -1,29 +1,35 @@
-// A block of GPU threads as kernel bodies see it: bulk-synchronous phases.
+// Cooperative thread arrays (CTAs, blocks of GPU threads) as the kernel bodies see them: a sequence
+// of bulk-synchronous phases.
 //
-// A body is code that every thread runs with the same values, and phases in which each thread has its own part. A phase ends with a
-// barrier. nvcc compiles this file to a thin layer over threads, shuffles and barriers. Any other compiler gets the Cta of host_cta.h,
-// which runs the same bodies on the CPU, threads in random order, so that their logic is tested where there is no GPU.
+// A kernel body consists of code that every thread runs with the same values, and of phases in
+// which each thread does its own part of the work. A phase ends with a barrier. nvcc compiles this
+// file to a thin layer over threads, shuffles and barriers. Any other compiler gets the Cta of
+// testing/host_cta.h, which runs the same bodies on the CPU with the threads in random order, so
+// that the tests can check their logic without a GPU.
 //
-//   cta.threads(f)            f(t) for every thread t
-//   cta.start(f)              the same without a barrier: what it writes is there after the next one
-//   cta.each(n, f)            f(i) for i in [0, n), shared out over the threads
-//   cta.sum(n, f), max(n, f)  the same with the results of f reduced; every thread gets the value
-//   cta.warps(n, f)           f(warp, i) for i in [0, n), shared out over the warps; a Warp has each, sum, max and min of its own
-//   cta.read(x)               x, in memory that phases write, for all threads: the next phase must not write it
-//   cta.barrier()             where no phase is needed
-//   PerThread<V>              a variable that every thread has for itself, from phase to phase
+//   cta.threads(f)            calls f(t) for every thread t
+//   cta.start(f)              like threads, but without a barrier: its writes are visible after the next one
+//   cta.each(n, f)            calls f(i) for i in [0, n), divided among the threads
+//   cta.sum(n, f), max(n, f)  like each, and reduces the results of f; every thread gets the result
+//   cta.warps(n, f)           calls f(warp, i) for i in [0, n), divided among the warps; a Warp has its
+//                             own each, sum, max and min
+//   cta.read(x)               reads x, which phases write, in all threads: the next phase must not write it
+//   cta.barrier()             a barrier without a phase
+//   PerThread<V>              a variable that each thread keeps for itself from phase to phase
 //   cta.copy_async(to, from, valid), commit(), wait<N>()
-//                             copies to shared memory that run on: zero where not valid. wait: all commits but the last N have arrived
+//                             asynchronous copies to shared memory, which write zero if not valid;
+//                             wait returns when all commits but the last N have arrived
 //
-// Cta<32> is one warp, with the barriers of a warp: several of them share a block.
+// Cta<32> is a single warp and uses the barriers of a warp; several of them can share a block.
 #pragma once
 
 #include <cstdint>
 
 #ifdef __CUDACC__
 #define KDKERNELS_GPU __device__ __forceinline__
-#define KDKERNELS_STAGE __device__ __noinline__  // registers of its own: what calls it keeps few
-// Says that a pointer is to shared memory, which the compiler cannot see across a stage's call.
+#define KDKERNELS_STAGE __device__ __noinline__  // a separate function, so that the caller needs few registers
+// Tells the compiler that a pointer points to shared memory, which it cannot deduce across the call
+// of a stage.
 #define KDKERNELS_SHARED(pointer) __builtin_assume(__isShared(pointer))
 #else
 #define KDKERNELS_GPU inline
@@ -72,25 +78,25 @@ class Warp {
   }
   template <typename T, typename F>
   KDKERNELS_GPU T sum(int n, F f) const {
-    return over<reduce::Sum>(T(0), n, f);
+    return reduce_over<reduce::Sum>(T(0), n, f);
   }
   template <typename T, typename F>
-  KDKERNELS_GPU T max(T least, int n, F f) const {
-    return over<reduce::Max>(least, n, f);
+  KDKERNELS_GPU T max(T initial, int n, F f) const {
+    return reduce_over<reduce::Max>(initial, n, f);
   }
   template <typename T, typename F>
-  KDKERNELS_GPU T min(T most, int n, F f) const {
-    return over<reduce::Min>(most, n, f);
+  KDKERNELS_GPU T min(T initial, int n, F f) const {
+    return reduce_over<reduce::Min>(initial, n, f);
   }
 
-  // Butterfly: every lane ends with the same bits.
+  // A butterfly reduction: every lane ends with the same bits.
   template <typename Op, typename T, typename F>
-  KDKERNELS_GPU static T over(T value, int n, F f) {
+  KDKERNELS_GPU static T reduce_over(T value, int n, F f) {
     for (int i = lane(); i < n; i += 32) value = Op::join(value, static_cast<T>(f(i)));
-    return across<Op>(value);
+    return reduce_lanes<Op>(value);
   }
   template <typename Op, typename T>
-  KDKERNELS_GPU static T across(T value) {
+  KDKERNELS_GPU static T reduce_lanes(T value) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, step));
     return value;
@@ -114,7 +120,7 @@ class Cta {
  public:
   static constexpr int kThreads = Threads, kWarps = Threads / 32;
 
-  KDKERNELS_GPU explicit Cta(void* scratch) : scratch_(static_cast<char*>(scratch)), flip_(0) {}
+  KDKERNELS_GPU explicit Cta(void* scratch) : scratch_(static_cast<char*>(scratch)), buffer_(0) {}
 
   template <typename F>
   KDKERNELS_GPU void threads(F f) const {
@@ -132,11 +138,11 @@ class Cta {
   }
   template <typename T, typename F>
   KDKERNELS_GPU T sum(int n, F f) {
-    return over<reduce::Sum>(T(0), n, f);
+    return reduce_over<reduce::Sum>(T(0), n, f);
   }
   template <typename T, typename F>
-  KDKERNELS_GPU T max(T least, int n, F f) {
-    return over<reduce::Max>(least, n, f);
+  KDKERNELS_GPU T max(T initial, int n, F f) {
+    return reduce_over<reduce::Max>(initial, n, f);
   }
   template <typename F>
   KDKERNELS_GPU void warps(int n, F f) const {
@@ -171,27 +177,28 @@ class Cta {
 
  private:
   KDKERNELS_GPU static int thread() { return threadIdx.x % Threads; }
-  // One barrier a reduction: its values lie in one of two places in turn, so the one before may still be read.
+  // Needs only one barrier per reduction: consecutive reductions alternate between two buffers, so
+  // the results of the previous one may still be read.
   template <typename Op, typename T, typename F>
-  KDKERNELS_GPU T over(T value, int n, F f) {
+  KDKERNELS_GPU T reduce_over(T value, int n, F f) {
     const T neutral = value;
     for (int i = thread(); i < n; i += Threads) value = Op::join(value, static_cast<T>(f(i)));
-    value = Warp::across<Op>(value);
+    value = Warp::reduce_lanes<Op>(value);
     if (Threads == 32) {
       __syncwarp();
       return value;
     }
-    T* place = reinterpret_cast<T*>(scratch_ + flip_ * kWarps * sizeof(double));
-    flip_ ^= 1;
-    if (threadIdx.x % 32 == 0) place[thread() / 32] = value;
+    T* partials = reinterpret_cast<T*>(scratch_ + buffer_ * kWarps * sizeof(double));
+    buffer_ ^= 1;
+    if (threadIdx.x % 32 == 0) partials[thread() / 32] = value;
     __syncthreads();
     value = neutral;
-    for (int w = 0; w < kWarps; ++w) value = Op::join(value, place[w]);
+    for (int w = 0; w < kWarps; ++w) value = Op::join(value, partials[w]);
     return value;
   }
 
   char* scratch_;
-  int flip_;
+  int buffer_;
 };
 
 }  // namespace kdkernels

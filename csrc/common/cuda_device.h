@@ -1,4 +1,4 @@
-// The GPU of a tensor, for launches on it.
+// The GPU that a tensor is on, and what a kernel launch on it needs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,8 @@
 
 namespace kdkernels {
 
-// Makes x's device current, and knows its current stream and how much shared memory a block may have, in bytes.
+// Makes the device of x current while it exists. Holds the device's current stream and the largest
+// amount of shared memory that a block can use, in bytes.
 struct OnDevice {
   explicit OnDevice(const at::Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.device().index()).stream()) {
     int bytes = 0;

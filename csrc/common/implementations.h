@@ -1,4 +1,5 @@
-// Implementations of one op that a caller may choose by name, each a set of ops of its own.
+// Ops with several implementations, from which the caller can choose one by name. Each
+// implementation is registered as a separate set of ops.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -11,7 +12,7 @@
 
 namespace kdkernels {
 
-// Implementations of an op between which kdkernels.testing.implementation chooses.
+// The implementations that kdkernels.testing.implementation can select.
 enum class Implementation { fastest, cuda, triton, torch };
 
 inline Implementation parse_implementation(int64_t value) {
@@ -29,13 +30,14 @@ c10::TypedOperatorHandle<Signature> implementation_op(const std::string& op, Imp
   return c10::Dispatcher::singleton().findSchemaOrThrow(("kdkernels::" + op + name).c_str(), "").typed<Signature>();
 }
 
-// The kernel of an op of implementation "cuda" on a device for which none is registered: the error says what is missing.
-inline void say_what_is_missing(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  auto on_gpu = [](const c10::IValue& value) {
+// The fallback kernel of an op of implementation "cuda", for devices without a registered kernel.
+// Its error message says what is missing.
+inline void raise_not_implemented(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  auto is_on_gpu = [](const c10::IValue& value) {
     if (value.isTensor()) return value.toTensor().is_cuda();
     return value.isTensorList() && !value.toTensorVector().empty() && value.toTensorVector()[0].is_cuda();
   };
-  TORCH_CHECK_NOT_IMPLEMENTED(std::none_of(stack->begin(), stack->end(), on_gpu),
+  TORCH_CHECK_NOT_IMPLEMENTED(std::none_of(stack->begin(), stack->end(), is_on_gpu),
                               "implementation \"cuda\" needs the CUDA kernels, which were not built: kdkernels.show_config() says why");
   TORCH_CHECK_NOT_IMPLEMENTED(false,
                               "implementation \"cuda\" takes CUDA tensors. CPU tensors are for tests of its kernels: build kdkernels with "
@@ -43,7 +45,7 @@ inline void say_what_is_missing(const c10::OperatorHandle&, torch::jit::Stack* s
 }
 
 inline torch::CppFunction without_cuda_kernels() {
-  return torch::CppFunction::makeFromBoxedFunction<&say_what_is_missing>();
+  return torch::CppFunction::makeFromBoxedFunction<&raise_not_implemented>();
 }
 
 }  // namespace kdkernels

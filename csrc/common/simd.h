@@ -1,8 +1,10 @@
-// Vectors of float or double as wide as the instruction set this file is compiled for, and the elementary functions the kernels share.
+// Vectors of float or double with the width of the instruction set for which this file is compiled,
+// and the elementary functions that the kernels share.
 //
-// The types are the vector extensions of GCC and Clang: the operators + - * / < == & | and ?: work lane by lane on every target, and only
-// what they cannot say well (max, any, streaming stores) falls to intrinsics. A source that includes this header is compiled once per
-// instruction set; nothing here may be included by code that has to run on every CPU.
+// The types are the vector extensions of GCC and Clang: the operators + - * / < == & | and ?: work
+// lane by lane on every target. Only operations that these operators cannot express well (max, any,
+// streaming stores) use intrinsics. A source that includes this header is compiled once per
+// instruction set; code that must run on every CPU must not include it.
 #pragma once
 
 #include <cmath>
@@ -15,7 +17,8 @@
 #include <immintrin.h>
 #endif
 
-// The loops of the kernels are built from these; a call left in one costs more than its body.
+// The kernels' inner loops consist of these functions; a function call in such a loop costs more
+// than the function's body.
 #define KDKERNELS_INLINE inline __attribute__((always_inline))
 
 namespace kdkernels::simd {
@@ -49,7 +52,7 @@ struct IntOf<double> {
   using type = int64_t;
 };
 template <typename T>
-using Mask = Vec<typename IntOf<T>::type>;  // all bits set in a lane, or none
+using Mask = Vec<typename IntOf<T>::type>;  // in each lane, all bits are set or none
 
 template <typename T>
 KDKERNELS_INLINE Vec<T> splat(T x) {
@@ -73,7 +76,7 @@ KDKERNELS_INLINE Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
   return m ? yes : no;
 }
 
-// a > b ? a : b in every lane, hence b where either is NaN.
+// a > b ? a : b in each lane. The result is therefore b if either is NaN.
 KDKERNELS_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -125,15 +128,16 @@ KDKERNELS_INLINE bool any(M m) {
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)m) != 0;
 #else
-  int64_t parts[kBytes / 8];
-  std::memcpy(parts, &m, sizeof m);
-  int64_t all = 0;
-  for (int64_t part : parts) all |= part;
-  return all != 0;
+  int64_t words[kBytes / 8];
+  std::memcpy(words, &m, sizeof m);
+  int64_t combined = 0;
+  for (int64_t word : words) combined |= word;
+  return combined != 0;
 #endif
 }
 
-// Writes past the caches, for results too large to be found there again. p must be aligned to kBytes; fence() orders the writes.
+// A streaming store, which bypasses the caches; for results too large to stay in a cache until they
+// are read. p must be aligned to kBytes. fence() orders these writes.
 template <typename T>
 KDKERNELS_INLINE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
@@ -152,7 +156,8 @@ KDKERNELS_INLINE void fence() {
 #endif
 }
 
-// The upper half of the lanes onto the lower one, until one is left: in this order on every target.
+// The sum of all lanes. Adds the upper half of the lanes to the lower half until one lane is left,
+// in this order on every target.
 template <typename T>
 KDKERNELS_INLINE T sum(Vec<T> v) {
 #if defined(__AVX512F__)
@@ -181,10 +186,11 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  static constexpr float round_magic = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
-  static constexpr float exp_lowest = -87.0f, exp_highest = 88.0f;  // e^x is a normal number in between
+  static constexpr float round_magic = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer, stored in the low bits
+  static constexpr float exp_lowest = -87.0f, exp_highest = 88.0f;  // e^x is a normal number between these
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
-  // (e^r - 1 - r) / r^2 for |r| <= ln2 / 2, highest power first: fitted for the least largest error of e^r, 4e-9, and exact at 0.
+  // Coefficients of (e^r - 1 - r) / r^2 for |r| <= ln2 / 2, highest power first. They minimise the
+  // largest error of e^r, which is 4e-9, and are exact at 0.
   static constexpr float exp_poly[] = {0.00139505404f, 0.00836891774f, 0.041666206f, 0.166665182f, 0.5f};
 };
 
@@ -195,14 +201,15 @@ struct Constants<double> {
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double exp_lowest = -708.0, exp_highest = 709.0;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
-  // The Taylor series up to r^14 / 14!.
+  // Coefficients of the Taylor series up to r^14 / 14!.
   static constexpr double exp_poly[] = {
       1 / 87178291200.0, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
       1 / 5040.0,        1 / 720.0,        1 / 120.0,       1 / 24.0,       1 / 6.0,       0.5};
 };
 
-// e^y = scale * (1 + r + h) with scale a power of two, |r| <= ln2 / 2 and h = e^r - 1 - r.
-// For |y| <= ln2 / 2, scale is 1 and r is y itself: e^y - 1 = r + h and e^y - 1 - y = h then lose nothing to cancellation.
+// e^y = scale * (1 + r + h), where scale is a power of two, |r| <= ln2 / 2 and h = e^r - 1 - r. For
+// |y| <= ln2 / 2, scale is 1 and r is y itself, so e^y - 1 = r + h and e^y - 1 - y = h are computed
+// without cancellation.
 template <typename T>
 struct ExpParts {
   Vec<T> scale, r, h;
@@ -215,29 +222,31 @@ KDKERNELS_INLINE ExpParts<T> exp_parts(Vec<T> y) {
   const Vec<T> shifted = y * C::log2e + C::round_magic;
   const Vec<T> n = shifted - C::round_magic;
 #if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
-  const Vec<T> r = y - n * C::ln2;  // fused: all that is lost is n times the rounding of ln2, under n * 2e-9
+  const Vec<T> r = y - n * C::ln2;  // fused: the only error is n times the rounding error of ln2, below n * 2e-9
 #else
   const Vec<T> r = (y - n * C::ln2_hi) - n * C::ln2_lo;
 #endif
-  // The integer n sits in the low bits of `shifted`; a shift by the width of the mantissa drops the bits of the magic number above it.
+  // The integer n is in the low bits of `shifted`. The shift by the width of the mantissa discards
+  // the bits of the magic number above n.
   const I exponent = ((I)shifted + C::exponent_bias) << C::mantissa_bits;
   Vec<T> poly = splat<T>(C::exp_poly[0]);
   for (size_t k = 1; k < std::size(C::exp_poly); ++k) poly = poly * r + C::exp_poly[k];
   return {(Vec<T>)exponent, r, poly * r * r};
 }
 
-// e^y for any y: 0 below the range of normal numbers (so e^-inf = 0), e^exp_highest above it, NaN for NaN.
+// e^y for any y: 0 below the range of normal numbers (hence e^-inf = 0), e^exp_highest above it,
+// and NaN for NaN.
 template <typename T>
 KDKERNELS_INLINE Vec<T> exp(Vec<T> y) {
   using C = Constants<T>;
   const Vec<T> low = splat<T>(C::exp_lowest), high = splat<T>(C::exp_highest);
-  const Vec<T> capped = y > high ? high : y;
-  const ExpParts<T> p = exp_parts<T>(max(low, capped));
+  const Vec<T> clamped = y > high ? high : y;
+  const ExpParts<T> p = exp_parts<T>(max(low, clamped));
   const Vec<T> value = p.scale * (T(1) + (p.r + p.h));
   return y < low ? Vec<T>{} : value;
 }
 
-// e^y for y <= 0, or NaN. `vanished` marks the lanes where that is 0.
+// e^y for y <= 0 or NaN. `vanished` marks the lanes in which the result is 0.
 template <typename T>
 KDKERNELS_INLINE Vec<T> exp_falling(Vec<T> y, Mask<T>& vanished) {
   const Vec<T> low = splat<T>(Constants<T>::exp_lowest);
@@ -246,8 +255,8 @@ KDKERNELS_INLINE Vec<T> exp_falling(Vec<T> y, Mask<T>& vanished) {
   return vanished ? Vec<T>{} : p.scale * (p.r + p.h) + p.scale;
 }
 
-// log(u) for positive finite u; -inf for 0, inf for inf, NaN below 0 and for NaN. u = 2^n * m with m in [sqrt(1/2), sqrt(2)),
-// log m = 2 atanh(z), z = (m - 1) / (m + 1).
+// log(u) for positive finite u; -inf for 0, inf for inf, and NaN for negative numbers and NaN. Uses
+// u = 2^n * m with m in [sqrt(1/2), sqrt(2)), and log m = 2 atanh(z) with z = (m - 1) / (m + 1).
 template <typename T>
 KDKERNELS_INLINE Vec<T> log(Vec<T> u) {
   using C = Constants<T>;
@@ -255,7 +264,7 @@ KDKERNELS_INLINE Vec<T> log(Vec<T> u) {
   using Int = typename IntOf<T>::type;
   constexpr int bits = C::mantissa_bits;
   const T root_half = T(0.70710678118654752);
-  // Subtracting the bits of sqrt(1/2) puts the boundary between two exponents there.
+  // Subtracting the bits of sqrt(1/2) moves the boundary between two exponents to sqrt(1/2).
   Int root_bits;
   std::memcpy(&root_bits, &root_half, sizeof root_bits);
   const I offset = (I)u - root_bits;
@@ -275,18 +284,19 @@ KDKERNELS_INLINE Vec<T> log(Vec<T> u) {
   return u >= T(0) ? result : splat<T>(std::numeric_limits<T>::quiet_NaN());
 }
 
-// u^p for u >= 0 and any p: 0^p is 0, and a NaN stays one. log2 u = n + log2 m as in log(); the integer part of n p leaves without
-// rounding, so what is lost does not grow with the size of n p.
+// u^p for u >= 0 and any p; 0^p is 0, and NaN stays NaN. Uses log2 u = n + log2 m as in log(). The
+// integer part of n p is split off without rounding, so the error does not grow with the magnitude
+// of n p.
 template <typename T>
 KDKERNELS_INLINE Vec<T> pow(Vec<T> u, T p) {
   using C = Constants<T>;
   using I = Mask<T>;
   using Int = typename IntOf<T>::type;
   constexpr int bits = C::mantissa_bits;
-  // Numbers below the normal ones are scaled up first.
-  const T up = T(int64_t(1) << (bits + 1));
+  // Subnormal numbers are scaled up first.
+  const T tiny_scale = T(int64_t(1) << (bits + 1));
   const Mask<T> tiny = u < std::numeric_limits<T>::min();
-  const Vec<T> scaled = tiny ? u * up : u;
+  const Vec<T> scaled = tiny ? u * tiny_scale : u;
   const T root_half = T(0.70710678118654752);
   Int root_bits;
   std::memcpy(&root_bits, &root_half, sizeof root_bits);
@@ -299,37 +309,38 @@ KDKERNELS_INLINE Vec<T> pow(Vec<T> u, T p) {
   Vec<T> poly = splat<T>(T(1.0 / (2 * terms + 1)));
   for (int k = terms - 1; k >= 1; --k) poly = poly * z2 + T(1.0 / (2 * k + 1));
   const Vec<T> log_m = T(2) * z + T(2) * z * z2 * poly;  // natural, |log_m| <= ln2 / 2
-  // p in two parts, of which n times the first is exact.
+  // Split p into two parts so that the product of n and the first part is exact.
   Int p_bits;
   std::memcpy(&p_bits, &p, sizeof p);
   p_bits &= ~((Int(1) << (bits / 2)) - 1);
   T p_high;
   std::memcpy(&p_high, &p_bits, sizeof p);
-  const Vec<T> most = n * p_high;
-  const Vec<T> whole = (most + C::round_magic) - C::round_magic;
-  const Vec<T> rest = ((most - whole) + n * (p - p_high)) * C::ln2 + log_m * p;
-  const Vec<T> limit = splat<T>(T(2 * C::exponent_bias - 2));  // past either end of the range, and half of it a power that exists
-  const Vec<T> capped = whole > limit ? limit : whole < -limit ? -limit : whole;
-  // 2^capped in two halves, so that a result near the ends of the range is reached from within it.
-  const Vec<T> half = (capped * T(0.5) + C::round_magic) - C::round_magic;
+  const Vec<T> exact_product = n * p_high;
+  const Vec<T> integer_part = (exact_product + C::round_magic) - C::round_magic;
+  const Vec<T> remainder = ((exact_product - integer_part) + n * (p - p_high)) * C::ln2 + log_m * p;
+  const Vec<T> limit = splat<T>(T(2 * C::exponent_bias - 2));  // beyond both ends of the range, while half of it is still a valid exponent
+  const Vec<T> clamped = integer_part > limit ? limit : integer_part < -limit ? -limit : integer_part;
+  // Multiply by 2^clamped in two steps, so that no intermediate result near the ends of the range
+  // leaves it.
+  const Vec<T> half = (clamped * T(0.5) + C::round_magic) - C::round_magic;
   auto power_of_two = [](Vec<T> k) { return (Vec<T>)((__builtin_convertvector(k, I) + C::exponent_bias) << bits); };
-  Vec<T> result = exp<T>(rest) * power_of_two(half) * power_of_two(capped - half);
+  Vec<T> result = exp<T>(remainder) * power_of_two(half) * power_of_two(clamped - half);
   result = u == T(0) ? Vec<T>{} : result;
   const T inf = std::numeric_limits<T>::infinity();
   result = u == inf ? splat<T>(p > 0 ? inf : T(0)) : result;
   return u == u ? result : u;
 }
 
-// log(1 + x), accurate for small x: the rounding of 1 + x is given back to first order.
+// log(1 + x), accurate for small x: the rounding error of 1 + x is corrected to first order.
 template <typename T>
 KDKERNELS_INLINE Vec<T> log1p(Vec<T> x) {
   const Vec<T> u = T(1) + x;
-  const Vec<T> lost = ((u - T(1)) - x) / u;
+  const Vec<T> rounding_error = ((u - T(1)) - x) / u;
   const Vec<T> result = log<T>(u);
-  return result - (u < std::numeric_limits<T>::infinity() && u > T(0) ? lost : Vec<T>{});
+  return result - (u < std::numeric_limits<T>::infinity() && u > T(0) ? rounding_error : Vec<T>{});
 }
 
-// <x, y> of n numbers, whatever n is.
+// The dot product <x, y> of two arrays of n numbers, for any n.
 template <typename T>
 double dot_product(const T* x, const T* y, int64_t n) {
   Vec<T> sum[4] = {};

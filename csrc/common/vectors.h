@@ -1,4 +1,4 @@
-// Vectors as columns of a batch of matrices, and their shapes.
+// Singular vectors stored as the columns of a batch of matrices: dtype check, shapes and layout.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,14 +8,14 @@
 
 namespace kdkernels {
 
-// The types that kernels of singular vectors read.
+// Checks that the kernels of singular vectors support the dtype of x.
 inline void check_type(const at::Tensor& x, const char* name) {
   const at::ScalarType type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
                    " must be float64, float32, bfloat16 or float16, got ", type);
 }
 
-// The shape of a batch of matrices with other last sizes.
+// The batch dimensions of x, followed by `last` in place of its two matrix dimensions.
 inline std::vector<int64_t> batched(const at::Tensor& x, std::initializer_list<int64_t> last) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.resize(shape.size() - 2);
@@ -23,7 +23,8 @@ inline std::vector<int64_t> batched(const at::Tensor& x, std::initializer_list<i
   return shape;
 }
 
-// [..., n, k] as contiguous [B, k, n]: no copy of what truncated_svd made.
+// Converts [..., n, k] to contiguous [B, k, n]. For the outputs of truncated_svd this needs no
+// copy.
 inline at::Tensor vectors_first(const at::Tensor& t, at::ScalarType dtype) {
   const at::Tensor rows = t.transpose(-1, -2);
   return rows.to(dtype).contiguous().view({-1, rows.size(-2), rows.size(-1)});

@@ -1,5 +1,5 @@
-// torch's headers that the schemas and derivatives take, compiled once for all of them (setup.py). Sources include what they use all the
-// same.
+// The torch headers included by the sources that define schemas and derivatives, precompiled once
+// for all of them (see setup.py). Each source still includes the headers that it uses.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>

@@ -1,4 +1,5 @@
-// torch's headers that the CPU kernels take, compiled once per instruction set (setup.py). Sources include what they use all the same.
+// The torch headers included by the CPU kernels, precompiled once per instruction set (see
+// setup.py). Each source still includes the headers that it uses.
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
