@@ -37,8 +37,9 @@ inline void raise_not_implemented(const c10::OperatorHandle&, torch::jit::Stack*
     if (value.isTensor()) return value.toTensor().is_cuda();
     return value.isTensorList() && !value.toTensorVector().empty() && value.toTensorVector()[0].is_cuda();
   };
-  TORCH_CHECK_NOT_IMPLEMENTED(std::none_of(stack->begin(), stack->end(), is_on_gpu),
-                              "implementation \"cuda\" needs the CUDA kernels, which were not built: kdkernels.show_config() says why");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      std::none_of(stack->begin(), stack->end(), is_on_gpu),
+      "implementation \"cuda\" needs the CUDA kernels, which were not built: kdkernels.show_config() shows the reason");
   TORCH_CHECK_NOT_IMPLEMENTED(false,
                               "implementation \"cuda\" takes CUDA tensors. CPU tensors are for tests of its kernels: build kdkernels with "
                               "KDKERNELS_TESTING=1 and import kdkernels._testing");

@@ -1,4 +1,5 @@
-// Where the rows of strided logits lie. All dimensions but the classes' are rows, numbered in the logical (row-major) order.
+// Memory layout of strided logits. All dimensions except the dimension of the classes are rows,
+// numbered in logical (row-major) order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,24 +11,24 @@ namespace kdkernels::temperature_kl {
 
 enum Operand { kStudent, kTeacher, kStudentGrad, kTeacherGrad, kOperands };
 
-// Classes are adjacent in memory.
+// Whether the classes of a row are adjacent in memory.
 inline bool classes_adjacent(const at::Tensor& x, int64_t dim) {
   return x.size(dim) == 1 || x.stride(dim) == 1;
 }
 
-// The last dimension of rows; -1 if there is one row only.
-inline int64_t last_row_dim(const at::Tensor& x, int64_t dim) {
+// The innermost row dimension of size greater than 1; -1 if there is only one row.
+inline int64_t innermost_row_dim(const at::Tensor& x, int64_t dim) {
   for (int64_t d = x.dim() - 1; d >= 0; --d)
     if (d != dim && x.size(d) > 1) return d;
   return -1;
 }
 
-// Rows are adjacent in memory, and enough of them to fill vectors.
+// Whether neighbouring rows are adjacent in memory, in runs long enough to fill vectors.
 inline bool rows_adjacent(const at::Tensor& x, int64_t dim) {
-  const int64_t last = last_row_dim(x, dim);
-  if (last < 0 || x.stride(last) != 1) return false;
-  int64_t run = x.size(last);
-  for (int64_t d = last - 1; d >= 0 && d != dim && x.stride(d) == run; --d) run *= x.size(d);
+  const int64_t inner = innermost_row_dim(x, dim);
+  if (inner < 0 || x.stride(inner) != 1) return false;
+  int64_t run = x.size(inner);
+  for (int64_t d = inner - 1; d >= 0 && d != dim && x.stride(d) == run; --d) run *= x.size(d);
   return run >= 8;
 }
 
@@ -36,10 +37,11 @@ inline at::Tensor with_classes_adjacent(const at::Tensor& x, int64_t dim) {
 }
 
 inline at::Tensor with_rows_adjacent(const at::Tensor& x, int64_t dim) {
-  return x.stride(last_row_dim(x, dim)) == 1 ? x : x.movedim(dim, 0).contiguous().movedim(0, dim);
+  return x.stride(innermost_row_dim(x, dim)) == 1 ? x : x.movedim(dim, 0).contiguous().movedim(0, dim);
 }
 
-// The dimensions of rows, merged where all operands allow it.
+// The row dimensions of the operands. Consecutive dimensions are merged if the strides of all
+// operands allow it.
 class Rows {
  public:
   Rows(const std::array<at::Tensor, kOperands>& x, int64_t dim) {
@@ -59,10 +61,10 @@ class Rows {
     }
   }
 
-  // Length of the innermost merged run of rows.
+  // The length of the innermost merged run of rows.
   int64_t run() const { return axes_.empty() ? 1 : axes_.back().size; }
 
-  // Offset in elements of a row in each operand.
+  // The offset of a row in each operand, in elements.
   std::array<int64_t, kOperands> offsets(int64_t row) const {
     std::array<int64_t, kOperands> result{};
     for (auto axis = axes_.rbegin(); axis != axes_.rend(); ++axis) {

@@ -1,8 +1,10 @@
 // temperature_kl: the schemas of its ops, and its derivative.
 //
-// The forward op already has in hand all that the gradient of the student needs, so where only the student asks for one it writes it at
-// once and the backward hands it on: three passes over the logits in all (read both, write one). The derivative is registered here and not
-// in Python because at 128 x 100 logits a Python derivative takes longer than the kernel, eager's forward and eager's backward together.
+// The forward op has everything that the gradient of the student needs. If only the student
+// requires a gradient, the forward op therefore writes the gradient at once and the backward pass
+// returns it: three passes over the logits in total (two reads, one write). The derivative is
+// registered in C++ because for 128 x 100 logits a derivative in Python takes longer than the
+// kernel and the forward and backward passes of eager PyTorch together.
 #include "temperature_kl.h"
 
 #include <torch/library.h>
@@ -35,7 +37,9 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta,
                                            reduction, scale_by_t2, include_entropy, target_eps, save_grad);
     ctx->set_materialize_grads(false);
-    // KL(p_t || p_s) depends on the teacher in its terms of first order in log p_s alone: the saved gradient holds them.
+    // The teacher enters the student's gradient of KL(p_t || p_s) only through the terms of first
+    // order in log p_s, which the saved gradient contains. The teacher's logits therefore need not
+    // be saved.
     const bool without_teacher = save_grad && direction == static_cast<int64_t>(Direction::forward) && target_eps == 0;
     save(ctx, {student, without_teacher ? Tensor() : teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()),
                normalizer.value_or(Tensor()), grad, row_scale});
@@ -69,7 +73,7 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
       Tensor grad = kept[5];
-      if (may_give_away(grad, grad_loss)) {
+      if (can_reuse(grad, grad_loss)) {
         rescale_in_place.call(grad, kept[6], grad_loss, optional(kept[3]), dim);
         result[0] = grad;
       } else {
@@ -78,25 +82,27 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
       return result;
     }
     const auto needs = data["needs"].toBoolList();
-    auto differentiable = [&](const Tensor& upstream, const Tensor& teacher) {
+    auto compute_gradients = [&](const Tensor& upstream, const Tensor& teacher) {
       return recompute.call(upstream, kept[0], teacher, data["temperature"].toDouble(), optional(kept[2]), optional(kept[3]),
                             optional(kept[4]), dim, data["direction"].toInt(), data["beta"].toDouble(), data["reduction"].toInt(),
                             data["scale_by_t2"].toBool(), data["include_entropy"].toBool(), data["target_eps"].toDouble(),
                             std::array<bool, 3>{needs[0], needs[1], needs[2]});
     };
     if (data["without_teacher"].toBool()) {
-      // The gradient against the student itself is 0 and has the derivative of every other; the saved one has the value.
-      const Tensor rest = std::get<0>(differentiable(grad_loss, kept[0].detach()));
+      // For the derivative of the gradient: with the student itself as the teacher, the gradient is
+      // 0 and has the same derivative as with any other teacher. The saved gradient supplies the
+      // value.
+      const Tensor self_gradient = std::get<0>(compute_gradients(grad_loss, kept[0].detach()));
       const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss;
       const Tensor scale = has_scale(kept[5]) ? kept[6].unsqueeze(dim) : kept[6];
       const Tensor value = scaled(kept[5], scale, factor);
-      result[0] = rest + (kept[3].defined() ? value.masked_fill(kept[3].logical_not().unsqueeze(dim), 0) : value);
+      result[0] = self_gradient + (kept[3].defined() ? value.masked_fill(kept[3].logical_not().unsqueeze(dim), 0) : value);
       return result;
     }
-    auto [to_student, to_teacher, to_temperature] = differentiable(grad_loss, kept[1]);
-    if (needs[0]) result[0] = to_student;
-    if (needs[1]) result[1] = to_teacher;
-    if (needs[2]) result[3] = to_temperature;
+    auto [grad_student, grad_teacher, grad_temperature] = compute_gradients(grad_loss, kept[1]);
+    if (needs[0]) result[0] = grad_student;
+    if (needs[1]) result[1] = grad_teacher;
+    if (needs[2]) result[3] = grad_temperature;
     return result;
   }
 };
@@ -116,18 +122,19 @@ std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student
   }
   const auto out = TemperatureKl::apply(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction,
                                         scale_by_t2, include_entropy, target_eps);
-  // The saved gradient is the graph's alone: its backward may scale it in place.
-  return {out[0], nothing(student), nothing(student, at::kFloat)};
+  // Only the graph holds the saved gradient, so its backward pass may scale it in place.
+  return {out[0], empty_result(student), empty_result(student, at::kFloat)};
 }
 
 }  // namespace
 }  // namespace kdkernels::temperature_kl
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  // One number per row comes in row order: row_temperature, mask and the loss of reduction="none" have the shape of the logits without
-  // `dim`. If save_grad, which the derivative sets, the second result is dLoss/dStudent, else it is empty. The gradient of float16 logits
-  // is saved as grad_student * row_scale, one power of two for each row, because gradients of a mean over a batch lie below the range of
-  // float16 until a loss scaler's factor meets them; for other types row_scale is empty.
+  // Tensors with one number per row (row_temperature, mask and the loss of reduction="none") have
+  // the shape of the logits without `dim`. With save_grad, which the derivative sets, the second
+  // result is dLoss/dStudent; otherwise it is empty. The gradient of float16 logits is grad_student
+  // * row_scale, with one power of two per row, because gradients of a mean over a batch are below
+  // the range of float16 until a loss scaler multiplies them. For other dtypes row_scale is empty.
   m.def(
       "temperature_kl(Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, Tensor? normalizer, int "
       "dim, "
@@ -137,8 +144,9 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
       "temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor? row_temperature, Tensor? mask, "
       "Tensor? normalizer, int dim, int direction, float beta, int reduction, bool scale_by_t2, bool include_entropy, float target_eps, "
       "bool[3] wanted) -> (Tensor grad_student, Tensor grad_teacher, Tensor grad_row_temperature)");
-  // grad * row_scale * grad_loss, multiplied in float (or double) and rounded once. grad_loss is one number or one per row, row_scale may
-  // be empty. Rows that the mask leaves out are 0 whatever grad_loss is.
+  // grad * row_scale * grad_loss, multiplied in float32 or float64 and rounded once. grad_loss is
+  // one number or one number per row; row_scale may be empty. Rows excluded by the mask are 0
+  // whatever grad_loss is.
   m.def("temperature_kl_rescale(Tensor grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> Tensor");
   m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
 }

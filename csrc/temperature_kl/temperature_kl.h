@@ -1,4 +1,4 @@
-// The parsed arguments of the temperature_kl ops, shared by their backends.
+// Options of the temperature_kl ops and checks of their arguments, shared by all backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -55,7 +55,8 @@ inline Options parse_options(const at::Tensor& student, double temperature, int6
   return o;
 }
 
-// The shape of a tensor with one number per row: all dimensions but the classes'.
+// The shape of a tensor with one number per row: all dimensions except the dimension of the
+// classes.
 inline std::vector<int64_t> row_shape(const at::Tensor& x, int64_t dim) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.erase(shape.begin() + dim);
@@ -93,7 +94,7 @@ inline void check_inputs(const at::Tensor& student, const at::Tensor& teacher, c
   }
 }
 
-// Arguments of the rescale ops; see their schemas.
+// Checks the arguments of the rescale ops; see their schemas.
 inline void check_rescale(const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
                           const std::optional<at::Tensor>& mask, int64_t dim) {
   check_floating(grad, "grad");
