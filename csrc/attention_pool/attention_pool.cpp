@@ -1,7 +1,8 @@
 // attention_pool and attention_transfer_loss: the schemas of their ops, and their derivatives.
 //
-// attention_transfer_loss reads a sample's features to make its map, and once more, while they may still be in a cache, to write the
-// gradient: it does so in the forward where only the student asks for one. See saved_gradient.h.
+// attention_transfer_loss reads the features of a sample once to compute their map, and a second
+// time, while they may still be in a cache, to write the gradient. It writes the gradient in the
+// forward pass if only the student requires one. See saved_gradient.h.
 #include "attention_pool.h"
 
 #include <torch/library.h>
@@ -24,13 +25,14 @@ using LossBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Te
 using RescaleSignature = void(Tensor&, const Tensor&, const Tensor&);
 
 struct Pool : torch::autograd::Function<Pool> {
-  // What has no derivative goes beside the outputs: compiled autograd takes no function that marks an output as not differentiable.
+  // Outputs without a derivative are returned through `side_outputs`, because compiled autograd
+  // does not support functions that mark an output as not differentiable.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, int64_t reduce, int64_t normalize, double eps,
-                               std::array<Tensor, 2>* beside) {
+                               std::array<Tensor, 2>* side_outputs) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [maps, norm, channel] = op.call(x, p, reduce, normalize, eps);
-    *beside = {norm, channel};
+    *side_outputs = {norm, channel};
     ctx->set_materialize_grads(false);
     save(ctx, {x, maps, norm, channel});
     auto& saved = ctx->saved_data;
@@ -61,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, int6
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(x, p, reduce, normalize, eps);
   }
-  std::array<Tensor, 2> beside;
-  const auto out = Pool::apply(x, p, reduce, normalize, eps, &beside);
-  return {out[0], beside[0], beside[1]};
+  std::array<Tensor, 2> side_outputs;
+  const auto out = Pool::apply(x, p, reduce, normalize, eps, &side_outputs);
+  return {out[0], side_outputs[0], side_outputs[1]};
 }
 
 struct Loss : torch::autograd::Function<Loss> {
@@ -74,8 +76,9 @@ struct Loss : torch::autograd::Function<Loss> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, grad, scale, teacher_map] = op.call(student, teacher, p, variant, reduce, eps, save_grad);
     ctx->set_materialize_grads(false);
-    // Higher derivatives need of the teacher its map alone: features of one channel, |f|^p = map, stand for it. Roots of maps of p < 1 can
-    // leave their range.
+    // Higher derivatives depend on the teacher only through its map, so it is enough to save the
+    // map: features of one channel with |f|^p = map replace the teacher's. For p < 1 this is not
+    // done, because the root of a map can leave the range of its dtype.
     const bool map_only = save_grad && p >= 1;
     save(ctx, {student, map_only ? teacher_map : teacher, grad, scale});
     auto& saved = ctx->saved_data;
@@ -99,7 +102,7 @@ struct Loss : torch::autograd::Function<Loss> {
     auto& data = ctx->saved_data;
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
       Tensor grad = kept[2];
-      if (may_give_away(grad, grad_loss)) {
+      if (can_reuse(grad, grad_loss)) {
         rescale.call(grad, kept[3], grad_loss);
         result[0] = grad;
       } else {
@@ -112,10 +115,11 @@ struct Loss : torch::autograd::Function<Loss> {
     check_no_tangent("attention_transfer_loss_backward", grad_loss);
     const auto needs = data["needs"].toBoolList();
     const Tensor teacher = data["map_only"].toBool() ? kept[1].pow(1 / data["p"].toDouble()).unsqueeze(1) : kept[1];
-    auto [to_student, to_teacher] = recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toInt(),
-                                                   data["reduce"].toInt(), data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
-    if (needs[0]) result[0] = to_student;
-    if (needs[1]) result[1] = to_teacher;
+    auto [grad_student, grad_teacher] =
+        recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toInt(), data["reduce"].toInt(),
+                       data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
+    if (needs[0]) result[0] = grad_student;
+    if (needs[1]) result[1] = grad_teacher;
     return result;
   }
 };
@@ -129,22 +133,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, 
     return op.call(student, teacher, p, variant, reduce, eps, save_grad);
   }
   const auto out = Loss::apply(student, teacher, p, variant, reduce, eps);
-  // The saved gradient is the graph's alone: its backward may scale it in place.
-  return {out[0], nothing(student), nothing(student, at::kFloat), nothing(student, compute_dtype(student, teacher))};
+  // Only the graph holds the saved gradient, so its backward pass may scale it in place.
+  return {out[0], empty_result(student), empty_result(student, at::kFloat), empty_result(student, compute_dtype(student, teacher))};
 }
 
 }  // namespace
 }  // namespace kdkernels::attention_pool
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  // maps [B, *spatial]; norm [B], float64, for normalize="l2"; channel [B, *spatial], int32, for reduce="max"; else these are empty.
+  // maps is [B, *spatial]; norm is [B], float64, for normalize="l2"; channel is [B, *spatial],
+  // int32, for reduce="max". norm and channel are empty for other options.
   m.def("attention_pool(Tensor x, float p, int reduce, int normalize, float eps) -> (Tensor maps, Tensor norm, Tensor channel)");
   m.def(
       "attention_pool_backward(Tensor grad, Tensor x, Tensor maps, Tensor norm, Tensor channel, float p, int reduce, int normalize, "
       "float eps) -> Tensor");
-  // If save_grad, which the derivative sets, dLoss/dStudent = grad_student * scale and the teacher's map before it is normalised; else
-  // these are empty. scale [B], float32, is a power of two for each sample where the student is float16, whose range the gradient may
-  // leave; for other types it is empty and stands for 1.
+  // With save_grad, which the derivative sets, the op also returns grad_student, scale and the
+  // teacher's map before normalisation; otherwise these are empty. dLoss/dStudent = grad_student *
+  // scale. If the student is float16, whose range the gradient may leave, scale is [B], float32,
+  // with one power of two per sample; for other dtypes it is empty and stands for 1.
   m.def(
       "attention_transfer_loss(Tensor student, Tensor teacher, float p, int variant, int reduce, float eps, bool save_grad) "
       "-> (Tensor loss, Tensor grad_student, Tensor scale, Tensor teacher_map)");

@@ -1,4 +1,4 @@
-// attention_pool and attention_transfer_loss: options and checks that every backend shares.
+// attention_pool and attention_transfer_loss: options and argument checks, shared by all backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -42,10 +42,10 @@ inline void check_features(const at::Tensor& x, const char* name) {
   check_floating(x, name);
   TORCH_CHECK_VALUE(x.dim() >= 3, name, " must have the shape [B, C, *spatial], got ", x.sizes());
   for (int64_t d = 1; d < x.dim(); ++d)
-    TORCH_CHECK_VALUE(x.size(d) > 0, name, " must have at least one channel and one place, got ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(d) > 0, name, " must have at least one channel and one spatial position, got ", x.sizes());
 }
 
-// [B, *spatial]
+// The shape of the maps of features x: [B, *spatial].
 inline std::vector<int64_t> map_shape(const at::Tensor& x) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.erase(shape.begin() + 1);
@@ -56,7 +56,7 @@ inline void check_pair(const at::Tensor& student, const at::Tensor& teacher) {
   check_features(student, "student");
   check_features(teacher, "teacher");
   check_device(teacher, "teacher", student.device());
-  TORCH_CHECK_VALUE(map_shape(student) == map_shape(teacher), "student and teacher must have the same batch and places, got ",
+  TORCH_CHECK_VALUE(map_shape(student) == map_shape(teacher), "student and teacher must have the same batch size and spatial shape, got ",
                     student.sizes(), " and ", teacher.sizes());
 }
 

@@ -13,9 +13,9 @@
 namespace kdkernels::attention_pool {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // numbers below which a second thread costs more than it brings
+constexpr int64_t kGrain = 1 << 14;  // with fewer numbers per thread, a second thread costs more than it saves
 
-// Calls body with a null pointer of the type that features are stored in.
+// Calls body with a null pointer to the type in which the features are stored.
 template <typename T, typename Body>
 void with_storage(at::ScalarType stored, Body&& body) {
   if constexpr (std::is_same_v<T, float>) {
@@ -25,69 +25,80 @@ void with_storage(at::ScalarType stored, Body&& body) {
   body(static_cast<T*>(nullptr));
 }
 
-// The features of one net, and how a map is made of them.
+// The features of one network, with the functions that compute its map and its gradient.
 template <typename T>
-class Net {
+class PooledFeatures {
  public:
-  Net(const at::Tensor& x, const Options& options)
-      : original_(x), f(view(x.scalar_type() != at::kDouble && std::is_same_v<T, double> ? x.to(at::kDouble) : x)), options_(options) {}
+  PooledFeatures(const at::Tensor& x, const Options& options)
+      : original_(x),
+        features_(view(x.scalar_type() != at::kDouble && std::is_same_v<T, double> ? x.to(at::kDouble) : x)),
+        options_(options) {}
 
-  bool maximum() const { return options_.reduce == Reduce::max; }
-  int64_t batch() const { return f.batch; }
-  int64_t places() const { return f.places; }
-  int64_t numbers() const { return f.channels * f.places; }  // of a sample
-  // dMap/dx is |x|^(p-1) sign(x) times this.
-  double factor() const { return options_.p / (options_.reduce == Reduce::mean ? static_cast<double>(f.channels) : 1); }
+  bool uses_max() const { return options_.reduce == Reduce::max; }
+  int64_t batch() const { return features_.batch; }
+  int64_t positions() const { return features_.positions; }
+  int64_t elements_per_sample() const { return features_.channels * features_.positions; }
+  // dMap/dx is |x|^(p-1) sign(x) times this factor.
+  double factor() const { return options_.p / (options_.reduce == Reduce::mean ? static_cast<double>(features_.channels) : 1); }
 
-  // A bound of |dL/dx| of a sample, from its map q * divisor and the weights of its places: |x|^(p-1) is largest where one channel makes
-  // the whole map, or, for p < 1, where x is the smallest number of half precision.
+  // An upper bound of |dL/dx| in one sample, from its map q * divisor and the weights of its
+  // positions. |x|^(p-1) is largest if a single channel contributes the whole map or, for p < 1, if
+  // x is the smallest positive half-precision number.
   double gradient_bound(const T* q, double divisor, const T* weight) const {
-    const double p = options_.p, count = options_.reduce == Reduce::mean ? static_cast<double>(f.channels) : 1;
-    const double steepest = p < 1 ? std::pow(0x1p-24, p - 1) : 0;
+    const double p = options_.p, count = options_.reduce == Reduce::mean ? static_cast<double>(features_.channels) : 1;
+    const double max_derivative = p < 1 ? std::pow(0x1p-24, p - 1) : 0;
     double bound = 0;
-    for (int64_t i = 0; i < f.places; ++i) {
-      const double slope = p < 1 ? steepest : p == 2 ? std::sqrt(q[i] * divisor * count) : std::pow(q[i] * divisor * count, 1 - 1 / p);
-      const double size = std::abs(static_cast<double>(weight[i])) * slope;
-      if (!(size <= bound)) bound = size;
+    for (int64_t i = 0; i < features_.positions; ++i) {
+      const double derivative = p < 1    ? max_derivative
+                                : p == 2 ? std::sqrt(q[i] * divisor * count)
+                                         : std::pow(q[i] * divisor * count, 1 - 1 / p);
+      const double magnitude = std::abs(static_cast<double>(weight[i])) * derivative;
+      if (!(magnitude <= bound)) bound = magnitude;
     }
     return bound;
   }
 
-  // The map of sample b at places [first, first + count).
+  // Computes the map of sample b at positions [first, first + count).
   void pool_part(int64_t b, int64_t first, int64_t count, T* map, int32_t* channel) const {
-    with_storage<T>(f.x.scalar_type(), [&](auto* type) {
+    with_storage<T>(features_.x.scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       with_power<T>(options_.p, [&](const auto& power) {
-        pool(part(count), at<const Storage>(f, b, first), maximum(), options_.reduce == Reduce::mean, power, map, channel);
+        pool(part(count), position_address<const Storage>(features_, b, first), uses_max(), options_.reduce == Reduce::mean, power, map,
+             channel);
       });
     });
   }
 
-  // A tensor for the gradient, in the layout of the features.
+  // Allocates the tensor for the gradient, in the memory layout of the features.
   void make_gradient() {
     gradient_ = recycled_empty_like(original_);
-    auto same = gradient_.scalar_type() == f.x.scalar_type() ? view_as(gradient_, f.channels_adjacent) : std::nullopt;
-    if (!same) {
-      const auto options = f.x.options().memory_format(at::MemoryFormat::Contiguous);
-      same = view_as(f.channels_adjacent ? at::empty({f.batch, f.places, f.channels}, options).transpose(1, 2).view(f.x.sizes())
-                                         : at::empty(f.x.sizes(), options),
-                     f.channels_adjacent);
+    auto gradient_view =
+        gradient_.scalar_type() == features_.x.scalar_type() ? view_as(gradient_, features_.channels_adjacent) : std::nullopt;
+    if (!gradient_view) {
+      const auto options = features_.x.options().memory_format(at::MemoryFormat::Contiguous);
+      gradient_view = view_as(
+          features_.channels_adjacent
+              ? at::empty({features_.batch, features_.positions, features_.channels}, options).transpose(1, 2).view(features_.x.sizes())
+              : at::empty(features_.x.sizes(), options),
+          features_.channels_adjacent);
     }
-    g = *same;
-    written_ = g.x;
-    const int64_t row = f.channels_adjacent ? f.channels : f.places;
-    const bool aligned = row * f.x.element_size() % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(address(g.x)) % simd::kBytes == 0;
-    streamed_ = aligned && original_.nbytes() > (size_t(32) << 20);
+    gradient_features_ = *gradient_view;
+    written_ = gradient_features_.x;
+    const int64_t row_size = features_.channels_adjacent ? features_.channels : features_.positions;
+    const bool aligned = row_size * features_.x.element_size() % simd::kBytes == 0 &&
+                         reinterpret_cast<uintptr_t>(address(gradient_features_.x)) % simd::kBytes == 0;
+    streaming_ = aligned && original_.nbytes() > (size_t(32) << 20);
   }
 
   void scatter_part(int64_t b, int64_t first, int64_t count, const T* weight, const int32_t* channel) const {
-    with_storage<T>(f.x.scalar_type(), [&](auto* type) {
+    with_storage<T>(features_.x.scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       with_power<T>(options_.p, [&](const auto& power) {
-        Features to = g;
-        to.places = count;
-        const bool stream = streamed_ && (f.channels_adjacent || count == f.places);
-        scatter(part(count), at<const Storage>(f, b, first), to, maximum(), stream, power, weight, channel, at<Storage>(g, b, first));
+        Features to = gradient_features_;
+        to.positions = count;
+        const bool streaming = streaming_ && (features_.channels_adjacent || count == features_.positions);
+        scatter(part(count), position_address<const Storage>(features_, b, first), to, uses_max(), streaming, power, weight, channel,
+                position_address<Storage>(gradient_features_, b, first));
       });
     });
   }
@@ -100,33 +111,37 @@ class Net {
 
  private:
   Features part(int64_t count) const {
-    Features some = f;
-    some.places = count;
-    return some;
+    Features result = features_;
+    result.positions = count;
+    return result;
   }
   template <typename Storage>
-  static Storage* at(const Features& f, int64_t b, int64_t first) {
-    return f.template sample<std::remove_const_t<Storage>>(b) + first * (f.channels_adjacent ? f.stride : 1);
+  static Storage* position_address(const Features& layout, int64_t b, int64_t first) {
+    return layout.template sample<std::remove_const_t<Storage>>(b) + first * (layout.channels_adjacent ? layout.stride : 1);
   }
 
   at::Tensor original_, gradient_, written_;
-  Features f, g;
+  Features features_, gradient_features_;
   Options options_;
-  bool streamed_ = false;
+  bool streaming_ = false;
 };
 
-// The exponent that lifts numbers of at most `bound` to the top of half precision's range, with a bit to spare for their rounding.
+// The exponent of the power of two that scales numbers of magnitude up to `bound` to the top of the
+// float16 range, with one spare bit for rounding errors.
 inline int half_exponent(double bound) {
   int exponent = 15;
   if (bound > 0 && std::isfinite(bound)) std::frexp(bound, &exponent);
   return std::clamp(15 - exponent, -100, 100);
 }
 
-// Numbers of every sample that the stages hand on: for all samples, or for the one that a thread works on.
+// Per-sample arrays that one stage passes to the next, either for all samples or only for the
+// sample that a thread is working on.
 template <typename T>
 struct Scratch {
-  Scratch(int64_t samples, int64_t places, int arrays, int channels)
-      : values(new T[samples * places * arrays + simd::kLanes<T>]), indices(new int32_t[samples * places * channels + 1]), stride(places) {}
+  Scratch(int64_t samples, int64_t positions, int arrays, int channels)
+      : values(new T[samples * positions * arrays + simd::kLanes<T>]),
+        indices(new int32_t[samples * positions * channels + 1]),
+        stride(positions) {}
   T* array(int i, int64_t sample, int64_t samples) const { return values.get() + (i * samples + sample) * stride; }
   int32_t* channel(int i, int64_t sample, int64_t samples) const { return indices.get() + (i * samples + sample) * stride; }
   std::unique_ptr<T[]> values;
@@ -134,79 +149,82 @@ struct Scratch {
   int64_t stride;
 };
 
-// Runs pool(b, first, count, slot), finish(b, slot) and scatter(b, first, count, slot) for all samples. A sample stays with one thread, so
-// that its features are still in a cache when the gradient reads them again; only where there are fewer samples than threads are its
-// places shared out, stage by stage. slot is the sample's number in `scratch`, of slots().
+// Runs pool(b, first, count, slot), finish(b, slot) and scatter(b, first, count, slot) for all
+// samples. One thread processes a whole sample, so that its features are still in a cache when the
+// gradient reads them again. Only if there are fewer samples than threads, the positions of a
+// sample are divided among threads, stage by stage. `slot` is the index of the sample in `scratch`,
+// which has slots() slots.
 class Schedule {
  public:
-  Schedule(int64_t batch, int64_t places, int64_t numbers) : batch_(batch), places_(places), numbers_(numbers) {
+  Schedule(int64_t batch, int64_t positions, int64_t elements_per_sample)
+      : batch_(batch), positions_(positions), elements_per_sample_(elements_per_sample) {
     const int64_t threads = at::get_num_threads();
-    shared_ = batch < threads && numbers >= 4 * kGrain && places >= 128;
-    parts_ = shared_ ? std::min<int64_t>((threads + batch - 1) / batch, places / 64) : 1;
+    samples_are_split_ = batch < threads && elements_per_sample >= 4 * kGrain && positions >= 128;
+    parts_per_sample_ = samples_are_split_ ? std::min<int64_t>((threads + batch - 1) / batch, positions / 64) : 1;
   }
-  int64_t slots() const { return shared_ ? batch_ : 1; }
+  int64_t slots() const { return samples_are_split_ ? batch_ : 1; }
 
   template <typename MakeScratch, typename Pool, typename Finish, typename Scatter>
   void run(MakeScratch&& make_scratch, Pool&& pool, Finish&& finish, Scatter&& scatter) const {
-    if (!shared_) {
-      at::parallel_for(0, batch_, std::max<int64_t>(1, kGrain / numbers_), [&](int64_t begin, int64_t end) {
+    if (!samples_are_split_) {
+      at::parallel_for(0, batch_, std::max<int64_t>(1, kGrain / elements_per_sample_), [&](int64_t begin, int64_t end) {
         const auto scratch = make_scratch();
         for (int64_t b = begin; b < end; ++b) {
-          pool(scratch, b, 0, places_, 0);
+          pool(scratch, b, 0, positions_, 0);
           finish(scratch, b, 0);
-          scatter(scratch, b, 0, places_, 0);
+          scatter(scratch, b, 0, positions_, 0);
         }
         simd::fence();
       });
       return;
     }
     const auto scratch = make_scratch();
-    auto over_parts = [&](auto&& stage) {
-      at::parallel_for(0, batch_ * parts_, 1, [&](int64_t begin, int64_t end) {
+    auto for_each_part = [&](auto&& stage) {
+      at::parallel_for(0, batch_ * parts_per_sample_, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / parts_, k = i % parts_, first = boundary(k), count = boundary(k + 1) - first;
+          const int64_t b = i / parts_per_sample_, k = i % parts_per_sample_, first = boundary(k), count = boundary(k + 1) - first;
           stage(scratch, b, first, count, b);
         }
         simd::fence();
       });
     };
-    over_parts(pool);
+    for_each_part(pool);
     at::parallel_for(0, batch_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) finish(scratch, b, b);
     });
-    over_parts(scatter);
+    for_each_part(scatter);
   }
 
  private:
-  int64_t boundary(int64_t k) const { return k == parts_ ? places_ : places_ * k / parts_ / 16 * 16; }
-  int64_t batch_, places_, numbers_, parts_;
-  bool shared_;
+  int64_t boundary(int64_t k) const { return k == parts_per_sample_ ? positions_ : positions_ * k / parts_per_sample_ / 16 * 16; }
+  int64_t batch_, positions_, elements_per_sample_, parts_per_sample_;
+  bool samples_are_split_;
 };
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pool_forward(const at::Tensor& x, const Options& o, Normalize normalize) {
-  const Net<T> net(x, o);
+  const PooledFeatures<T> network(x, o);
   const at::Tensor maps =
       at::empty(map_shape(x), x.options().dtype(c10::CppTypeToScalarType<T>::value).memory_format(at::MemoryFormat::Contiguous));
-  const at::Tensor norm = at::empty({normalize == Normalize::l2 ? net.batch() : 0}, x.options().dtype(at::kDouble));
+  const at::Tensor norm = at::empty({normalize == Normalize::l2 ? network.batch() : 0}, x.options().dtype(at::kDouble));
   const at::Tensor channel =
-      net.maximum() ? at::empty(map_shape(x), x.options().dtype(at::kInt)) : at::empty({0}, x.options().dtype(at::kInt));
+      network.uses_max() ? at::empty(map_shape(x), x.options().dtype(at::kInt)) : at::empty({0}, x.options().dtype(at::kInt));
   T* map = maps.mutable_data_ptr<T>();
-  int32_t* from = net.maximum() ? channel.mutable_data_ptr<int32_t>() : nullptr;
-  const int64_t places = net.places();
-  Schedule(net.batch(), places, net.numbers())
+  int32_t* channels = network.uses_max() ? channel.mutable_data_ptr<int32_t>() : nullptr;
+  const int64_t positions = network.positions();
+  Schedule(network.batch(), positions, network.elements_per_sample())
       .run([] { return 0; },
            [&](int, int64_t b, int64_t first, int64_t count, int64_t) {
-             net.pool_part(b, first, count, map + b * places + first, from ? from + b * places + first : nullptr);
+             network.pool_part(b, first, count, map + b * positions + first, channels ? channels + b * positions + first : nullptr);
            },
            [&](int, int64_t b, int64_t) {
-             T* a = map + b * places;
+             T* a = map + b * positions;
              if (normalize == Normalize::l2) {
-               const L2<T> l2(a, places, o.eps);
+               const L2<T> l2(a, positions, o.eps);
                norm.mutable_data_ptr<double>()[b] = l2.norm;
-               l2.normalize(a, places, a);
+               l2.normalize(a, positions, a);
              } else if (normalize == Normalize::softmax) {
-               softmax(a, places, a);
+               softmax(a, positions, a);
              }
            },
            [](int, int64_t, int64_t, int64_t, int64_t) {});
@@ -216,79 +234,80 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pool_forward(const at::Tensor& x,
 template <typename T>
 at::Tensor pool_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& maps, const at::Tensor& norm,
                          const at::Tensor& channel, const Options& o, Normalize normalize) {
-  Net<T> net(x, o);
-  net.make_gradient();
+  PooledFeatures<T> network(x, o);
+  network.make_gradient();
   const at::Tensor upstream = grad.to(c10::CppTypeToScalarType<T>::value).contiguous(), q = maps.contiguous();
   const T *g = upstream.const_data_ptr<T>(), *map = q.const_data_ptr<T>();
-  const int32_t* from = net.maximum() ? channel.const_data_ptr<int32_t>() : nullptr;
-  const int64_t places = net.places();
-  const Schedule schedule(net.batch(), places, net.numbers());
-  const double factor = net.factor();
-  schedule.run([&] { return Scratch<T>(schedule.slots(), places, 1, 0); }, [](const Scratch<T>&, int64_t, int64_t, int64_t, int64_t) {},
+  const int32_t* channels = network.uses_max() ? channel.const_data_ptr<int32_t>() : nullptr;
+  const int64_t positions = network.positions();
+  const Schedule schedule(network.batch(), positions, network.elements_per_sample());
+  const double factor = network.factor();
+  schedule.run([&] { return Scratch<T>(schedule.slots(), positions, 1, 0); }, [](const Scratch<T>&, int64_t, int64_t, int64_t, int64_t) {},
                [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
                  T* weight = scratch.array(0, slot, schedule.slots());
-                 const T *own = map + b * places, *up = g + b * places;
+                 const T *sample_map = map + b * positions, *sample_grad = g + b * positions;
                  if (normalize == Normalize::l2)
-                   L2<T>(norm.const_data_ptr<double>()[b], o.eps).backward(own, up, places, factor, weight);
+                   L2<T>(norm.const_data_ptr<double>()[b], o.eps).backward(sample_map, sample_grad, positions, factor, weight);
                  else if (normalize == Normalize::softmax)
-                   softmax_backward(own, up, places, factor, weight);
+                   softmax_backward(sample_map, sample_grad, positions, factor, weight);
                  else
-                   for (int64_t s = 0; s < places; ++s) weight[s] = up[s] * static_cast<T>(factor);
+                   for (int64_t s = 0; s < positions; ++s) weight[s] = sample_grad[s] * static_cast<T>(factor);
                },
                [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
-                 net.scatter_part(b, first, count, scratch.array(0, slot, schedule.slots()) + first,
-                                  from ? from + b * places + first : nullptr);
+                 network.scatter_part(b, first, count, scratch.array(0, slot, schedule.slots()) + first,
+                                      channels ? channels + b * positions + first : nullptr);
                });
-  return net.finish_gradient();
+  return network.finish_gradient();
 }
 
-// The loss times `upstream`, and the gradients that are wanted.
+// Computes the loss, and those gradients of the loss times `upstream` that are wanted.
 //
-// scale [B] and teacher_map [B, places] are written if they are not null. A student in float16 has a scale: its gradient is written divided
-// by it.
+// sample_scale [B] and teacher_map [B, positions] are written if they are not null. sample_scale is
+// used for a float16 student, whose gradient is written divided by it.
 template <typename T>
-double transfer(Net<T>& student, Net<T>& teacher, const Options& o, Variant variant, double upstream, std::array<bool, 2> wanted,
-                float* sample_scale, T* teacher_map) {
-  const int64_t batch = student.batch(), places = student.places();
-  Net<T>* const nets[2] = {&student, &teacher};
+double transfer_loss(PooledFeatures<T>& student, PooledFeatures<T>& teacher, const Options& o, Variant variant, double upstream,
+                     std::array<bool, 2> wanted, float* sample_scale, T* teacher_map) {
+  const int64_t batch = student.batch(), positions = student.positions();
+  PooledFeatures<T>* const networks[2] = {&student, &teacher};
   for (int i = 0; i < 2; ++i)
-    if (wanted[i]) nets[i]->make_gradient();
-  const Schedule schedule(batch, places, student.numbers() + teacher.numbers());
+    if (wanted[i]) networks[i]->make_gradient();
+  const Schedule schedule(batch, positions, student.elements_per_sample() + teacher.elements_per_sample());
   const int64_t slots = schedule.slots();
   std::vector<double> losses(batch);
   enum { kDifference = 2, kWeight, kArrays = kWeight + 2 };  // arrays 0 and 1 are the maps
-  schedule.run([&] { return Scratch<T>(slots, places, kArrays, student.maximum() ? 2 : 0); },
-               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
-                 for (int i = 1; i >= 0; --i)  // the student last: it is read again
-                   nets[i]->pool_part(b, first, count, scratch.array(i, slot, slots) + first,
-                                      student.maximum() ? scratch.channel(i, slot, slots) + first : nullptr);
-               },
-               [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
-                 T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
-                 const L2<T> s(qs, places, o.eps), t(qt, places, o.eps);
-                 if (teacher_map) std::copy_n(qt, places, teacher_map + b * places);
-                 s.normalize(qs, places, qs);
-                 t.normalize(qt, places, qt);
-                 for (int64_t i = 0; i < places; ++i) d[i] = qs[i] - qt[i];
-                 const double norm = L2<T>::norm_of(d, places);
-                 losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(places) : norm;
-                 const double slope = variant == Variant::authors ? 2 / static_cast<double>(places) : norm > 0 ? 1 / norm : norm;
-                 const double scale = upstream * slope / static_cast<double>(batch);
-                 T* const weight = scratch.array(kWeight, slot, slots);
-                 if (wanted[0]) s.backward(qs, d, places, scale * student.factor(), weight);
-                 if (sample_scale) {
-                   const int exponent = half_exponent(student.gradient_bound(qs, s.divisor(), weight));
-                   sample_scale[b] = std::ldexp(1.0f, -exponent);
-                   for (int64_t i = 0; i < places; ++i) weight[i] = std::ldexp(weight[i], exponent);
-                 }
-                 if (wanted[1]) t.backward(qt, d, places, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
-               },
-               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
-                 for (int i = 0; i < 2; ++i)
-                   if (wanted[i])
-                     nets[i]->scatter_part(b, first, count, scratch.array(kWeight + i, slot, slots) + first,
-                                           student.maximum() ? scratch.channel(i, slot, slots) + first : nullptr);
-               });
+  schedule.run(
+      [&] { return Scratch<T>(slots, positions, kArrays, student.uses_max() ? 2 : 0); },
+      [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+        for (int i = 1; i >= 0; --i)  // the student last, because it is read again
+          networks[i]->pool_part(b, first, count, scratch.array(i, slot, slots) + first,
+                                 student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
+      },
+      [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
+        T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
+        const L2<T> s(qs, positions, o.eps), t(qt, positions, o.eps);
+        if (teacher_map) std::copy_n(qt, positions, teacher_map + b * positions);
+        s.normalize(qs, positions, qs);
+        t.normalize(qt, positions, qt);
+        for (int64_t i = 0; i < positions; ++i) d[i] = qs[i] - qt[i];
+        const double norm = L2<T>::norm_of(d, positions);
+        losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(positions) : norm;
+        const double loss_derivative = variant == Variant::authors ? 2 / static_cast<double>(positions) : norm > 0 ? 1 / norm : norm;
+        const double scale = upstream * loss_derivative / static_cast<double>(batch);
+        T* const weight = scratch.array(kWeight, slot, slots);
+        if (wanted[0]) s.backward(qs, d, positions, scale * student.factor(), weight);
+        if (sample_scale) {
+          const int exponent = half_exponent(student.gradient_bound(qs, s.divisor(), weight));
+          sample_scale[b] = std::ldexp(1.0f, -exponent);
+          for (int64_t i = 0; i < positions; ++i) weight[i] = std::ldexp(weight[i], exponent);
+        }
+        if (wanted[1]) t.backward(qt, d, positions, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
+      },
+      [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+        for (int i = 0; i < 2; ++i)
+          if (wanted[i])
+            networks[i]->scatter_part(b, first, count, scratch.array(kWeight + i, slot, slots) + first,
+                                      student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
+      });
   double total = 0;
   for (double loss : losses) total += loss;
   return batch > 0 ? total / static_cast<double>(batch) : 0;
@@ -317,15 +336,15 @@ at::Tensor attention_pool_backward_cpu(const at::Tensor& grad, const at::Tensor&
   if (o.reduce == Reduce::max) {
     check_shape(channel, "channel", map_shape(x));
     TORCH_CHECK_TYPE(channel.scalar_type() == at::kInt && channel.is_contiguous(), "channel must be contiguous int32");
-    const int32_t* from = channel.const_data_ptr<int32_t>();
+    const int32_t* channels = channel.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < channel.numel(); ++i)
-      TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < x.size(1), "channel must lie in [0, ", x.size(1), "), got ", from[i]);
+      TORCH_CHECK_VALUE(channels[i] >= 0 && channels[i] < x.size(1), "channel must lie in [0, ", x.size(1), "), got ", channels[i]);
   }
   const auto kernel = compute_dtype(x) == at::kDouble ? pool_backward<double> : pool_backward<float>;
   return kernel(grad, x, maps, norm, channel, o, normalized);
 }
 
-// p[i] *= factor in float, rounded once.
+// p[i] *= factor, multiplied in float and rounded once.
 template <typename Half>
 void scale_in_place(Half* p, int64_t count, float factor) {
   constexpr int64_t lanes = simd::kLanes<float>;
@@ -351,19 +370,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_saved_gradie
   const bool scaled = save_grad && student.scalar_type() == at::kHalf;
   const at::Tensor scale = at::empty({scaled ? student.size(0) : 0}, options.dtype(at::kFloat));
   const at::Tensor teacher_map = at::empty(save_grad ? map_shape(student) : std::vector<int64_t>{0}, options.dtype(compute));
-  Net<T> s(student, o), t(teacher, o);
-  const double loss = transfer(s, t, o, variant, 1, {save_grad, false}, scaled ? scale.mutable_data_ptr<float>() : nullptr,
-                               save_grad ? teacher_map.mutable_data_ptr<T>() : nullptr);
+  PooledFeatures<T> s(student, o), t(teacher, o);
+  const double loss = transfer_loss(s, t, o, variant, 1, {save_grad, false}, scaled ? scale.mutable_data_ptr<float>() : nullptr,
+                                    save_grad ? teacher_map.mutable_data_ptr<T>() : nullptr);
   return {at::empty({}, options.dtype(compute)).fill_(loss), save_grad ? s.finish_gradient() : at::empty({0}, options), scale, teacher_map};
 }
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor> loss_gradients(const at::Tensor& student, const at::Tensor& teacher, const Options& o, Variant variant,
                                                   double upstream, std::array<bool, 2> wanted) {
-  Net<T> s(student, o), t(teacher, o);
-  transfer<T>(s, t, o, variant, upstream, wanted, nullptr, nullptr);
-  const at::Tensor none = at::empty({0}, student.options().memory_format(at::MemoryFormat::Contiguous));
-  return {wanted[0] ? s.finish_gradient() : none, wanted[1] ? t.finish_gradient() : none};
+  PooledFeatures<T> s(student, o), t(teacher, o);
+  transfer_loss<T>(s, t, o, variant, upstream, wanted, nullptr, nullptr);
+  const at::Tensor empty = at::empty({0}, student.options().memory_format(at::MemoryFormat::Contiguous));
+  return {wanted[0] ? s.finish_gradient() : empty, wanted[1] ? t.finish_gradient() : empty};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_transfer_loss_cpu(const at::Tensor& student, const at::Tensor& teacher,
@@ -384,7 +403,8 @@ std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at
   return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
 }
 
-// The gradient of a mean arrives as one number, nearly always 1: then nothing is to be done, unless the gradient is in float16.
+// Multiplies a saved gradient by scale * grad_loss. The upstream gradient of a mean is one number
+// and nearly always 1; unless the gradient is float16, nothing needs to be done then.
 void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& scale, const at::Tensor& grad_loss) {
   check_floating(grad, "grad");
   check_floating(grad_loss, "grad_loss");

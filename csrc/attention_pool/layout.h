@@ -1,5 +1,7 @@
-// A tensor of features [B, C, *spatial] as samples x channels x places, read where it lies: either the places of a channel are adjacent
-// (NCHW, and slices of it), or the channels of a place are (channels_last, and slices of it). Anything else is copied first.
+// Reads features [B, C, *spatial] in place as samples x channels x spatial positions, in one of two
+// layouts: the positions of a channel are adjacent in memory (NCHW and slices of it), or the
+// channels of a position are adjacent (channels_last and slices of it). Features in any other
+// layout are copied first.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,11 +14,11 @@ namespace kdkernels::attention_pool {
 
 struct Features {
   at::Tensor x;
-  int64_t batch, channels, places;
-  int64_t map_places;  // of the whole sample, where this is a part of it
+  int64_t batch, channels, positions;
+  int64_t map_positions;  // positions of the whole sample, if this is only a part of it
   int64_t sample_stride;
   bool channels_adjacent;
-  int64_t stride;  // from one channel to the next, or, where channels are adjacent, from one place to the next
+  int64_t stride;  // from one channel to the next; if channels are adjacent, from one position to the next
 
   template <typename Storage>
   Storage* sample(int64_t b) const {
@@ -24,36 +26,39 @@ struct Features {
   }
 };
 
-// The step between neighbouring places if all of them lie at one step, else -1. The stride of an extent of 1 says nothing.
-inline int64_t place_stride(const at::Tensor& x) {
-  int64_t step = -1, next = -1;
+// The stride between neighbouring positions if it is the same for all of them, otherwise -1.
+// Dimensions of size 1 are ignored, because their stride has no meaning.
+inline int64_t position_stride(const at::Tensor& x) {
+  int64_t step = -1, expected_stride = -1;
   for (int64_t d = x.dim() - 1; d >= 2; --d) {
     if (x.size(d) == 1) continue;
-    if (next >= 0 && x.stride(d) != next) return -1;
+    if (expected_stride >= 0 && x.stride(d) != expected_stride) return -1;
     if (step < 0) step = x.stride(d);
-    next = x.stride(d) * x.size(d);
+    expected_stride = x.stride(d) * x.size(d);
   }
   return step < 0 ? 1 : step;
 }
 
-// x in one of the two layouts, if its strides are of it. One channel, or one place, is adjacent to its neighbours at any stride.
+// Describes x in the requested layout, if its strides have that layout. A single channel, or a
+// single position, counts as adjacent at any stride.
 inline std::optional<Features> view_as(const at::Tensor& x, bool channels_adjacent) {
-  int64_t places = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) places *= x.size(d);
-  const int64_t channels = x.size(1), step = place_stride(x);
-  const bool adjacent = channels_adjacent ? channels == 1 || x.stride(1) == 1 : places == 1 || step == 1;
-  if (!adjacent || step < 0) return std::nullopt;
-  const int64_t stride = channels_adjacent ? (places == 1 ? channels : step) : (channels == 1 ? places : x.stride(1));
-  return Features{x, x.size(0), channels, places, places, x.stride(0), channels_adjacent, stride};
+  int64_t positions = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+  const int64_t channels = x.size(1), step = position_stride(x);
+  const bool is_adjacent = channels_adjacent ? channels == 1 || x.stride(1) == 1 : positions == 1 || step == 1;
+  if (!is_adjacent || step < 0) return std::nullopt;
+  const int64_t stride = channels_adjacent ? (positions == 1 ? channels : step) : (channels == 1 ? positions : x.stride(1));
+  return Features{x, x.size(0), channels, positions, positions, x.stride(0), channels_adjacent, stride};
 }
 
-// x where it lies if it can be read there, else a copy. Of features that are in both layouts vectors hold what there is more of.
+// Describes x in place if it has one of the two layouts, otherwise a copy of it. If x has both
+// layouts, vectors hold channels or positions, whichever are more numerous.
 inline Features view(const at::Tensor& x) {
-  // An empty batch may have any strides, and contiguous() leaves it as it is.
+  // An empty batch may have any strides, and contiguous() does not change them.
   if (x.numel() == 0) return *view_as(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)), false);
-  const auto by_channel = view_as(x, true), by_place = view_as(x, false);
-  if (by_channel && (!by_place || by_channel->channels > by_channel->places)) return *by_channel;
-  return by_place ? *by_place : *view_as(x.contiguous(), false);
+  const auto channels_view = view_as(x, true), positions_view = view_as(x, false);
+  if (channels_view && (!positions_view || channels_view->channels > channels_view->positions)) return *channels_view;
+  return positions_view ? *positions_view : *view_as(x.contiguous(), false);
 }
 
 }  // namespace kdkernels::attention_pool

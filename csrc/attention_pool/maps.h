@@ -1,4 +1,5 @@
-// What happens to the maps [places] of one sample between pooling and scattering: norms, the loss, and the gradients of both.
+// Operations on the map [positions] of one sample between pooling and scattering: normalisation by
+// the L2 norm or softmax, and their gradients.
 #pragma once
 
 #include <cmath>
@@ -13,59 +14,61 @@ double dot(const T* a, const T* b, int64_t count) {
   Vec<T> total{};
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) total += simd::load(a + i) * simd::load(b + i);
-  double rest = 0;
-  for (; i < count; ++i) rest += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return rest + static_cast<double>(simd::sum<T>(total));
+  double remainder = 0;
+  for (; i < count; ++i) remainder += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return remainder + static_cast<double>(simd::sum<T>(total));
 }
 
-// q = a / max(|a|, eps). Where |a| <= eps, dividing by a constant, the gradient has no second term.
+// q = a / max(|a|, eps). If |a| <= eps, a is divided by a constant, and the gradient has no second
+// term.
 template <typename T>
 struct L2 {
   double norm, eps;
-  L2(const T* a, int64_t places, double eps) : norm(norm_of(a, places)), eps(eps) {}
+  L2(const T* a, int64_t positions, double eps) : norm(norm_of(a, positions)), eps(eps) {}
   L2(double norm, double eps) : norm(norm), eps(eps) {}
 
-  // The squares of a map of tiny or huge numbers leave the range of T: then the map is scaled by its largest.
-  static double norm_of(const T* a, int64_t places) {
-    const double square = dot(a, a, places);
+  // If the map has tiny or huge numbers, their squares leave the range of T; the map is then
+  // divided by its largest magnitude first.
+  static double norm_of(const T* a, int64_t positions) {
+    const double square = dot(a, a, positions);
     if (square > 1e-30 && square < 1e30) return std::sqrt(square);
     double largest = 0;
-    for (int64_t s = 0; s < places; ++s) {
+    for (int64_t s = 0; s < positions; ++s) {
       const double size = std::abs(static_cast<double>(a[s]));
       if (!(size <= largest)) largest = size;
     }
     if (largest == 0 || !std::isfinite(largest)) return largest;
     double total = 0;
-    for (int64_t s = 0; s < places; ++s) total += (a[s] / largest) * (a[s] / largest);
+    for (int64_t s = 0; s < positions; ++s) total += (a[s] / largest) * (a[s] / largest);
     return largest * std::sqrt(total);
   }
   double divisor() const { return norm > eps || norm != norm ? norm : eps; }
 
-  void normalize(const T* a, int64_t places, T* q) const {
+  void normalize(const T* a, int64_t positions, T* q) const {
     const double scale = 1 / divisor();
-    for (int64_t s = 0; s < places; ++s) q[s] = static_cast<T>(a[s] * scale);
+    for (int64_t s = 0; s < positions; ++s) q[s] = static_cast<T>(a[s] * scale);
   }
-  // dL/da = (G - q <q, G>) / |a| from G = dL/dq, times `factor`.
-  void backward(const T* q, const T* g, int64_t places, double factor, T* out) const {
-    const T along = norm > eps ? static_cast<T>(dot(q, g, places)) : T(0), scale = static_cast<T>(factor / divisor());
-    for (int64_t s = 0; s < places; ++s) out[s] = (g[s] - q[s] * along) * scale;
+  // Computes dL/da = (G - q <q, G>) / |a| from G = dL/dq, multiplied by `factor`.
+  void backward(const T* q, const T* g, int64_t positions, double factor, T* out) const {
+    const T projection = norm > eps ? static_cast<T>(dot(q, g, positions)) : T(0), scale = static_cast<T>(factor / divisor());
+    for (int64_t s = 0; s < positions; ++s) out[s] = (g[s] - q[s] * projection) * scale;
   }
 };
 
 template <typename T>
-void softmax(const T* a, int64_t places, T* q) {
+void softmax(const T* a, int64_t positions, T* q) {
   T largest = -std::numeric_limits<T>::infinity();
-  for (int64_t s = 0; s < places; ++s) largest = a[s] > largest || a[s] != a[s] ? a[s] : largest;
+  for (int64_t s = 0; s < positions; ++s) largest = a[s] > largest || a[s] != a[s] ? a[s] : largest;
   double total = 0;
-  for (int64_t s = 0; s < places; ++s) q[s] = std::exp(a[s] - largest), total += q[s];
-  for (int64_t s = 0; s < places; ++s) q[s] = static_cast<T>(q[s] / total);
+  for (int64_t s = 0; s < positions; ++s) q[s] = std::exp(a[s] - largest), total += q[s];
+  for (int64_t s = 0; s < positions; ++s) q[s] = static_cast<T>(q[s] / total);
 }
 
-// dL/da = q (G - <q, G>) from G = dL/dq, times `factor`.
+// Computes dL/da = q (G - <q, G>) from G = dL/dq, multiplied by `factor`.
 template <typename T>
-void softmax_backward(const T* q, const T* g, int64_t places, double factor, T* out) {
-  const T along = static_cast<T>(dot(q, g, places));
-  for (int64_t s = 0; s < places; ++s) out[s] = q[s] * (g[s] - along) * static_cast<T>(factor);
+void softmax_backward(const T* q, const T* g, int64_t positions, double factor, T* out) {
+  const T projection = static_cast<T>(dot(q, g, positions));
+  for (int64_t s = 0; s < positions; ++s) out[s] = q[s] * (g[s] - projection) * static_cast<T>(factor);
 }
 
 }  // namespace kdkernels::attention_pool

@@ -1,11 +1,13 @@
 // Sums and maxima over the channels of one sample.
 //
-// Where places are adjacent, a vector holds neighbouring places and channels are added to it; where channels are adjacent, a vector holds
-// neighbouring channels and is summed in the end. The last vector of a row that does not fill one overlaps its neighbour: what they share
-// they compute alike.
+// If positions are adjacent, a vector holds neighbouring positions, and channels are added to it.
+// If channels are adjacent, a vector holds neighbouring channels, and its lanes are summed at the
+// end. If the last vector of a row would be partial, it starts earlier and overlaps the vector
+// before it; both compute the same values for the positions that they share.
 //
-// Channels are summed in blocks, and the blocks' sums then: the maps of many channels differ by little, and a sum of 2000 terms in a row
-// has lost digits of what they differ by.
+// Channels are summed in blocks, and then the sums of the blocks are summed: the maps of many
+// channels differ only slightly from one another, and a sum of 2000 terms in sequence would lose
+// the digits in which they differ.
 #pragma once
 
 #include <memory>
@@ -24,7 +26,7 @@ KDKERNELS_INLINE Vec<T> load(const Storage* p) {
     return widen(p);
 }
 
-// The first `count` lanes; zeros in the others.
+// Loads the first `count` lanes and sets the others to zero.
 template <typename T, typename Storage>
 KDKERNELS_INLINE Vec<T> load_some(const Storage* p, int64_t count) {
   Vec<T> v{};
@@ -32,13 +34,14 @@ KDKERNELS_INLINE Vec<T> load_some(const Storage* p, int64_t count) {
   return v;
 }
 
-// Sums over channels of V vectors side by side: of 16 channels, of 16 such blocks, and of those.
+// Sums over the channels, for V vectors at once, in three levels: sums of 16 channels, sums of 16
+// such blocks, and the total.
 template <int V, typename T>
 struct Blocks {
   static constexpr int64_t size = 16;
   Vec<T> part[V] = {}, blocks[V] = {}, total[V] = {};
 
-  // add(c, part) for channels [0, channels).
+  // Calls add(c, part) for channels [0, channels).
   template <typename Add>
   KDKERNELS_INLINE void sum(int64_t channels, Add&& add) {
     for (int64_t first = 0; first < channels; first += size) {
@@ -53,14 +56,16 @@ struct Blocks {
   }
 };
 
-// How many of the first rows of `places` numbers can be read as whole vectors without leaving the sample.
+// The number of leading rows of `positions` numbers that can be read as whole vectors without
+// reading past the end of the sample.
 template <typename T>
-int64_t rows_of_whole_vectors(int64_t channels, int64_t stride, int64_t places) {
-  const int64_t room = (channels - 1) * stride + places - simd::kLanes<T>;
-  return room < 0 || stride == 0 ? 0 : std::min(channels, room / stride + 1);
+int64_t rows_of_whole_vectors(int64_t channels, int64_t stride, int64_t positions) {
+  const int64_t last_start = (channels - 1) * stride + positions - simd::kLanes<T>;
+  return last_start < 0 || stride == 0 ? 0 : std::min(channels, last_start / stride + 1);
 }
 
-// Places [0, V * lanes) but for the last vector, which starts at `last`.
+// Sums the channels at V vectors of positions. The vectors start at multiples of the vector width,
+// except the last one, which starts at `last`.
 template <int V, typename T, typename Storage, typename Power>
 void sum_columns(const Storage* x, int64_t channels, int64_t stride, int64_t last, const Power& power, T* out) {
   constexpr int lanes = simd::kLanes<T>;
@@ -77,7 +82,8 @@ void sum_few_columns(int vectors, const Storage* x, int64_t channels, int64_t st
   if constexpr (V > 1) sum_few_columns<V - 1>(vectors, x, channels, stride, last, power, out);
 }
 
-// Adds R channels to out at places [0, whole), whole a multiple of the lanes; the first ones are stored.
+// Adds R channels to out at positions [0, whole), where `whole` is a multiple of the vector width.
+// With `first`, the sum is stored instead of added.
 template <int R, typename T, typename Storage, typename Power>
 void add_rows(const Storage* x, int64_t stride, int64_t whole, bool first, const Power& power, T* out) {
   for (int64_t s = 0; s < whole; s += simd::kLanes<T>) {
@@ -87,25 +93,28 @@ void add_rows(const Storage* x, int64_t stride, int64_t whole, bool first, const
   }
 }
 
-// The order of the sums depends on the number of places of the whole map, so that a part of it gives the same bits.
+// Sums the channels if positions are adjacent. The order of summation depends on the number of
+// positions of the whole map, so a part of the map gives the same bits.
 template <typename T, typename Storage, typename Power>
-void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, int64_t map_places, const Power& power,
-                         T* out) {
-  constexpr int64_t lanes = simd::kLanes<T>, most = 8, rows = 8;
-  if (places < lanes) {  // what a vector holds of the next channels does no harm; the last ones end with the features
-    const int64_t whole = rows_of_whole_vectors<T>(channels, stride, places);
+void sum_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, int64_t map_positions,
+                            const Power& power, T* out) {
+  constexpr int64_t lanes = simd::kLanes<T>, max_vectors = 8, rows = 8;
+  if (positions < lanes) {  // vectors may reach into the next channels, but not past the end of the features
+    const int64_t whole = rows_of_whole_vectors<T>(channels, stride, positions);
     Blocks<1, T> sums;
     sums.sum(whole, [&](int64_t c, Vec<T>* part) { *part += power.value(load<T>(x + c * stride)); });
     Vec<T> total = *sums.total;
-    for (int64_t c = whole; c < channels; ++c) total += power.value(load_some<T>(x + c * stride, places));
-    std::memcpy(out, &total, places * sizeof(T));
+    for (int64_t c = whole; c < channels; ++c) total += power.value(load_some<T>(x + c * stride, positions));
+    std::memcpy(out, &total, positions * sizeof(T));
     return;
   }
-  const int64_t vectors = (places + lanes - 1) / lanes;
-  if (map_places <= most * lanes) return sum_few_columns<most>(static_cast<int>(vectors), x, channels, stride, places - lanes, power, out);
-  // Many places: whole rows one after the other, as memory is read best, a few at a time for the sake of `out`.
+  const int64_t vectors = (positions + lanes - 1) / lanes;
+  if (map_positions <= max_vectors * lanes)
+    return sum_few_columns<max_vectors>(static_cast<int>(vectors), x, channels, stride, positions - lanes, power, out);
+  // Many positions: read whole rows one after the other, which suits the memory system best, and
+  // several rows at a time, so that `out` is read and written less often.
   constexpr int64_t block = 8 * rows;
-  const int64_t whole = places / lanes * lanes;
+  const int64_t whole = positions / lanes * lanes;
   const std::unique_ptr<T[]> part(channels > block ? new T[whole] : nullptr);
   for (int64_t first = 0; first < channels; first += block) {
     const int64_t last = std::min(channels, first + block);
@@ -116,13 +125,13 @@ void sum_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int
     if (first == 0) continue;
     for (int64_t s = 0; s < whole; s += lanes) simd::store(out + s, simd::load<T>(out + s) + simd::load<T>(to + s));
   }
-  if (whole < places) sum_columns<1>(x + places - lanes, channels, stride, 0, power, out + places - lanes);
+  if (whole < positions) sum_columns<1>(x + positions - lanes, channels, stride, 0, power, out + positions - lanes);
 }
 
 template <typename T, typename Storage, typename Power>
-void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, const Power& power, T* out) {
+void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, const Power& power, T* out) {
   constexpr int64_t lanes = simd::kLanes<T>, unroll = 4;
-  for (int64_t s = 0; s < places; ++s, x += stride) {
+  for (int64_t s = 0; s < positions; ++s, x += stride) {
     Vec<T> total[unroll] = {};
     int64_t c = 0;
     for (; c + unroll * lanes <= channels; c += unroll * lanes)
@@ -133,82 +142,84 @@ void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, i
   }
 }
 
-// A maximum so far, and the channel that it came from; the first of equals stays. A NaN is larger than all and stays.
+// The maximum so far and the channel that it came from. Of equal values the first one is kept. A
+// NaN counts as larger than all numbers and is kept.
 template <typename T>
 struct Best {
   using Int = typename simd::IntOf<T>::type;
   Vec<T> value;
   Mask<T> channel;
-  KDKERNELS_INLINE void offer(Vec<T> size, Mask<T> from) {
-    const Mask<T> better = (size > value) | ((size != size) & (value == value));
-    value = better ? size : value;
-    channel = better ? from : channel;
+  KDKERNELS_INLINE void update(Vec<T> size, Mask<T> source_channel) {
+    const Mask<T> is_larger = (size > value) | ((size != size) & (value == value));
+    value = is_larger ? size : value;
+    channel = is_larger ? source_channel : channel;
   }
 };
 
 template <typename T, typename Storage>
-void max_places_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, T* out, int32_t* channel) {
+void max_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, T* out, int32_t* channel) {
   constexpr int64_t lanes = simd::kLanes<T>;
   using Int = typename Best<T>::Int;
-  for (int64_t s = 0; s < places; s += lanes) {
-    const int64_t here = std::min(lanes, places - s);
-    auto at = [&](int64_t c) {
+  for (int64_t s = 0; s < positions; s += lanes) {
+    const int64_t valid_count = std::min(lanes, positions - s);
+    auto channel_magnitude = [&](int64_t c) {
       const Storage* p = x + c * stride + s;
-      return magnitude<T>(here == lanes ? load<T>(p) : load_some<T>(p, here));
+      return magnitude<T>(valid_count == lanes ? load<T>(p) : load_some<T>(p, valid_count));
     };
-    Best<T> best{at(0), {}};
-    for (int64_t c = 1; c < channels; ++c) best.offer(at(c), Mask<T>{} + static_cast<Int>(c));
-    for (int64_t l = 0; l < here; ++l) out[s + l] = best.value[l], channel[s + l] = static_cast<int32_t>(best.channel[l]);
+    Best<T> best{channel_magnitude(0), {}};
+    for (int64_t c = 1; c < channels; ++c) best.update(channel_magnitude(c), Mask<T>{} + static_cast<Int>(c));
+    for (int64_t l = 0; l < valid_count; ++l) out[s + l] = best.value[l], channel[s + l] = static_cast<int32_t>(best.channel[l]);
   }
 }
 
 template <typename T, typename Storage>
-void max_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t places, T* out, int32_t* channel) {
+void max_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, T* out, int32_t* channel) {
   constexpr int64_t lanes = simd::kLanes<T>;
   using Int = typename Best<T>::Int;
   Mask<T> lane;
   for (int64_t l = 0; l < lanes; ++l) lane[l] = static_cast<Int>(l);
-  for (int64_t s = 0; s < places; ++s, x += stride) {
+  for (int64_t s = 0; s < positions; ++s, x += stride) {
     Best<T> best{load_some<T>(x, 0) - T(1), lane};  // below every magnitude
     for (int64_t c = 0; c < channels; c += lanes) {
-      const int64_t here = std::min(lanes, channels - c);
-      Vec<T> size = magnitude<T>(here == lanes ? load<T>(x + c) : load_some<T>(x + c, here));
-      size = lane < static_cast<Int>(here) ? size : simd::splat<T>(T(-1));
-      best.offer(size, lane + static_cast<Int>(c));
+      const int64_t valid_count = std::min(lanes, channels - c);
+      Vec<T> size = magnitude<T>(valid_count == lanes ? load<T>(x + c) : load_some<T>(x + c, valid_count));
+      size = lane < static_cast<Int>(valid_count) ? size : simd::splat<T>(T(-1));
+      best.update(size, lane + static_cast<Int>(c));
     }
     T value = best.value[0];
-    Int from = best.channel[0];
+    Int source_channel = best.channel[0];
     for (int64_t l = 1; l < lanes; ++l) {
       const T v = best.value[l];
-      const bool better = v > value || (v != v && value == value);
+      const bool is_larger = v > value || (v != v && value == value);
       const bool equal = v == value || (v != v && value != value);
-      if (better || (equal && best.channel[l] < from)) value = v, from = best.channel[l];
+      if (is_larger || (equal && best.channel[l] < source_channel)) value = v, source_channel = best.channel[l];
     }
     out[s] = value;
-    channel[s] = static_cast<int32_t>(from);
+    channel[s] = static_cast<int32_t>(source_channel);
   }
 }
 
-// The map of one sample: out [places], and for a maximum the channel of each.
+// Computes the map of one sample in out [positions] and, for the maximum, the channel of each
+// position.
 template <typename T, typename Storage, typename Power>
-void pool(const Features& f, const Storage* x, bool maximum, bool mean, const Power& power, T* out, int32_t* channel) {
+void pool(const Features& f, const Storage* x, bool use_max, bool use_mean, const Power& power, T* out, int32_t* channel) {
   constexpr int64_t lanes = simd::kLanes<T>;
-  if (maximum) {
+  if (use_max) {
     if (f.channels_adjacent)
-      max_channels_adjacent<T>(x, f.channels, f.stride, f.places, out, channel);
+      max_channels_adjacent<T>(x, f.channels, f.stride, f.positions, out, channel);
     else
-      max_places_adjacent<T>(x, f.channels, f.stride, f.places, out, channel);
+      max_positions_adjacent<T>(x, f.channels, f.stride, f.positions, out, channel);
   } else if (f.channels_adjacent) {
-    sum_channels_adjacent<T>(x, f.channels, f.stride, f.places, power, out);
+    sum_channels_adjacent<T>(x, f.channels, f.stride, f.positions, power, out);
   } else {
-    sum_places_adjacent<T>(x, f.channels, f.stride, f.places, f.map_places, power, out);
+    sum_positions_adjacent<T>(x, f.channels, f.stride, f.positions, f.map_positions, power, out);
   }
-  if (!maximum && !mean) return;
+  if (!use_max && !use_mean) return;
   const T count = static_cast<T>(f.channels);
-  for (int64_t s = 0; s < f.places; s += lanes) {
-    const int64_t here = std::min(lanes, f.places - s);
-    const Vec<T> v = load_some<T>(out + s, here), result = maximum ? power.value(v) : v / count;
-    std::memcpy(out + s, &result, here * sizeof(T));
+  for (int64_t s = 0; s < f.positions; s += lanes) {
+    const int64_t valid_count = std::min(lanes, f.positions - s);
+    const Vec<T> v = load_some<T>(out + s, valid_count), result = use_max ? power.value(v) : v / count;
+    std::memcpy(out + s, &result, valid_count * sizeof(T));
   }
 }
 

@@ -28,7 +28,7 @@ template <typename T>
 struct Divergence {
   Vec<T> temperature, inv_t;
   Vec<T> base_max;    // maximum of the base logits
-  Vec<T> z;           // sum of e = exp((b - top) / T)
+  Vec<T> z;           // sum of the weights exp((b - base_max) / T)
   Vec<T> w;           // E_p[e^y] - 1
   Mask<T> far_apart;  // the networks differ so much that two log-sum-exps are used
 
@@ -45,7 +45,7 @@ struct Divergence {
   Vec<T> shift;    // log p_b - log p_o = (b - o) / T - shift
   Vec<T> other_z;  // sum of exp(o / T) of centred logits, if far_apart
 
-  // log p_o - (o - top) / T
+  // log p_o - (o - base_max) / T
   Vec<T> other_shift(Vec<T> log_z) const { return select<T>(far_apart, -simd::log<T>(other_z), shift - log_z); }
 };
 
@@ -79,8 +79,8 @@ constexpr double kQuarter = 0.25;
 template <typename T, typename Reduce>
 void centre(const Source<T>& logits, Mask<T> rows_to_centre, T* out) {
   const T quarter = T(kQuarter);
-  const Vec<T> base_max = select<T>(rows_to_centre, logits.template max<Reduce>(), Vec<T>{}) * quarter;
-  for (int64_t j = 0, n = logits.vectors(); j < n; ++j) simd::store<T>(out + j * simd::kLanes<T>, logits[j] * quarter - base_max);
+  const Vec<T> row_max = select<T>(rows_to_centre, logits.template max<Reduce>(), Vec<T>{}) * quarter;
+  for (int64_t j = 0, n = logits.vectors(); j < n; ++j) simd::store<T>(out + j * simd::kLanes<T>, logits[j] * quarter - row_max);
 }
 
 // Computes the rows whose networks are so far apart that e^y leaves the range of T (or is
