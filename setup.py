@@ -1,8 +1,16 @@
-"""Builds the extension modules: kdkernels._C (schemas, derivatives) and the CPU kernels once per instruction set, kdkernels._cpu_<isa>.
+"""Builds the extension modules.
 
-Where torch is a CUDA build and a toolkit is found, also the CUDA kernels, kdkernels._cuda (cuda_toolkit.py decides).
-KDKERNELS_CUDA=0 leaves them out, KDKERNELS_CUDA=1 insists on them, TORCH_CUDA_ARCH_LIST names their GPU architectures.
-KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets. KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
+kdkernels._C contains the schemas and derivatives of the ops. kdkernels._cpu_<isa> contains the CPU
+kernels, built once per instruction set. If torch is a CUDA build and a toolkit is found,
+kdkernels._cuda with the CUDA kernels is built too (cuda_toolkit.py decides).
+
+Environment variables:
+
+- KDKERNELS_CUDA=0 omits the CUDA kernels. With KDKERNELS_CUDA=1 the build fails if they cannot be
+  built.
+- TORCH_CUDA_ARCH_LIST lists the GPU architectures of the CUDA kernels.
+- KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
+- KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
 """
 
 import json
@@ -18,20 +26,21 @@ from pathlib import Path
 import setuptools
 from setuptools import find_packages, setup
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read the licence in pyproject.toml, and says so in 90 lines
+if int(setuptools.__version__.partition(".")[0]) < 77:  # older releases reject the licence in pyproject.toml with a 90-line error
     raise SystemExit(f"kdkernels is built with setuptools 77 or later, found {setuptools.__version__}: pip install 'setuptools>=77'")
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder on the path
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not put the folder of this file on the path
 import cuda_toolkit
 
 try:
     import torch
 except ImportError as error:
     raise SystemExit(
-        "kdkernels is compiled against the torch it will run with: install torch first, then pip install --no-build-isolation"
+        "kdkernels must be compiled against the torch that it will run with: install torch first, then use pip install --no-build-isolation"
     ) from error
 
-# Names, not -march=native: GCC 12 leaves AVX-512 out of `native` on the newest AMD processors, and a wheel must run elsewhere too.
+# Explicit flags instead of -march=native: with GCC 12, `native` omits AVX-512 on the newest AMD
+# processors, and a wheel must also run on other machines.
 ISA_FLAGS = {
     "x86_64": {
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
@@ -42,7 +51,11 @@ ISA_FLAGS = {
 
 
 def plan_cuda() -> cuda_toolkit.Plan:
-    """The CUDA kernels are built where torch is a CUDA build and a toolkit of the same major version is found; a GPU need not be there."""
+    """Decide whether and how to build the CUDA kernels, and print the decision.
+
+    They are built if torch is a CUDA build and a toolkit of the same major version is found. No GPU is
+    required.
+    """
 
     def visible_gpus() -> list[tuple[int, int]]:
         return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -60,39 +73,39 @@ def plan_cuda() -> cuda_toolkit.Plan:
 
 CUDA = plan_cuda()
 if CUDA.home:
-    os.environ["CUDA_HOME"] = CUDA.home  # for the import of cpp_extension, which looks for a toolkit once
+    os.environ["CUDA_HOME"] = CUDA.home  # must be set before cpp_extension is imported, which looks for a toolkit once
 from torch.utils import cpp_extension  # noqa: E402
 
 if CUDA.home:
-    cpp_extension.CUDA_HOME = CUDA.home  # where something has imported it before
+    cpp_extension.CUDA_HOME = CUDA.home  # in case cpp_extension was imported before
 
 
 def extensions() -> list:
     isas = os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",")
     if not set(isas) <= set(ISA_FLAGS):
-        raise SystemExit(f"KDKERNELS_ISAS must name some of {','.join(ISA_FLAGS)}, got {','.join(isas)}")
-    facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
-    defines = [(name, c_string(value)) for name, value in facts.items()]
+        raise SystemExit(f"KDKERNELS_ISAS must be a comma-separated list of instruction sets from {','.join(ISA_FLAGS)}, got {','.join(isas)}")
+    build_facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
+    defines = [(name, c_string(value)) for name, value in build_facts.items()]
     ops = [path for path in sorted_glob("csrc/*/*.cpp") if Path(path).stem == Path(path).parent.name]
     modules = [extension("_C", ["csrc/library.cpp", *ops], precompile="derivatives.h", define_macros=defines)]
     for isa in isas:
         kernels = ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")]
         modules.append(extension(f"_cpu_{isa}", kernels, ISA_FLAGS[isa], precompile="kernels.h"))
     if os.environ.get("KDKERNELS_TESTING") == "1":
-        of_isa = sorted_glob("csrc/testing/*_cpu.cpp")
-        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in of_isa]))
-        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *of_isa], ISA_FLAGS[isa]) for isa in isas]
+        isa_sources = sorted_glob("csrc/testing/*_cpu.cpp")
+        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in isa_sources]))
+        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *isa_sources], ISA_FLAGS[isa]) for isa in isas]
     if CUDA.architectures:
         cuda = cpp_extension.CUDAExtension(
             "kdkernels._cuda",
             [*sorted_glob("csrc/*/kernels.cu"), *sorted_glob("csrc/*/cuda.cpp"), "csrc/library_cuda.cpp"],
             extra_compile_args={
                 "cxx": ["-O3", "-g0", "-fvisibility=hidden"],
-                # torch adds no architectures of its own where the flags name some.
+                # torch adds its default architectures only if the flags name none.
                 "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden", *CUDA.nvcc_flags()],
             },
         )
-        modules.insert(0, cuda)  # first, because it is the one that fails where the toolkit is not as it should be
+        modules.insert(0, cuda)  # first, so that a build with a broken toolkit fails early
     return modules
 
 
@@ -101,10 +114,11 @@ def sorted_glob(pattern: str) -> list[str]:
 
 
 def extension(name: str, files: list[str], flags: Sequence[str] = (), precompile: str = "", **options):
-    # -fopenmp is given to the compiler and not to the linker: the runtime must be the one torch has loaded, not a second one.
+    # -fopenmp is passed only to the compiler, not to the linker: the extension must use the OpenMP
+    # runtime that torch has loaded, and not load a second one.
     flags = [
         "-O3",
-        "-g0",  # Python's own flags ask for debug symbols: nine tenths of a module, and half of the time to compile it
+        "-g0",  # Python's default flags request debug symbols: nine tenths of a module's size, half of its build time
         "-fopenmp",
         "-fvisibility=hidden",
         "-ffp-contract=fast",
@@ -115,30 +129,33 @@ def extension(name: str, files: list[str], flags: Sequence[str] = (), precompile
         *flags,
     ]
     module = cpp_extension.CppExtension(f"kdkernels.{name}", files, extra_compile_args=flags, **options)
-    module.precompile = precompile  # a header in csrc/precompiled
+    module.precompile = precompile  # the name of a header in csrc/precompiled
     return module
 
 
 def c_string(text: str) -> str:
-    """A string literal that reaches the compiler as it is, through ninja (for which $ is special) and the shell."""
+    """Return a C string literal that ninja (for which $ is special) and the shell pass on unchanged."""
     return json.dumps(text.encode("ascii", "replace").decode()).replace("$", r"\044")
 
 
 class BuildExtension(cpp_extension.BuildExtension):
     def build_extension(self, ext):
-        # The same source is compiled for several instruction sets: each module keeps its objects in a folder of its own.
-        parent, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
+        # The same source is compiled for several instruction sets, so each module has its own folder for
+        # object files.
+        build_temp, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
         try:
             if getattr(ext, "precompile", ""):
                 self.precompile(ext)
             super().build_extension(ext)
         finally:
-            self.build_temp = parent
+            self.build_temp = build_temp
 
     def precompile(self, ext):
-        """Compiles torch's headers once for all sources of a module, of which most would take longer to read them than for the rest.
+        """Compile torch's headers once for all sources of a module.
 
-        GCC takes the result where its flags are those of the source, and reads the header itself where they are not.
+        Most sources would take longer to parse these headers than to compile the rest. GCC uses
+        the precompiled header if it was compiled with the flags of the source, and otherwise reads
+        the header itself.
         """
         compiler = cpp_extension.get_cxx_compiler()
         if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout:
@@ -149,16 +166,19 @@ class BuildExtension(cpp_extension.BuildExtension):
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
         flags = [*self.compiler.compiler_so[1:], *macros, *includes, *ext.extra_compile_args, "-std=c++20"]
-        command, done = [compiler, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"], Path(f"{header}.command")
+        command, command_file = [compiler, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"], Path(f"{header}.command")
         key = f"{torch.version.git_version} {command} {header.read_text()}"
-        if not done.exists() or done.read_text() != key:
+        if not command_file.exists() or command_file.read_text() != key:
             subprocess.run(command, check=True)
-            done.write_text(key)
+            command_file.write_text(key)
         ext.extra_compile_args += ["-include", str(header)]
 
 
 def packages() -> list[str]:
-    """Every folder of kdkernels/ with an __init__.py, and the two that lie elsewhere (package-dir in pyproject.toml)."""
+    """Return every folder of kdkernels/ with an __init__.py, and the two packages that are outside it.
+
+    package-dir in pyproject.toml maps these two.
+    """
     return sorted({*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
 
 

@@ -30,7 +30,7 @@ struct Pool : torch::autograd::Function<Pool> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, double p, int64_t reduce, int64_t normalize, double eps,
                                std::array<Tensor, 2>* side_outputs) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     auto [maps, norm, channel] = op.call(x, p, reduce, normalize, eps);
     *side_outputs = {norm, channel};
     ctx->set_materialize_grads(false);
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_autograd(const Tensor& x, double p, int6
   check_no_tangent("attention_pool", x);
   if (!at::GradMode::is_enabled() || !x.requires_grad()) {
     static const auto op = find_op<PoolSignature>("kdkernels::attention_pool");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(x, p, reduce, normalize, eps);
   }
   std::array<Tensor, 2> side_outputs;
@@ -73,7 +73,7 @@ struct Loss : torch::autograd::Function<Loss> {
                                int64_t reduce, double eps) {
     static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad();
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, grad, scale, teacher_map] = op.call(student, teacher, p, variant, reduce, eps, save_grad);
     ctx->set_materialize_grads(false);
     // Higher derivatives depend on the teacher only through its map, so it is enough to save the
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& student, 
   check_no_tangent("attention_transfer_loss", student, teacher);
   if (!at::GradMode::is_enabled() || !(student.requires_grad() || teacher.requires_grad())) {
     static const auto op = find_op<LossSignature>("kdkernels::attention_transfer_loss");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(student, teacher, p, variant, reduce, eps, save_grad);
   }
   const auto out = Loss::apply(student, teacher, p, variant, reduce, eps);

@@ -93,8 +93,8 @@ void add_rows(const Storage* x, int64_t stride, int64_t whole, bool first, const
   }
 }
 
-// Sums the channels if positions are adjacent. The order of summation depends on the number of
-// positions of the whole map, so a part of the map gives the same bits.
+// Sums the channels if positions are adjacent. The order of summation is chosen from the number of
+// positions of the whole map, so that computing a part of the map gives the same bits.
 template <typename T, typename Storage, typename Power>
 void sum_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, int64_t map_positions,
                             const Power& power, T* out) {

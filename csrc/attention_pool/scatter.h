@@ -8,7 +8,7 @@
 namespace kdkernels::attention_pool {
 
 template <typename T, bool streaming, typename Storage>
-KDKERNELS_INLINE void write(Storage* p, Vec<T> v) {
+KDKERNELS_INLINE void store_vector(Storage* p, Vec<T> v) {
   if constexpr (!std::is_same_v<T, Storage>)
     narrow(v, p);
   else if constexpr (streaming)
@@ -18,7 +18,7 @@ KDKERNELS_INLINE void write(Storage* p, Vec<T> v) {
 }
 
 template <typename T, typename Storage>
-KDKERNELS_INLINE void write_some(Storage* p, Vec<T> v, int64_t count) {
+KDKERNELS_INLINE void store_some(Storage* p, Vec<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<Storage>(v[i]);
 }
 
@@ -26,10 +26,11 @@ KDKERNELS_INLINE void write_some(Storage* p, Vec<T> v, int64_t count) {
 template <typename T, bool streaming, typename Storage, typename Power, typename Weight>
 KDKERNELS_INLINE void scale_row(const Storage* x, int64_t count, const Power& power, const Weight& weight, Storage* out) {
   constexpr int64_t lanes = simd::kLanes<T>;
-  if (count < lanes) return write_some<T>(out, power.scaled_derivative(load_some<T>(x, count)) * weight(0, count), count);
+  if (count < lanes) return store_some<T>(out, power.scaled_derivative(load_some<T>(x, count)) * weight(0, count), count);
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) write<T, streaming>(out + i, power.scaled_derivative(load<T>(x + i)) * weight(i, lanes));
-  if (i < count) write<T, false>(out + count - lanes, power.scaled_derivative(load<T>(x + count - lanes)) * weight(count - lanes, lanes));
+  for (; i + lanes <= count; i += lanes) store_vector<T, streaming>(out + i, power.scaled_derivative(load<T>(x + i)) * weight(i, lanes));
+  if (i < count)
+    store_vector<T, false>(out + count - lanes, power.scaled_derivative(load<T>(x + count - lanes)) * weight(count - lanes, lanes));
 }
 
 template <typename T, bool streaming, typename Storage, typename Power>
@@ -45,9 +46,9 @@ void scatter_sum(const Features& f, const Storage* x, const Features& g, const P
     const int64_t whole =
         std::min(rows_of_whole_vectors<T>(f.channels, f.stride, f.positions), rows_of_whole_vectors<T>(g.channels, g.stride, g.positions));
     const Vec<T> w = load_some<T>(weight, f.positions);
-    for (int64_t c = 0; c < whole; ++c) write<T, false>(out + c * g.stride, power.scaled_derivative(load<T>(x + c * f.stride)) * w);
+    for (int64_t c = 0; c < whole; ++c) store_vector<T, false>(out + c * g.stride, power.scaled_derivative(load<T>(x + c * f.stride)) * w);
     for (int64_t c = whole; c < f.channels; ++c)
-      write_some<T>(out + c * g.stride, power.scaled_derivative(load_some<T>(x + c * f.stride, f.positions)) * w, f.positions);
+      store_some<T>(out + c * g.stride, power.scaled_derivative(load_some<T>(x + c * f.stride, f.positions)) * w, f.positions);
   } else {
     auto load_weight = [&](int64_t s, int64_t count) {
       return count == simd::kLanes<T> ? simd::load<T>(weight + s) : load_some<T>(weight + s, count);

@@ -1,4 +1,5 @@
-// rbf_correlation itself, written out: rows [N * K] of x's number m and all of y's, the columns side by side.
+// rbf_correlation, which writes the correlations. Rows of N * K numbers hold one number of x
+// against all numbers of y, with the K columns side by side.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,8 @@
 
 namespace kdkernels::rbf_correlation {
 
-// x[k] at every number of a row [N * K]: so many vectors that after them it repeats.
+// The values x[k] that belong to the numbers of a row [N * K]. They are stored as vectors up to the
+// point at which the sequence of vectors repeats (`period` vectors).
 template <typename T>
 class Pattern {
  public:
@@ -26,7 +28,7 @@ class Pattern {
       for (T* to = values_.get(); to < vector(period_); to += columns_) std::copy_n(x, columns_, to);
   }
   void clear() { std::fill(values_.get(), vector(period_), T(0)); }
-  // x[k] = the sum of all numbers that belong to column k.
+  // Sets x[k] to the sum of all numbers that belong to column k.
   void sum_to(T* x) const {
     if (columns_ == 1) {
       x[0] = simd::sum<T>(simd::load<T>(vector(0)));
@@ -42,7 +44,7 @@ class Pattern {
   std::unique_ptr<T[]> values_;
 };
 
-// A vector of `count` numbers, 0 behind them.
+// Loads a vector of `count` numbers, padded with zeros.
 template <typename T>
 KDKERNELS_INLINE simd::Vec<T> load_part(const T* p, int64_t count) {
   simd::Vec<T> v{};
@@ -50,74 +52,76 @@ KDKERNELS_INLINE simd::Vec<T> load_part(const T* p, int64_t count) {
   return v;
 }
 
-// body(i, v) for the whole vectors of a row, with the pattern's vector v, and rest(i, v, count) for what is behind them.
+// Calls body(i, v) for each whole vector of a row, where v is the index of the pattern's vector,
+// and remainder(i, v, count) for the last partial vector.
 template <typename T, typename Body, typename Rest>
-KDKERNELS_INLINE void over_row(int64_t numbers, int64_t period, Body&& body, Rest&& rest) {
+KDKERNELS_INLINE void for_each_vector(int64_t row_size, int64_t period, Body&& body, Rest&& remainder) {
   int64_t i = 0, v = 0;
   if (period == 1)
-    for (; i + simd::kLanes<T> <= numbers; i += simd::kLanes<T>) body(i, 0);
+    for (; i + simd::kLanes<T> <= row_size; i += simd::kLanes<T>) body(i, 0);
   else
-    for (; i + simd::kLanes<T> <= numbers; i += simd::kLanes<T>) {
+    for (; i + simd::kLanes<T> <= row_size; i += simd::kLanes<T>) {
       body(i, v);
       v = v + 1 == period ? 0 : v + 1;
     }
-  if (i < numbers) rest(i, v, numbers - i);
+  if (i < row_size) remainder(i, v, row_size - i);
 }
 
-// e^y for y <= 0, or NaN.
+// e^y for y <= 0 or NaN.
 template <typename T>
-KDKERNELS_INLINE simd::Vec<T> exp_of(simd::Vec<T> y) {
+KDKERNELS_INLINE simd::Vec<T> exp_nonpositive(simd::Vec<T> y) {
   simd::Mask<T> vanished;
   return simd::exp_falling<T>(y, vanished);
 }
 
 template <typename T>
-void correlate_row(const Pattern<T>& x, const T* y, int64_t numbers, double beta, bool stream, T* out) {
+void correlate_row(const Pattern<T>& x, const T* y, int64_t row_size, double beta, bool stream, T* out) {
   const T scale = static_cast<T>(-1 / beta);
-  over_row<T>(
-      numbers, x.period(),
+  for_each_vector<T>(
+      row_size, x.period(),
       [&](int64_t i, int64_t v) {
-        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - simd::load<T>(y + i), value = exp_of<T>(d * d * scale);
+        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - simd::load<T>(y + i), value = exp_nonpositive<T>(d * d * scale);
         if (stream)
           simd::stream(out + i, value);
         else
           simd::store<T>(out + i, value);
       },
       [&](int64_t i, int64_t v, int64_t count) {
-        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - load_part(y + i, count), value = exp_of<T>(d * d * scale);
+        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - load_part(y + i, count), value = exp_nonpositive<T>(d * d * scale);
         std::memcpy(out + i, &value, count * sizeof(T));
       });
 }
 
-// to_y += the gradients of a row, and to_x, in the pattern's places, is set to them.
+// Adds the gradients of a row to grad_y, and sets grad_x, in the layout of the pattern, to the
+// gradients of x.
 template <typename T>
-void differentiate_row(const Pattern<T>& x, const T* y, const T* grad, int64_t numbers, double beta, Pattern<T>& to_x, T* to_y) {
+void differentiate_row(const Pattern<T>& x, const T* y, const T* grad, int64_t row_size, double beta, Pattern<T>& grad_x, T* grad_y) {
   using V = simd::Vec<T>;
-  const T scale = static_cast<T>(-1 / beta), slope = static_cast<T>(2 / beta);
-  auto gradient = [&](V d, V g) { return g * exp_of<T>(d * d * scale) * d * slope; };
-  V sum{};  // of a pattern of one vector
-  const bool one = x.period() == 1;
-  if (!one) to_x.clear();
-  auto add = [&](int64_t v, V g) {
-    if (one)
+  const T scale = static_cast<T>(-1 / beta), gradient_factor = static_cast<T>(2 / beta);
+  auto gradient = [&](V d, V g) { return g * exp_nonpositive<T>(d * d * scale) * d * gradient_factor; };
+  V sum{};  // the gradient of x, if the pattern is a single vector
+  const bool single_vector = x.period() == 1;
+  if (!single_vector) grad_x.clear();
+  auto add_to_x = [&](int64_t v, V g) {
+    if (single_vector)
       sum -= g;
     else
-      simd::store<T>(to_x.vector(v), simd::load<T>(to_x.vector(v)) - g);
+      simd::store<T>(grad_x.vector(v), simd::load<T>(grad_x.vector(v)) - g);
   };
-  over_row<T>(
-      numbers, x.period(),
+  for_each_vector<T>(
+      row_size, x.period(),
       [&](int64_t i, int64_t v) {
         const V g = gradient(simd::load<T>(x.vector(v)) - simd::load<T>(y + i), simd::load<T>(grad + i));
-        add(v, g);
-        simd::store<T>(to_y + i, simd::load<T>(to_y + i) + g);
+        add_to_x(v, g);
+        simd::store<T>(grad_y + i, simd::load<T>(grad_y + i) + g);
       },
       [&](int64_t i, int64_t v, int64_t count) {
         const V g = gradient(simd::load<T>(x.vector(v)) - load_part(y + i, count), load_part(grad + i, count));
-        add(v, g);
-        const V total = load_part(to_y + i, count) + g;
-        std::memcpy(to_y + i, &total, count * sizeof(T));
+        add_to_x(v, g);
+        const V total = load_part(grad_y + i, count) + g;
+        std::memcpy(grad_y + i, &total, count * sizeof(T));
       });
-  if (one) simd::store<T>(to_x.vector(0), sum);
+  if (single_vector) simd::store<T>(grad_x.vector(0), sum);
 }
 
 }  // namespace kdkernels::rbf_correlation

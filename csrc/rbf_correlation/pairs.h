@@ -1,8 +1,9 @@
-// The loss of one column pair by pair: where its numbers are too far apart for few terms, or there are few pairs. In double, whatever the
-// inputs are: an exponential in float loses digits with the size of its exponent.
+// The loss of one column as a sum over all pairs, for columns whose numbers are too far apart for a
+// short series or that have few pairs. The arithmetic is in double whatever the inputs are, because
+// the relative error of a float exponential grows with the magnitude of its exponent.
 //
-// S - T is not taken from S and T: with e = (s_x - t_x) - (s_y - t_y) and p = (s_x + t_x) - (s_y + t_y), log(S / T) = -e p / 2, so
-// |S - T| = max(S, T) (1 - exp(-|e p| / 2)).
+// S - T is not computed by subtracting T from S: with e = (s_x - t_x) - (s_y - t_y) and p = (s_x +
+// t_x) - (s_y + t_y), log(S / T) = -e p / 2, so |S - T| = max(S, T) (1 - exp(-|e p| / 2)).
 #pragma once
 
 #include <memory>
@@ -12,56 +13,60 @@
 
 namespace kdkernels::rbf_correlation {
 
-constexpr int64_t kRows = 128;  // of x: the gradient of y is summed over so many at a time
+constexpr int64_t kRows = 128;  // rows of x per block; the gradient of y is summed in one array per block
 
-// Student's and teacher's numbers of one side, scaled: their difference and their sum.
-struct Pair {
-  std::unique_ptr<double[]> change, sum;
+// The numbers of one side, scaled: the difference and the sum of the student's and the teacher's.
+struct DifferenceAndSum {
+  std::unique_ptr<double[]> difference, sum;
 
-  Pair(const double* student, const double* teacher, int64_t n, double center, double scale)
-      : change(new double[padded(n)]), sum(new double[padded(n)]) {
+  DifferenceAndSum(const double* student, const double* teacher, int64_t n, double center, double scale)
+      : difference(new double[padded(n)]), sum(new double[padded(n)]) {
     for (int64_t i = 0; i < n; ++i) {
-      change[i] = (student[i] - teacher[i]) * scale;
+      difference[i] = (student[i] - teacher[i]) * scale;
       sum[i] = ((student[i] - center) + (teacher[i] - center)) * scale;
     }
-    for (int64_t i = n; i < padded(n); ++i) {  // far from all others: S = T = 0
-      change[i] = 0;
+    for (int64_t i = n; i < padded(n); ++i) {  // far from all other numbers, so that S = T = 0
+      difference[i] = 0;
       sum[i] = 1e100;
     }
   }
 };
 
-// Where the gradients of a side's numbers go, student's and teacher's: null where none is wanted.
+// Output arrays for the gradients of one side, the student's and the teacher's; null if a gradient
+// is not wanted.
 struct Gradients {
-  double* of[2];
+  double* arrays[2];
 };
 
-// Rows [first, first + count) of x against all n of y: returns sum (S - T)^2. The gradients of x [count], and of y [padded(n)], which are
-// added to, are half of dLoss / du.
-inline double row_block(const Pair& x, const Pair& y, int64_t first, int64_t count, int64_t n, Gradients to_x, Gradients to_y) {
+// Processes rows [first, first + count) of x with all n numbers of y and returns sum (S - T)^2. The
+// gradients are half of dLoss / du: those of x [count] are written, and those of y [padded(n)] are
+// added to.
+inline double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64_t first, int64_t count, int64_t n, Gradients grad_x,
+                            Gradients grad_y) {
   double total = 0;
   for (int64_t m = 0; m < count; ++m) {
-    const Doubles x_change = simd::splat<double>(x.change[first + m]), x_sum = simd::splat<double>(x.sum[first + m]);
-    Doubles squares{}, row[2] = {};
-    for (int64_t i = 0; i < n; i += kWide) {
-      const Doubles e = x_change - load<double>(&y.change[i]), p = x_sum - load<double>(&y.sum[i]);
+    const Doubles x_difference = simd::splat<double>(x.difference[first + m]), x_sum = simd::splat<double>(x.sum[first + m]);
+    Doubles squares{}, row_gradient[2] = {};
+    for (int64_t i = 0; i < n; i += kVectorSize) {
+      const Doubles e = x_difference - load<double>(&y.difference[i]), p = x_sum - load<double>(&y.sum[i]);
       const Doubles log_ratio = e * p * -0.5, s = (p + e) * 0.5, t = (p - e) * 0.5;
       const auto student_larger = log_ratio > 0.0;
       const Doubles larger = simd::exp<double>(select<double>(student_larger, s * s, t * t) * -0.5);
-      const Fall fallen = fall(log_ratio);
-      const Doubles step = larger * fallen.change, smaller = larger * fallen.value;
-      const Doubles difference = select<double>(student_larger, -step, step);
-      squares += difference * difference;
-      const Doubles to[2] = {difference * select<double>(student_larger, larger, smaller) * s,
-                             -difference * select<double>(student_larger, smaller, larger) * t};
-      for (int net = 0; net < 2; ++net) {
-        row[net] -= to[net];
-        if (to_y.of[net] != nullptr) store<double>(to_y.of[net] + i, load<double>(to_y.of[net] + i) + to[net]);
+      const ExpMinusAbs relative = exp_minus_abs(log_ratio);
+      const Doubles smaller_minus_larger = larger * relative.expm1, smaller = larger * relative.exp;
+      const Doubles s_minus_t = select<double>(student_larger, -smaller_minus_larger, smaller_minus_larger);
+      squares += s_minus_t * s_minus_t;
+      const Doubles pair_gradient[2] = {s_minus_t * select<double>(student_larger, larger, smaller) * s,
+                                        -s_minus_t * select<double>(student_larger, smaller, larger) * t};
+      for (int network = 0; network < 2; ++network) {
+        row_gradient[network] -= pair_gradient[network];
+        if (grad_y.arrays[network] != nullptr)
+          store<double>(grad_y.arrays[network] + i, load<double>(grad_y.arrays[network] + i) + pair_gradient[network]);
       }
     }
     total += simd::sum<double>(squares);
-    for (int net = 0; net < 2; ++net)
-      if (to_x.of[net] != nullptr) to_x.of[net][m] = simd::sum<double>(row[net]);
+    for (int network = 0; network < 2; ++network)
+      if (grad_x.arrays[network] != nullptr) grad_x.arrays[network][m] = simd::sum<double>(row_gradient[network]);
   }
   return total;
 }

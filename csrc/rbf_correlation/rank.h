@@ -1,4 +1,5 @@
-// Which way a loss is computed, and with how many terms. docs/rbf_correlation.md derives the bound.
+// Decides whether the loss is computed from the series or from all pairs, and how many terms of the
+// series are needed. docs/rbf_correlation.md derives the error bound.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@ namespace kdkernels::rbf_correlation {
 
 constexpr int kMaxRank = 24;
 
-// Smallest and largest number of a column; both NaN if it holds a number that is not finite.
+// The smallest and largest number of a column. Both are NaN if the column holds a number that is
+// not finite.
 struct Range {
   double low, high;
   double middle() const { return low + (high - low) / 2; }
@@ -22,52 +24,57 @@ inline Range join(const Range& a, const Range& b) {
   return {std::min(a.low, b.low), std::max(a.high, b.high)};
 }
 
-// The correlation does not change when both sides move by the same amount. Moved by -center, |x| <= a and |y| <= b, and the product a b,
-// on which the number of terms depends, is the smallest where the center is the middle of the narrower side.
-struct Centered {
+// Bounds of both sides after a common shift, which does not change the correlation: |x - center| <=
+// a and |y - center| <= b. The number of terms depends on the product a b, which is smallest if the
+// center is the middle of the narrower side.
+struct CenteredBounds {
   double center, a, b;
 
-  Centered(const Range& x, const Range& y) {
-    const double apart = std::abs(x.middle() - y.middle());
-    const bool by_x = x.radius() <= y.radius();
-    center = by_x ? x.middle() : y.middle();
-    a = by_x ? x.radius() : x.radius() + apart;
-    b = by_x ? y.radius() + apart : y.radius();
+  CenteredBounds(const Range& x, const Range& y) {
+    const double distance = std::abs(x.middle() - y.middle());
+    const bool x_is_narrower = x.radius() <= y.radius();
+    center = x_is_narrower ? x.middle() : y.middle();
+    a = x_is_narrower ? x.radius() : x.radius() + distance;
+    b = x_is_narrower ? y.radius() + distance : y.radius();
   }
 };
 
-// The least R with z^(R-1) / (R-1)! <= accuracy for z = 2 a b / beta: what R terms leave out of the derivative of the correlation, relative
-// to it. kMaxRank + 1 if there is none, or z is not a number.
+// The smallest R with z^(R-1) / (R-1)! <= accuracy for z = 2 a b / beta. This is the error that R
+// terms leave in the derivative of the correlation, relative to this derivative. Returns kMaxRank +
+// 1 if there is no such R up to kMaxRank or if z is NaN.
 inline int rank_for(double z, double accuracy) {
-  double left = 1;
+  double error = 1;
   int rank = 1;
-  while (rank <= kMaxRank && !(left <= accuracy)) {
-    left *= z / rank;
+  while (rank <= kMaxRank && !(error <= accuracy)) {
+    error *= z / rank;
     ++rank;
   }
   return rank;
 }
 
-// Left out, relative to what is kept. A hundred to a thousand roundings below the result's own: the loss is what the terms leave after most
-// of them cancel.
+// The truncation error that is allowed, relative to the retained terms. It is smaller than the
+// rounding error of the result by a factor of a hundred to a thousand, because the loss is the
+// remainder after most of the terms have cancelled.
 constexpr double accuracy(bool is_double) {
   return is_double ? 0x1p-56 : 0x1p-28;
 }
 
-// Terms of the series of e^y for |y| <= largest, four digits beyond the accuracy above; 0 where they are more than the exponential takes.
-inline int series_for(double largest, bool is_double) {
-  const double enough = accuracy(is_double) * (is_double ? 0.25 : 0x1p-12);
-  double left = 1;
+// The number of terms of the series of e^y for |y| <= largest, with an error four digits below the
+// accuracy above; 0 if the series needs more operations than the exponential.
+inline int exp_series_terms(double largest, bool is_double) {
+  const double tolerance = accuracy(is_double) * (is_double ? 0.25 : 0x1p-12);
+  double error = 1;
   int terms = 0;
-  while (terms < 10 && left > enough) left *= largest / ++terms;
-  return left <= enough ? std::max(terms, 1) : 0;
+  while (terms < 10 && error > tolerance) error *= largest / ++terms;
+  return error <= tolerance ? std::max(terms, 1) : 0;
 }
 
-// Operations of both ways for one column, from the loops' instructions.
-inline bool terms_are_cheaper(int rank, int64_t m, int64_t n) {
-  const double by_terms = static_cast<double>(m + n) * (120 + 4.0 * rank * rank);
-  const double by_pairs = static_cast<double>(m) * static_cast<double>(n) * 80;
-  return rank <= kMaxRank && by_terms < by_pairs;
+// Compares the operations of the two methods for one column. The constants are counts of
+// instructions in the inner loops.
+inline bool series_is_cheaper(int rank, int64_t m, int64_t n) {
+  const double series_cost = static_cast<double>(m + n) * (120 + 4.0 * rank * rank);
+  const double pairs_cost = static_cast<double>(m) * static_cast<double>(n) * 80;
+  return rank <= kMaxRank && series_cost < pairs_cost;
 }
 
 }  // namespace kdkernels::rbf_correlation

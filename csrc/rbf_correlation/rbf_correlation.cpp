@@ -1,7 +1,8 @@
 // rbf_correlation and rbf_correlation_loss: the schemas of their ops, and their derivatives.
 //
-// The inputs of the loss are small beside the work on them, and the gradient needs what the loss has made: the forward writes the gradients
-// of all inputs that ask for one, and the backward scales them. See saved_gradient.h.
+// The inputs of the loss are small compared with the computation, and the gradients need
+// intermediate results of the loss. The forward op therefore writes the gradients of all inputs
+// that require one, and the backward pass scales them. See saved_gradient.h.
 #include "rbf_correlation.h"
 
 #include <torch/library.h>
@@ -26,7 +27,7 @@ using RescaleSignature = void(Tensor&, const Tensor&);
 struct Correlation : torch::autograd::Function<Correlation> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, double beta) {
     static const auto op = find_op<Signature>("kdkernels::rbf_correlation");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
     save(ctx, {x, y});
     ctx->saved_data["beta"] = beta;
@@ -39,9 +40,9 @@ struct Correlation : torch::autograd::Function<Correlation> {
     if (!grads[0].defined()) return result;
     check_no_tangent("rbf_correlation_backward", grads[0]);
     const auto kept = saved(ctx);
-    auto [to_x, to_y] = op.call(grads[0], kept[0], kept[1], ctx->saved_data["beta"].toDouble());
-    if (ctx->needs_input_grad(0)) result[0] = to_x;
-    if (ctx->needs_input_grad(1)) result[1] = to_y;
+    auto [grad_x, grad_y] = op.call(grads[0], kept[0], kept[1], ctx->saved_data["beta"].toDouble());
+    if (ctx->needs_input_grad(0)) result[0] = grad_x;
+    if (ctx->needs_input_grad(1)) result[1] = grad_y;
     return result;
   }
 };
@@ -50,7 +51,7 @@ Tensor correlation_autograd(const Tensor& x, const Tensor& y, double beta) {
   check_no_tangent("rbf_correlation", x, y);
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || y.requires_grad())) {
     static const auto op = find_op<Signature>("kdkernels::rbf_correlation");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(x, y, beta);
   }
   return Correlation::apply(x, y, beta)[0];
@@ -61,10 +62,10 @@ struct Loss : torch::autograd::Function<Loss> {
                                int64_t reduction) {
     static const auto op = find_op<LossSignature>("kdkernels::rbf_correlation_loss");
     const std::array<bool, 4> needs{sx.requires_grad(), sy.requires_grad(), tx.requires_grad(), ty.requires_grad()};
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, to_sx, to_sy, to_tx, to_ty] = op.call(sx, sy, tx, ty, beta, reduction, needs);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, grad_sx, grad_sy, grad_tx, grad_ty] = op.call(sx, sy, tx, ty, beta, reduction, needs);
     ctx->set_materialize_grads(false);
-    save(ctx, {sx, sy, tx, ty, to_sx, to_sy, to_tx, to_ty});
+    save(ctx, {sx, sy, tx, ty, grad_sx, grad_sy, grad_tx, grad_ty});
     auto& saved = ctx->saved_data;
     saved["beta"] = beta;
     saved["reduction"] = reduction;
@@ -84,22 +85,22 @@ struct Loss : torch::autograd::Function<Loss> {
     const std::array<bool, 4> needs{flags[0], flags[1], flags[2], flags[3]};
     if (at::GradMode::is_enabled() || has_tangent(grad_loss)) {
       check_no_tangent("rbf_correlation_loss_backward", grad_loss);
-      auto [to_sx, to_sy, to_tx, to_ty] =
+      auto [grad_sx, grad_sy, grad_tx, grad_ty] =
           recompute.call(grad_loss, kept[0], kept[1], kept[2], kept[3], data["beta"].toDouble(), data["reduction"].toInt(), needs);
-      const Tensor all[] = {to_sx, to_sy, to_tx, to_ty};
+      const Tensor recomputed[] = {grad_sx, grad_sy, grad_tx, grad_ty};
       for (int i = 0; i < 4; ++i)
-        if (needs[i]) result[i] = all[i];
+        if (needs[i]) result[i] = recomputed[i];
       return result;
     }
     for (int i = 0; i < 4; ++i) {
       if (!needs[i]) continue;
       Tensor grad = kept[4 + i];
-      if (may_give_away(grad, grad_loss)) {
+      if (can_reuse(grad, grad_loss)) {
         rescale.call(grad, grad_loss);
       } else {
         const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(1).unsqueeze(2) : grad_loss;
         grad = grad * factor;
-        if (grad_loss.dim() > 0) grad = grad.masked_fill(factor.eq(0), 0);  // a sample that was left out, see rescale
+        if (grad_loss.dim() > 0) grad = grad.masked_fill(factor.eq(0), 0);  // an excluded sample, see rbf_correlation_loss_rescale_cpu
       }
       result[i] = grad.to(kept[i].scalar_type());
     }
@@ -112,13 +113,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& s
   check_no_tangent("rbf_correlation_loss", sx, sy, tx, ty);
   if (!at::GradMode::is_enabled() || !(sx.requires_grad() || sy.requires_grad() || tx.requires_grad() || ty.requires_grad())) {
     static const auto op = find_op<LossSignature>("kdkernels::rbf_correlation_loss");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(sx, sy, tx, ty, beta, reduction, wanted);
   }
   const auto out = Loss::apply(sx, sy, tx, ty, beta, reduction);
-  // The saved gradients are the graph's alone: its backward may scale them in place.
+  // Only the graph holds the saved gradients, so its backward pass may scale them in place.
   const at::ScalarType dtype = out[0].scalar_type();
-  return {out[0], nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype), nothing(sx, dtype)};
+  return {out[0], empty_result(sx, dtype), empty_result(sx, dtype), empty_result(sx, dtype), empty_result(sx, dtype)};
 }
 
 }  // namespace
@@ -127,7 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_autograd(const Tensor& s
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("rbf_correlation(Tensor x, Tensor y, float beta) -> Tensor");
   m.def("rbf_correlation_backward(Tensor grad, Tensor x, Tensor y, float beta) -> (Tensor grad_x, Tensor grad_y)");
-  // The gradients of the inputs that are wanted, in the dtype of the loss; the derivative sets `wanted`. The others are empty.
+  // Returns the gradients selected by `wanted`, which the derivative sets, in the dtype of the
+  // loss. The other gradients are empty.
   m.def(
       "rbf_correlation_loss(Tensor sx, Tensor sy, Tensor tx, Tensor ty, float beta, int reduction, bool[4] wanted) "
       "-> (Tensor loss, Tensor grad_sx, Tensor grad_sy, Tensor grad_tx, Tensor grad_ty)");

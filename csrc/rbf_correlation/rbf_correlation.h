@@ -1,4 +1,4 @@
-// rbf_correlation and rbf_correlation_loss: options and checks that every backend shares.
+// rbf_correlation and rbf_correlation_loss: options and argument checks, shared by all backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace kdkernels::rbf_correlation {
 
-// Values as in temperature_kl.h, which also has a mean.
+// The values are those of temperature_kl.h, which also has `mean`.
 enum class Reduction { none = 0, sum = 1, batchmean = 3 };
 
 inline Reduction parse_reduction(int64_t value) {
@@ -22,12 +22,12 @@ inline void check_beta(double beta) {
   TORCH_CHECK_VALUE(beta > 0 && std::isfinite(beta), "beta must be a finite number > 0, got ", beta);
 }
 
-// x [B, M, K] and y [B, N, K].
+// Checks a pair x [B, M, K] and y [B, N, K].
 inline void check_columns(const at::Tensor& x, const char* x_name, const at::Tensor& y, const char* y_name) {
   for (const auto& [t, name] : {std::pair(&x, x_name), std::pair(&y, y_name)}) {
     check_floating(*t, name);
     TORCH_CHECK_VALUE(t->dim() == 3 && t->size(1) > 0 && t->size(2) > 0, name,
-                      " must be [B, numbers, K], with at least one number and column, got ", t->sizes());
+                      " must have the shape [B, numbers, K] with at least one number and one column, got ", t->sizes());
   }
   check_device(y, y_name, x.device());
   TORCH_CHECK_VALUE(x.size(0) == y.size(0) && x.size(2) == y.size(2), x_name, " [B, M, K] and ", y_name,
@@ -42,7 +42,8 @@ inline void check_pairs(const at::Tensor& sx, const at::Tensor& sy, const at::Te
   check_same_shape(sy, "sy", ty, "ty");
 }
 
-// What the op computes in, or answers in: half types go through float.
+// The dtype of the op's arithmetic and of its results; half-precision inputs are computed in
+// float32.
 template <typename... Tensors>
 at::ScalarType compute_dtype(const Tensors&... tensors) {
   return ((tensors.scalar_type() == at::kDouble) || ...) ? at::kDouble : at::kFloat;

@@ -33,7 +33,7 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
                                                 int64_t reduction, bool scale_by_t2, bool include_entropy, double target_eps) {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
     const bool save_grad = student.requires_grad() && !teacher.requires_grad() && !(row_temperature && row_temperature->requires_grad());
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, grad, row_scale] = op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta,
                                            reduction, scale_by_t2, include_entropy, target_eps, save_grad);
     ctx->set_materialize_grads(false);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> temperature_kl_autograd(const Tensor& student
   const bool needs_grad = student.requires_grad() || teacher.requires_grad() || (row_temperature && row_temperature->requires_grad());
   if (!at::GradMode::is_enabled() || !needs_grad) {
     static const auto op = find_op<ForwardSignature>("kdkernels::temperature_kl");
-    at::AutoDispatchBelowADInplaceOrView below;
+    at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
                    include_entropy, target_eps, save_grad);
   }
