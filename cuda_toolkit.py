@@ -140,7 +140,8 @@ def _nvcc_candidates(environment: Mapping[str, str], major: int | None, folder: 
 def _inspect(nvcc: str, environment: Mapping[str, str]) -> Toolkit | str:
     """Return the toolkit that an nvcc belongs to, or a description of what is wrong with it.
 
-    nvcc may be a script outside its toolkit, so the folder of the toolkit is read from its dryrun_output run.
+    nvcc may be a script outside its toolkit, so `nvcc --dryrun` is asked for the folder of the
+    toolkit.
     """
     if not os.path.exists(nvcc):
         return f"{nvcc} does not exist"

@@ -35,11 +35,11 @@ struct Pool : torch::autograd::Function<Pool> {
     *side_outputs = {norm, channel};
     ctx->set_materialize_grads(false);
     save(ctx, {x, maps, norm, channel});
-    auto& saved = ctx->saved_data;
-    saved["p"] = p;
-    saved["reduce"] = reduce;
-    saved["normalize"] = normalize;
-    saved["eps"] = eps;
+    auto& data = ctx->saved_data;
+    data["p"] = p;
+    data["reduce"] = reduce;
+    data["normalize"] = normalize;
+    data["eps"] = eps;
     return {maps};
   }
 
@@ -48,10 +48,10 @@ struct Pool : torch::autograd::Function<Pool> {
     variable_list result(6);  // one for each argument of forward
     if (!grads[0].defined()) return result;
     check_no_tangent("attention_pool_backward", grads[0]);
-    const auto kept = saved(ctx);
+    const auto saved_tensors = saved(ctx);
     auto& data = ctx->saved_data;
-    result[0] = op.call(grads[0], kept[0], kept[1], kept[2], kept[3], data["p"].toDouble(), data["reduce"].toInt(),
-                        data["normalize"].toInt(), data["eps"].toDouble());
+    result[0] = op.call(grads[0], saved_tensors[0], saved_tensors[1], saved_tensors[2], saved_tensors[3], data["p"].toDouble(),
+                        data["reduce"].toInt(), data["normalize"].toInt(), data["eps"].toDouble());
     return result;
   }
 };
@@ -81,14 +81,14 @@ struct Loss : torch::autograd::Function<Loss> {
     // done, because the root of a map can leave the range of its dtype.
     const bool map_only = save_grad && p >= 1;
     save(ctx, {student, map_only ? teacher_map : teacher, grad, scale});
-    auto& saved = ctx->saved_data;
-    saved["p"] = p;
-    saved["variant"] = variant;
-    saved["reduce"] = reduce;
-    saved["eps"] = eps;
-    saved["save_grad"] = save_grad;
-    saved["map_only"] = map_only;
-    saved["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad()};
+    auto& data = ctx->saved_data;
+    data["p"] = p;
+    data["variant"] = variant;
+    data["reduce"] = reduce;
+    data["eps"] = eps;
+    data["save_grad"] = save_grad;
+    data["map_only"] = map_only;
+    data["needs"] = std::vector<bool>{student.requires_grad(), teacher.requires_grad()};
     return {loss};
   }
 
@@ -98,15 +98,15 @@ struct Loss : torch::autograd::Function<Loss> {
     variable_list result(6);  // one for each argument of forward
     const Tensor& grad_loss = grads[0];
     if (!grad_loss.defined()) return result;
-    const auto kept = saved(ctx);
+    const auto saved_tensors = saved(ctx);
     auto& data = ctx->saved_data;
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
-      Tensor grad = kept[2];
+      Tensor grad = saved_tensors[2];
       if (can_reuse(grad, grad_loss)) {
-        rescale.call(grad, kept[3], grad_loss);
+        rescale.call(grad, saved_tensors[3], grad_loss);
         result[0] = grad;
       } else {
-        Tensor scale = kept[3];
+        Tensor scale = saved_tensors[3];
         for (int64_t d = 1; has_scale(grad) && d < grad.dim(); ++d) scale = scale.unsqueeze(-1);
         result[0] = scaled(grad, scale, grad_loss);
       }
@@ -114,9 +114,9 @@ struct Loss : torch::autograd::Function<Loss> {
     }
     check_no_tangent("attention_transfer_loss_backward", grad_loss);
     const auto needs = data["needs"].toBoolList();
-    const Tensor teacher = data["map_only"].toBool() ? kept[1].pow(1 / data["p"].toDouble()).unsqueeze(1) : kept[1];
+    const Tensor teacher = data["map_only"].toBool() ? saved_tensors[1].pow(1 / data["p"].toDouble()).unsqueeze(1) : saved_tensors[1];
     auto [grad_student, grad_teacher] =
-        recompute.call(grad_loss, kept[0], teacher, data["p"].toDouble(), data["variant"].toInt(), data["reduce"].toInt(),
+        recompute.call(grad_loss, saved_tensors[0], teacher, data["p"].toDouble(), data["variant"].toInt(), data["reduce"].toInt(),
                        data["eps"].toDouble(), std::array<bool, 2>{needs[0], needs[1]});
     if (needs[0]) result[0] = grad_student;
     if (needs[1]) result[1] = grad_teacher;

@@ -1,4 +1,5 @@
-// CPU kernels of the attention_pool and attention_transfer_loss ops. Compiled once per instruction set.
+// CPU kernels of the attention_pool and attention_transfer_loss ops, compiled once per instruction
+// set.
 #include "attention_pool.h"
 
 #include <ATen/Parallel.h>

@@ -8,12 +8,14 @@
 // that the tests can check their logic without a GPU.
 //
 //   cta.threads(f)            calls f(t) for every thread t
-//   cta.start(f)              like threads, but without a barrier: its writes are visible after the next one
+//   cta.start(f)              like threads, but without a barrier: its writes are visible
+//                             after the next barrier
 //   cta.each(n, f)            calls f(i) for i in [0, n), divided among the threads
 //   cta.sum(n, f), max(n, f)  like each, and reduces the results of f; every thread gets the result
-//   cta.warps(n, f)           calls f(warp, i) for i in [0, n), divided among the warps; a Warp has its
-//                             own each, sum, max and min
-//   cta.read(x)               reads x, which phases write, in all threads: the next phase must not write it
+//   cta.warps(n, f)           calls f(warp, i) for i in [0, n), divided among the warps;
+//                             a Warp has its own each, sum, max and min
+//   cta.read(x)               reads x, which phases write, in all threads; the next phase
+//                             must not write x
 //   cta.barrier()             a barrier without a phase
 //   PerThread<V>              a variable that each thread keeps for itself from phase to phase
 //   cta.copy_async(to, from, valid), commit(), wait<N>()

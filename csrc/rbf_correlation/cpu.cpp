@@ -1,4 +1,5 @@
-// CPU kernels of the rbf_correlation and rbf_correlation_loss ops. Compiled once per instruction set.
+// CPU kernels of the rbf_correlation and rbf_correlation_loss ops, compiled once per instruction
+// set.
 #include "rbf_correlation.h"
 
 #include <ATen/Dispatch.h>

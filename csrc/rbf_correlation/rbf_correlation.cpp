@@ -39,8 +39,8 @@ struct Correlation : torch::autograd::Function<Correlation> {
     variable_list result(3);  // one for each argument of forward
     if (!grads[0].defined()) return result;
     check_no_tangent("rbf_correlation_backward", grads[0]);
-    const auto kept = saved(ctx);
-    auto [grad_x, grad_y] = op.call(grads[0], kept[0], kept[1], ctx->saved_data["beta"].toDouble());
+    const auto saved_tensors = saved(ctx);
+    auto [grad_x, grad_y] = op.call(grads[0], saved_tensors[0], saved_tensors[1], ctx->saved_data["beta"].toDouble());
     if (ctx->needs_input_grad(0)) result[0] = grad_x;
     if (ctx->needs_input_grad(1)) result[1] = grad_y;
     return result;
@@ -66,10 +66,10 @@ struct Loss : torch::autograd::Function<Loss> {
     auto [loss, grad_sx, grad_sy, grad_tx, grad_ty] = op.call(sx, sy, tx, ty, beta, reduction, needs);
     ctx->set_materialize_grads(false);
     save(ctx, {sx, sy, tx, ty, grad_sx, grad_sy, grad_tx, grad_ty});
-    auto& saved = ctx->saved_data;
-    saved["beta"] = beta;
-    saved["reduction"] = reduction;
-    saved["needs"] = std::vector<bool>(needs.begin(), needs.end());
+    auto& data = ctx->saved_data;
+    data["beta"] = beta;
+    data["reduction"] = reduction;
+    data["needs"] = std::vector<bool>(needs.begin(), needs.end());
     return {loss};
   }
 
@@ -79,14 +79,15 @@ struct Loss : torch::autograd::Function<Loss> {
     variable_list result(6);  // one for each argument of forward
     const Tensor& grad_loss = grads[0];
     if (!grad_loss.defined()) return result;
-    const auto kept = saved(ctx);
+    const auto saved_tensors = saved(ctx);
     auto& data = ctx->saved_data;
     const auto flags = data["needs"].toBoolList();
     const std::array<bool, 4> needs{flags[0], flags[1], flags[2], flags[3]};
     if (at::GradMode::is_enabled() || has_tangent(grad_loss)) {
       check_no_tangent("rbf_correlation_loss_backward", grad_loss);
       auto [grad_sx, grad_sy, grad_tx, grad_ty] =
-          recompute.call(grad_loss, kept[0], kept[1], kept[2], kept[3], data["beta"].toDouble(), data["reduction"].toInt(), needs);
+          recompute.call(grad_loss, saved_tensors[0], saved_tensors[1], saved_tensors[2], saved_tensors[3], data["beta"].toDouble(),
+                         data["reduction"].toInt(), needs);
       const Tensor recomputed[] = {grad_sx, grad_sy, grad_tx, grad_ty};
       for (int i = 0; i < 4; ++i)
         if (needs[i]) result[i] = recomputed[i];
@@ -94,7 +95,7 @@ struct Loss : torch::autograd::Function<Loss> {
     }
     for (int i = 0; i < 4; ++i) {
       if (!needs[i]) continue;
-      Tensor grad = kept[4 + i];
+      Tensor grad = saved_tensors[4 + i];
       if (can_reuse(grad, grad_loss)) {
         rescale.call(grad, grad_loss);
       } else {
@@ -102,7 +103,7 @@ struct Loss : torch::autograd::Function<Loss> {
         grad = grad * factor;
         if (grad_loss.dim() > 0) grad = grad.masked_fill(factor.eq(0), 0);  // an excluded sample, see rbf_correlation_loss_rescale_cpu
       }
-      result[i] = grad.to(kept[i].scalar_type());
+      result[i] = grad.to(saved_tensors[i].scalar_type());
     }
     return result;
   }

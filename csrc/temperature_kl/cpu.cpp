@@ -1,4 +1,4 @@
-// CPU kernels of the temperature_kl ops. Compiled once per instruction set.
+// CPU kernels of the temperature_kl ops, compiled once per instruction set.
 #include "temperature_kl.h"
 
 #include <ATen/Parallel.h>

@@ -43,18 +43,18 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     const bool without_teacher = save_grad && direction == static_cast<int64_t>(Direction::forward) && target_eps == 0;
     save(ctx, {student, without_teacher ? Tensor() : teacher, row_temperature.value_or(Tensor()), mask.value_or(Tensor()),
                normalizer.value_or(Tensor()), grad, row_scale});
-    auto& saved = ctx->saved_data;
-    saved["without_teacher"] = without_teacher;
-    saved["temperature"] = temperature;
-    saved["dim"] = dim;
-    saved["direction"] = direction;
-    saved["beta"] = beta;
-    saved["reduction"] = reduction;
-    saved["scale_by_t2"] = scale_by_t2;
-    saved["include_entropy"] = include_entropy;
-    saved["target_eps"] = target_eps;
-    saved["save_grad"] = save_grad;
-    saved["needs"] =
+    auto& data = ctx->saved_data;
+    data["without_teacher"] = without_teacher;
+    data["temperature"] = temperature;
+    data["dim"] = dim;
+    data["direction"] = direction;
+    data["beta"] = beta;
+    data["reduction"] = reduction;
+    data["scale_by_t2"] = scale_by_t2;
+    data["include_entropy"] = include_entropy;
+    data["target_eps"] = target_eps;
+    data["save_grad"] = save_grad;
+    data["needs"] =
         std::vector<bool>{student.requires_grad(), teacher.requires_grad(), row_temperature && row_temperature->requires_grad()};
     return {loss};
   }
@@ -67,39 +67,40 @@ struct TemperatureKl : torch::autograd::Function<TemperatureKl> {
     const Tensor& grad_loss = grads[0];
     if (!grad_loss.defined()) return result;
     check_no_tangent("temperature_kl_backward", grad_loss);
-    const auto kept = saved(ctx);
+    const auto saved_tensors = saved(ctx);
     auto& data = ctx->saved_data;
     const int64_t dim = data["dim"].toInt();
     auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     if (data["save_grad"].toBool() && !at::GradMode::is_enabled()) {
-      Tensor grad = kept[5];
+      Tensor grad = saved_tensors[5];
       if (can_reuse(grad, grad_loss)) {
-        rescale_in_place.call(grad, kept[6], grad_loss, optional(kept[3]), dim);
+        rescale_in_place.call(grad, saved_tensors[6], grad_loss, optional(saved_tensors[3]), dim);
         result[0] = grad;
       } else {
-        result[0] = rescale.call(grad, kept[6], grad_loss, optional(kept[3]), dim);
+        result[0] = rescale.call(grad, saved_tensors[6], grad_loss, optional(saved_tensors[3]), dim);
       }
       return result;
     }
     const auto needs = data["needs"].toBoolList();
     auto compute_gradients = [&](const Tensor& upstream, const Tensor& teacher) {
-      return recompute.call(upstream, kept[0], teacher, data["temperature"].toDouble(), optional(kept[2]), optional(kept[3]),
-                            optional(kept[4]), dim, data["direction"].toInt(), data["beta"].toDouble(), data["reduction"].toInt(),
-                            data["scale_by_t2"].toBool(), data["include_entropy"].toBool(), data["target_eps"].toDouble(),
-                            std::array<bool, 3>{needs[0], needs[1], needs[2]});
+      return recompute.call(upstream, saved_tensors[0], teacher, data["temperature"].toDouble(), optional(saved_tensors[2]),
+                            optional(saved_tensors[3]), optional(saved_tensors[4]), dim, data["direction"].toInt(), data["beta"].toDouble(),
+                            data["reduction"].toInt(), data["scale_by_t2"].toBool(), data["include_entropy"].toBool(),
+                            data["target_eps"].toDouble(), std::array<bool, 3>{needs[0], needs[1], needs[2]});
     };
     if (data["without_teacher"].toBool()) {
       // For the derivative of the gradient: with the student itself as the teacher, the gradient is
       // 0 and has the same derivative as with any other teacher. The saved gradient supplies the
       // value.
-      const Tensor self_gradient = std::get<0>(compute_gradients(grad_loss, kept[0].detach()));
+      const Tensor self_gradient = std::get<0>(compute_gradients(grad_loss, saved_tensors[0].detach()));
       const Tensor factor = grad_loss.dim() > 0 ? grad_loss.unsqueeze(dim) : grad_loss;
-      const Tensor scale = has_scale(kept[5]) ? kept[6].unsqueeze(dim) : kept[6];
-      const Tensor value = scaled(kept[5], scale, factor);
-      result[0] = self_gradient + (kept[3].defined() ? value.masked_fill(kept[3].logical_not().unsqueeze(dim), 0) : value);
+      const Tensor scale = has_scale(saved_tensors[5]) ? saved_tensors[6].unsqueeze(dim) : saved_tensors[6];
+      const Tensor value = scaled(saved_tensors[5], scale, factor);
+      result[0] =
+          self_gradient + (saved_tensors[3].defined() ? value.masked_fill(saved_tensors[3].logical_not().unsqueeze(dim), 0) : value);
       return result;
     }
-    auto [grad_student, grad_teacher, grad_temperature] = compute_gradients(grad_loss, kept[1]);
+    auto [grad_student, grad_teacher, grad_temperature] = compute_gradients(grad_loss, saved_tensors[1]);
     if (needs[0]) result[0] = grad_student;
     if (needs[1]) result[1] = grad_teacher;
     if (needs[2]) result[3] = grad_temperature;
