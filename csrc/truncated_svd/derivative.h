@@ -95,7 +95,7 @@ class Derivative {
              Storage* out, int64_t out_row, bool stream) {
     compute_inverses(in, scale);
     const double *a_differences = saved, *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_, grad_scale = b_products[k_ * k_];
-    T *za = za_.get(), *az = scaled_.get();  // [z; a], the factors of the result; scale * [a; z], which M^T is multiplied by
+    T *za = za_.get(), *az = scaled_.get();  // [z; a], the left factors of the result; scale * [a; z], which M^T is multiplied by
     for (int64_t j = 0; j < k_; ++j) {
       T* z_j = z + j * stride_;
       remove_kept(in.a, z_j);
