@@ -42,7 +42,7 @@ inline void check_backward(const std::optional<at::Tensor>& grad_student, const 
                            const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& weight,
                            const at::Tensor& match, const at::Tensor& flips, std::array<bool, 3> wanted) {
   check(student, teacher, weight);
-  TORCH_CHECK_VALUE(weight || !wanted[2], "the gradient of weight is wanted, but weight is None");
+  TORCH_CHECK_VALUE(weight || !wanted[2], "wanted[2] asks for the gradient of weight, but weight is None");
   for (const auto* grad : {&grad_student, &grad_teacher}) {
     if (!*grad || !(*grad)->defined()) continue;
     check_type(**grad, "grad");
@@ -59,8 +59,8 @@ inline void check_backward(const std::optional<at::Tensor>& grad_student, const 
                    flips.scalar_type());
 }
 
-// For CPU tensors. On a GPU this check would wait for the device; there the kernels ignore an index
-// out of range.
+// For CPU tensors. On a GPU this check would have to wait for the device; there the kernels read no
+// vector whose index is out of range.
 inline void check_match(const at::Tensor& match, int64_t student_k) {
   const at::Tensor index = match.contiguous();
   for (int64_t i = 0; i < index.numel(); ++i) {

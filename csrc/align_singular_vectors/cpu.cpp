@@ -14,7 +14,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;  // with fewer numbers than this, a second thread costs more time than it saves
+// With fewer numbers than this, a second thread costs more time than it saves.
+constexpr int64_t kGrain = 1 << 14;
 
 // to = factor * from
 template <typename T>
@@ -62,10 +63,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_st
   constexpr at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
   const int64_t student_k = student.size(-1), k = teacher.size(-1), n = teacher.size(-2), batch = match.numel() / k;
   auto rows_of = [&](const std::optional<Tensor>& g) { return g && g->defined() ? vectors_first(*g, dtype) : Tensor(); };
-  const Tensor gs = rows_of(grad_student), gt = rows_of(grad_teacher), w = weight ? weight->result(dtype).contiguous() : Tensor();
+  const Tensor gs = rows_of(grad_student), gt = rows_of(grad_teacher), w = weight ? weight->to(dtype).contiguous() : Tensor();
   const Tensor s = wanted[2] ? vectors_first(student, dtype) : Tensor(), t = wanted[2] ? vectors_first(teacher, dtype) : Tensor();
   const auto options = student.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor result_s = at::zeros({wanted[0] ? batch : 0, student_k, n}, options), result_t = at::zeros({wanted[1] ? batch : 0, k, n}, options);
+  const Tensor result_s = at::zeros({wanted[0] ? batch : 0, student_k, n}, options),
+               result_t = at::zeros({wanted[1] ? batch : 0, k, n}, options);
   const Tensor result_w = at::zeros({wanted[2] ? batch : 0, k}, options);
   at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (student_k * n)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * k; i < end * k; ++i) {

@@ -17,8 +17,8 @@ KDKERNELS_GPU void forward(Cta& cta, const ForwardProblem& m, int64_t task) {
   const T* teacher_vector = static_cast<const T*>(m.teacher) + task * n;
   const T* student_vectors = static_cast<const T*>(m.student) + task / m.k * m.student_k * n;
   auto cosine = [&](int j) {
-    return cta.template sum<double>(n,
-                                    [&](int i) { return static_cast<double>(student_vectors[int64_t(j) * n + i]) * static_cast<double>(teacher_vector[i]); });
+    return cta.template sum<double>(
+        n, [&](int i) { return static_cast<double>(student_vectors[int64_t(j) * n + i]) * static_cast<double>(teacher_vector[i]); });
   };
   double max_cosine = 0;
   for (int j = 0; j < m.student_k; ++j) max_cosine = larger(max_cosine, absolute(cosine(j)));
@@ -51,8 +51,8 @@ KDKERNELS_GPU void backward(Cta& cta, const BackwardProblem& m, int64_t task) {
   const T *grad_s = static_cast<const T*>(m.grad_student), *grad_t = static_cast<const T*>(m.grad_teacher);
   const T *flips = static_cast<const T*>(m.flips), *weight = static_cast<const T*>(m.weight);
   if (vector < m.student_k) {
-    if (!m.to_student) return;
-    T* result = static_cast<T*>(m.to_student) + (b * m.student_k + vector) * n;
+    if (!m.result_student) return;
+    T* result = static_cast<T*>(m.result_student) + (b * m.student_k + vector) * n;
     cta.each(n, [&](int c) {
       T sum = T(0);
       for (int64_t i = b * k; grad_s && i < (b + 1) * k; ++i)
@@ -63,20 +63,21 @@ KDKERNELS_GPU void backward(Cta& cta, const BackwardProblem& m, int64_t task) {
   }
   const int64_t i = b * k + vector - m.student_k;
   const T sign_s = m.flip_teacher ? T(1) : flips[i], sign_t = m.flip_teacher ? flips[i] : T(1), factor = weight ? weight[i] : T(1);
-  if (m.to_teacher) {
-    T* result = static_cast<T*>(m.to_teacher) + i * n;
+  if (m.result_teacher) {
+    T* result = static_cast<T*>(m.result_teacher) + i * n;
     cta.each(n, [&](int c) { result[c] = grad_t ? factor * sign_t * grad_t[i * n + c] : T(0); });
   }
-  if (m.to_weight) {
+  if (m.result_weight) {
     const int64_t match = m.match[i];
-    const bool valid = match >= 0 && match < m.student_k;  // always true for the result of the forward pass
+    // Always true for the `match` that the forward pass returned.
+    const bool valid = match >= 0 && match < m.student_k;
     const T* s = static_cast<const T*>(m.student) + (b * m.student_k + (valid ? match : 0)) * n;
     const T* t = static_cast<const T*>(m.teacher) + i * n;
     const double total = cta.template sum<double>(n, [&](int c) {
       return (grad_s ? static_cast<double>(sign_s * grad_s[i * n + c]) * static_cast<double>(s[c]) : 0.0) +
              (grad_t ? static_cast<double>(sign_t * grad_t[i * n + c]) * static_cast<double>(t[c]) : 0.0);
     });
-    cta.each(1, [&](int) { static_cast<T*>(m.to_weight)[i] = valid ? static_cast<T>(total) : Limits<T>::nan; });
+    cta.each(1, [&](int) { static_cast<T*>(m.result_weight)[i] = valid ? static_cast<T>(total) : Limits<T>::nan; });
   }
 }
 

@@ -48,7 +48,8 @@ inline std::tuple<Tensor, Tensor, Tensor> align_backward(const std::optional<Ten
   const Tensor s = wanted[2] ? vectors_first(student, dtype) : Tensor(), t = wanted[2] ? vectors_first(teacher, dtype) : Tensor();
   const auto options = student.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
   auto empty_if = [&](bool want, at::IntArrayRef shape) { return want ? at::empty(shape, options) : Tensor(); };
-  const Tensor grad_s = empty_if(wanted[0], {batch, student_k, n}), grad_t = empty_if(wanted[1], {batch, k, n}), grad_w = empty_if(wanted[2], {batch, k});
+  const Tensor result_s = empty_if(wanted[0], {batch, student_k, n}), result_t = empty_if(wanted[1], {batch, k, n}),
+               result_w = empty_if(wanted[2], {batch, k});
   auto writable = [](const Tensor& r) { return r.defined() ? r.mutable_data_ptr() : nullptr; };
   const Tensor index = match.contiguous(), signs = flips.contiguous();
   const BackwardProblem problem{batch,
@@ -63,16 +64,16 @@ inline std::tuple<Tensor, Tensor, Tensor> align_backward(const std::optional<Ten
                                 pointer(w),
                                 pointer(signs),
                                 index.const_data_ptr<int64_t>(),
-                                writable(grad_s),
-                                writable(grad_t),
-                                writable(grad_w)};
+                                writable(result_s),
+                                writable(result_t),
+                                writable(result_w)};
   if (batch > 0) check_launched(launch_backward(problem, dtype == at::kDouble, stream));
   const Tensor none = at::empty({0}, student.options().memory_format(at::MemoryFormat::Contiguous));
   auto with_layout_of = [&](const Tensor& rows, const Tensor& x) {
     return at::empty_like(x).copy_(rows.view(batched(x, {x.size(-1), x.size(-2)})).transpose(-1, -2));
   };
-  return {wanted[0] ? with_layout_of(grad_s, student) : none, wanted[1] ? with_layout_of(grad_t, teacher) : none,
-          wanted[2] ? at::empty_like(*weight).copy_(grad_w.view(weight->sizes())) : none};
+  return {wanted[0] ? with_layout_of(result_s, student) : none, wanted[1] ? with_layout_of(result_t, teacher) : none,
+          wanted[2] ? at::empty_like(*weight).copy_(result_w.view(weight->sizes())) : none};
 }
 
 }  // namespace kdkernels::align_singular_vectors::gpu

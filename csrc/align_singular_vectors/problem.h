@@ -24,15 +24,17 @@ struct ForwardProblem {
   int64_t* match;                           // [batch, k]
 };
 
+// Upstream gradients, and result_...: the gradients with respect to student, teacher and weight.
+// Each of them may be null. student and teacher may be null if result_weight is null.
 struct BackwardProblem {
   int64_t batch;
   int student_k, k, n;
   bool flip_teacher;
-  const void *grad_student, *grad_teacher;    // [batch, k, n]; each may be null
-  const void *student, *teacher, *weight;     // as in the forward pass; student and teacher may be null if to_weight is null
-  const void* flips;                          // [batch, k]
-  const int64_t* match;                       // [batch, k]
-  void *to_student, *to_teacher, *to_weight;  // [batch, student_k, n], [batch, k, n], [batch, k]; each may be null
+  const void *grad_student, *grad_teacher;                // [batch, k, n]
+  const void *student, *teacher, *weight;                 // as in the forward pass
+  const void* flips;                                      // [batch, k]
+  const int64_t* match;                                   // [batch, k]
+  void *result_student, *result_teacher, *result_weight;  // [batch, student_k, n], [batch, k, n], [batch, k]
 };
 
 // Launch the kernel for a problem, in double if is_double, else in float. Return null, or an error

@@ -8,7 +8,9 @@
 namespace kdkernels::truncated_svd {
 
 struct UpstreamGradients {
-  Tensor u, s, v;  // [B, k, M], [B, k] (contiguous), [B, k, N] in the dtype of the computation; each may be undefined
+  // [B, k, M], [B, k] (contiguous) and [B, k, N] in the dtype of the computation; each may be
+  // undefined.
+  Tensor u, s, v;
 };
 
 template <typename T>
@@ -32,7 +34,8 @@ class Backward {
   // Returns the gradient, with the layout of x, rounded to its dtype. `unsolved` receives the
   // matrices whose gradient has not been written.
   Tensor run(std::vector<int64_t>* unsolved = nullptr) {
-    const Tensor gradient = recycled_empty_like(m_.tensor()), target = has_layout_of_blocks(gradient) ? gradient : empty_with_layout_of_blocks();
+    const Tensor gradient = recycled_empty_like(m_.tensor()),
+                 target = has_layout_of_blocks(gradient) ? gradient : empty_with_layout_of_blocks();
     if (tier_ == Tier::krylov)
       *unsolved = run_krylov(Target(*this, target));
     else
@@ -84,8 +87,8 @@ class Backward {
         m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * saved_size * static_cast<int64_t>(sizeof(double)),
         [&](int64_t groups) { return MatrixBuffers(groups * Direct<T>::kGroup, k_, stride); }, [&] { return ThreadState(m_, k_, stride); },
         [&](MatrixBuffers& buffers, ThreadState& thread, int64_t b, int64_t slot) {
-          thread.derivative.compute_right_sides(inputs(b, thread), thread.reader, b, state_of(b).scale[0][lane(b)], buffers.vectors.get() + slot * k_ * stride,
-                                buffers.saved.data() + slot * saved_size);
+          thread.derivative.compute_right_sides(inputs(b, thread), thread.reader, b, state_of(b).scale[0][lane(b)],
+                                                buffers.vectors.get() + slot * k_ * stride, buffers.saved.data() + slot * saved_size);
         },
         [&](MatrixBuffers& buffers, ThreadState& thread, int64_t g, int64_t group, int64_t count) {
           T* r = buffers.vectors.get() + group * Direct<T>::kGroup * k_ * stride;
@@ -96,13 +99,15 @@ class Backward {
           const GroupState<T> state = state_of(b);
           for (int64_t j = 0; j < k_; ++j)
             thread.lambda[j] = static_cast<double>(state.lambda_high[j][lane(b)]) + static_cast<double>(state.lambda_low[j][lane(b)]);
-          finish(target, thread, b, state.scale[0][lane(b)], buffers.saved.data() + slot * saved_size, buffers.vectors.get() + slot * k_ * stride);
+          finish(target, thread, b, state.scale[0][lane(b)], buffers.saved.data() + slot * saved_size,
+                 buffers.vectors.get() + slot * k_ * stride);
           if (target.stream) simd::fence();
         });
   }
 
   struct MatrixBuffers {
-    MatrixBuffers(int64_t samples, int64_t k, int64_t stride) : vectors(samples * k * stride), saved(samples * Derivative<T>::saved_size(k)) {}
+    MatrixBuffers(int64_t samples, int64_t k, int64_t stride)
+        : vectors(samples * k * stride), saved(samples * Derivative<T>::saved_size(k)) {}
     Buffer<T> vectors;
     std::vector<double> saved;
   };
@@ -120,13 +125,15 @@ class Backward {
     with_storage<T>(target.tensor.scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       thread.derivative.write_gradient(inputs(b, thread), thread.lambda.data(), gap_eps_, thread.reader, b, scale, saved, z,
-                           target.tensor.template mutable_data_ptr<Storage>() + target.to.offset(b), target.row_stride, target.stream);
+                                       target.tensor.template mutable_data_ptr<Storage>() + target.to.offset(b), target.row_stride,
+                                       target.stream);
     });
   }
 
   static int lane(int64_t b) { return static_cast<int>(b % Direct<T>::kGroup); }
   GroupState<T> state_of(int64_t b) const {
-    auto* memory = reinterpret_cast<Vec<T>*>(const_cast<T*>(state_.template const_data_ptr<T>()));  // it is only read
+    // The memory is only read.
+    auto* memory = reinterpret_cast<Vec<T>*>(const_cast<T*>(state_.template const_data_ptr<T>()));
     return {memory + b / Direct<T>::kGroup * GroupState<T>::size(m_.p, k_), m_.p, k_};
   }
 

@@ -42,15 +42,17 @@ void write_gradients(const std::vector<int64_t>& indices, const Tensor& result, 
 // with c a power of two, which has the same vectors and the singular values sigma / c. The part of
 // the gradient that comes from vectors is c times that of X; the part that comes from singular
 // values is that of X, whatever c is.
-void write_rescaled_gradients(const std::vector<int64_t>& indices, const UpstreamGradients& grads, const Matrices& m, const Triplets& t, double gap_eps,
-                        const Tensor& gradient) {
+void write_rescaled_gradients(const std::vector<int64_t>& indices, const UpstreamGradients& grads, const Matrices& m, const Triplets& t,
+                              double gap_eps, const Tensor& gradient) {
   if (indices.empty()) return;
   const Rescaled rescaled(select_matrices(m, indices, at::kDouble));
   const bool use_rounds = t.s.scalar_type() == at::kDouble;
-  Triplets triplets = Decomposition<double>(rescaled.x, t.s.size(-1), false, !m.tall || t.u.defined(), true, use_rounds, Tier::direct).run();
+  Triplets triplets =
+      Decomposition<double>(rescaled.x, t.s.size(-1), false, !m.tall || t.u.defined(), true, use_rounds, Tier::direct).run();
   match_signs(select_rows(t.v, indices, at::kDouble), triplets);
   auto gradient_of = [&](const Tensor& u, const Tensor& s, const Tensor& v) {
-    const UpstreamGradients upstream{select_rows(u, indices, at::kDouble), select_rows(s, indices, at::kDouble), select_rows(v, indices, at::kDouble)};
+    const UpstreamGradients upstream{select_rows(u, indices, at::kDouble), select_rows(s, indices, at::kDouble),
+                                     select_rows(v, indices, at::kDouble)};
     return Backward<double>(upstream, rescaled.x, triplets, gap_eps, Tier::direct).run();
   };
   Tensor result = gradient_of(grads.u, {}, grads.v).mul(rescaled.factor_1).mul(rescaled.factor_2);
@@ -69,17 +71,19 @@ std::vector<int64_t> matrices_out_of_range(const Tensor& s) {
 
 // Recomputes the gradients of some matrices with the direct tier in T.
 template <typename T>
-void recompute_gradients(const std::vector<int64_t>& indices, const UpstreamGradients& grads, const Matrices& m, const Triplets& t, double gap_eps,
-                    const Tensor& gradient) {
+void recompute_gradients(const std::vector<int64_t>& indices, const UpstreamGradients& grads, const Matrices& m, const Triplets& t,
+                         double gap_eps, const Tensor& gradient) {
   if (indices.empty()) return;
   const auto dtype = kType<T>;
   const Tensor x = select_matrices(m, indices, dtype);
-  Triplets triplets{select_rows(t.u, indices, dtype), select_rows(t.s, indices, dtype), select_rows(t.v, indices, dtype), at::empty({0}, x.options())};
+  Triplets triplets{select_rows(t.u, indices, dtype), select_rows(t.s, indices, dtype), select_rows(t.v, indices, dtype),
+                    at::empty({0}, x.options())};
   if (sizeof(T) == 8) {
     triplets = Decomposition<T>(x, t.s.size(-1), false, !m.tall || t.u.defined(), true, false, Tier::direct).run();
     match_signs(select_rows(t.v, indices, dtype), triplets);
   }
-  const UpstreamGradients upstream{select_rows(grads.u, indices, dtype), select_rows(grads.s, indices, dtype), select_rows(grads.v, indices, dtype)};
+  const UpstreamGradients upstream{select_rows(grads.u, indices, dtype), select_rows(grads.s, indices, dtype),
+                                   select_rows(grads.v, indices, dtype)};
   write_gradients(indices, Backward<T>(upstream, x, triplets, gap_eps, Tier::direct).run(), gradient);
 }
 
@@ -132,8 +136,8 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
     const int64_t lanes = simd::kBytes / static_cast<int64_t>(dtype == at::kDouble ? sizeof(double) : sizeof(float));
     const int64_t state_numbers =
         (m.batch + lanes - 1) / lanes * lanes * (dtype == at::kDouble ? GroupState<double>::size(m.p, k) : GroupState<float>::size(m.p, k));
-    TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.device() == x.device() && state.is_contiguous() && state.numel() == state_numbers &&
-                          reinterpret_cast<uintptr_t>(state.const_data_ptr()) % simd::kBytes == 0,
+    TORCH_CHECK_VALUE(state.scalar_type() == dtype && state.device() == x.device() && state.is_contiguous() &&
+                          state.numel() == state_numbers && reinterpret_cast<uintptr_t>(state.const_data_ptr()) % simd::kBytes == 0,
                       "state must be the tensor that the forward op returned for x, or empty");
   }
   if (dtype == at::kDouble) {

@@ -52,8 +52,8 @@ inline void check_fits(const Tensor& x, int64_t k, const MemoryNeed& need, int64
   const Shape shape(x);
   TORCH_CHECK_VALUE(shape.p <= kMaxSide && shape.q * std::max<int64_t>(k, shape.p) < (int64_t(1) << 31) && need.shared <= limit,
                     "the implementation \"cuda\" takes matrices whose smaller side is at most ", kMaxSide,
-                    ", with sides and k that fit in the shared memory of a block; got x of shape ", x.sizes(),
-                    " with k = ", k, "; choose another implementation");
+                    ", with sides and k that fit in the shared memory of a block; got x of shape ", x.sizes(), " with k = ", k,
+                    "; choose another implementation");
 }
 
 inline void check_launched(const char* error) {
@@ -114,9 +114,9 @@ struct Decomposition {
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int64_t k, int64_t sign, bool return_u, bool save_state,
                                                             const LaunchOptions& launch) {
-  const Decomposition one(x, k, parse_sign(sign), return_u, save_state, launch.limit);
-  if (one.problem.batch > 0) check_launched(launch_forward(&one.problem, 1, launch.limit, launch.stream));
-  return one.results();
+  const Decomposition decomposition(x, k, parse_sign(sign), return_u, save_state, launch.limit);
+  if (decomposition.problem.batch > 0) check_launched(launch_forward(&decomposition.problem, 1, launch.limit, launch.stream));
+  return decomposition.results();
 }
 
 using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
@@ -197,9 +197,9 @@ struct Derivative {
 inline Tensor decompose_backward(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s,
                                  const std::optional<Tensor>& grad_v, const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v,
                                  const Tensor& state, double gap_eps, const LaunchOptions& launch) {
-  const Derivative one(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, launch.limit);
-  if (one.problem.batch > 0) check_launched(launch_backward(&one.problem, 1, launch.limit, launch.stream));
-  return one.result();
+  const Derivative derivative(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, launch.limit);
+  if (derivative.problem.batch > 0) check_launched(launch_backward(&derivative.problem, 1, launch.limit, launch.stream));
+  return derivative.result();
 }
 
 // An upstream gradient that is missing is passed as a tensor with a different number of dimensions.
@@ -208,15 +208,16 @@ inline std::vector<Tensor> decompose_group_backward(at::TensorList grad_u, at::T
                                                     at::ArrayRef<double> gap_eps, const LaunchOptions& launch) {
   const size_t count = x.size();
   for (const at::TensorList& list : {grad_u, grad_s, grad_v, u, s, v, state})
-    TORCH_CHECK_VALUE(list.size() == count, "every list of tensors must have one tensor for each x: expected ", count, ", got ", list.size());
+    TORCH_CHECK_VALUE(list.size() == count, "every list of tensors must have one tensor for each x: expected ", count, ", got ",
+                      list.size());
   TORCH_CHECK_VALUE(gap_eps.size() == count, "gap_eps must have one number for each x: expected ", count, ", got ", gap_eps.size());
   std::vector<Derivative> members;
   members.reserve(count);
   std::vector<BackwardProblem> problems;
   auto optional_gradient = [](const Tensor& g, const Tensor& of) { return g.dim() == of.dim() ? std::optional<Tensor>(g) : std::nullopt; };
   for (size_t i = 0; i < count; ++i) {
-    members.emplace_back(optional_gradient(grad_u[i], x[i]), optional_gradient(grad_s[i], s[i]), optional_gradient(grad_v[i], x[i]), x[i], u[i], s[i], v[i], state[i],
-                         gap_eps[i], launch.limit);
+    members.emplace_back(optional_gradient(grad_u[i], x[i]), optional_gradient(grad_s[i], s[i]), optional_gradient(grad_v[i], x[i]), x[i],
+                         u[i], s[i], v[i], state[i], gap_eps[i], launch.limit);
     if (members.back().problem.batch > 0) problems.push_back(members.back().problem);
   }
   check_launched(launch_backward(problems.data(), static_cast<int>(problems.size()), launch.limit, launch.stream));

@@ -66,8 +66,8 @@ struct GroupBuffers {
 // matrices or groups of each stage are distributed over the threads anew. make_workspace() creates
 // the working memory of a thread, make_buffers(n) the buffers of n groups.
 template <typename MakeBuffers, typename MakeWorkspace, typename Before, typename Group, typename After>
-void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& make_buffers, MakeWorkspace&& make_workspace, Before&& before, Group&& solve,
-                 After&& after) {
+void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& make_buffers, MakeWorkspace&& make_workspace,
+                    Before&& before, Group&& solve, After&& after) {
   const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
   if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
@@ -127,7 +127,8 @@ inline Tensor select_matrices(const Matrices& m, const std::vector<int64_t>& ind
 // its largest magnitude near 1. This power is stored as two factors [n, 1, 1], because it may
 // itself be out of range.
 struct Rescaled {
-  explicit Rescaled(const Tensor& original) : factor_1(at::empty({original.size(0), 1, 1}, original.options())), factor_2(at::empty_like(factor_1)) {
+  explicit Rescaled(const Tensor& original)
+      : factor_1(at::empty({original.size(0), 1, 1}, original.options())), factor_2(at::empty_like(factor_1)) {
     const Tensor largest = original.abs().amax({-2, -1}).contiguous();
     for (int64_t b = 0; b < original.size(0); ++b) {
       const int exponent = -std::ilogb(largest.const_data_ptr<double>()[b]);
@@ -211,7 +212,8 @@ class Decomposition {
     const bool save = out_.state.numel() > 0;
     for_each_group(
         m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)),
-        [&](int64_t groups) { return GroupBuffers<T>(groups, direct_, k_); }, [&] { return ThreadWorkspace<T>(m_, k_, save ? 0 : state_size_); },
+        [&](int64_t groups) { return GroupBuffers<T>(groups, direct_, k_); },
+        [&] { return ThreadWorkspace<T>(m_, k_, save ? 0 : state_size_); },
         [&](GroupBuffers<T>& buffers, ThreadWorkspace<T>& workspace, int64_t b, int64_t slot) {
           const Scaling scaling = direct_.compute_gram(b, workspace.reader, buffers.grams.get() + slot * direct_.gram_size());
           buffers.scales[slot] = scaling.scale;
@@ -224,7 +226,8 @@ class Decomposition {
           T* grams = buffers.grams.get() + first * direct_.gram_size();
           std::fill(grams + count * direct_.gram_size(), grams + Direct<T>::kGroup * direct_.gram_size(), T(0));
           direct_.eigen.largest_eigenpairs(grams, buffers.scales.data() + first, GroupState<T>(memory, m_.p, k_),
-                            buffers.vectors.get() + first * k_ * direct_.vector_stride(), buffers.lambda.data() + first * k_, workspace.work);
+                                           buffers.vectors.get() + first * k_ * direct_.vector_stride(), buffers.lambda.data() + first * k_,
+                                           workspace.work);
         },
         finish);
   }

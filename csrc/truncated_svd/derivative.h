@@ -91,11 +91,13 @@ class Derivative {
   // z [k, stride]: the solutions. Writes the gradient of matrix b to `out`, whose rows are like
   // those of a block of M: each has p numbers if p_contiguous, else q.
   template <typename Storage>
-  void write_gradient(const Inputs& in, const double* lambda, double gap_eps, Reader<T>& reader, int64_t b, double scale, const double* saved, T* z,
-             Storage* out, int64_t out_row, bool stream) {
+  void write_gradient(const Inputs& in, const double* lambda, double gap_eps, Reader<T>& reader, int64_t b, double scale,
+                      const double* saved, T* z, Storage* out, int64_t out_row, bool stream) {
     compute_inverses(in, scale);
-    const double *a_differences = saved, *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_, grad_scale = b_products[k_ * k_];
-    T *za = za_.get(), *az = scaled_.get();  // [z; a], the left factors of the result; scale * [a; z], which M^T is multiplied by
+    const double *a_differences = saved, *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_,
+                 grad_scale = b_products[k_ * k_];
+    // [z; a], the left factors of the result, and scale * [a; z], which M^T is multiplied by.
+    T *za = za_.get(), *az = scaled_.get();
     for (int64_t j = 0; j < k_; ++j) {
       T* z_j = z + j * stride_;
       remove_kept(in.a, z_j);
@@ -130,8 +132,9 @@ class Derivative {
         for (int64_t c = 0; c < count; ++c) y[c] += w_factor * w[c] + (gb ? grad_scale_t * gb[c] * inverse : T(0));
         for (int64_t i = 0; gb && i < k_; ++i) {
           const double sigma = static_cast<double>(in.sigma[j]) * scale;
-          const T b_factor = static_cast<T>(sigma * b_differences[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
-                                         b_products[i * k_ + j] * inverse_[j]);
+          const T b_factor =
+              static_cast<T>(sigma * b_differences[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
+                             b_products[i * k_ + j] * inverse_[j]);
           const T* b_i = in.b + i * m_.q + first;
           for (int64_t c = 0; b_factor != 0 && c < count; ++c) y[c] += b_factor * b_i[c];
         }
@@ -142,7 +145,8 @@ class Derivative {
       for (int64_t r = 0; r < block.rows; ++r) {
         Storage* to = m_.p_contiguous ? out + (first + r) * out_row : out + r * out_row + first;
         const T *coefficient = m_.p_contiguous ? wy + r : za + r, *vectors = m_.p_contiguous ? za : wy;
-        const int64_t coefficient_stride = m_.p_contiguous ? line_stride_ : stride_, vector_stride = m_.p_contiguous ? stride_ : line_stride_;
+        const int64_t coefficient_stride = m_.p_contiguous ? line_stride_ : stride_,
+                      vector_stride = m_.p_contiguous ? stride_ : line_stride_;
         // Writes directly to the gradient if rows consist of whole vectors, or if the numbers
         // written past the end of a row are overwritten by the rows that follow.
         if constexpr (std::is_same_v<Storage, T>) {
@@ -209,7 +213,7 @@ class Derivative {
   // A power of two that brings the largest upstream gradient near 1.
   double scale_of_gradients(const Inputs& in, double scale) const {
     double largest = 0;
-    auto include = [&](const T* g, int64_t count, double factor) {
+    auto update_largest = [&](const T* g, int64_t count, double factor) {
       Vec<T> lane_max{};
       int64_t i = 0;
       for (; g && i + kLanes<T> <= count; i += kLanes<T>) lane_max = simd::max(lane_max, abs<T>(simd::load<T>(g + i)));
@@ -217,9 +221,9 @@ class Derivative {
       for (; g && i < count; ++i) max_magnitude = std::max(max_magnitude, std::abs(g[i]));
       largest = std::max(largest, max_magnitude * factor);
     };
-    include(in.ga, k_ * m_.p, 1);
-    include(in.gb, k_ * m_.q, 1);
-    include(in.gs, k_, 1 / scale);
+    update_largest(in.ga, k_ * m_.p, 1);
+    update_largest(in.gb, k_ * m_.q, 1);
+    update_largest(in.gs, k_, 1 / scale);
     if (!(largest > 0 && largest < std::numeric_limits<double>::infinity())) return 1;
     constexpr int max_exponent = std::numeric_limits<T>::max_exponent - 2;
     return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -max_exponent, max_exponent));

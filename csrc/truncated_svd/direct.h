@@ -42,7 +42,8 @@ class Direct {
     Scaling result;
     gram<T>(reader, m_, b, 1, matrix, gram_stride_);
     const double total = trace(matrix);
-    if (!(total > kLowestTrace<T> && total < kHighestTrace<T>)) {  // zero, squares out of range, or not finite
+    // The matrix is zero, not finite, or its squares are out of range.
+    if (!(total > kLowestTrace<T> && total < kHighestTrace<T>)) {
       const double largest = reader.largest(b);
       if (largest != 0) result.range = largest == largest ? Range::out_of_range : Range::not_finite;
       std::fill(matrix, matrix + gram_size(), T(0));

@@ -18,7 +18,8 @@ constexpr int kDotRows = 2, kDotColumns = 5, kOuterRows = 6, kOuterVectors = 2; 
 #endif
 
 template <typename T, int R, int C>
-void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* prefetch_1, const T* prefetch_2, T* gram, int64_t gram_stride) {
+void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* prefetch_1, const T* prefetch_2, T* gram,
+              int64_t gram_stride) {
   Vec<T> acc[R * C] = {};
   for (int64_t s = 0; s < length; s += kLanes<T>) {
     __builtin_prefetch(prefetch_1 + s, 0, 2);
@@ -39,7 +40,7 @@ void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* p
     for (int c = 0; c < C; ++c) gram[r * gram_stride + c] += total[r * C + c];
 }
 
-// The tiles of a block. Each of them prefetches other rows of the next block.
+// The tiles of a block of M. Each tile prefetches a different part of the next block.
 template <typename T>
 struct Tiles {
   const Block<T>& m;

@@ -47,17 +47,17 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, v
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void* stream) {
   return for_each_forward_group(problems, count, limit,
-                           [&](const Group<ForwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
-                             return launch(forward_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
-                                           matrix_limit * matrices_per_block(threads), stream, group, matrix_limit);
-                           });
+                                [&](const Group<ForwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
+                                  return launch(forward_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
+                                                matrix_limit * matrices_per_block(threads), stream, group, matrix_limit);
+                                });
 }
 
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void* stream) {
-  const char* error =
-      for_each_solve_group(problems, count, limit, [&](const Group<BackwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
-        return launch(solve_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads), matrix_limit * matrices_per_block(threads),
-                      stream, group, matrix_limit);
+  const char* error = for_each_solve_group(
+      problems, count, limit, [&](const Group<BackwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
+        return launch(solve_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
+                      matrix_limit * matrices_per_block(threads), stream, group, matrix_limit);
       });
   if (error) return error;
   return for_each_update_group(problems, count, [&](const Group<BackwardProblem>& group, auto t, int64_t blocks, int64_t shared) {

@@ -21,7 +21,8 @@ template <typename T>
 class Krylov {
  public:
   static constexpr int kGroup = 4;
-  static constexpr double kTolerance = 2.5e-7;  // of a residual relative to the largest eigenvalue: the rounding error of G
+  // The largest residual relative to the largest eigenvalue: the rounding error of G.
+  static constexpr double kTolerance = 2.5e-7;
 
   Krylov(const Matrices& m, int64_t k)
       : m_(m),
@@ -69,8 +70,8 @@ class Krylov {
 
  private:
   struct Sample {
-    Buffer<T> basis;      // [columns + k, stride]: orthonormal rows
-    Buffer<T> projected;  // H: its rows up to the diagonal, and beyond
+    Buffer<T> basis;           // [columns + k, stride]: orthonormal rows
+    Buffer<T> projected;       // H: its rows up to the diagonal, and beyond
     Buffer<double> remainder;  // R [k, k]: the last product, in terms of the block that it added
     int64_t columns = 0;
     double residual = 1;
@@ -181,12 +182,14 @@ class Krylov {
     for (int64_t i = 0; i < count; ++i) {
       const T* h = samples_[i].projected.get();
       for (int64_t c = 0; c < columns && samples_[i].active; ++c) traces[i] += h[c * h_stride + c];
-      if (!(traces[i] > 1e-6 && traces[i] < 1e30)) samples_[i].active = false;  // out of range, or not finite
+      // Out of range, or not finite.
+      if (!(traces[i] > 1e-6 && traces[i] < 1e30)) samples_[i].active = false;
       for (int64_t c = 0; c < columns && samples_[i].active; ++c)
         for (int64_t d = 0; d <= c; ++d)
           matrices.get()[(i * columns + c) * eigen.stride() + d] = static_cast<T>(h[c * h_stride + d] / traces[i]);
     }
-    eigen.largest_eigenpairs(matrices.get(), scales.data(), GroupState<T>(state.get(), columns, k_), eigenvectors.get(), theta.data(), work);
+    eigen.largest_eigenpairs(matrices.get(), scales.data(), GroupState<T>(state.get(), columns, k_), eigenvectors.get(), theta.data(),
+                             work);
     for (int64_t i = 0; i < count; ++i) {
       Sample& sample = samples_[i];
       if (!sample.active) continue;
@@ -213,7 +216,8 @@ class Krylov {
       // about p / (2 k + 5) steps.
       const double rate = std::log(sample.residual / residual) / static_cast<double>(steps - steps_before);
       const double steps_needed = rate > 0 ? std::log(residual / kTolerance) / rate : 1e9;
-      const double direct_cost = static_cast<double>(m_.p) / static_cast<double>(2 * k_ + 5), steps_left = static_cast<double>(max_columns_ / k_ - steps);
+      const double direct_cost = static_cast<double>(m_.p) / static_cast<double>(2 * k_ + 5),
+                   steps_left = static_cast<double>(max_columns_ / k_ - steps);
       sample.active = !converged[i] && residual == residual && steps_needed <= std::min(direct_cost, 1.5 * steps_left);
       sample.residual = residual;
     }

@@ -66,8 +66,8 @@ class ScratchPool {
   }
 };
 
-// Uninitialised memory for `count` numbers, aligned for vectors. The destructor returns it to the
-// pool of the thread that runs it, which is the thread that created the buffer.
+// Uninitialised memory for `count` numbers, aligned for vectors. The thread that creates a buffer
+// must also destroy it: the memory returns to the pool of that thread.
 template <typename T>
 class Buffer {
  public:

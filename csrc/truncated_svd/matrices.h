@@ -116,9 +116,9 @@ class Reader {
         // A block is read in place if its rows are aligned and consist of whole vectors. If
         // p_contiguous, it is enough that the numbers after the last row, which are not used, are
         // in the storage.
-        const bool fits =
-            m_.p_contiguous ? offset + (block.rows - 1) * row + padded<T>(block.length) <= storage_numbers_
-                       : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
+        const bool fits = m_.p_contiguous ? offset + (block.rows - 1) * row + padded<T>(block.length) <= storage_numbers_
+                                          : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 &&
+                                                reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
         if (column == 1 && fits && scale == T(1)) {
           block.data = from;
           block.stride = row;

@@ -50,7 +50,8 @@ void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_
   int64_t j = 0;
   auto run = [&](auto count) {
     for (; j + count() <= k; j += count())
-      combine_rows_fixed<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride, out_stride);
+      combine_rows_fixed<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride,
+                                     out_stride);
   };
   run(std::integral_constant<int, max_vectors>{});
   run(std::integral_constant<int, 4>{});
@@ -90,7 +91,8 @@ KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, c
 // The same for all rows and k vectors. `vectors` must be finite up to the end of the last SIMD
 // vector.
 template <typename T>
-void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out, int64_t out_stride) {
+void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out,
+                           int64_t out_stride) {
   auto run = [&](int64_t first, auto count) {
     int64_t r = 0;
     auto rows = [&](auto tile) {
@@ -131,7 +133,7 @@ void multiply_block(const Matrices& m, const Block<T>& block, int64_t k, const T
 // whole vectors. Stream: the stores bypass the caches.
 template <typename T, int J, bool Stream>
 KDKERNELS_INLINE void sum_of_vectors_fixed(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
-                                   int64_t length, bool add, T* out) {
+                                           int64_t length, bool add, T* out) {
   Vec<T> factor[J];
 #pragma GCC unroll 8
   for (int j = 0; j < J; ++j) factor[j] = simd::splat<T>(coefficient[j * coefficient_stride]);

@@ -85,7 +85,7 @@ using Doubles = Vec<double>;
 struct TridiagonalLU {
   struct Row {
     Doubles inverse_diagonal, upper_1, upper_2;  // of U: 1 / diagonal, and the two upper diagonals
-    Doubles multiplier;              // of L
+    Doubles multiplier;                          // of L
     Mask<double> swapped;
   };
 

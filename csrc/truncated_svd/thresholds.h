@@ -7,7 +7,8 @@
 
 #ifdef __CUDACC__
 #define KDKERNELS_HOST_DEVICE __host__ __device__ constexpr
-#define KDKERNELS_HOST_DEVICE_INLINE __host__ __device__ inline  // for functions that are not constexpr because they take square roots
+// For functions that are not constexpr because they take square roots.
+#define KDKERNELS_HOST_DEVICE_INLINE __host__ __device__ inline
 #else
 #define KDKERNELS_HOST_DEVICE constexpr
 #define KDKERNELS_HOST_DEVICE_INLINE inline

@@ -101,7 +101,8 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     for (int64_t c = 0; c + 1 < i; ++c) squares += row[c] * row[c];
     const Mask<T> reflect = squares > negligible;
     const Vec<T> norm = simd::sqrt(squares + last * last);
-    const Vec<T> reduced = last > T(0) ? -norm : norm;  // the opposite sign: last - reduced does not cancel
+    // With the opposite sign of `last`, last - reduced does not cancel.
+    const Vec<T> reduced = last > T(0) ? -norm : norm;
     const Vec<T> pivot = last - reduced;
     e[i - 1] = reflect ? reduced : last;
     tau[i] = reflect ? T(2) / (squares + pivot * pivot) : Vec<T>{};
@@ -114,7 +115,8 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
     Vec<T> vy{};
     for (int64_t c = 0; c < i; ++c) vy += row[c] * y[c];
-    const Vec<T> correction = tau[i] * (tau[i] * (T(0.5) * vy));  // in this order, because tau is large if v is small
+    // Multiplied in this order, because tau is large if v is small.
+    const Vec<T> correction = tau[i] * (tau[i] * (T(0.5) * vy));
     for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - correction * row[c];
     v = row;
   }

@@ -41,8 +41,8 @@ struct TruncatedSVD : torch::autograd::Function<TruncatedSVD> {
     for (const Tensor& grad : grads) check_no_tangent("truncated_svd_backward", grad);
     const auto tensors = saved(ctx);
     auto optional = [](const Tensor& g) { return g.defined() ? std::optional<Tensor>(g) : std::nullopt; };
-    result[0] = op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), tensors[0], tensors[1], tensors[2], tensors[3], tensors[4],
-                        ctx->saved_data["gap_eps"].toDouble(), ctx->saved_data["implementation"].toInt());
+    result[0] = op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), tensors[0], tensors[1], tensors[2], tensors[3],
+                        tensors[4], ctx->saved_data["gap_eps"].toDouble(), ctx->saved_data["implementation"].toInt());
     return result;
   }
 };

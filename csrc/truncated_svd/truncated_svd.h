@@ -19,8 +19,10 @@ using BackwardSignature = at::Tensor(const std::optional<at::Tensor>&, const std
 
 inline void check_matrices(const at::Tensor& x, int64_t k) {
   check_type(x, "x");
-  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0, "x must be matrices [..., M, N] with M, N >= 1, got shape ", x.sizes());
-  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(-1), x.size(-2)), "k must lie in [1, min(M, N)], got ", k, " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-2) > 0, "x must be matrices [..., M, N] with M, N >= 1, got shape ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(-1), x.size(-2)), "k must lie in [1, min(M, N)], got ", k, " for x of shape ",
+                    x.sizes());
 }
 
 enum class Sign { none, max_abs };
@@ -50,7 +52,8 @@ struct BackwardInputs {
     TORCH_CHECK_VALUE(gap_eps > 0 && gap_eps <= std::numeric_limits<double>::max(), "gap_eps must be finite and > 0, got ", gap_eps);
     auto check_forward_result = [&](const at::Tensor& t, const char* name) {
       check_device(t, name, x.device());
-      TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", the dtype that the forward op returned, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", the dtype that the forward op returned, got ",
+                       t.scalar_type());
     };
     check_forward_result(s_, "s");
     check_forward_result(v_, "v");

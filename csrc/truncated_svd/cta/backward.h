@@ -16,7 +16,8 @@ namespace kdkernels::truncated_svd::gpu {
 // The coefficients of a matrix, see coefficients_size.
 struct Coefficients {
   double *w_factor, *gb_factor, *b_factor, *factor, *scale;
-  KDKERNELS_GPU Coefficients(double* from, int k) : w_factor(from), gb_factor(w_factor + k), b_factor(gb_factor + k), factor(b_factor + k * k), scale(factor + 1) {}
+  KDKERNELS_GPU Coefficients(double* from, int k)
+      : w_factor(from), gb_factor(w_factor + k), b_factor(gb_factor + k), factor(b_factor + k * k), scale(factor + 1) {}
 };
 
 template <typename Cta, typename T>
@@ -113,8 +114,8 @@ class Solve {
       to.gb_factor[j] = gb ? grad_scale * inverse[j] : 0.0;
       for (int i = 0; i < k_; ++i)
         to.b_factor[j * k_ + i] = gb ? sigma(j) * b_differences[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
-                                       b_products[i * k_ + j] * inverse[j]
-                                 : 0.0;
+                                           b_products[i * k_ + j] * inverse[j]
+                                     : 0.0;
     });
     cta_.each(1, [&](int) { *to.factor = scale / grad_scale, *to.scale = scale; });
   }
@@ -141,15 +142,15 @@ class Solve {
   // scale / grad_scale in range.
   KDKERNELS_STAGE double scale_of_gradients(double scale) {
     double largest = 0;
-    auto include = [&](const void* from, int n, double factor) {
+    auto update_largest = [&](const void* from, int n, double factor) {
       const T* g = gradient_rows(from, n);
       if (!g) return;
       const T max_magnitude = cta_.template max<T>(T(0), k_ * n, [&](int i) { return absolute(g[i]); });
       largest = larger(largest, static_cast<double>(max_magnitude) * factor);
     };
-    include(problem_.ga, p_, 1);
-    include(problem_.gb, q_, 1);
-    include(problem_.gs, 1, 1 / scale);
+    update_largest(problem_.ga, p_, 1);
+    update_largest(problem_.gb, q_, 1);
+    update_largest(problem_.gs, 1, 1 / scale);
     if (!(largest > 0)) return 1;
     const double grad_scale = is_finite(largest) ? normalizing_power<T>(largest) : power_of_two(2 - Limits<T>::max_exponent);
     return larger(grad_scale, scale * power_of_two(2 - Limits<double>::max_exponent));
@@ -168,7 +169,8 @@ class Solve {
           for (int task = t; task < k * p; task += Cta::kThreads) {
             const int j = task / p, i = task % p;
             T sum = T(0);
-            for (int c = 0; c < count; ++c) sum += scale * tile[c * stride + i] * (static_cast<T>(grad_scale) * gb[int64_t(j) * q + first + c]);
+            for (int c = 0; c < count; ++c)
+              sum += scale * tile[c * stride + i] * (static_cast<T>(grad_scale) * gb[int64_t(j) * q + first + c]);
             mg[j * stride + i] += sum;
           }
         });
@@ -239,7 +241,8 @@ KDKERNELS_GPU void solve(Cta& cta, const BackwardProblem& problem, int64_t b, ch
 
 template <typename T, typename Cta>
 KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, int block, char* shared) {
-  constexpr int kVectors = kUpdateVectors, kPairs = 2 * kVectors;  // pairs of z and a, and of w and y
+  // A pass processes kVectors vectors: their z and a, and their w and y.
+  constexpr int kVectors = kUpdateVectors, kPairs = 2 * kVectors;
   const int p = problem.p, q = problem.q, k = problem.k, columns = tile_columns(p), stride = tile_stride(p);
   const int begin = block * update_columns(p), end = smaller(q, begin + update_columns(p));
   BumpAllocator allocator(shared + kScratch);
@@ -254,7 +257,8 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   const T* b_vectors = gb ? static_cast<const T*>(problem.b) + b * k * q : nullptr;
   const Coefficients from(problem.coefficients + b * coefficients_size(k), k);
   const double factor = *from.factor;
-  const bool in_range = factor > 8.673617379884035e-19 && factor < 1.152921504606847e18;  // 2^-60, 2^60
+  // Between 2^-60 and 2^60.
+  const bool in_range = factor > 8.673617379884035e-19 && factor < 1.152921504606847e18;
   const MatrixSource<T> m{problem.x, b * problem.x.stride_batch, p, q, T(1), nullptr, 0, nullptr};
   const T m_scale = static_cast<T>(*from.scale);
   const View& out = problem.gradient;

@@ -1,5 +1,5 @@
 // Assigns problems to the blocks of a launch, on the device and on the host. Several problems share
-// a launch, and each of them has blocks of its own.
+// a launch, and each of them has a range of blocks.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +24,7 @@ KDKERNELS_GPU const Problem& problem_of(const Group<Problem>& group, int64_t& bl
   return group.problems[i];
 }
 
-// slot: which of the matrices that share the block.
+// slot: the number of the matrix among those that share the block.
 template <typename T, typename Cta>
 KDKERNELS_GPU void forward_block(Cta& cta, const Group<ForwardProblem>& group, int64_t block, int slot, char* shared, int64_t limit) {
   const ForwardProblem& problem = problem_of(group, block);
@@ -113,23 +113,27 @@ int64_t largest_of_group(const Group<Problem>& group, F f) {
 // plan.
 template <typename F>
 const char* for_each_forward_group(const ForwardProblem* problems, int count, int64_t limit, F f) {
-  return for_each_group(problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
-    return with_kernel(group.problems[0], [&](auto t, auto threads) {
-      const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
-      const int64_t shared = largest_of_group(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
-      return f(group, t, threads, group.first_block[group.count], shared);
-    });
-  });
+  return for_each_group(
+      problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
+        return with_kernel(group.problems[0], [&](auto t, auto threads) {
+          const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
+          const int64_t shared =
+              largest_of_group(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
+          return f(group, t, threads, group.first_block[group.count], shared);
+        });
+      });
 }
 template <typename F>
 const char* for_each_solve_group(const BackwardProblem* problems, int count, int64_t limit, F f) {
-  return for_each_group(problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
-    return with_kernel(group.problems[0], [&](auto t, auto threads) {
-      const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
-      const int64_t shared = largest_of_group(group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
-      return f(group, t, threads, group.first_block[group.count], shared);
-    });
-  });
+  return for_each_group(
+      problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
+        return with_kernel(group.problems[0], [&](auto t, auto threads) {
+          const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
+          const int64_t shared = largest_of_group(
+              group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
+          return f(group, t, threads, group.first_block[group.count], shared);
+        });
+      });
 }
 // Calls f(group, T(), blocks, bytes of shared memory per block) for every group.
 template <typename F>

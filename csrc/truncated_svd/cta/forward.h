@@ -72,7 +72,8 @@ class Forward {
       m.scale = T(1);
       compute_larger_side(m, static_cast<T>(scale));
     }
-    cta_.each(1, [&](int) {  // sort: rounding may leave equal values of different rounds in the wrong order
+    // Sort, because rounding may leave equal values of different rounds in the wrong order.
+    cta_.each(1, [&](int) {
       double* sigma = memory_.sigma;
       for (int j = 1; j < k_; ++j)
         for (int i = j; i > 0 && sigma[i] > sigma[i - 1]; --i) {
@@ -118,7 +119,9 @@ class Forward {
       total = trace(cta_, p_, memory_.matrix);
     }
     constexpr int max_exponent = Limits<T>::max_exponent - 2;
-    const int exponent = exponent_of(scale) + exponent_of(normalize(total)), scale_exponent = exponent < -max_exponent ? -max_exponent : exponent > max_exponent ? max_exponent : exponent;
+    const int exponent = exponent_of(scale) + exponent_of(normalize(total)), scale_exponent = exponent < -max_exponent  ? -max_exponent
+                                                                                              : exponent > max_exponent ? max_exponent
+                                                                                                                        : exponent;
     scale = power_of_two(scale_exponent), unit = power_of_two(exponent - scale_exponent);
     return true;
   }
@@ -165,7 +168,9 @@ class Forward {
     cta_.warps(p_, [&](const Warp& warp, int i) {
       warp.each(i + 1, [&](int c) { state.reflectors[int64_t(i) * (i + 1) / 2 + c] = matrix[int64_t(i) * matrix_stride(p_) + c]; });
     });
-    cta_.each(p_, [&](int i) { state.tau[i] = memory_.tau[i], state.d[i] = inverse_square * memory_.d[i], state.e[i] = inverse_square * memory_.e[i]; });
+    cta_.each(p_, [&](int i) {
+      state.tau[i] = memory_.tau[i], state.d[i] = inverse_square * memory_.d[i], state.e[i] = inverse_square * memory_.e[i];
+    });
     cta_.each(1, [&](int) { *state.scale = static_cast<T>(scale); });
   }
   KDKERNELS_GPU void save_lambda(double unit) {

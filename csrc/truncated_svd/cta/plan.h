@@ -6,12 +6,13 @@
 
 namespace kdkernels::truncated_svd::gpu {
 
-constexpr int kTilesInFlight = 3;  // tiles of M in shared memory: one is used while the others are loaded
-constexpr int kScratch = 512;      // bytes for reductions
-constexpr int kMaxParts = 8;       // the most threads that share a row of a matrix-vector product
-constexpr int kResolventRow = 7;   // doubles per row of a complex elimination
-constexpr int kInverseRow = 5;     // doubles per row of a real elimination
-constexpr int kMaxThreads = 512;   // per block
+// Tiles of M in shared memory: one is used while the others are loaded.
+constexpr int kTilesInFlight = 3;
+constexpr int kScratch = 512;     // bytes for reductions
+constexpr int kMaxParts = 8;      // the most threads that share a row of a matrix-vector product
+constexpr int kResolventRow = 7;  // doubles per row of a complex elimination
+constexpr int kInverseRow = 5;    // doubles per row of a real elimination
+constexpr int kMaxThreads = 512;  // per block
 
 KDKERNELS_HOST_DEVICE int64_t aligned(int64_t bytes) {
   return (bytes + 15) / 16 * 16;
@@ -70,7 +71,8 @@ KDKERNELS_HOST_DEVICE Plan backward_plan(int p, int k, int64_t limit) {
   return plan_for(p, k, sizeof(T), kResolventRow, 3, limit);
 }
 
-constexpr int kWarpMatricesPerBlock = 4;  // matrices that share a block, if each of them has one warp
+// Matrices that share a block, if each of them has one warp.
+constexpr int kWarpMatricesPerBlock = 4;
 
 // The number of threads per matrix: one warp for the smallest matrices, and more threads for
 // matrices with more rows. All float64 matrices have the same number, because they are rare.
@@ -96,7 +98,8 @@ template <typename T>
 KDKERNELS_HOST_DEVICE int64_t update_shared(int p, int k) {
   const int columns = tile_columns(p);
   const int64_t tile = int64_t(columns) * tile_stride(p);
-  return kScratch + aligned(int64_t(sizeof(T)) * kTilesInFlight * tile) + aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * tile_stride(p)) +
+  return kScratch + aligned(int64_t(sizeof(T)) * kTilesInFlight * tile) +
+         aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * tile_stride(p)) +
          aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * (kUpdateThreads + columns)) +
          (k > kUpdateVectors ? aligned(int64_t(sizeof(T)) * tile) : 0);
 }

@@ -9,9 +9,10 @@
 
 namespace kdkernels::truncated_svd::gpu {
 
-constexpr int kMaxSide = 1024;      // length of the smaller side
-constexpr int kVectorsAtOnce = 8;   // vectors whose elimination factors are in memory at the same time
-constexpr int kMaxProblems = 16;    // per launch
+constexpr int kMaxSide = 1024;  // length of the smaller side
+// Vectors whose elimination factors are in memory at the same time.
+constexpr int kVectorsAtOnce = 8;
+constexpr int kMaxProblems = 16;  // per launch
 
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
@@ -27,9 +28,10 @@ struct ForwardProblem {
   int64_t batch;
   int p, q, k;
   bool sign, sign_on_a;  // whether signs are fixed, and whether the a (or else the b) decide
-  void *a, *b, *s;       // [batch, k, p], [batch, k, q] or null, [batch, k], in the dtype of the computation
-  void* state;           // [batch, state_size] or null
-  void* workspace;       // [batch, workspace bytes] or null
+  // [batch, k, p], [batch, k, q] or null, and [batch, k], in the dtype of the computation.
+  void *a, *b, *s;
+  void* state;      // [batch, state_size] or null
+  void* workspace;  // [batch, workspace bytes] or null
 };
 
 struct BackwardProblem {

@@ -14,9 +14,9 @@ KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const WorkingMe
   const T *d = memory.d, *e = memory.e;
   double *low = memory.low, *high = memory.high;
   int* is_above = memory.above;
-  const T bound = cta.template max<T>(T(0), p, [&](int i) {  // an upper bound of the eigenvalues (Gershgorin)
-    return d[i] + (i > 0 ? absolute(e[i - 1]) : T(0)) + (i + 1 < p ? absolute(e[i]) : T(0));
-  });
+  // An upper bound of the eigenvalues (Gershgorin).
+  const T bound =
+      cta.template max<T>(T(0), p, [&](int i) { return d[i] + (i > 0 ? absolute(e[i - 1]) : T(0)) + (i + 1 < p ? absolute(e[i]) : T(0)); });
   const T upper_bound = bound * (1 + 4 * Limits<T>::eps);
   cta.each(k, [&](int j) { low[j] = 0, high[j] = upper_bound; });
   const int points = Cta::kThreads / k > 31 ? 31 : Cta::kThreads / k > 1 ? Cta::kThreads / k : 1;
@@ -42,7 +42,8 @@ KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const WorkingMe
     cta.each(k, [&](int j) {
       int index = 0;
       while (index < points && is_above[j * points + index]) ++index;
-      const T lower = index > 0 ? point(j, index - 1) : static_cast<T>(low[j]), upper = index < points ? point(j, index) : static_cast<T>(high[j]);
+      const T lower = index > 0 ? point(j, index - 1) : static_cast<T>(low[j]),
+              upper = index < points ? point(j, index) : static_cast<T>(high[j]);
       low[j] = lower, high[j] = upper;
     });
     width /= points + 1;
@@ -73,8 +74,8 @@ KDKERNELS_STAGE void orthonormalize(Cta& cta, int from, int to, int n, V* x, int
             vector[i] = static_cast<V>(value);
           });
         }
-        const double norm =
-            square_root(cta.template sum<double>(n, [&](int i) { return static_cast<double>(vector[i]) * static_cast<double>(vector[i]); }));
+        const double norm = square_root(
+            cta.template sum<double>(n, [&](int i) { return static_cast<double>(vector[i]) * static_cast<double>(vector[i]); }));
         remaining *= norm;
         if (!(remaining > 1e-4)) break;
         cta.each(n, [&](int i) { vector[i] = static_cast<V>(static_cast<double>(vector[i]) / norm); });
@@ -104,7 +105,8 @@ struct InverseIteration {
     auto reciprocal = [](double pivot) { return 1.0 / (absolute(pivot) < 1e-16 ? 1e-16 : pivot); };
     double diagonal = static_cast<double>(d[0]) - shift, upper = p > 1 ? static_cast<double>(e[0]) : 0.0;
     for (int i = 0; i + 1 < p; ++i) {
-      const double lower = e[i], next_diagonal = static_cast<double>(d[i + 1]) - shift, next_upper = i + 2 < p ? static_cast<double>(e[i + 1]) : 0.0;
+      const double lower = e[i], next_diagonal = static_cast<double>(d[i + 1]) - shift,
+                   next_upper = i + 2 < p ? static_cast<double>(e[i + 1]) : 0.0;
       const bool swap = absolute(lower) > absolute(diagonal);
       const int64_t index = int64_t(i) * count + system;
       inverse_diagonal[index] = reciprocal(swap ? lower : diagonal);
@@ -171,7 +173,8 @@ KDKERNELS_STAGE void eigenvectors(Cta& cta, int p, int k, const WorkingMemory<T>
   cta.warps(k, [&](const Warp& warp, int j) {
     const double* vector = x + int64_t(j) * p;
     const double quotient = warp.sum<double>(p, [&](int i) {
-      return vector[i] * (static_cast<double>(memory.d[i]) * vector[i] + (i + 1 < p ? 2.0 * static_cast<double>(memory.e[i]) * vector[i + 1] : 0.0));
+      return vector[i] *
+             (static_cast<double>(memory.d[i]) * vector[i] + (i + 1 < p ? 2.0 * static_cast<double>(memory.e[i]) * vector[i + 1] : 0.0));
     });
     warp.each(1, [&](int) { lambda[j] = quotient; });
   });
@@ -208,7 +211,8 @@ KDKERNELS_STAGE void resolvent(int p, const T* d, const T* e, double lambda, dou
     const Complex lower = real(-static_cast<double>(e[i])), next_diagonal{lambda - static_cast<double>(d[i + 1]), eps};
     const Complex next_upper = real(i + 2 < p ? -static_cast<double>(e[i + 1]) : 0.0), next_right = real(r[i + 1]);
     const bool swap = magnitude(lower) > magnitude(diagonal);
-    const Complex inverse_diagonal = reciprocal(swap ? lower : diagonal), upper_1 = swap ? next_diagonal : upper, upper_2 = swap ? next_upper : real(0.0);
+    const Complex inverse_diagonal = reciprocal(swap ? lower : diagonal), upper_1 = swap ? next_diagonal : upper,
+                  upper_2 = swap ? next_upper : real(0.0);
     const Complex row_right = swap ? next_right : right, multiplier = (swap ? diagonal : lower) * inverse_diagonal;
     row[0] = inverse_diagonal.re, row[array_size] = inverse_diagonal.im;
     row[2 * array_size] = upper_1.re, row[3 * array_size] = upper_1.im;

@@ -45,14 +45,15 @@ struct WorkingMemory {
     matrix = reinterpret_cast<T*>((plan.matrix_shared ? in_shared : in_workspace).take<char>(plan.matrix));
   }
 
-  T *d, *e, *tau, *w;                                    // diagonals of T [p]; factors of Q [p]; a vector [p]
-  T* projections;                                              // [columns of a tile][k]
+  T *d, *e;                                              // [p]: the diagonals of T
+  T *tau, *w;                                            // [p]: the factors of the reflections of Q, and a vector
+  T* projections;                                        // [columns of a tile][k]
   double *lambda, *dots, *low, *high, *sigma, *squares;  // [k]
-  double* products;                                      // [3][k][k], backward
+  double* products;                                      // [3][k][k], in the backward pass
   int *above, *order;                                    // [threads or k], [k]
-  T *tiles, *parts;                                      // [stages][columns][tile_stride]; [kParts][p]
+  T *tiles, *parts;                                      // [kTilesInFlight][columns][tile_stride]; [kMaxParts][p]
   double *x, *rows;                                      // [k][p]; rows of eliminations
-  T* vectors;                                            // [vectors k][tile_stride]
+  T* vectors;                                            // [k or 3 k][tile_stride]
   T* matrix;                                             // [p][matrix_stride]
 };
 
@@ -64,7 +65,8 @@ struct MatrixSource {
   int64_t offset;  // of the matrix in memory
   int p, q;
   T scale;
-  const T* known;  // [count][tile_stride(p)], orthonormal: a column m becomes m - sum_j known_j <known_j, m>
+  // [count][tile_stride(p)], orthonormal: a column m becomes m - sum_j known_j <known_j, m>.
+  const T* known;
   int count;
   T* projections;  // memory for [tile_columns(p)][count]
 
@@ -135,7 +137,8 @@ KDKERNELS_GPU void stream(Cta& cta, const MatrixSource<T>& m, int begin, int end
   }
   for (int step = 0; step < steps; ++step) {
     cta.template wait<kTilesInFlight - 2>();
-    if (step + kTilesInFlight - 1 < steps) load_tile(cta, m, begin + (step + kTilesInFlight - 1) * columns, tile(step + kTilesInFlight - 1));
+    if (step + kTilesInFlight - 1 < steps)
+      load_tile(cta, m, begin + (step + kTilesInFlight - 1) * columns, tile(step + kTilesInFlight - 1));
     cta.commit();
     if (m.scale != T(1) || m.count > 0) prepare_tile(cta, m, tile(step));
     const int first = begin + step * columns;

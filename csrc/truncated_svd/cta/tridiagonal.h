@@ -88,7 +88,8 @@ KDKERNELS_STAGE void tridiagonalize(Cta& cta, int p, T* matrix, const WorkingMem
     // The pending update and the product y = A v for rows 0 to i - 1, in one sweep. If there are
     // enough rows, a thread processes several of them, and reads numbers that are the same for all
     // rows once.
-    const int part_count = i >= kManyRows ? sweep<4>(cta, i, ld, matrix, memory, pivot, pending) : sweep<1>(cta, i, ld, matrix, memory, pivot, pending);
+    const int part_count =
+        i >= kManyRows ? sweep<4>(cta, i, ld, matrix, memory, pivot, pending) : sweep<1>(cta, i, ld, matrix, memory, pivot, pending);
     const T vy = cta.template sum<T>(i, [&](int r) {
       T y = T(0);
       for (int part = 0; part < part_count; ++part) y += parts[part * matrix_stride(i) + r];
@@ -99,7 +100,8 @@ KDKERNELS_STAGE void tridiagonalize(Cta& cta, int p, T* matrix, const WorkingMem
       tau[i] = factor;
       return pivot * y;
     });
-    const T correction = factor * (factor * (T(0.5) * vy));  // in this order, because the factor is large if v is small
+    // Multiplied in this order, because the factor is large if v is small.
+    const T correction = factor * (factor * (T(0.5) * vy));
     cta.each(i, [&](int c) { w[c] = factor * parts[c] - correction * row[c]; });
   }
 }
