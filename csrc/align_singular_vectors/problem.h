@@ -24,8 +24,8 @@ struct ForwardProblem {
   int64_t* match;                           // [batch, k]
 };
 
-// Upstream gradients, and result_...: the gradients with respect to student, teacher and weight.
-// Each of them may be null. student and teacher may be null if result_weight is null.
+// grad_...: the upstream gradients; result_...: the gradients with respect to student, teacher and
+// weight. Each of them may be null. student and teacher may be null if result_weight is null.
 struct BackwardProblem {
   int64_t batch;
   int student_k, k, n;

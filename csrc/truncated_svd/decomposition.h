@@ -141,7 +141,7 @@ struct Rescaled {
 };
 
 // The triplets of float64 matrices [n, M, N] whose kept singular values span orders of magnitude,
-// see rounds.h. With needs_b the vectors of the larger side are included.
+// see rounds.h. u is empty unless needs_b.
 Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b);
 
 template <typename T>

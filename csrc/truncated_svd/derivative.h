@@ -191,8 +191,8 @@ class Derivative {
       }
   }
 
-  // <x, grad_scale y>, in double: differences() must distinguish a function of the span, whose
-  // result consists of rounding errors alone.
+  // <x, grad_scale y>, in double, because differences() treats values of the size of a rounding
+  // error of T as 0.
   static double dot(const T* x, const T* y, int64_t count, double grad_scale) {
     constexpr int lanes = kLanes<double>;
     typedef T Part __attribute__((vector_size(lanes * sizeof(T))));

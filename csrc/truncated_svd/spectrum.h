@@ -71,7 +71,7 @@ void largest_eigenvalues(int64_t p, const Vec<T>* d, const Vec<T>* e2, Vec<T> lo
 // precision.
 //
 // (T - lambda I) x = b is solved by Gaussian elimination with row interchanges, lane by lane with
-// selects. A vanishing pivot is replaced by the rounding error of T's norm, which is 1. Three such
+// selects. A vanishing pivot is replaced by the rounding error of T's norm (which is 1). Three such
 // systems are solved in turn, and each solution is made orthogonal to the eigenvectors of larger
 // eigenvalues. The result is an eigenvector; if several eigenvalues differ only by rounding errors,
 // the results for them are a basis of their eigenspace.

@@ -13,7 +13,7 @@ template <typename Cta, typename T>
 KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const WorkingMemory<T>& memory) {
   const T *d = memory.d, *e = memory.e;
   double *low = memory.low, *high = memory.high;
-  int* is_above = memory.above;
+  int* is_above = memory.is_above;
   // An upper bound of the eigenvalues (Gershgorin).
   const T bound =
       cta.template max<T>(T(0), p, [&](int i) { return d[i] + (i > 0 ? absolute(e[i - 1]) : T(0)) + (i + 1 < p ? absolute(e[i]) : T(0)); });

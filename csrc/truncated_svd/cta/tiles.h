@@ -32,7 +32,7 @@ struct WorkingMemory {
     double* numbers = in_shared.take<double>(6 * k);
     lambda = numbers, dots = lambda + k, low = dots + k, high = low + k, sigma = high + k, squares = sigma + k;
     int* integers = in_shared.take<int>(kMaxThreads + 2 * k);
-    above = integers, order = above + kMaxThreads + k;
+    is_above = integers, order = is_above + kMaxThreads + k;
     char* phase = in_shared.take<char>(plan.vectors_shared && plan.eigen > plan.tiles ? plan.eigen : plan.tiles);
     BumpAllocator in_workspace(workspace);
     BumpAllocator& for_vectors = plan.vectors_shared ? in_shared : in_workspace;
@@ -50,7 +50,7 @@ struct WorkingMemory {
   T* projections;                                        // [columns of a tile][k]
   double *lambda, *dots, *low, *high, *sigma, *squares;  // [k]
   double* products;                                      // [3][k][k], in the backward pass
-  int *above, *order;                                    // [threads or k], [k]
+  int *is_above, *order;                                 // [threads or k], [k]
   T *tiles, *parts;                                      // [kTilesInFlight][columns][tile_stride]; [kMaxParts][p]
   double *x, *rows;                                      // [k][p]; rows of eliminations
   T* vectors;                                            // [k or 3 k][tile_stride]
