@@ -33,7 +33,7 @@ def test_the_host_finds_faults():
     assert all(value == value for value in good[0])
     racy = [OP._cta_check("no barrier between neighbours", order) for order in range(8)]
     assert any(run != racy[0] for run in racy)
-    with pytest.raises(RuntimeError, match="a race: a phase wrote what all threads were reading before it"):
+    with pytest.raises(RuntimeError, match="a race: a phase wrote a value that all threads were reading"):
         OP._cta_check("a value all threads read is written", 1)
     for fault in ("shared memory is read before it is written", "a copy is read before it arrives"):
         assert any(value != value for value in OP._cta_check(fault, 1))

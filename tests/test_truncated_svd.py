@@ -282,7 +282,7 @@ def test_errors():
         op.truncated_svd_backward(None, None, v[:1], x, u, s, v, state, 1e-6)
     with pytest.raises(ValueError, match="s must have shape"):
         op.truncated_svd_backward(None, s, None, x, u, s[:1], v, state, 1e-6)
-    with pytest.raises(ValueError, match="u is needed where M < N"):
+    with pytest.raises(ValueError, match="u is needed if M < N"):
         op.truncated_svd_backward(None, s, None, x.mT, u.new_empty(0), s, u, state, 1e-6)
     with pytest.raises(ValueError, match="state must be"):
         op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)

@@ -1,4 +1,4 @@
-// align_singular_vectors: the schema of its ops, and its derivative.
+// align_singular_vectors: the schemas of its ops, and the autograd function.
 #include <torch/library.h>
 
 #include "../common/check.h"
@@ -25,8 +25,9 @@ bool needs_grad(const std::optional<Tensor>& t) {
   return t && t->defined() && t->requires_grad();
 }
 
-// Outputs are those that have a derivative; what has none goes beside them, as compiled autograd takes no function that marks an output as
-// not differentiable.
+// The outputs are the results that have a derivative. The other results are returned through a
+// pointer, because compiled autograd does not support functions that mark an output as not
+// differentiable.
 struct Align : torch::autograd::Function<Align> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                bool flip_teacher, int64_t implementation, std::array<Tensor, 4>* all) {
@@ -38,7 +39,7 @@ struct Align : torch::autograd::Function<Align> {
     if (student.requires_grad() || needs_grad(weight)) outputs.push_back(s);
     if (teacher.requires_grad() || needs_grad(weight)) outputs.push_back(t);
     ctx->set_materialize_grads(false);
-    // What was made in inference mode cannot be saved.
+    // Tensors that were created in inference mode cannot be saved, so they are copied.
     auto savable = [](const Tensor& x) { return x.defined() && x.is_inference() ? x.clone() : x; };
     ctx->save_for_backward({savable(student), savable(teacher), savable(weight.value_or(Tensor())), match, flips});
     ctx->saved_data["flip_teacher"] = flip_teacher;
@@ -51,11 +52,11 @@ struct Align : torch::autograd::Function<Align> {
     static const auto op = find_op<BackwardWithImplementation>("kdkernels::align_singular_vectors_backward");
     variable_list result(6);  // one for each argument of forward
     const auto needs = ctx->saved_data["needs"].toBoolList();
-    const Tensor to_s = needs[0] || needs[2] ? grads.front() : Tensor(), to_t = needs[1] || needs[2] ? grads.back() : Tensor();
-    if (!to_s.defined() && !to_t.defined()) return result;
+    const Tensor grad_s = needs[0] || needs[2] ? grads.front() : Tensor(), grad_t = needs[1] || needs[2] ? grads.back() : Tensor();
+    if (!grad_s.defined() && !grad_t.defined()) return result;
     for (const Tensor& grad : grads) check_no_tangent("align_singular_vectors_backward", grad);
-    const auto kept = saved(ctx);
-    auto [s, t, w] = op.call(optional(to_s), optional(to_t), kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
+    const auto tensors = saved(ctx);
+    auto [s, t, w] = op.call(optional(grad_s), optional(grad_t), tensors[0], tensors[1], optional(tensors[2]), tensors[3], tensors[4],
                              ctx->saved_data["flip_teacher"].toBool(), std::array<bool, 3>{needs[0], needs[1], needs[2]},
                              ctx->saved_data["implementation"].toInt());
     if (needs[0]) result[0] = s;
@@ -68,8 +69,8 @@ struct Align : torch::autograd::Function<Align> {
 std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                     bool flip_teacher, int64_t implementation) {
   check_no_tangent("align_singular_vectors", student, teacher, weight.value_or(Tensor()));
-  const bool any = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
-  if (!at::GradMode::is_enabled() || !any) {
+  const bool any_needs_grad = student.requires_grad() || teacher.requires_grad() || needs_grad(weight);
+  if (!at::GradMode::is_enabled() || !any_needs_grad) {
     static const auto op = find_op<WithImplementation>("kdkernels::align_singular_vectors");
     at::AutoDispatchBelowADInplaceOrView below;
     return op.call(student, teacher, weight, flip_teacher, implementation);
@@ -85,18 +86,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(const Tensor& student, const
 }  // namespace kdkernels::align_singular_vectors
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  // match [..., k], int64: the student's vector for each of the teacher's; flips [..., k]: 1 or -1.
+  // match [..., k], int64: the index of the student's vector for each of the teacher's vectors;
+  // flips [..., k]: 1 or -1.
   const std::string arguments = "(Tensor student, Tensor teacher, Tensor? weight, bool flip_teacher";
   const std::string results = ") -> (Tensor aligned_student, Tensor aligned_teacher, Tensor match, Tensor flips)";
-  const std::string of_backward =
+  const std::string backward_arguments =
       "(Tensor? grad_student, Tensor? grad_teacher, Tensor student, Tensor teacher, Tensor? weight, Tensor match, Tensor flips, "
       "bool flip_teacher, bool[3] wanted";
-  // implementation: see csrc/check.h.
+  // implementation: see csrc/common/implementations.h.
   m.def(("align_singular_vectors" + arguments + ", int implementation=0" + results).c_str());
-  m.def(("align_singular_vectors_backward" + of_backward + ", int implementation=0) -> (Tensor, Tensor, Tensor)").c_str());
+  m.def(("align_singular_vectors_backward" + backward_arguments + ", int implementation=0) -> (Tensor, Tensor, Tensor)").c_str());
   for (const std::string implementation : {"cuda", "triton", "torch"}) {
     m.def(("align_singular_vectors_" + implementation + arguments + results).c_str());
-    m.def(("align_singular_vectors_backward_" + implementation + of_backward + ") -> (Tensor, Tensor, Tensor)").c_str());
+    m.def(("align_singular_vectors_backward_" + implementation + backward_arguments + ") -> (Tensor, Tensor, Tensor)").c_str());
   }
 }
 

@@ -9,16 +9,16 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> align_cuda(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                       bool flip_teacher) {
-  const OnDevice on(student);
-  return align(student, teacher, weight, flip_teacher, on.stream);
+  const OnDevice device(student);
+  return align(student, teacher, weight, flip_teacher, device.stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> align_backward_cuda(const std::optional<Tensor>& grad_student, const std::optional<Tensor>& grad_teacher,
                                                        const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
                                                        const Tensor& match, const Tensor& flips, bool flip_teacher,
                                                        std::array<bool, 3> wanted) {
-  const OnDevice on(student);
-  return align_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted, on.stream);
+  const OnDevice device(student);
+  return align_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted, device.stream);
 }
 
 }  // namespace

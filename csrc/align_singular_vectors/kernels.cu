@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(32 * kWarps) align_kernel(const __grid_constan
 }
 
 template <bool Backward, typename Problem>
-const char* launch(const Problem& problem, bool wide, int64_t tasks, void* stream) {
+const char* launch(const Problem& problem, bool is_double, int64_t tasks, void* stream) {
   const unsigned blocks = static_cast<unsigned>((tasks + kWarps - 1) / kWarps);
-  if (wide)
+  if (is_double)
     align_kernel<double, Backward><<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(problem, tasks);
   else
     align_kernel<float, Backward><<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(problem, tasks);
@@ -30,11 +30,11 @@ const char* launch(const Problem& problem, bool wide, int64_t tasks, void* strea
 
 }  // namespace
 
-const char* launch_forward(const ForwardProblem& problem, bool wide, void* stream) {
-  return launch<false>(problem, wide, problem.batch * problem.k, stream);
+const char* launch_forward(const ForwardProblem& problem, bool is_double, void* stream) {
+  return launch<false>(problem, is_double, problem.batch * problem.k, stream);
 }
-const char* launch_backward(const BackwardProblem& problem, bool wide, void* stream) {
-  return launch<true>(problem, wide, problem.batch * (problem.many + problem.k), stream);
+const char* launch_backward(const BackwardProblem& problem, bool is_double, void* stream) {
+  return launch<true>(problem, is_double, problem.batch * (problem.student_k + problem.k), stream);
 }
 
 }  // namespace kdkernels::align_singular_vectors::gpu

@@ -1,7 +1,14 @@
-// The Cta of common/cta.h, which includes this file, on the CPU: a kernel's body runs with the threads of each phase in an order drawn at
-// random, so that a phase whose threads depend on one another gives wrong numbers; shared memory starts as NaN; what an asynchronous copy
-// writes is NaN until it is waited for; and a value that all threads read must still be there when the next phase ends. Reductions join in
-// the order of the device.
+// The class Cta (cooperative thread array, a block of threads) of common/cta.h, which includes this
+// file, for the CPU. It runs the bodies of kernels so that errors in their synchronisation become
+// visible:
+//
+//   - The threads of a phase run in random order, so a phase whose threads depend on each other
+//     gives wrong numbers.
+//   - Shared memory starts as NaN.
+//   - The destination of an asynchronous copy is NaN until the kernel has waited for the copy.
+//   - A value that all threads read must be unchanged at the end of the next phase.
+//
+// Reductions use the same order of operations as the device.
 #pragma once
 
 #include <array>
@@ -15,7 +22,8 @@ namespace kdkernels {
 class RandomOrder {
  public:
   explicit RandomOrder(uint64_t seed) : state_(seed * 2 + 1) {}
-  // A start and a step that visit [0, n), n a power of two: an order for each draw, without a list.
+  // Visits [0, n), n a power of two, from a random start with a random odd step: a new order for
+  // each call, without a list.
   template <typename F>
   void visit(int n, F&& f) {
     state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
@@ -27,7 +35,8 @@ class RandomOrder {
   uint64_t state_;
 };
 
-// `width` threads that share out n items, in the order of the device's loops and butterflies.
+// Reduces f(i), i in [0, n), with `Width` threads, in the order of the loops and butterflies of the
+// device.
 template <typename Op, int Width, typename T, typename F>
 T reduce_in_lanes(RandomOrder& order, T neutral, int n, F&& f) {
   std::array<T, Width> values;
@@ -128,15 +137,15 @@ class Cta {
   void barrier() {
     for (const Read& read : reads_)
       if (std::memcmp(read.from, read.bytes, read.size) != 0)
-        throw std::logic_error("a race: a phase wrote what all threads were reading before it");
+        throw std::logic_error("a race: a phase wrote a value that all threads were reading");
     reads_.clear();
   }
   template <typename T>
   T read(const T& x) {
-    static_assert(sizeof(T) <= sizeof(uint64_t), "a number");
-    Read seen{&x, sizeof(T), {}};
-    std::memcpy(seen.bytes, &x, sizeof(T));
-    reads_.push_back(seen);
+    static_assert(sizeof(T) <= sizeof(uint64_t), "read() takes a number of at most 8 bytes");
+    Read entry{&x, sizeof(T), {}};
+    std::memcpy(entry.bytes, &x, sizeof(T));
+    reads_.push_back(entry);
     return x;
   }
 

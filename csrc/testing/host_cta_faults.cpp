@@ -1,4 +1,5 @@
-// kdkernels::_cta_check(fault): kernel bodies with one fault each, so that tests see the Cta of host_cta.h find it.
+// kdkernels::_cta_check(fault, order): kernel bodies with one fault each, with which tests check
+// that the Cta (cooperative thread array, a block of threads) of host_cta.h detects the fault.
 #include <torch/library.h>
 
 #include <limits>
@@ -11,8 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What a body that runs without fault gives in every order of threads; with one, the numbers differ between orders or are NaN, or it
-// throws.
+// A body without a fault gives the same numbers in every order of threads. With a fault, the
+// numbers differ between orders or are NaN, or the body throws.
 std::vector<double> run(const std::string& fault, int64_t order) {
   Cta<kThreads> cta(static_cast<uint64_t>(order));
   std::vector<float> shared(2 * kThreads), global(kThreads, 1.0f);
@@ -35,17 +36,18 @@ std::vector<double> run(const std::string& fault, int64_t order) {
     cta.wait<0>();
     cta.each(kThreads, [&](int i) { x[i] = y[i]; });
   } else {
-    TORCH_CHECK_VALUE(fault == "none", "no such fault: ", fault);
+    TORCH_CHECK_VALUE(fault == "none", "fault must be \"none\" or one of the faults of csrc/testing/host_cta_faults.cpp, got \"", fault,
+                      "\"");
     for (int i = 0; i < kThreads; ++i) cta.copy_async(x + i, global.data() + i, i % 2 == 0);
     cta.commit();
     cta.wait<0>();
     const float total = cta.sum<float>(kThreads, [&](int i) { return x[i]; });
-    PerThread<float> own;
-    cta.threads([&](int t) { own[t] = x[(t + 1) % kThreads] + total; });
-    cta.threads([&](int t) { x[t] = own[t]; });
+    PerThread<float> per_thread;
+    cta.threads([&](int t) { per_thread[t] = x[(t + 1) % kThreads] + total; });
+    cta.threads([&](int t) { x[t] = per_thread[t]; });
     cta.warps(4, [&](const Warp& warp, int w) {
-      const float most = warp.max<float>(0.0f, 64, [&](int i) { return x[64 * w + i]; });
-      warp.each(64, [&](int i) { x[64 * w + i] /= most; });
+      const float largest = warp.max<float>(0.0f, 64, [&](int i) { return x[64 * w + i]; });
+      warp.each(64, [&](int i) { x[64 * w + i] /= largest; });
     });
   }
   return {x, x + kThreads};

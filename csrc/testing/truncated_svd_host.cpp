@@ -1,5 +1,5 @@
-// The implementation "cuda" on CPU tensors: the bodies of the CUDA kernels run by the Cta of host_cta.h, block by block. For tests; it is
-// slow.
+// The implementation "cuda" on CPU tensors, for tests: the Cta (cooperative thread array, a block
+// of threads) of host_cta.h runs the bodies of the CUDA kernels, block after block. This is slow.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -12,17 +12,18 @@
 namespace kdkernels::truncated_svd::gpu {
 namespace {
 
-// Bytes of shared memory that a block may have, and the seed of the threads' order.
-std::atomic<int64_t> shared_limit{227 << 10}, seed{1};
+// The shared memory that a block may have, in bytes, and the seed of the order of threads.
+std::atomic<int64_t> shared_limit{227 << 10}, order_seed{1};
 
-// Shared memory of a block: NaN at first, with a guard behind it that must stay as it is.
-class Shared {
+// The shared memory of a block. It starts as NaN, and is followed by a guard that kernels must not
+// change.
+class GuardedMemory {
  public:
-  explicit Shared(int64_t size) : memory_(size + 2 * kGuard) { poison(memory_.data(), memory_.size()); }
+  explicit GuardedMemory(int64_t size) : memory_(size + 2 * kGuard) { poison(memory_.data(), memory_.size()); }
   char* get() { return memory_.data() + (kGuard - reinterpret_cast<uintptr_t>(memory_.data()) % kGuard); }
   void check(int64_t size) {
     for (char* at = get() + size; at < memory_.data() + memory_.size(); ++at)
-      if (*at != char(0xff)) throw std::logic_error("a kernel wrote past its shared memory");
+      if (*at != char(0xff)) throw std::logic_error("a kernel wrote past the end of its shared memory");
   }
 
  private:
@@ -30,17 +31,18 @@ class Shared {
   std::vector<char> memory_;
 };
 
-// run(cta, block, part, shared) for every block and each part of it, the parts one after another in the memory of their block.
+// Calls run(cta, block, slot, shared) for every block and each of its slots (the matrices that
+// share the block). The slots of a block run one after another.
 template <int Threads, typename F>
-void over_blocks(int64_t blocks, int parts, int64_t shared, F run) {
+void for_each_block(int64_t blocks, int slots, int64_t shared, F run) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      Shared memory(parts * shared);
-      for (int part = 0; part < parts; ++part) {
-        Cta<Threads> cta(static_cast<uint64_t>(seed) * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(block * parts + part));
-        run(cta, block, part, memory.get());
+      GuardedMemory memory(slots * shared);
+      for (int slot = 0; slot < slots; ++slot) {
+        Cta<Threads> cta(static_cast<uint64_t>(order_seed) * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(block * slots + slot));
+        run(cta, block, slot, memory.get());
       }
-      memory.check(parts * shared);
+      memory.check(slots * shared);
     }
   });
 }
@@ -48,26 +50,26 @@ void over_blocks(int64_t blocks, int parts, int64_t shared, F run) {
 }  // namespace
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void*) {
-  return in_forward_groups(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t own) {
+  return for_each_forward_group(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
     constexpr int kThreads = decltype(threads)::value;
-    over_blocks<kThreads>(blocks, matrices_together(kThreads), own, [&](auto& cta, int64_t block, int part, char* memory) {
-      forward_block<decltype(t)>(cta, group, block, part, memory, own);
+    for_each_block<kThreads>(blocks, matrices_per_block(kThreads), matrix_limit, [&](auto& cta, int64_t block, int slot, char* memory) {
+      forward_block<decltype(t)>(cta, group, block, slot, memory, matrix_limit);
     });
     return static_cast<const char*>(nullptr);
   });
 }
 
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void*) {
-  in_solve_groups(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t own) {
+  for_each_solve_group(problems, count, limit, [](const auto& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
     constexpr int kThreads = decltype(threads)::value;
-    over_blocks<kThreads>(blocks, matrices_together(kThreads), own, [&](auto& cta, int64_t block, int part, char* memory) {
-      solve_block<decltype(t)>(cta, group, block, part, memory, own);
+    for_each_block<kThreads>(blocks, matrices_per_block(kThreads), matrix_limit, [&](auto& cta, int64_t block, int slot, char* memory) {
+      solve_block<decltype(t)>(cta, group, block, slot, memory, matrix_limit);
     });
     return static_cast<const char*>(nullptr);
   });
-  return in_update_groups(problems, count, [](const auto& group, auto t, int64_t blocks, int64_t shared) {
-    over_blocks<kUpdateThreads>(blocks, 1, shared,
-                                [&](auto& cta, int64_t block, int, char* memory) { update_block<decltype(t)>(cta, group, block, memory); });
+  return for_each_update_group(problems, count, [](const auto& group, auto t, int64_t blocks, int64_t shared) {
+    for_each_block<kUpdateThreads>(
+        blocks, 1, shared, [&](auto& cta, int64_t block, int, char* memory) { update_block<decltype(t)>(cta, group, block, memory); });
     return static_cast<const char*>(nullptr);
   });
 }
@@ -90,10 +92,10 @@ std::vector<Tensor> group_backward_host(at::TensorList grad_u, at::TensorList gr
   return decompose_group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, {shared_limit, nullptr});
 }
 
-// For tests: another amount of shared memory, another order of threads.
-void set_host(int64_t limit, int64_t order) {
+// Sets the amount of shared memory and the order of threads, for tests.
+void set_host_options(int64_t limit, int64_t order) {
   shared_limit = limit;
-  seed = order;
+  order_seed = order;
 }
 
 }  // namespace
@@ -103,7 +105,7 @@ namespace kdkernels::align_singular_vectors::gpu {
 
 namespace {
 template <typename F>
-void each_task(int64_t tasks, F f) {
+void for_each_task(int64_t tasks, F f) {
   for (int64_t task = 0; task < tasks; ++task) {
     Cta<32> warp(static_cast<uint64_t>(task));
     f(warp, task);
@@ -123,21 +125,22 @@ std::tuple<Tensor, Tensor, Tensor> backward_host(const std::optional<Tensor>& gr
 }
 }  // namespace
 
-const char* launch_forward(const ForwardProblem& problem, bool wide, void*) {
-  each_task(problem.batch * problem.k,
-            [&](auto& warp, int64_t task) { wide ? forward<double>(warp, problem, task) : forward<float>(warp, problem, task); });
+const char* launch_forward(const ForwardProblem& problem, bool is_double, void*) {
+  for_each_task(problem.batch * problem.k,
+                [&](auto& warp, int64_t task) { is_double ? forward<double>(warp, problem, task) : forward<float>(warp, problem, task); });
   return nullptr;
 }
-const char* launch_backward(const BackwardProblem& problem, bool wide, void*) {
-  each_task(problem.batch * (problem.many + problem.k),
-            [&](auto& warp, int64_t task) { wide ? backward<double>(warp, problem, task) : backward<float>(warp, problem, task); });
+const char* launch_backward(const BackwardProblem& problem, bool is_double, void*) {
+  for_each_task(problem.batch * (problem.student_k + problem.k), [&](auto& warp, int64_t task) {
+    is_double ? backward<double>(warp, problem, task) : backward<float>(warp, problem, task);
+  });
   return nullptr;
 }
 
 }  // namespace kdkernels::align_singular_vectors::gpu
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  m.def("_svd_host(int shared_limit, int order) -> ()", kdkernels::truncated_svd::gpu::set_host);
+  m.def("_svd_host(int shared_limit, int order) -> ()", kdkernels::truncated_svd::gpu::set_host_options);
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {

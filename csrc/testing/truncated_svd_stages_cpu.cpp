@@ -1,4 +1,5 @@
-// The stages of truncated_svd, each as an op of its own for the tests: kdkernels::_svd_<stage>. Batches of any size, float or double.
+// The stages of truncated_svd, each as a separate op for the tests: kdkernels::_svd_<stage>. They
+// take batches of any size, in float or double.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,33 +14,35 @@ namespace {
 
 using at::Tensor;
 
-// Runs body with a null pointer of the type of x.
+// Calls body with a null pointer to the type of x.
 template <typename Body>
 void with_type(const Tensor& x, Body&& body) {
   x.scalar_type() == at::kDouble ? body(static_cast<double*>(nullptr)) : body(static_cast<float*>(nullptr));
 }
 
-void check_beside(const Tensor& x, const char* name, const Tensor& d, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(x.scalar_type() == d.scalar_type(), name, " must be of the dtype of d, ", d.scalar_type(), ", got ", x.scalar_type());
+void check_like_d(const Tensor& x, const char* name, const Tensor& d, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == d.scalar_type(), name, " must have the dtype of d, ", d.scalar_type(), ", got ", x.scalar_type());
   check_shape(x, name, shape);
 }
 
-// x [B, m, n] with m, n >= 1.
+// Checks that x is [B, m, n] with m, n >= 1.
 void check_matrices(const Tensor& x, const char* name) {
   check_floating(x, name);
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, name, " must be [B, m, n] with m, n >= 1, got ", x.sizes());
 }
 
-// The diagonal d [B, p] and what lies beside it, e [B, p - 1], p >= 1, of one dtype.
-void check_tridiagonal(const Tensor& d, const Tensor& e, bool of_doubles) {
+// Checks the diagonal d [B, p] and the off-diagonal e [B, p - 1] of tridiagonal matrices, p >= 1,
+// of the same dtype.
+void check_tridiagonal(const Tensor& d, const Tensor& e, bool double_only) {
   const at::ScalarType dtype = d.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || (dtype == at::kFloat && !of_doubles), "d must be float64", of_doubles ? "" : " or float32",
+  TORCH_CHECK_TYPE(dtype == at::kDouble || (dtype == at::kFloat && !double_only), "d must be float64", double_only ? "" : " or float32",
                    ", got ", dtype);
   TORCH_CHECK_VALUE(d.dim() == 2 && d.size(1) > 0, "d must be [B, p] with p >= 1, got ", d.sizes());
-  check_beside(e, "e", d, {d.size(0), d.size(1) - 1});
+  check_like_d(e, "e", d, {d.size(0), d.size(1) - 1});
 }
 
-// x [B, n], contiguous -> lanes of samples first, first + 1, ... (0 past the end), and back.
+// Converts x [B, n], contiguous, to lanes, with samples first, first + 1, ... (0 past the end), and
+// back.
 template <typename T>
 void to_lanes(const Tensor& x, int64_t first, Vec<T>* lanes) {
   const int64_t n = x.size(1);
@@ -53,7 +56,7 @@ void from_lanes(const Vec<T>* lanes, int64_t first, const Tensor& x) {
     for (int l = 0; l < kLanes<T> && first + l < x.size(0); ++l) x.mutable_data_ptr<T>()[(first + l) * n + i] = lanes[i][l];
 }
 
-// G = M M^T [B, p, p], its lower triangle.
+// The lower triangle of G = M M^T [B, p, p].
 Tensor gram_stage(const Tensor& x) {
   check_matrices(x, "x");
   const Matrices m(x);
@@ -94,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
       interleave_triangle<T>(matrices.get(), p, stride, a.get());
       Vec<T>*dl = t.get(), *el = dl + p, *tau = el + p;
       tridiagonalize<T>(p, a.get(), dl, el, tau, tau + p);
-      for (int64_t j = 0; j < p; ++j)  // Q of the unit vectors; stored by column, so turned over at the end
+      // Q times the unit vectors. They are stored by column; the result is transposed at the end.
+      for (int64_t j = 0; j < p; ++j)
         for (int64_t i = 0; i < p; ++i) z.get()[j * p + i] = simd::splat<T>(i == j ? 1 : 0);
       apply_q<T>(p, a.get(), tau, false, p, z.get());
       from_lanes<T>(dl, first, d);
@@ -108,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
 // d [B, p], e [B, p - 1] of positive semi-definite matrices -> the k largest eigenvalues.
 Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
   check_tridiagonal(d_in, e_in, false);
-  TORCH_CHECK_VALUE(k >= 1 && k <= d_in.size(1), "k must be in 1 .. p, got ", k);
+  TORCH_CHECK_VALUE(k >= 1 && k <= d_in.size(1), "k must lie in [1, p], got ", k, " for d of shape ", d_in.sizes());
   const Tensor d = d_in.contiguous(), e = e_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1);
   const Tensor out = at::empty({batch, k}, d.options());
@@ -121,9 +125,9 @@ Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
       to_lanes<T>(e, first, el);
       Vec<T> high{};
       for (int64_t i = 0; i < p; ++i) {
-        const Vec<T> before = i > 0 ? abs<T>(el[i - 1]) : Vec<T>{}, after = i + 1 < p ? abs<T>(el[i]) : Vec<T>{};
-        e2[i] = before * before;
-        high = simd::max(high, dl[i] + before + after);
+        const Vec<T> e_left = i > 0 ? abs<T>(el[i - 1]) : Vec<T>{}, e_right = i + 1 < p ? abs<T>(el[i]) : Vec<T>{};
+        e2[i] = e_left * e_left;
+        high = simd::max(high, dl[i] + e_left + e_right);
       }
       largest_eigenvalues<T>(p, dl, e2, Vec<T>{}, high * T(1.001), k, lambda);
       from_lanes<T>(lambda, first, out);
@@ -136,19 +140,19 @@ Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
 std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in) {
   check_tridiagonal(d_in, e_in, true);
   TORCH_CHECK_VALUE(lambda_in.dim() == 2 && lambda_in.size(1) > 0, "lambda must be [B, k] with k >= 1, got ", lambda_in.sizes());
-  check_beside(lambda_in, "lambda", d_in, {d_in.size(0), lambda_in.size(1)});
+  check_like_d(lambda_in, "lambda", d_in, {d_in.size(0), lambda_in.size(1)});
   const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1), k = lambda.size(1);
   const Tensor values = at::empty_like(lambda), vectors = at::empty({batch, k * p}, d.options());
   Buffer<Doubles> memory(2 * p + k + k * p);
   Buffer<TridiagonalLU::Row> rows(p);
-  Doubles *dl = memory.get(), *el = dl + p, *own = el + p, *x = own + k;
+  Doubles *dl = memory.get(), *el = dl + p, *eigenvalues = el + p, *x = eigenvalues + k;
   for (int64_t first = 0; first < batch; first += kLanes<double>) {
     to_lanes<double>(d, first, dl);
     to_lanes<double>(e, first, el);
-    to_lanes<double>(lambda, first, own);
-    eigenvectors(p, dl, el, k, own, x, rows.get());
-    from_lanes<double>(own, first, values);
+    to_lanes<double>(lambda, first, eigenvalues);
+    eigenvectors(p, dl, el, k, eigenvalues, x, rows.get());
+    from_lanes<double>(eigenvalues, first, values);
     from_lanes<double>(x, first, vectors);
   }
   return {values, vectors.view({batch, k, p})};
@@ -157,8 +161,8 @@ std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Ten
 // Re[(lambda + i eps - T)^-1] r for d [B, p], e [B, p - 1], lambda [B], r [B, p], float64.
 Tensor resolvent_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lambda_in, double eps, const Tensor& r_in) {
   check_tridiagonal(d_in, e_in, true);
-  check_beside(lambda_in, "lambda", d_in, {d_in.size(0)});
-  check_beside(r_in, "r", d_in, d_in.sizes());
+  check_like_d(lambda_in, "lambda", d_in, {d_in.size(0)});
+  check_like_d(r_in, "r", d_in, d_in.sizes());
   const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous(), r = r_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1);
   const Tensor out = at::empty_like(r);
@@ -176,10 +180,10 @@ Tensor resolvent_stage(const Tensor& d_in, const Tensor& e_in, const Tensor& lam
   return out;
 }
 
-// A float decomposition by the tier that is named, whatever the shape: s [B, k], v [B, k, N].
+// Decomposes x in float with the given tier, whatever its shape: s [B, k], v [B, k, N].
 std::tuple<Tensor, Tensor> tier_stage(const Tensor& x, int64_t k, bool krylov) {
   check_matrices(x, "x");
-  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(1), x.size(2)), "k must be in 1 .. min(m, n), got ", k);
+  TORCH_CHECK_VALUE(k >= 1 && k <= std::min(x.size(1), x.size(2)), "k must lie in [1, min(m, n)], got ", k, " for x of shape ", x.sizes());
   Triplets t = Decomposition<float>(x, k, true, false, false, true, krylov ? Tier::krylov : Tier::direct).run();
   return {t.s, t.v};
 }

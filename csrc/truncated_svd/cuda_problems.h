@@ -1,4 +1,5 @@
-// Tensors to problems of the CUDA kernels, for whatever runs them: cuda.cpp on a GPU, csrc/testing/truncated_svd_host.cpp on the CPU.
+// Converts tensors to the arguments of the CUDA kernels. Used by cuda.cpp, which runs the kernels
+// on a GPU, and by csrc/testing/truncated_svd_host.cpp, which runs them on the CPU.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -25,8 +26,8 @@ inline Storage storage_of(const Tensor& x) {
   }
 }
 
-// x [..., M, N] as [B, M, N]: a view where strides allow one.
-inline Tensor one_batch(const Tensor& x) {
+// x [..., M, N] as [B, M, N]: a view if the strides allow it.
+inline Tensor flatten_batch(const Tensor& x) {
   int64_t batch = 1;
   for (int64_t d = 0; d + 2 < x.dim(); ++d) batch *= x.size(d);
   return x.reshape({batch, x.size(-2), x.size(-1)});
@@ -47,11 +48,12 @@ struct Shape {
   int64_t p, q;
 };
 
-inline void check_fits(const Tensor& x, int64_t k, const Need& need, int64_t limit) {
+inline void check_fits(const Tensor& x, int64_t k, const MemoryNeed& need, int64_t limit) {
   const Shape shape(x);
   TORCH_CHECK_VALUE(shape.p <= kMaxSide && shape.q * std::max<int64_t>(k, shape.p) < (int64_t(1) << 31) && need.shared <= limit,
-                    "the implementation \"cuda\" takes matrices whose smaller side is at most ", kMaxSide, ", got ", x.sizes(),
-                    " with k = ", k);
+                    "the implementation \"cuda\" takes matrices whose smaller side is at most ", kMaxSide,
+                    ", with sides and k that fit in the shared memory of a block; got x of shape ", x.sizes(), " with k = ", k,
+                    "; choose another implementation");
 }
 
 inline void check_launched(const char* error) {
@@ -62,45 +64,47 @@ inline Tensor bytes(int64_t count, const Tensor& like) {
   return at::empty({count}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
 }
 
-// What runs a group of problems, by `limit` bytes of shared memory for a block.
-struct Runner {
+// How problems are launched: the shared memory that a block may have, in bytes, and the CUDA
+// stream.
+struct LaunchOptions {
   int64_t limit;
   void* stream;
 };
 
-// One member of a group: its tensors, which live until the launch, and what the kernels are told.
+// The forward pass of one batch of matrices: its tensors, which must live until the launch, and the
+// arguments of the kernel.
 struct Decomposition {
-  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, int64_t limit) : shape(x), m(one_batch(x)) {
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, int64_t limit) : shape(x), m(flatten_batch(x)) {
     check_matrices(x, k);
     const at::ScalarType dtype = compute_dtype(x);
-    const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q), kept = static_cast<int>(k);
-    const Need need = dtype == at::kDouble ? forward_need<double>(p, kept, limit) : forward_need<float>(p, kept, limit);
+    const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q), vectors = static_cast<int>(k);
+    const MemoryNeed need = dtype == at::kDouble ? forward_memory<double>(p, vectors, limit) : forward_memory<float>(p, vectors, limit);
     check_fits(x, k, need, limit);
     const auto options = x.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
-    const bool wants_b = return_u || !shape.tall;
+    const bool needs_b = return_u || !shape.tall;
     const int64_t batch = m.size(0);
     a = at::empty(batched(x, {k, p}), options);
-    b = wants_b ? at::empty(batched(x, {k, q}), options) : at::empty({0}, options);
+    b = needs_b ? at::empty(batched(x, {k, q}), options) : at::empty({0}, options);
     s = at::empty(batched(x, {k}), options);
-    state = at::empty({save_state ? batch * state_size(p, kept) : 0}, options);
+    state = at::empty({save_state ? batch * state_size(p, vectors) : 0}, options);
     workspace = bytes(batch * need.workspace, x);
     problem = {view_of(m, shape.tall),
                batch,
                p,
                q,
-               kept,
+               vectors,
                sign,
                shape.tall,
                a.mutable_data_ptr(),
-               wants_b ? b.mutable_data_ptr() : nullptr,
+               needs_b ? b.mutable_data_ptr() : nullptr,
                s.mutable_data_ptr(),
                save_state ? state.mutable_data_ptr() : nullptr,
                workspace.mutable_data_ptr()};
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
-    const Tensor rows = a.transpose(-1, -2), others = b.numel() > 0 || b.dim() > 1 ? b.transpose(-1, -2) : b;
-    return {shape.tall ? others : rows, s, shape.tall ? rows : others, state};
+    const Tensor a_vectors = a.transpose(-1, -2), b_vectors = b.numel() > 0 || b.dim() > 1 ? b.transpose(-1, -2) : b;
+    return {shape.tall ? b_vectors : a_vectors, s, shape.tall ? a_vectors : b_vectors, state};
   }
 
   Shape shape;
@@ -109,23 +113,23 @@ struct Decomposition {
 };
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> decompose(const Tensor& x, int64_t k, int64_t sign, bool return_u, bool save_state,
-                                                            const Runner& runner) {
-  const Decomposition one(x, k, parse_sign(sign), return_u, save_state, runner.limit);
-  if (one.problem.batch > 0) check_launched(launch_forward(&one.problem, 1, runner.limit, runner.stream));
-  return one.results();
+                                                            const LaunchOptions& launch) {
+  const Decomposition decomposition(x, k, parse_sign(sign), return_u, save_state, launch.limit);
+  if (decomposition.problem.batch > 0) check_launched(launch_forward(&decomposition.problem, 1, launch.limit, launch.stream));
+  return decomposition.results();
 }
 
 using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
-// Several batches of matrices, in as few launches as their kinds allow.
-inline Lists decompose_group(at::TensorList xs, int64_t k, int64_t sign, bool return_u, bool save_state, const Runner& runner) {
+// Decomposes several batches of matrices, with as few launches as the different kernels allow.
+inline Lists decompose_group(at::TensorList xs, int64_t k, int64_t sign, bool return_u, bool save_state, const LaunchOptions& launch) {
   std::vector<Decomposition> members;
   std::vector<ForwardProblem> problems;
   for (const Tensor& x : xs) {
-    members.emplace_back(x, k, parse_sign(sign), return_u, save_state, runner.limit);
+    members.emplace_back(x, k, parse_sign(sign), return_u, save_state, launch.limit);
     if (members.back().problem.batch > 0) problems.push_back(members.back().problem);
   }
-  check_launched(launch_forward(problems.data(), static_cast<int>(problems.size()), runner.limit, runner.stream));
+  check_launched(launch_forward(problems.data(), static_cast<int>(problems.size()), launch.limit, launch.stream));
   Lists lists;
   for (const Decomposition& member : members) {
     const auto [u, s, v, state] = member.results();
@@ -137,22 +141,24 @@ inline Lists decompose_group(at::TensorList xs, int64_t k, int64_t sign, bool re
   return lists;
 }
 
+// The backward pass of one batch of matrices: its tensors, which must live until the launch, and
+// the arguments of the kernels.
 struct Derivative {
   Derivative(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s, const std::optional<Tensor>& grad_v, const Tensor& x,
              const Tensor& u, const Tensor& s, const Tensor& v, const Tensor& state_, double gap_eps, int64_t limit)
       : in(grad_u, grad_s, grad_v, x, u, s, v, gap_eps),
-        m(one_batch(x)),
+        m(flatten_batch(x)),
         gradient(at::empty_like(x)),
-        to(one_batch(gradient)),
+        target(flatten_batch(gradient)),
         state(state_) {
     const Shape shape(x);
     const int p = static_cast<int>(shape.p), q = static_cast<int>(shape.q), k = static_cast<int>(in.k);
-    const Need need = in.dtype == at::kDouble ? backward_need<double>(p, k, limit) : backward_need<float>(p, k, limit);
+    const MemoryNeed need = in.dtype == at::kDouble ? backward_memory<double>(p, k, limit) : backward_memory<float>(p, k, limit);
     check_fits(x, k, need, limit);
     const int64_t batch = m.size(0);
     TORCH_CHECK_VALUE(state.numel() == 0 || (state.scalar_type() == in.dtype && state.is_contiguous() && state.device() == x.device() &&
                                              state.numel() == batch * state_size(p, k)),
-                      "state must be that of the forward, or empty");
+                      "state must be the tensor that the forward op returned for x, or empty");
     const auto options = x.options().dtype(in.dtype).memory_format(at::MemoryFormat::Contiguous);
     auto rows = [](const Tensor& g) { return g.defined() ? g.contiguous() : g; };
     a = shape.tall ? in.v : in.u, b = shape.tall ? in.u : in.v;
@@ -160,7 +166,7 @@ struct Derivative {
     workspace = bytes(batch * need.workspace, x), z = at::empty({batch, k, p}, options);
     coefficients = at::empty({batch, coefficients_size(k)}, options.dtype(at::kDouble));
     problem = {view_of(m, shape.tall),
-               view_of(to, shape.tall),
+               view_of(target, shape.tall),
                batch,
                p,
                q,
@@ -179,41 +185,42 @@ struct Derivative {
   }
 
   Tensor result() const {
-    if (!to.is_alias_of(gradient)) gradient.copy_(to.view(gradient.sizes()));
+    if (!target.is_alias_of(gradient)) gradient.copy_(target.view(gradient.sizes()));
     return gradient;
   }
 
   BackwardInputs in;
-  Tensor m, gradient, to, state, a, b, ga, gs, gb, workspace, z, coefficients;
+  Tensor m, gradient, target, state, a, b, ga, gs, gb, workspace, z, coefficients;
   BackwardProblem problem;
 };
 
 inline Tensor decompose_backward(const std::optional<Tensor>& grad_u, const std::optional<Tensor>& grad_s,
                                  const std::optional<Tensor>& grad_v, const Tensor& x, const Tensor& u, const Tensor& s, const Tensor& v,
-                                 const Tensor& state, double gap_eps, const Runner& runner) {
-  const Derivative one(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, runner.limit);
-  if (one.problem.batch > 0) check_launched(launch_backward(&one.problem, 1, runner.limit, runner.stream));
-  return one.result();
+                                 const Tensor& state, double gap_eps, const LaunchOptions& launch) {
+  const Derivative derivative(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, launch.limit);
+  if (derivative.problem.batch > 0) check_launched(launch_backward(&derivative.problem, 1, launch.limit, launch.stream));
+  return derivative.result();
 }
 
-// An upstream gradient that is not there comes as a tensor of another number of dimensions.
+// An upstream gradient that is missing is passed as a tensor with a different number of dimensions.
 inline std::vector<Tensor> decompose_group_backward(at::TensorList grad_u, at::TensorList grad_s, at::TensorList grad_v, at::TensorList x,
                                                     at::TensorList u, at::TensorList s, at::TensorList v, at::TensorList state,
-                                                    at::ArrayRef<double> gap_eps, const Runner& runner) {
+                                                    at::ArrayRef<double> gap_eps, const LaunchOptions& launch) {
   const size_t count = x.size();
   for (const at::TensorList& list : {grad_u, grad_s, grad_v, u, s, v, state})
-    TORCH_CHECK_VALUE(list.size() == count, "every list must have one tensor for each x");
-  TORCH_CHECK_VALUE(gap_eps.size() == count, "gap_eps must have one number for each x");
+    TORCH_CHECK_VALUE(list.size() == count, "every list of tensors must have one tensor for each x: expected ", count, ", got ",
+                      list.size());
+  TORCH_CHECK_VALUE(gap_eps.size() == count, "gap_eps must have one number for each x: expected ", count, ", got ", gap_eps.size());
   std::vector<Derivative> members;
   members.reserve(count);
   std::vector<BackwardProblem> problems;
-  auto given = [](const Tensor& g, const Tensor& of) { return g.dim() == of.dim() ? std::optional<Tensor>(g) : std::nullopt; };
+  auto optional_gradient = [](const Tensor& g, const Tensor& of) { return g.dim() == of.dim() ? std::optional<Tensor>(g) : std::nullopt; };
   for (size_t i = 0; i < count; ++i) {
-    members.emplace_back(given(grad_u[i], x[i]), given(grad_s[i], s[i]), given(grad_v[i], x[i]), x[i], u[i], s[i], v[i], state[i],
-                         gap_eps[i], runner.limit);
+    members.emplace_back(optional_gradient(grad_u[i], x[i]), optional_gradient(grad_s[i], s[i]), optional_gradient(grad_v[i], x[i]), x[i],
+                         u[i], s[i], v[i], state[i], gap_eps[i], launch.limit);
     if (members.back().problem.batch > 0) problems.push_back(members.back().problem);
   }
-  check_launched(launch_backward(problems.data(), static_cast<int>(problems.size()), runner.limit, runner.stream));
+  check_launched(launch_backward(problems.data(), static_cast<int>(problems.size()), launch.limit, launch.stream));
   std::vector<Tensor> gradients;
   for (const Derivative& member : members) gradients.push_back(member.result());
   return gradients;

@@ -1,4 +1,5 @@
-// The forward: which matrices go through which stages on which thread, and what is done again where squaring or convergence failed.
+// Schedules the forward pass: distributes matrices over threads and stages, and recomputes the
+// matrices for which squaring lost accuracy or the Krylov tier did not converge.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,10 +18,11 @@ using at::Tensor;
 template <typename T>
 constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
 
-// Which tier decomposes which shape.
+// The two ways to decompose a matrix; tier_for() chooses by shape.
 enum class Tier { direct, krylov };
 
-// Microseconds of a matrix on one thread, direct / Krylov: maps of a random network with ReLU, AVX-512 on Zen 4 (kdkernels::_svd_tier).
+// Microseconds per matrix on one thread, direct / Krylov, for feature maps of a random network with
+// ReLU; AVX-512 on Zen 4 (kdkernels::_svd_tier):
 //
 //     q x p        k = 1         k = 2         k = 4         k = 8
 //   196 x  96     50 /  21      53 /  59      54 / 126      65 /  254
@@ -31,19 +33,22 @@ enum class Tier { direct, krylov };
 //   784 x 320   1590 / 222    1610 / 460    1672 / 609    1689 / 1568
 //   784 x 512   5508 / 413    5336 / 860    5151 /1003    5459 / 3225
 //
-// Spectra with smaller gaps take the Krylov tier longer, at worst to be given up after most of the time of a direct decomposition, so it
-// has to be ahead by more than a little. In double, a residual of rounding takes it too many steps.
+// The Krylov tier takes longer for spectra with smaller gaps; in the worst case it gives up after
+// most of the time of a direct decomposition. It is therefore chosen only if it is faster by a
+// clear margin. In double, it needs too many steps to reach a residual of the size of a rounding
+// error.
 template <typename T>
 Tier tier_for(const Matrices& m, int64_t k) {
   if (sizeof(T) == 8 || k > 8) return Tier::direct;
-  const int64_t from = k == 1 ? 80 : k == 2 ? 112 : k <= 4 ? 160 : 300;
-  return m.p >= from ? Tier::krylov : Tier::direct;
+  const int64_t min_side = k == 1 ? 80 : k == 2 ? 112 : k <= 4 ? 160 : 300;
+  return m.p >= min_side ? Tier::krylov : Tier::direct;
 }
 
-// What the stages hand on for some groups: those that a thread works on, or all of them.
+// The results that stages pass on, for some groups: the groups that a thread works on, or all of
+// them.
 template <typename T>
-struct Slots {
-  Slots(int64_t groups, const Direct<T>& direct, int64_t k)
+struct GroupBuffers {
+  GroupBuffers(int64_t groups, const Direct<T>& direct, int64_t k)
       : grams(groups * Direct<T>::kGroup * direct.gram_size()),
         vectors(groups * Direct<T>::kGroup * k * direct.vector_stride()),
         lambda(groups * Direct<T>::kGroup * k),
@@ -55,44 +60,46 @@ struct Slots {
   std::vector<Range> range;
 };
 
-// Runs sample stages and group stages in turn over a batch. A group stays with one thread and in its cache from stage to stage where there
-// are groups enough, or where `bytes` of room for each would be too many; else every stage is shared out by itself. make() gives what a
-// thread works with, slots(n) room for n groups.
-template <typename MakeSlots, typename MakeLocal, typename Before, typename Group, typename After>
-void over_groups(int64_t batch, int64_t group, int64_t bytes, MakeSlots&& slots, MakeLocal&& make, Before&& before, Group&& solve,
-                 After&& after) {
+// Runs three stages over a batch: `before` and `after` for every matrix, `solve` for every group.
+// If there are enough groups, or if buffers for all of them would take too much memory (`bytes`
+// each), a thread runs all stages of a group, so that its data stay in the cache. Otherwise the
+// matrices or groups of each stage are distributed over the threads anew. make_workspace() creates
+// the working memory of a thread, make_buffers(n) the buffers of n groups.
+template <typename MakeBuffers, typename MakeWorkspace, typename Before, typename Group, typename After>
+void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& make_buffers, MakeWorkspace&& make_workspace,
+                    Before&& before, Group&& solve, After&& after) {
   const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
   if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      auto room = slots(1);
-      auto local = make();
+      auto buffers = make_buffers(1);
+      auto workspace = make_workspace();
       for (int64_t g = begin; g < end; ++g) {
         const int64_t last = std::min((g + 1) * group, batch);
-        for (int64_t b = g * group; b < last; ++b) before(room, local, b, b - g * group);
-        solve(room, local, g, 0, last - g * group);
-        for (int64_t b = g * group; b < last; ++b) after(room, local, b, b - g * group);
+        for (int64_t b = g * group; b < last; ++b) before(buffers, workspace, b, b - g * group);
+        solve(buffers, workspace, g, 0, last - g * group);
+        for (int64_t b = g * group; b < last; ++b) after(buffers, workspace, b, b - g * group);
       }
     });
     return;
   }
-  auto room = slots(groups);
+  auto buffers = make_buffers(groups);
   auto each_sample = [&](auto&& stage) {
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      auto local = make();
-      for (int64_t b = begin; b < end; ++b) stage(room, local, b, b);
+      auto workspace = make_workspace();
+      for (int64_t b = begin; b < end; ++b) stage(buffers, workspace, b, b);
     });
   };
   each_sample(before);
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    auto local = make();
-    for (int64_t g = begin; g < end; ++g) solve(room, local, g, g, std::min(group, batch - g * group));
+    auto workspace = make_workspace();
+    for (int64_t g = begin; g < end; ++g) solve(buffers, workspace, g, g, std::min(group, batch - g * group));
   });
   each_sample(after);
 }
 
 template <typename T>
-struct Local {
-  Local(const Matrices& m, int64_t k, int64_t state_size) : reader(m, gram_columns<T>(m)), work(m.p, k), state(state_size) {}
+struct ThreadWorkspace {
+  ThreadWorkspace(const Matrices& m, int64_t k, int64_t state_size) : reader(m, gram_columns<T>(m)), work(m.p, k), state(state_size) {}
   Reader<T> reader;
   typename Eigen<T>::Workspace work;
   Buffer<Vec<T>> state;
@@ -102,80 +109,84 @@ struct Triplets {
   Tensor u, s, v, state;  // u [B, k, M] or empty, s [B, k], v [B, k, N]
 };
 
-inline Tensor index_of(const std::vector<int64_t>& which) {
-  const Tensor index = at::empty({static_cast<int64_t>(which.size())}, at::kLong);
-  std::copy(which.begin(), which.end(), index.mutable_data_ptr<int64_t>());
+inline Tensor index_tensor(const std::vector<int64_t>& indices) {
+  const Tensor index = at::empty({static_cast<int64_t>(indices.size())}, at::kLong);
+  std::copy(indices.begin(), indices.end(), index.mutable_data_ptr<int64_t>());
   return index;
 }
 
-// The matrices of a batch that are named, [n, M, N].
-inline Tensor some_matrices(const Matrices& m, const std::vector<int64_t>& which, at::ScalarType dtype) {
-  if (m.tensor().dim() == 3) return m.tensor().index_select(0, index_of(which)).to(dtype);
-  std::vector<Tensor> each;
-  for (int64_t b : which) each.push_back(m.one(b).to(dtype));
-  return at::stack(each);
+// The matrices `indices` of a batch, as [n, M, N].
+inline Tensor select_matrices(const Matrices& m, const std::vector<int64_t>& indices, at::ScalarType dtype) {
+  if (m.tensor().dim() == 3) return m.tensor().index_select(0, index_tensor(indices)).to(dtype);
+  std::vector<Tensor> selected;
+  for (int64_t b : indices) selected.push_back(m.matrix(b).to(dtype));
+  return at::stack(selected);
 }
 
-// x [n, M, N] of double, finite, each matrix times the power of two that brings its largest number near 1. The power comes as two factors
-// [n, 1, 1], for it may be out of range itself.
-struct InUnits {
-  explicit InUnits(const Tensor& given) : first(at::empty({given.size(0), 1, 1}, given.options())), second(at::empty_like(first)) {
-    const Tensor largest = given.abs().amax({-2, -1}).contiguous();
-    for (int64_t b = 0; b < given.size(0); ++b) {
+// x [n, M, N] is finite and in double: each matrix is multiplied by the power of two that brings
+// its largest magnitude near 1. This power is stored as two factors [n, 1, 1], because it may
+// itself be out of range.
+struct Rescaled {
+  explicit Rescaled(const Tensor& original)
+      : factor_1(at::empty({original.size(0), 1, 1}, original.options())), factor_2(at::empty_like(factor_1)) {
+    const Tensor largest = original.abs().amax({-2, -1}).contiguous();
+    for (int64_t b = 0; b < original.size(0); ++b) {
       const int exponent = -std::ilogb(largest.const_data_ptr<double>()[b]);
-      first.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent / 2);
-      second.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent - exponent / 2);
+      factor_1.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent / 2);
+      factor_2.mutable_data_ptr<double>()[b] = std::ldexp(1.0, exponent - exponent / 2);
     }
-    x = given.mul(first).mul(second);
+    x = original.mul(factor_1).mul(factor_2);
   }
-  Tensor first, second, x;
+  Tensor factor_1, factor_2, x;
 };
 
-// The triplets of matrices [n, M, N] of double whose kept values span orders of magnitude, see rounds.h. u is empty unless wants_b.
-Triplets by_rounds(const Tensor& x, int64_t k, bool wants_b);
+// The triplets of float64 matrices [n, M, N] whose kept singular values span orders of magnitude,
+// see rounds.h. u is empty unless needs_b.
+Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b);
 
 template <typename T>
 class Decomposition {
  public:
-  // rounds: whether matrices of double that squaring hurts are decomposed by rounds.
-  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool rounds, Tier tier)
-      : m_(x), k_(k), sign_(sign), rounds_(rounds), tier_(tier), direct_(m_, k), fate_(m_.batch, Fate::fine) {
+  // use_rounds: whether ill-conditioned float64 matrices are decomposed in rounds.
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool use_rounds, Tier tier)
+      : m_(x), k_(k), sign_(sign), use_rounds_(use_rounds), tier_(tier), direct_(m_, k), status_(m_.batch, Status::ok) {
     const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
-    wants_b_ = return_u || !m_.tall;
+    needs_b_ = return_u || !m_.tall;
     out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
     out_.s = at::empty({m_.batch, k}, options);
-    out_.u = at::empty({wants_b_ ? m_.batch : 0, k, x.size(-2)}, options);
+    out_.u = at::empty({needs_b_ ? m_.batch : 0, k, x.size(-2)}, options);
     state_size_ = GroupState<T>::size(m_.p, k);
     out_.state = at::empty({save_state && tier == Tier::direct ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
     Tensor &a = m_.tall ? out_.v : out_.u, &b = m_.tall ? out_.u : out_.v;
     a_ = a.mutable_data_ptr<T>();
-    b_ = wants_b_ ? b.mutable_data_ptr<T>() : nullptr;
+    b_ = needs_b_ ? b.mutable_data_ptr<T>() : nullptr;
   }
 
   Triplets run() {
     if (tier_ == Tier::krylov)
-      krylov();
+      run_krylov();
     else
-      stages([&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
-        finish(b, slots.vectors.get() + slot * k_ * direct_.vector_stride(), slots.lambda.data() + slot * k_,
-               {slots.scales[slot], slots.range[slot]}, local.reader);
+      run_stages([&](GroupBuffers<T>& buffers, ThreadWorkspace<T>& workspace, int64_t b, int64_t slot) {
+        finish(b, buffers.vectors.get() + slot * k_ * direct_.vector_stride(), buffers.lambda.data() + slot * k_,
+               {buffers.scales[slot], buffers.range[slot]}, workspace.reader);
       });
-    redo(Fate::open);
-    redo(Fate::out);
-    redo(Fate::ill);
+    recompute(Status::not_converged);
+    recompute(Status::out_of_range);
+    recompute(Status::ill_conditioned);
     return std::move(out_);
   }
 
-  // What the derivative needs, alone.
+  // Computes only the state that the derivative needs.
   Tensor state() {
-    stages([](Slots<T>&, Local<T>&, int64_t, int64_t) {});
+    run_stages([](GroupBuffers<T>&, ThreadWorkspace<T>&, int64_t, int64_t) {});
     return out_.state;
   }
 
  private:
-  enum class Fate : uint8_t { fine, open, out, ill };  // open: the Krylov tier gave it up; out: see Range
+  // not_converged: in the Krylov tier; out_of_range: see Range.
+  enum class Status : uint8_t { ok, not_converged, out_of_range, ill_conditioned };
 
-  void krylov() {
+  void run_krylov() {
     constexpr int64_t group = Krylov<T>::kGroup;
     at::parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
       Krylov<T> krylov(m_, k_);
@@ -190,120 +201,124 @@ class Decomposition {
           if (converged[i])
             finish(first + i, vectors.get() + i * k_ * krylov.stride(), lambda.data() + i * k_, Scaling{}, reader);
           else
-            fate_[first + i] = Fate::open;
+            status_[first + i] = Status::not_converged;
         }
       }
     });
   }
 
   template <typename Finish>
-  void stages(Finish&& finish) {
+  void run_stages(Finish&& finish) {
     const bool save = out_.state.numel() > 0;
-    over_groups(
+    for_each_group(
         m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)),
-        [&](int64_t groups) { return Slots<T>(groups, direct_, k_); }, [&] { return Local<T>(m_, k_, save ? 0 : state_size_); },
-        [&](Slots<T>& slots, Local<T>& local, int64_t b, int64_t slot) {
-          const Scaling scaling = direct_.gram_of(b, local.reader, slots.grams.get() + slot * direct_.gram_size());
-          slots.scales[slot] = scaling.scale;
-          slots.range[slot] = scaling.range;
+        [&](int64_t groups) { return GroupBuffers<T>(groups, direct_, k_); },
+        [&] { return ThreadWorkspace<T>(m_, k_, save ? 0 : state_size_); },
+        [&](GroupBuffers<T>& buffers, ThreadWorkspace<T>& workspace, int64_t b, int64_t slot) {
+          const Scaling scaling = direct_.compute_gram(b, workspace.reader, buffers.grams.get() + slot * direct_.gram_size());
+          buffers.scales[slot] = scaling.scale;
+          buffers.range[slot] = scaling.range;
         },
-        [&](Slots<T>& slots, Local<T>& local, int64_t g, int64_t group, int64_t count) {
+        [&](GroupBuffers<T>& buffers, ThreadWorkspace<T>& workspace, int64_t g, int64_t group, int64_t count) {
           Vec<T>* memory =
-              save ? reinterpret_cast<Vec<T>*>(out_.state.template mutable_data_ptr<T>()) + g * state_size_ : local.state.get();
+              save ? reinterpret_cast<Vec<T>*>(out_.state.template mutable_data_ptr<T>()) + g * state_size_ : workspace.state.get();
           const int64_t first = group * Direct<T>::kGroup;
-          T* grams = slots.grams.get() + first * direct_.gram_size();
+          T* grams = buffers.grams.get() + first * direct_.gram_size();
           std::fill(grams + count * direct_.gram_size(), grams + Direct<T>::kGroup * direct_.gram_size(), T(0));
-          direct_.eigen.top(grams, slots.scales.data() + first, GroupState<T>(memory, m_.p, k_),
-                            slots.vectors.get() + first * k_ * direct_.vector_stride(), slots.lambda.data() + first * k_, local.work);
+          direct_.eigen.largest_eigenpairs(grams, buffers.scales.data() + first, GroupState<T>(memory, m_.p, k_),
+                                           buffers.vectors.get() + first * k_ * direct_.vector_stride(), buffers.lambda.data() + first * k_,
+                                           workspace.work);
         },
         finish);
   }
 
   void finish(int64_t b, const T* a, const double* lambda, const Scaling& scaling, Reader<T>& reader) {
-    T *small = a_ + b * k_ * m_.p, *large = wants_b_ ? b_ + b * k_ * m_.q : nullptr, *s = out_.s.template mutable_data_ptr<T>() + b * k_;
-    if (scaling.range == Range::out) {
-      fate_[b] = Fate::out;
+    T *a_out = a_ + b * k_ * m_.p, *b_out = needs_b_ ? b_ + b * k_ * m_.q : nullptr, *s = out_.s.template mutable_data_ptr<T>() + b * k_;
+    if (scaling.range == Range::out_of_range) {
+      status_[b] = Status::out_of_range;
       return;
     }
-    if (scaling.range == Range::broken) {
+    if (scaling.range == Range::not_finite) {
       constexpr T nan = std::numeric_limits<T>::quiet_NaN();
-      std::fill(small, small + k_ * m_.p, nan);
-      if (large) std::fill(large, large + k_ * m_.q, nan);
+      std::fill(a_out, a_out + k_ * m_.p, nan);
+      if (b_out) std::fill(b_out, b_out + k_ * m_.q, nan);
       std::fill(s, s + k_, nan);
       return;
     }
-    const bool ill = lambda[k_ - 1] < kIllConditioned * kIllConditioned * lambda[0];
-    if (ill) fate_[b] = Fate::ill;
+    const bool ill_conditioned = lambda[k_ - 1] < kIllConditioned * kIllConditioned * lambda[0];
+    if (ill_conditioned) status_[b] = Status::ill_conditioned;
     for (int64_t j = 0; j < k_; ++j) {
-      std::copy_n(a + j * direct_.vector_stride(), m_.p, small + j * m_.p);
+      std::copy_n(a + j * direct_.vector_stride(), m_.p, a_out + j * m_.p);
       s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
     }
-    if (ill && (rounds_ || sizeof(T) == 4)) return;
-    if (large) {
-      project(b, a, scaling.scale, reader, large);
+    if (ill_conditioned && (use_rounds_ || sizeof(T) == 4)) return;
+    if (b_out) {
+      project(b, a, scaling.scale, reader, b_out);
       std::vector<double> sigma(k_);
-      normalize_triplets<T>(k_, large, m_.q, sigma.data());
+      normalize_triplets<T>(k_, b_out, m_.q, sigma.data());
       for (int64_t j = 0; j < k_; ++j) s[j] = static_cast<T>(sigma[j] / scaling.scale);
       std::sort(s, s + k_, std::greater<T>());
     }
-    if (sign_) signs(b);
+    if (sign_) fix_matrix_signs(b);
   }
 
-  void signs(int64_t b) {
-    T *small = a_ + b * k_ * m_.p, *large = wants_b_ ? b_ + b * k_ * m_.q : nullptr;
+  void fix_matrix_signs(int64_t b) {
+    T *a_out = a_ + b * k_ * m_.p, *b_out = needs_b_ ? b_ + b * k_ * m_.q : nullptr;
     if (m_.tall)
-      fix_signs<T>(k_, small, m_.p, large, m_.q);
+      fix_signs<T>(k_, a_out, m_.p, b_out, m_.q);
     else
-      fix_signs<T>(k_, large, m_.q, small, m_.p);
+      fix_signs<T>(k_, b_out, m_.q, a_out, m_.p);
   }
 
   // out [k, q] = (scale M)^T a
   void project(int64_t b, const T* a, double scale, Reader<T>& reader, T* out) {
     const int64_t rows = k_ * direct_.vector_stride(), stride = padded<T>(reader.columns());
-    Buffer<T> scaled(rows), line(k_ * stride);
+    Buffer<T> scaled(rows), block_products(k_ * stride);
     for (int64_t i = 0; i < rows; ++i) scaled.get()[i] = static_cast<T>(scale) * a[i];
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
-      project_block<T>(m_, reader.read(b, first), k_, scaled.get(), direct_.vector_stride(), line.get(), stride);
+      project_block<T>(m_, reader.read(b, first), k_, scaled.get(), direct_.vector_stride(), block_products.get(), stride);
       const int64_t count = std::min(reader.columns(), m_.q - first);
-      for (int64_t j = 0; j < k_; ++j) std::copy_n(line.get() + j * stride, count, out + j * m_.q + first);
+      for (int64_t j = 0; j < k_; ++j) std::copy_n(block_products.get() + j * stride, count, out + j * m_.q + first);
     }
   }
 
-  // Matrices that the Krylov tier gave up go to the direct one. Those of float whose squares leave its range, or whose kept values span
-  // orders of magnitude, so that squaring costs digits, are done again in double, which has room for both. Of double the first are scaled,
-  // and the second decomposed by rounds.
-  void redo(Fate fate) {
-    constexpr bool wide = sizeof(T) == 8;
-    std::vector<int64_t> which;
+  // Recomputes the matrices that have this status. Matrices for which the Krylov tier did not
+  // converge go to the direct tier. Float32 matrices whose squares leave the range of float32, or
+  // whose kept singular values span orders of magnitude, so that squaring loses accuracy, are
+  // recomputed in double, which has range and precision enough for both. Float64 matrices of the
+  // first kind are rescaled, and those of the second kind are decomposed in rounds.
+  void recompute(Status status) {
+    constexpr bool is_double = sizeof(T) == 8;
+    std::vector<int64_t> indices;
     for (int64_t b = 0; b < m_.batch; ++b)
-      if (fate_[b] == fate) which.push_back(b);
-    if (which.empty() || (fate == Fate::ill && wide && !rounds_)) return;
-    const Tensor x = some_matrices(m_, which, fate == Fate::open ? m_.tensor().scalar_type() : at::kDouble);
-    Triplets again;
-    if (fate == Fate::open) {
-      again = Decomposition<T>(x, k_, sign_, wants_b_, false, rounds_, Tier::direct).run();
-    } else if (fate == Fate::out && wide) {
-      const InUnits units(x);
-      again = Decomposition<double>(units.x, k_, sign_, wants_b_, false, rounds_, Tier::direct).run();
-      again.s = again.s.div(units.first.squeeze(-1)).div(units.second.squeeze(-1));
-    } else if (wide) {
-      again = by_rounds(x, k_, wants_b_);
+      if (status_[b] == status) indices.push_back(b);
+    if (indices.empty() || (status == Status::ill_conditioned && is_double && !use_rounds_)) return;
+    const Tensor x = select_matrices(m_, indices, status == Status::not_converged ? m_.tensor().scalar_type() : at::kDouble);
+    Triplets recomputed;
+    if (status == Status::not_converged) {
+      recomputed = Decomposition<T>(x, k_, sign_, needs_b_, false, use_rounds_, Tier::direct).run();
+    } else if (status == Status::out_of_range && is_double) {
+      const Rescaled rescaled(x);
+      recomputed = Decomposition<double>(rescaled.x, k_, sign_, needs_b_, false, use_rounds_, Tier::direct).run();
+      recomputed.s = recomputed.s.div(rescaled.factor_1.squeeze(-1)).div(rescaled.factor_2.squeeze(-1));
+    } else if (is_double) {
+      recomputed = decompose_in_rounds(x, k_, needs_b_);
     } else {
-      again = Decomposition<double>(x, k_, sign_, wants_b_, false, false, Tier::direct).run();
+      recomputed = Decomposition<double>(x, k_, sign_, needs_b_, false, false, Tier::direct).run();
     }
-    const Tensor index = index_of(which);
-    out_.s.index_copy_(0, index, again.s.to(kType<T>));
-    out_.v.index_copy_(0, index, again.v.to(kType<T>));
-    if (wants_b_) out_.u.index_copy_(0, index, again.u.to(kType<T>));
-    for (size_t i = 0; sign_ && i < which.size(); ++i) signs(which[i]);
+    const Tensor index = index_tensor(indices);
+    out_.s.index_copy_(0, index, recomputed.s.to(kType<T>));
+    out_.v.index_copy_(0, index, recomputed.v.to(kType<T>));
+    if (needs_b_) out_.u.index_copy_(0, index, recomputed.u.to(kType<T>));
+    for (size_t i = 0; sign_ && i < indices.size(); ++i) fix_matrix_signs(indices[i]);
   }
 
   const Matrices m_;
   int64_t k_;
-  bool sign_, rounds_, wants_b_;
+  bool sign_, use_rounds_, needs_b_;
   Tier tier_;
   Direct<T> direct_;
-  std::vector<Fate> fate_;
+  std::vector<Status> status_;
   int64_t state_size_;
   Triplets out_;
   T *a_, *b_;

@@ -1,20 +1,26 @@
-// The derivative of the triplets (a_j, sigma_j, b_j) of M, from the kept ones alone and one projected solve.
+// The derivative of the triplets (a_j, sigma_j, b_j) of M, computed from the kept triplets alone
+// and one projected solve.
 //
-// With cotangents ga, gs, gb, G = M M^T, lambda_j = sigma_j^2, P that removes the kept a, and f(x) = x / (x^2 + eps^2):
+// With the upstream gradients ga, gs, gb, G = M M^T, lambda_j = sigma_j^2, the projector P that
+// removes the kept a_i, and f(x) = x / (x^2 + eps^2):
 //
 //   r_j  = P (ga_j + M gb_j / sigma_j)
 //   A_ij = <a_i, ga_j> - <a_j, ga_i>                B_ij = <b_i, gb_j> - <b_j, gb_i>
 //   z_j  = P f(lambda_j I - G) r_j + sum_{i != j} a_i A_ij / 2 f(lambda_j - lambda_i)
-//   y_j  = M^T z_j + gs_j b_j + (gb_j - sum_i b_i <b_i, gb_j>) / sigma_j + sum_{i != j} b_i sigma_j B_ji f(lambda_i - lambda_j)
+//   y_j  = M^T z_j + gs_j b_j + (gb_j - sum_i b_i <b_i, gb_j>) / sigma_j
+//          + sum_{i != j} b_i sigma_j B_ji f(lambda_i - lambda_j)
 //   dM   = sum_j z_j (M^T a_j)^T + a_j y_j^T
 //
-// What a noise of gap_eps sigma_1 in M does to sigma_j^2 is eps = gap_eps sigma_1 sigma_j, with no sigma_j below gap_eps sigma_1, and the
-// larger one between two kept values: so no gap makes more of an upstream gradient than 1 / (gap_eps sigma_1) of it.
+// eps = gap_eps sigma_1 sigma_j is the change of sigma_j^2 that noise of size gap_eps sigma_1 in M
+// causes. A sigma_j below gap_eps sigma_1 counts as gap_eps sigma_1, and for two kept values the
+// larger one is used. So no gap amplifies an upstream gradient by more than 1 / (gap_eps sigma_1).
 //
-// The kept vectors meet in A and B alone, which are 0 for a function of a span, whatever the gap.
+// The gaps between kept values enter only in products with A and B, which are 0 for a function of
+// the span, whatever the gaps are.
 //
-// All of it is in units of M scaled by `scale`, and of cotangents scaled by `unit`, powers of two, so that no number leaves its range
-// before the result does, which is then held at the largest number. 1 / sigma of a vanishing sigma is 0.
+// All computations use M scaled by `scale` and upstream gradients scaled by `grad_scale`. Both are
+// powers of two, chosen so that no number leaves the range of its dtype before the result does; the
+// result is clamped to the largest number. For a vanishing sigma, 1 / sigma is replaced by 0.
 #pragma once
 
 #include <cmath>
@@ -27,7 +33,8 @@ namespace kdkernels::truncated_svd {
 template <typename T>
 class Derivative {
  public:
-  // a [k, stride], 0 from p on; b [k, q], where gb is; sigma [k]; cotangents ga [k, p], gs [k], gb [k, q], each possibly null.
+  // a [k, stride], 0 from p on; b [k, q], needed only with gb; sigma [k]; upstream gradients ga [k,
+  // p], gs [k], gb [k, q], each of which may be null.
   struct Inputs {
     const T *a, *b, *sigma, *ga, *gs, *gb;
   };
@@ -36,137 +43,144 @@ class Derivative {
       : m_(m),
         k_(k),
         stride_(stride),
-        lines_(padded<T>(columns)),
+        line_stride_(padded<T>(columns)),
         inverse_(k),
         mg_(k * stride),
         za_(2 * k * stride),
         scaled_(2 * k * stride),
-        wy_(2 * k * lines_),
+        wy_(2 * k * line_stride_),
         line_(padded<T>(std::max(m.p, columns))) {}
 
-  // Numbers of a matrix that the second half needs of the first: A, B, <b_i, gb_j>, and the unit of the cotangents.
-  static int64_t kept_size(int64_t k) { return 3 * k * k + 1; }
+  // The number of values per matrix that compute_right_sides() saves for write_gradient(): A, B,
+  // <b_i, gb_j> and grad_scale.
+  static int64_t saved_size(int64_t k) { return 3 * k * k + 1; }
 
-  // r [k, stride], for the solve.
-  void before(const Inputs& in, Reader<T>& reader, int64_t b, double scale, T* r, double* kept) {
+  // Computes r [k, stride], the right-hand sides of the solve.
+  void compute_right_sides(const Inputs& in, Reader<T>& reader, int64_t b, double scale, T* r, double* saved) {
     const int64_t p = m_.p;
     const int64_t square = k_ * k_;
-    prepare(in, scale);
-    const double unit = unit_of(in, scale);
-    kept[3 * square] = unit;
-    const T unit_t = static_cast<T>(unit);
-    differences(in.a, stride_, in.ga, p, unit, kept + 2 * square, kept);
-    differences(in.b, m_.q, in.gb, m_.q, unit, kept + 2 * square, kept + square);
+    compute_inverses(in, scale);
+    const double grad_scale = scale_of_gradients(in, scale);
+    saved[3 * square] = grad_scale;
+    const T grad_scale_t = static_cast<T>(grad_scale);
+    differences(in.a, stride_, in.ga, p, grad_scale, saved + 2 * square, saved);
+    differences(in.b, m_.q, in.gb, m_.q, grad_scale, saved + 2 * square, saved + square);
     std::fill(mg_.get(), mg_.get() + k_ * stride_, T(0));
     if (in.gb) {
       for (int64_t first = 0; first < m_.q; first += reader.columns()) {
         const Block<T> block = reader.read(b, first);
         const int64_t count = std::min(reader.columns(), m_.q - first);
         for (int64_t j = 0; j < k_; ++j) {
-          T* to = wy_.get() + j * lines_;
-          for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(scale) * (unit_t * in.gb[j * m_.q + first + c]);
-          std::fill(to + count, to + lines_, T(0));
+          T* to = wy_.get() + j * line_stride_;
+          for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(scale) * (grad_scale_t * in.gb[j * m_.q + first + c]);
+          std::fill(to + count, to + line_stride_, T(0));
         }
-        multiply_block<T>(m_, block, k_, wy_.get(), lines_, mg_.get(), stride_);
+        multiply_block<T>(m_, block, k_, wy_.get(), line_stride_, mg_.get(), stride_);
       }
       for (int64_t j = 0; j < k_; ++j) std::fill(mg_.get() + j * stride_ + p, mg_.get() + (j + 1) * stride_, T(0));
     }
     for (int64_t j = 0; j < k_; ++j) {
       const T* mg = mg_.get() + j * stride_;
       T* g = r + j * stride_;
-      for (int64_t i = 0; i < p; ++i) g[i] = (in.ga ? unit_t * in.ga[j * p + i] : T(0)) + mg[i] * static_cast<T>(inverse_[j]);
+      for (int64_t i = 0; i < p; ++i) g[i] = (in.ga ? grad_scale_t * in.ga[j * p + i] : T(0)) + mg[i] * static_cast<T>(inverse_[j]);
       std::fill(g + p, g + stride_, T(0));
-      remove(in.a, g);
+      remove_kept(in.a, g);
     }
   }
 
-  // z: the solutions, [k, stride]. Writes the gradient of matrix b to `out`, which lies in memory as M does: `along_p` rows of p or rows of
-  // q.
+  // z [k, stride]: the solutions. Writes the gradient of matrix b to `out`, whose rows are like
+  // those of a block of M: each has p numbers if p_contiguous, else q.
   template <typename Storage>
-  void after(const Inputs& in, const double* lambda, double gap_eps, Reader<T>& reader, int64_t b, double scale, const double* kept, T* z,
-             Storage* out, int64_t out_row, bool stream) {
-    prepare(in, scale);
-    const double *of_a = kept, *of_b = kept + k_ * k_, *inside = of_b + k_ * k_, unit_of_gradients = inside[k_ * k_];
-    T *za = za_.get(), *az = scaled_.get();  // [z; a] as they enter the result, and scale [a; z], which M^T is multiplied with
+  void write_gradient(const Inputs& in, const double* lambda, double gap_eps, Reader<T>& reader, int64_t b, double scale,
+                      const double* saved, T* z, Storage* out, int64_t out_row, bool stream) {
+    compute_inverses(in, scale);
+    const double *a_differences = saved, *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_,
+                 grad_scale = b_products[k_ * k_];
+    // [z; a], the left factors of the result, and scale * [a; z], which M^T is multiplied by.
+    T *za = za_.get(), *az = scaled_.get();
     for (int64_t j = 0; j < k_; ++j) {
-      T* own = z + j * stride_;
-      remove(in.a, own);
+      T* z_j = z + j * stride_;
+      remove_kept(in.a, z_j);
       for (int64_t i = 0; i < k_; ++i) {
-        const double factor = 0.5 * of_a[i * k_ + j] * damped_inverse_gap(lambda[0], lambda[j], lambda[i], gap_eps);
+        const double factor = 0.5 * a_differences[i * k_ + j] * damped_inverse_gap(lambda[0], lambda[j], lambda[i], gap_eps);
         if (factor != 0)
-          for (int64_t c = 0; c < m_.p; ++c) own[c] += static_cast<T>(factor) * in.a[i * stride_ + c];
+          for (int64_t c = 0; c < m_.p; ++c) z_j[c] += static_cast<T>(factor) * in.a[i * stride_ + c];
       }
-      std::copy_n(own, stride_, za + j * stride_);
+      std::copy_n(z_j, stride_, za + j * stride_);
       std::copy_n(in.a + j * stride_, stride_, za + (k_ + j) * stride_);
       for (int64_t c = 0; c < stride_; ++c) {
         az[j * stride_ + c] = static_cast<T>(scale) * in.a[j * stride_ + c];
-        az[(k_ + j) * stride_ + c] = static_cast<T>(scale) * own[c];
+        az[(k_ + j) * stride_ + c] = static_cast<T>(scale) * z_j[c];
       }
     }
-    // What the result is multiplied with in the end: on the way, or, where that could leave the range, afterwards.
-    const double back = scale / unit_of_gradients;
-    const bool moderate = back > 0x1p-60 && back < 0x1p60;
+    // The final factor of the result. It is applied to w and y, or, if that could leave the range,
+    // to the result.
+    const double final_factor = scale / grad_scale;
+    const bool in_range = final_factor > 0x1p-60 && final_factor < 0x1p60;
     T* wy = wy_.get();
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
       const Block<T> block = reader.read(b, first);
       const int64_t count = std::min(reader.columns(), m_.q - first);
-      project_block<T>(m_, block, 2 * k_, az, stride_, wy, lines_);
+      project_block<T>(m_, block, 2 * k_, az, stride_, wy, line_stride_);
       for (int64_t j = 0; j < k_; ++j) {
-        T *w = wy + j * lines_, *y = wy + (k_ + j) * lines_;
-        const double upstream = in.gs ? in.gs[j] * unit_of_gradients / scale : 0.0;
-        const T along = static_cast<T>(upstream * inverse_[j]), inverse = static_cast<T>(inverse_[j]),
-                unit = static_cast<T>(unit_of_gradients);
-        const T factor = static_cast<T>(moderate ? back : 1.0);
+        T *w = wy + j * line_stride_, *y = wy + (k_ + j) * line_stride_;
+        const double grad_sigma = in.gs ? in.gs[j] * grad_scale / scale : 0.0;
+        const T w_factor = static_cast<T>(grad_sigma * inverse_[j]), inverse = static_cast<T>(inverse_[j]),
+                grad_scale_t = static_cast<T>(grad_scale);
+        const T factor = static_cast<T>(in_range ? final_factor : 1.0);
         const T* gb = in.gb ? in.gb + j * m_.q + first : nullptr;
-        for (int64_t c = 0; c < count; ++c) y[c] += along * w[c] + (gb ? unit * gb[c] * inverse : T(0));
+        for (int64_t c = 0; c < count; ++c) y[c] += w_factor * w[c] + (gb ? grad_scale_t * gb[c] * inverse : T(0));
         for (int64_t i = 0; gb && i < k_; ++i) {
           const double sigma = static_cast<double>(in.sigma[j]) * scale;
-          const T share = static_cast<T>(sigma * of_b[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
-                                         inside[i * k_ + j] * inverse_[j]);
-          const T* other = in.b + i * m_.q + first;
-          for (int64_t c = 0; share != 0 && c < count; ++c) y[c] += share * other[c];
+          const T b_factor =
+              static_cast<T>(sigma * b_differences[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
+                             b_products[i * k_ + j] * inverse_[j]);
+          const T* b_i = in.b + i * m_.q + first;
+          for (int64_t c = 0; b_factor != 0 && c < count; ++c) y[c] += b_factor * b_i[c];
         }
         for (int64_t c = 0; c < count; ++c) y[c] *= factor;
       }
       for (int64_t j = 0; j < k_; ++j)
-        for (int64_t c = 0; c < count; ++c) wy[j * lines_ + c] *= static_cast<T>(moderate ? back : 1.0);
+        for (int64_t c = 0; c < count; ++c) wy[j * line_stride_ + c] *= static_cast<T>(in_range ? final_factor : 1.0);
       for (int64_t r = 0; r < block.rows; ++r) {
-        Storage* to = m_.along_p ? out + (first + r) * out_row : out + r * out_row + first;
-        const T *coefficient = m_.along_p ? wy + r : za + r, *vectors = m_.along_p ? za : wy;
-        const int64_t coefficient_stride = m_.along_p ? lines_ : stride_, vector_stride = m_.along_p ? stride_ : lines_;
-        // Straight to where it belongs, if it is made of whole vectors, or if what is written too much is overwritten by the rows that
-        // follow.
+        Storage* to = m_.p_contiguous ? out + (first + r) * out_row : out + r * out_row + first;
+        const T *coefficient = m_.p_contiguous ? wy + r : za + r, *vectors = m_.p_contiguous ? za : wy;
+        const int64_t coefficient_stride = m_.p_contiguous ? line_stride_ : stride_,
+                      vector_stride = m_.p_contiguous ? stride_ : line_stride_;
+        // Writes directly to the gradient if rows consist of whole vectors, or if the numbers
+        // written past the end of a row are overwritten by the rows that follow.
         if constexpr (std::is_same_v<Storage, T>) {
           const bool whole = block.length % kLanes<T> == 0;
-          const bool followed = m_.along_p && out_row == m_.p && (m_.q - first - r) * out_row >= padded<T>(m_.p);
-          if (moderate && (whole || followed)) {
+          const bool followed = m_.p_contiguous && out_row == m_.p && (m_.q - first - r) * out_row >= padded<T>(m_.p);
+          if (in_range && (whole || followed)) {
             sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, stream, to);
             continue;
           }
         }
         sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, false, line_.get());
-        if (!moderate) multiply(back, block.length, line_.get());
+        if (!in_range) multiply_and_clamp(final_factor, block.length, line_.get());
         convert(line_.get(), to, block.length);
       }
     }
   }
 
  private:
-  void prepare(const Inputs& in, double scale) {
+  void compute_inverses(const Inputs& in, double scale) {
     for (int64_t j = 0; j < k_; ++j)
-      inverse_[j] = in.sigma[j] > kNull<T> * in.sigma[0] ? 1 / (static_cast<double>(in.sigma[j]) * scale) : 0;
+      inverse_[j] = in.sigma[j] > kVanishing<T> * in.sigma[0] ? 1 / (static_cast<double>(in.sigma[j]) * scale) : 0;
   }
 
-  // products [k, k] = <x_i, g_j> and result = <x_i, g_j> - <x_j, g_i>. That of a function of the span is 0 but for rounding, which a small
-  // gap would blow up: as much is taken off.
-  void differences(const T* x, int64_t x_stride, const T* g, int64_t length, double unit, double* products, double* result) const {
+  // products [k, k] = <x_i, g_j> and result = <x_i, g_j> - <x_j, g_i>. For a function of the span,
+  // the result is 0 except for rounding errors, which a small gap would amplify. The largest
+  // possible rounding error is therefore subtracted.
+  void differences(const T* x, int64_t x_stride, const T* g, int64_t length, double grad_scale, double* products, double* result) const {
     std::fill(products, products + k_ * k_, 0.0);
     std::fill(result, result + k_ * k_, 0.0);
     if (!g) return;
     std::vector<double> squares(k_);
     for (int64_t j = 0; j < k_; ++j) {
-      squares[j] = dot(g + j * length, g + j * length, length, unit) * unit;
-      for (int64_t i = 0; i < k_; ++i) products[i * k_ + j] = dot(x + i * x_stride, g + j * length, length, unit);
+      squares[j] = dot(g + j * length, g + j * length, length, grad_scale) * grad_scale;
+      for (int64_t i = 0; i < k_; ++i) products[i * k_ + j] = dot(x + i * x_stride, g + j * length, length, grad_scale);
     }
     for (int64_t i = 0; i < k_; ++i)
       for (int64_t j = 0; j < i; ++j) {
@@ -177,8 +191,9 @@ class Derivative {
       }
   }
 
-  // <x, unit y>, in double: a function of the span is told by roundings.
-  static double dot(const T* x, const T* y, int64_t count, double unit) {
+  // <x, grad_scale y>, in double, because differences() treats values of the size of a rounding
+  // error of T as 0.
+  static double dot(const T* x, const T* y, int64_t count, double grad_scale) {
     constexpr int lanes = kLanes<double>;
     typedef T Part __attribute__((vector_size(lanes * sizeof(T))));
     auto widened = [](const T* from) {
@@ -189,46 +204,46 @@ class Derivative {
     Vec<double> sum[4] = {};
     int64_t i = 0;
     for (; i + 4 * lanes <= count; i += 4 * lanes)
-      for (int c = 0; c < 4; ++c) sum[c] += widened(x + i + c * lanes) * (widened(y + i + c * lanes) * unit);
+      for (int c = 0; c < 4; ++c) sum[c] += widened(x + i + c * lanes) * (widened(y + i + c * lanes) * grad_scale);
     double total = simd::sum<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; i < count; ++i) total += static_cast<double>(x[i]) * (static_cast<double>(y[i]) * unit);
+    for (; i < count; ++i) total += static_cast<double>(x[i]) * (static_cast<double>(y[i]) * grad_scale);
     return total;
   }
 
-  // A power of two that brings the largest cotangent near 1.
-  double unit_of(const Inputs& in, double scale) const {
+  // A power of two that brings the largest upstream gradient near 1.
+  double scale_of_gradients(const Inputs& in, double scale) const {
     double largest = 0;
-    auto see = [&](const T* g, int64_t count, double factor) {
-      Vec<T> most{};
+    auto update_largest = [&](const T* g, int64_t count, double factor) {
+      Vec<T> lane_max{};
       int64_t i = 0;
-      for (; g && i + kLanes<T> <= count; i += kLanes<T>) most = simd::max(most, abs<T>(simd::load<T>(g + i)));
-      T rest = simd::largest<T>(most);
-      for (; g && i < count; ++i) rest = std::max(rest, std::abs(g[i]));
-      largest = std::max(largest, rest * factor);
+      for (; g && i + kLanes<T> <= count; i += kLanes<T>) lane_max = simd::max(lane_max, abs<T>(simd::load<T>(g + i)));
+      T max_magnitude = simd::largest<T>(lane_max);
+      for (; g && i < count; ++i) max_magnitude = std::max(max_magnitude, std::abs(g[i]));
+      largest = std::max(largest, max_magnitude * factor);
     };
-    see(in.ga, k_ * m_.p, 1);
-    see(in.gb, k_ * m_.q, 1);
-    see(in.gs, k_, 1 / scale);
+    update_largest(in.ga, k_ * m_.p, 1);
+    update_largest(in.gb, k_ * m_.q, 1);
+    update_largest(in.gs, k_, 1 / scale);
     if (!(largest > 0 && largest < std::numeric_limits<double>::infinity())) return 1;
-    constexpr int most = std::numeric_limits<T>::max_exponent - 2;
-    return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -most, most));
+    constexpr int max_exponent = std::numeric_limits<T>::max_exponent - 2;
+    return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -max_exponent, max_exponent));
   }
 
-  static void multiply(double factor, int64_t count, T* line) {
-    constexpr double most = std::numeric_limits<T>::max();
+  static void multiply_and_clamp(double factor, int64_t count, T* line) {
+    constexpr double max_value = std::numeric_limits<T>::max();
     for (int64_t c = 0; c < count; ++c) {
       const double value = line[c] * factor;
-      line[c] = static_cast<T>(value > most ? most : value < -most ? -most : value);
+      line[c] = static_cast<T>(value > max_value ? max_value : value < -max_value ? -max_value : value);
     }
   }
 
-  // x minus its parts along the kept vectors
-  void remove(const T* a, T* x) const {
+  // Subtracts from x its projections onto the kept vectors.
+  void remove_kept(const T* a, T* x) const {
     for (int64_t i = 0; i < k_; ++i) add_multiple<T>(static_cast<T>(-product<T>(a + i * stride_, x, stride_)), a + i * stride_, stride_, x);
   }
 
   const Matrices& m_;
-  int64_t k_, stride_, lines_;
+  int64_t k_, stride_, line_stride_;
   std::vector<double> inverse_;
   Buffer<T> mg_, za_, scaled_, wy_, line_;
 };

@@ -1,7 +1,9 @@
-// The direct tier: the Gram matrices of a group, scaled, and their eigenvectors.
+// The direct tier: computes the scaled Gram matrices of a group, whose eigenvectors are computed
+// next.
 //
-// A group is as many matrices as a vector has lanes; the last one may be filled up with zeros. What a matrix gives does not depend on its
-// lane, its neighbours or the number of threads.
+// A group has as many matrices as a vector has lanes; the last group may be padded with zero
+// matrices. The result for a matrix does not depend on its lane, on the other matrices or on the
+// number of threads.
 #pragma once
 
 #include "eigen.h"
@@ -10,13 +12,14 @@
 
 namespace kdkernels::truncated_svd {
 
-// broken: a NaN or an infinity is in a matrix; out: its squares leave the range of the type, so it is taken in a unit of its own.
-enum class Range : uint8_t { fine, broken, out };
+// not_finite: the matrix contains a NaN or an infinity; out_of_range: the squares of its entries
+// leave the range of the dtype, so it must be rescaled.
+enum class Range : uint8_t { ok, not_finite, out_of_range };
 
 // How a matrix was scaled for its Gram matrix.
 struct Scaling {
-  double scale = 1;  // of M: a power of two
-  Range range = Range::fine;
+  double scale = 1;  // the factor of M: a power of two
+  Range range = Range::ok;
 };
 
 template <typename T>
@@ -29,17 +32,20 @@ class Direct {
   const Eigen<T> eigen;
 
   int64_t groups() const { return (m_.batch + kGroup - 1) / kGroup; }
-  int64_t vector_stride() const { return gram_stride_; }  // of "a" vectors, which are 0 from p on
+  // The distance between the vectors a_j, which are 0 from p on.
+  int64_t vector_stride() const { return gram_stride_; }
   int64_t gram_size() const { return m_.p * gram_stride_; }
 
-  // Gram matrix of matrix b, [p, vector_stride()], brought to a trace in [1/4, 1); zero where the matrix is, or is broken or out of range.
-  Scaling gram_of(int64_t b, Reader<T>& reader, T* matrix) const {
+  // Computes the Gram matrix of matrix b, [p, vector_stride()], scaled to a trace in [1/4, 1). It
+  // is zero if matrix b is zero, not finite or out of range.
+  Scaling compute_gram(int64_t b, Reader<T>& reader, T* matrix) const {
     Scaling result;
     gram<T>(reader, m_, b, 1, matrix, gram_stride_);
     const double total = trace(matrix);
-    if (!(total > kLowestTrace<T> && total < kHighestTrace<T>)) {  // squares out of range, or numbers that are none
+    // The matrix is zero, not finite, or its squares are out of range.
+    if (!(total > kLowestTrace<T> && total < kHighestTrace<T>)) {
       const double largest = reader.largest(b);
-      if (largest != 0) result.range = largest == largest ? Range::out : Range::broken;
+      if (largest != 0) result.range = largest == largest ? Range::out_of_range : Range::not_finite;
       std::fill(matrix, matrix + gram_size(), T(0));
       return result;
     }

@@ -1,6 +1,7 @@
-// The top of the spectrum of a group of symmetric positive semi-definite matrices in lanes, and the projected solve of the derivative:
-// tridiagonal form, bisection, inverse iteration, and the reflections back. Nothing is iterated to convergence, so neither the result nor
-// the time depends on gaps or starts.
+// The largest eigenvalues of a group of symmetric positive semi-definite matrices in lanes, with
+// their eigenvectors: tridiagonal form, bisection, inverse iteration, and back-transformation by
+// the reflections. Also the projected solve of the derivative. No stage iterates to convergence, so
+// neither the result nor the time depends on gaps or start vectors.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,8 @@
 
 namespace kdkernels::truncated_svd {
 
-// What the derivative needs of a group's Gram matrices, as vectors of lanes: G scaled by scale^2 to a trace in [1/4, 1) is Q T Q^T.
+// The state of a group that the derivative needs, as vectors of lanes: G scaled by scale^2, which
+// has a trace in [1/4, 1), is Q T Q^T.
 template <typename T>
 struct GroupState {
   GroupState(Vec<T>* memory, int64_t p, int64_t k)
@@ -19,7 +21,7 @@ struct GroupState {
         tau(memory + triangle(p)),
         d(tau + p),
         e(d + p),
-        lambda_high(e + p),  // the k largest eigenvalues of T, in two parts
+        lambda_high(e + p),  // lambda_high + lambda_low: the k largest eigenvalues of T
         lambda_low(lambda_high + k),
         scale(lambda_low + k) {}
   static int64_t size(int64_t p, int64_t k) { return triangle(p) + 3 * p + 2 * k + 1; }
@@ -31,10 +33,11 @@ class Eigen {
  public:
   static constexpr int kGroup = kLanes<T>;
 
-  // The k largest eigenvalues of p x p matrices, which come with rows `stride` apart, a whole number of vectors.
+  // For the k largest eigenvalues of p x p matrices, whose rows are stride() numbers apart.
   Eigen(int64_t p, int64_t k) : p_(p), k_(k), stride_(padded<T>(p)) {}
 
-  int64_t stride() const { return stride_; }  // of matrices and of vectors, which are 0 from p on
+  // The distance between rows of matrices and between vectors, which are 0 from p on.
+  int64_t stride() const { return stride_; }
 
   struct Workspace {
     Workspace(int64_t p, int64_t k) : lanes(6 * p + k * p), doubles(2 * p + k + k * p), rows(p), resolvent(p) {}
@@ -44,8 +47,9 @@ class Eigen {
     Buffer<ResolventRow> resolvent;
   };
 
-  // grams [kGroup][p][stride()] -> state; a [kGroup][k][stride()], the eigenvectors, and lambda [kGroup][k], descending.
-  void top(const T* grams, const double* scales, const GroupState<T>& state, T* a, double* lambda, Workspace& work) const {
+  // grams [kGroup][p][stride()] -> state, eigenvectors a [kGroup][k][stride()], and eigenvalues
+  // lambda [kGroup][k], descending.
+  void largest_eigenpairs(const T* grams, const double* scales, const GroupState<T>& state, T* a, double* lambda, Workspace& work) const {
     const int64_t p = p_;
     Vec<T>*e2 = work.lanes.get() + 3 * p, *bounds = e2 + p, *z = e2 + 3 * p;
     interleave_triangle<T>(grams, p, stride_, state.reflectors);
@@ -53,28 +57,28 @@ class Eigen {
     tridiagonalize<T>(p, state.reflectors, state.d, state.e, state.tau, work.lanes.get());
     state.e[p - 1] = Vec<T>{};
 
-    Vec<T> high{};  // Gershgorin
+    Vec<T> high{};  // an upper bound of the eigenvalues (Gershgorin)
     for (int64_t i = 0; i < p; ++i) {
-      const Vec<T> before = i > 0 ? abs<T>(state.e[i - 1]) : Vec<T>{};
-      e2[i] = before * before;
-      high = simd::max(high, state.d[i] + before + abs<T>(state.e[i]));
+      const Vec<T> e_left = i > 0 ? abs<T>(state.e[i - 1]) : Vec<T>{};
+      e2[i] = e_left * e_left;
+      high = simd::max(high, state.d[i] + e_left + abs<T>(state.e[i]));
     }
     largest_eigenvalues<T>(p, state.d, e2, Vec<T>{}, high * (1 + 4 * std::numeric_limits<T>::epsilon()), k_, bounds);
 
     constexpr int lanes = kLanes<double>;
     for (int part = 0; part < kGroup / lanes; ++part) {
-      Doubles *d = work.doubles.get(), *e = d + p, *own = e + p, *x = own + k_;
-      for (int64_t i = 0; i < p; ++i) d[i] = doubles(state.d[i], part), e[i] = doubles(state.e[i], part);
-      for (int64_t j = 0; j < k_; ++j) own[j] = doubles(bounds[j], part);
-      eigenvectors(p, d, e, k_, own, x, work.rows.get());
-      for (int64_t i = 0; i < k_ * p; ++i) set_part(z[i], part, x[i]);
+      Doubles *d = work.doubles.get(), *e = d + p, *eigenvalues = e + p, *x = eigenvalues + k_;
+      for (int64_t i = 0; i < p; ++i) d[i] = to_doubles(state.d[i], part), e[i] = to_doubles(state.e[i], part);
+      for (int64_t j = 0; j < k_; ++j) eigenvalues[j] = to_doubles(bounds[j], part);
+      eigenvectors(p, d, e, k_, eigenvalues, x, work.rows.get());
+      for (int64_t i = 0; i < k_ * p; ++i) set_doubles(z[i], part, x[i]);
       for (int64_t j = 0; j < k_; ++j)
-        for (int l = 0; l < lanes; ++l) lambda[(part * lanes + l) * k_ + j] = own[j][l];
+        for (int l = 0; l < lanes; ++l) lambda[(part * lanes + l) * k_ + j] = eigenvalues[j][l];
     }
     apply_q<T>(p, state.reflectors, state.tau, false, k_, z);
-    for (int64_t j = 0; j < k_; ++j) separate<T>(z + j * p, p, a + j * stride_, k_ * stride_);
+    for (int64_t j = 0; j < k_; ++j) deinterleave<T>(z + j * p, p, a + j * stride_, k_ * stride_);
     for (int l = 0; l < kGroup; ++l) {
-      order(a + l * k_ * stride_, lambda + l * k_);
+      sort_and_normalize(a + l * k_ * stride_, lambda + l * k_);
       for (int64_t j = 0; j < k_; ++j) {
         const double value = lambda[l * k_ + j];
         state.lambda_high[j][l] = static_cast<T>(value);
@@ -83,7 +87,8 @@ class Eigen {
     }
   }
 
-  // z_j = f(lambda_j I - G) r_j with f(x) = x / (x^2 + eps_j^2), see gap_noise, G scaled: r [kGroup][k][stride()], replaced by z.
+  // Replaces r [kGroup][k][stride()] by z: z_j = f(lambda_j I - G) r_j with f(x) = x / (x^2 +
+  // eps_j^2), for the scaled G. For eps_j see gap_noise.
   void solve(const GroupState<T>& state, double gap_eps, T* r, Workspace& work) const {
     const int64_t p = p_;
     Vec<T>* z = work.lanes.get() + 6 * p;
@@ -92,37 +97,38 @@ class Eigen {
     constexpr int lanes = kLanes<double>;
     for (int part = 0; part < kGroup / lanes; ++part) {
       Doubles *d = work.doubles.get(), *e = d + p, *x = e + p;
-      for (int64_t i = 0; i < p; ++i) d[i] = doubles(state.d[i], part), e[i] = doubles(state.e[i], part);
-      const Doubles first = simd::sqrt(doubles(state.lambda_high[0], part));
+      for (int64_t i = 0; i < p; ++i) d[i] = to_doubles(state.d[i], part), e[i] = to_doubles(state.e[i], part);
+      const Doubles sigma_1 = simd::sqrt(to_doubles(state.lambda_high[0], part));
       for (int64_t j = 0; j < k_; ++j) {
-        const Doubles lambda = doubles(state.lambda_high[j], part) + doubles(state.lambda_low[j], part);
-        for (int64_t i = 0; i < p; ++i) x[i] = doubles(z[j * p + i], part);
-        const Doubles own = simd::sqrt(simd::max(lambda, Doubles{}));
-        resolvent(p, d, e, lambda, gap_eps * first * simd::max(own, gap_eps * first), x, work.resolvent.get());
-        for (int64_t i = 0; i < p; ++i) set_part(z[j * p + i], part, x[i]);
+        const Doubles lambda = to_doubles(state.lambda_high[j], part) + to_doubles(state.lambda_low[j], part);
+        for (int64_t i = 0; i < p; ++i) x[i] = to_doubles(z[j * p + i], part);
+        const Doubles sigma_j = simd::sqrt(simd::max(lambda, Doubles{}));
+        resolvent(p, d, e, lambda, gap_eps * sigma_1 * simd::max(sigma_j, gap_eps * sigma_1), x, work.resolvent.get());
+        for (int64_t i = 0; i < p; ++i) set_doubles(z[j * p + i], part, x[i]);
       }
     }
     apply_q<T>(p, state.reflectors, state.tau, false, k_, z);
-    for (int64_t j = 0; j < k_; ++j) separate<T>(z + j * p, p, r + j * stride_, k_ * stride_);
+    for (int64_t j = 0; j < k_; ++j) deinterleave<T>(z + j * p, p, r + j * stride_, k_ * stride_);
   }
 
  private:
-  // The lanes of a group come as doubles in parts of a vector's width.
-  static Doubles doubles(Vec<T> v, int part) {
+  // Part `part` of the lanes of v as doubles: as many lanes as a vector of doubles has.
+  static Doubles to_doubles(Vec<T> v, int part) {
     if constexpr (sizeof(T) == sizeof(double)) return v;
     Doubles result;
     for (int l = 0; l < kLanes<double>; ++l) result[l] = v[part * kLanes<double> + l];
     return result;
   }
-  static void set_part(Vec<T>& v, int part, Doubles x) {
+  static void set_doubles(Vec<T>& v, int part, Doubles x) {
     if constexpr (sizeof(T) == sizeof(double))
       v = x;
     else
       for (int l = 0; l < kLanes<double>; ++l) v[part * kLanes<double> + l] = static_cast<T>(x[l]);
   }
 
-  // Rayleigh quotients of equal eigenvalues may come out of order by a rounding. Vectors are brought to length 1.
-  void order(T* a, double* lambda) const {
+  // Sorts the eigenpairs, because rounding may leave the Rayleigh quotients of equal eigenvalues in
+  // the wrong order, and scales the vectors to length 1.
+  void sort_and_normalize(T* a, double* lambda) const {
     for (int64_t j = 1; j < k_; ++j)
       for (int64_t i = j; i > 0 && lambda[i] > lambda[i - 1]; --i) {
         std::swap(lambda[i], lambda[i - 1]);

@@ -5,25 +5,25 @@ namespace kdkernels::truncated_svd::gpu {
 namespace {
 
 constexpr int block_size(int threads) {
-  return threads * matrices_together(threads);
+  return threads * matrices_per_block(threads);
 }
 
 template <typename T, int Threads>
 __global__ void __launch_bounds__(block_size(Threads), 1)
     forward_kernel(const __grid_constant__ Group<ForwardProblem> group, int64_t limit) {
   extern __shared__ __align__(16) char shared[];
-  const int part = threadIdx.x / Threads;
-  Cta<Threads> cta(shared + part * limit);
-  forward_block<T>(cta, group, blockIdx.x, part, shared, limit);
+  const int slot = threadIdx.x / Threads;
+  Cta<Threads> cta(shared + slot * limit);
+  forward_block<T>(cta, group, blockIdx.x, slot, shared, limit);
 }
 
 template <typename T, int Threads>
 __global__ void __launch_bounds__(block_size(Threads), 1)
     solve_kernel(const __grid_constant__ Group<BackwardProblem> group, int64_t limit) {
   extern __shared__ __align__(16) char shared[];
-  const int part = threadIdx.x / Threads;
-  Cta<Threads> cta(shared + part * limit);
-  solve_block<T>(cta, group, blockIdx.x, part, shared, limit);
+  const int slot = threadIdx.x / Threads;
+  Cta<Threads> cta(shared + slot * limit);
+  solve_block<T>(cta, group, blockIdx.x, slot, shared, limit);
 }
 
 template <typename T>
@@ -46,21 +46,21 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, v
 }  // namespace
 
 const char* launch_forward(const ForwardProblem* problems, int count, int64_t limit, void* stream) {
-  return in_forward_groups(problems, count, limit,
-                           [&](const Group<ForwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t own) {
-                             return launch(forward_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
-                                           own * matrices_together(threads), stream, group, own);
-                           });
+  return for_each_forward_group(problems, count, limit,
+                                [&](const Group<ForwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
+                                  return launch(forward_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
+                                                matrix_limit * matrices_per_block(threads), stream, group, matrix_limit);
+                                });
 }
 
 const char* launch_backward(const BackwardProblem* problems, int count, int64_t limit, void* stream) {
-  const char* error =
-      in_solve_groups(problems, count, limit, [&](const Group<BackwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t own) {
-        return launch(solve_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads), own * matrices_together(threads),
-                      stream, group, own);
+  const char* error = for_each_solve_group(
+      problems, count, limit, [&](const Group<BackwardProblem>& group, auto t, auto threads, int64_t blocks, int64_t matrix_limit) {
+        return launch(solve_kernel<decltype(t), decltype(threads)::value>, blocks, block_size(threads),
+                      matrix_limit * matrices_per_block(threads), stream, group, matrix_limit);
       });
   if (error) return error;
-  return in_update_groups(problems, count, [&](const Group<BackwardProblem>& group, auto t, int64_t blocks, int64_t shared) {
+  return for_each_update_group(problems, count, [&](const Group<BackwardProblem>& group, auto t, int64_t blocks, int64_t shared) {
     return launch(update_kernel<decltype(t)>, blocks, kUpdateThreads, shared, stream, group);
   });
 }

@@ -1,5 +1,7 @@
-// Several matrices side by side: lane l of every vector belongs to matrix l of a group. What is written as if for one scalar matrix then
-// runs for as many as a vector holds, with nothing to pad and no sums across lanes. This file has the ways in and out of that layout.
+// Functions for matrices in lanes: lane l of every vector belongs to matrix l of a group. Code that
+// is written as if for one scalar matrix then processes as many matrices as a vector has lanes. It
+// needs no padded matrices and no sums across lanes. This file converts data to that layout and
+// back.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +18,11 @@ using simd::kLanes;
 using simd::Mask;
 using simd::Vec;
 
-// What a thread worked with stays with it for the next call: fresh memory costs page faults, which took as long as the arithmetic.
-class Scratch {
+// Keeps the working memory of a thread for its next call. Fresh memory costs page faults, which
+// took as long as the arithmetic.
+class ScratchPool {
  public:
-  static void* take(size_t bytes, size_t& got) {
+  static void* take(size_t bytes, size_t& allocated) {
     std::vector<Block>& kept = pool().kept;
     size_t best = kept.size();
     for (size_t i = 0; i < kept.size(); ++i)
@@ -27,25 +30,25 @@ class Scratch {
         best = i;
     if (best < kept.size()) {
       void* data = kept[best].data;
-      got = kept[best].bytes;
-      pool().bytes -= got;
+      allocated = kept[best].bytes;
+      pool().bytes -= allocated;
       kept.erase(kept.begin() + static_cast<ptrdiff_t>(best));
       return data;
     }
-    got = (bytes + 4095) / 4096 * 4096;
-    void* data = std::aligned_alloc(64, got);
+    allocated = (bytes + 4095) / 4096 * 4096;
+    void* data = std::aligned_alloc(64, allocated);
     if (!data) throw std::bad_alloc();
     return data;
   }
   static void give_back(void* data, size_t bytes) {
-    Pool& own = pool();
-    if (own.bytes + bytes > kMost) return std::free(data);
-    own.kept.push_back({data, bytes});
-    own.bytes += bytes;
+    Pool& thread_pool = pool();
+    if (thread_pool.bytes + bytes > kMaxBytes) return std::free(data);
+    thread_pool.kept.push_back({data, bytes});
+    thread_pool.bytes += bytes;
   }
 
  private:
-  static constexpr size_t kMost = size_t(32) << 20;  // of a thread
+  static constexpr size_t kMaxBytes = size_t(32) << 20;  // per thread
   struct Block {
     void* data;
     size_t bytes;
@@ -58,16 +61,17 @@ class Scratch {
     size_t bytes = 0;
   };
   static Pool& pool() {
-    static thread_local Pool own;
-    return own;
+    static thread_local Pool thread_pool;
+    return thread_pool;
   }
 };
 
-// Uninitialised numbers, aligned for vectors. It is given back by the thread that asked for it.
+// Uninitialised memory for `count` numbers, aligned for vectors. The thread that creates a buffer
+// must also destroy it: the memory returns to the pool of that thread.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count = 0) : data_(count > 0 ? static_cast<T*>(Scratch::take(count * sizeof(T), bytes_)) : nullptr) {}
+  explicit Buffer(int64_t count = 0) : data_(count > 0 ? static_cast<T*>(ScratchPool::take(count * sizeof(T), bytes_)) : nullptr) {}
   Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -75,7 +79,7 @@ class Buffer {
     return *this;
   }
   ~Buffer() {
-    if (data_) Scratch::give_back(data_, bytes_);
+    if (data_) ScratchPool::give_back(data_, bytes_);
   }
   T* get() const { return data_; }
 
@@ -84,6 +88,7 @@ class Buffer {
   T* data_;
 };
 
+// `count`, rounded up to whole vectors.
 template <typename T>
 constexpr int64_t padded(int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -95,7 +100,7 @@ KDKERNELS_INLINE Vec<T> abs(Vec<T> v) {
   return (Vec<T>)((Mask<T>)v & std::numeric_limits<Int>::max());
 }
 
-// The lanes below `count`.
+// A mask of the lanes l < count.
 template <typename T>
 KDKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
   Mask<T> number;
@@ -103,7 +108,8 @@ KDKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
   return number < static_cast<typename simd::IntOf<T>::type>(count);
 }
 
-// One step of a transposition: lanes whose number has the bit `Step` change places with those of the partner that have not.
+// One step of a transposition: swaps the lanes of a whose index has the bit `Step` set with the
+// lanes of b whose index does not.
 template <typename T, int Step, size_t... I>
 KDKERNELS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {
   constexpr int lanes = kLanes<T>;
@@ -121,12 +127,13 @@ KDKERNELS_INLINE void transpose_step(Vec<T>* v) {
   if constexpr (Step > 1) transpose_step<T, Step / 2>(v);
 }
 
-// kLanes vectors as the rows of a square, transposed.
+// Transposes the square matrix whose rows are kLanes vectors.
 template <typename T>
 KDKERNELS_INLINE void transpose(Vec<T>* v) {
   transpose_step<T, kLanes<T> / 2>(v);
 }
 
+// Lane i of v[0] becomes the sum over the lanes of v[i], for 2 Step vectors.
 template <typename T, int Step>
 KDKERNELS_INLINE void fold(Vec<T>* v) {
 #pragma GCC unroll 16
@@ -137,21 +144,21 @@ KDKERNELS_INLINE void fold(Vec<T>* v) {
   if constexpr (Step > 1) fold<T, Step / 2>(v);
 }
 
-// out[i] = the sum over the lanes of v[i], for N vectors; `out` is written in whole vectors.
+// out[i] = the sum over the lanes of v[i], for N vectors. `out` is written in whole vectors.
 template <typename T, int N>
 KDKERNELS_INLINE void sums(const Vec<T>* v, T* out) {
 #pragma GCC unroll 4
   for (int first = 0; first < N; first += kLanes<T>) {
-    Vec<T> some[kLanes<T>];
+    Vec<T> group[kLanes<T>];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) some[i] = first + i < N ? v[first + i] : Vec<T>{};
-    fold<T, kLanes<T> / 2>(some);
-    simd::store<T>(out + first, some[0]);
+    for (int i = 0; i < kLanes<T>; ++i) group[i] = first + i < N ? v[first + i] : Vec<T>{};
+    fold<T, kLanes<T> / 2>(group);
+    simd::store<T>(out + first, group[0]);
   }
 }
 
-// Row by row of a lower triangle: the matrices of a group, [lanes][p][stride], into lanes, packed: element (i, j <= i) at i (i + 1) / 2 +
-// j.
+// Converts the lower triangles of a group of matrices, [lanes][p][stride], to packed triangles in
+// lanes: element (i, j <= i) is at i (i + 1) / 2 + j.
 template <typename T>
 void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T>* packed) {
   constexpr int lanes = kLanes<T>;
@@ -167,9 +174,9 @@ void interleave_triangle(const T* matrices, int64_t p, int64_t stride, Vec<T>* p
   }
 }
 
-// Vectors of `count` numbers: [count] in lanes to [lanes][stride].
+// Converts vectors of `count` numbers from lanes, [count], to rows, [lanes][stride].
 template <typename T>
-void separate(const Vec<T>* in, int64_t count, T* out, int64_t stride) {
+void deinterleave(const Vec<T>* in, int64_t count, T* out, int64_t stride) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < count; i += lanes) {
     Vec<T> block[lanes];
@@ -179,7 +186,7 @@ void separate(const Vec<T>* in, int64_t count, T* out, int64_t stride) {
   }
 }
 
-// And back.
+// Converts vectors of `count` numbers from rows, [lanes][stride], to lanes, [count].
 template <typename T>
 void interleave(const T* in, int64_t stride, int64_t count, Vec<T>* out) {
   constexpr int lanes = kLanes<T>;

@@ -1,8 +1,12 @@
-// A batch of matrices with any strides, seen with the small side first: M is p x q with p <= q, and stands for x (wide: M >= N fails) or
-// its transpose (tall). M = sum_j sigma_j a_j b_j^T; the singular vectors "a" live on the small side, "b" on the large one.
+// A batch of matrices x with any strides, read with the smaller side first: M is p x q with p <= q.
+// M is the transpose of x if x is tall (if it has at least as many rows as columns), else x itself.
+// In M = sum_j sigma_j a_j b_j^T the singular vectors a_j have the length of the smaller side, p,
+// and the b_j that of the larger side, q.
 //
-// Kernels read M in blocks of columns. A block is rows of contiguous numbers of the type they compute in: the p rows of M over some
-// columns where numbers of a row are adjacent in memory ("along q"), else those columns, each of p numbers ("along p").
+// Kernels read M in blocks of columns. A block consists of rows of contiguous numbers in the dtype
+// of the computation. If the numbers of a column of M are adjacent in memory (`p_contiguous`), each
+// row of the block is one of these columns, p numbers long. Otherwise the rows of the block are the
+// p rows of M, restricted to these columns.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,17 +23,19 @@ struct Block {
   const T* data;
   int64_t stride;  // from row to row
   int64_t rows;
-  int64_t length;  // of a row; numbers from there to the end of a whole vector can be read: along q they are 0, along p anything
+  // Numbers in a row. Those from there to the end of the last vector can be read: they may have any
+  // value if p_contiguous, and are 0 otherwise.
+  int64_t length;
 };
 
-// Where the rows of the block after this one lie in memory: a kernel asks for some of them at each tile, so that they are near when their
-// turn comes.
+// The memory of the block that is read after this one. A kernel prefetches a few of its rows at
+// each tile.
 template <typename T>
-struct Ahead {
+struct NextBlock {
   const T* data = nullptr;
   int64_t stride = 0, rows = 0;
-  // Row i, or what is in the cache anyway.
-  const T* row(int64_t i, const T* otherwise) const { return i < rows ? data + i * stride : otherwise; }
+  // Row i, or `fallback`, which is in the cache already, if there is no row i.
+  const T* row(int64_t i, const T* fallback) const { return i < rows ? data + i * stride : fallback; }
 };
 
 class Matrices {
@@ -41,7 +47,7 @@ class Matrices {
     q = std::max(m, n);
     stride_p = x.stride(tall ? -1 : -2);
     stride_q = x.stride(tall ? -2 : -1);
-    along_p = stride_p == 1 && stride_q != 1;
+    p_contiguous = stride_p == 1 && stride_q != 1;
     for (int64_t d = 0; d + 2 < x.dim(); ++d) batch *= x.size(d);
   }
 
@@ -54,23 +60,23 @@ class Matrices {
     return result;
   }
 
-  // Matrix b as a tensor of its own.
-  at::Tensor one(int64_t b) const {
+  // Matrix b as a tensor with two dimensions.
+  at::Tensor matrix(int64_t b) const {
     return x_.as_strided({x_.size(-2), x_.size(-1)}, {x_.stride(-2), x_.stride(-1)}, x_.storage_offset() + offset(b));
   }
 
   const at::Tensor& tensor() const { return x_; }
-  int64_t row_length(int64_t columns) const { return along_p ? p : columns; }
-  int64_t block_rows(int64_t columns) const { return along_p ? columns : p; }
+  int64_t row_length(int64_t columns) const { return p_contiguous ? p : columns; }
+  int64_t block_rows(int64_t columns) const { return p_contiguous ? columns : p; }
 
   int64_t p, q, stride_p, stride_q, batch = 1;
-  bool tall, along_p;
+  bool tall, p_contiguous;
 
  private:
   at::Tensor x_;
 };
 
-// Calls body with a null pointer of the type that x is stored in.
+// Calls body with a null pointer to the dtype in which the numbers are stored.
 template <typename T, typename Body>
 void with_storage(at::ScalarType stored, Body&& body) {
   if constexpr (std::is_same_v<T, float>) {
@@ -80,22 +86,24 @@ void with_storage(at::ScalarType stored, Body&& body) {
   body(static_cast<T*>(nullptr));
 }
 
-// Reads blocks of one matrix after another; owns the memory that a block is copied to where it cannot be read in place.
+// Reads blocks of one matrix after another. Owns the memory to which a block is copied if it cannot
+// be read in place.
 template <typename T>
 class Reader {
  public:
   Reader(const Matrices& m, int64_t columns)
       : m_(m),
         columns_(std::min(columns, padded<T>(m.q))),
-        numbers_(static_cast<int64_t>(m.tensor().storage().nbytes() / m.tensor().element_size()) - m.tensor().storage_offset()) {
-    // Rows a power of two apart fall into the same few places of a cache: one vector more sets them apart.
-    stride_ = padded<T>(m.row_length(columns_)) + (m.along_p ? 0 : kLanes<T>);
+        storage_numbers_(static_cast<int64_t>(m.tensor().storage().nbytes() / m.tensor().element_size()) - m.tensor().storage_offset()) {
+    // Rows whose distance is a power of two share few cache sets, so the distance is one vector
+    // larger.
+    stride_ = padded<T>(m.row_length(columns_)) + (m.p_contiguous ? 0 : kLanes<T>);
     copy_ = Buffer<T>(m.block_rows(columns_) * stride_ + kLanes<T>);
   }
 
   int64_t columns() const { return columns_; }
 
-  // Columns [first, first + columns()) of matrix b, as far as there are any, times `scale`.
+  // Columns [first, first + columns()) of matrix b, or up to the last column, times `scale`.
   Block<T> read(int64_t b, int64_t first, T scale = 1) {
     const int64_t count = std::min(columns_, m_.q - first);
     const int64_t offset = m_.offset(b) + first * m_.stride_q;
@@ -103,12 +111,14 @@ class Reader {
     with_storage<T>(m_.tensor().scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
-      const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
+      const int64_t row = m_.p_contiguous ? m_.stride_q : m_.stride_p, column = m_.p_contiguous ? m_.stride_p : m_.stride_q;
       if constexpr (std::is_same_v<Storage, T>) {
-        // Along q rows must end with whole vectors. Along p what lies behind a row is not used, but it must be there to be read.
-        const bool fits =
-            m_.along_p ? offset + (block.rows - 1) * row + padded<T>(block.length) <= numbers_
-                       : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
+        // A block is read in place if its rows are aligned and consist of whole vectors. If
+        // p_contiguous, it is enough that the numbers after the last row, which are not used, are
+        // in the storage.
+        const bool fits = m_.p_contiguous ? offset + (block.rows - 1) * row + padded<T>(block.length) <= storage_numbers_
+                                          : block.length % kLanes<T> == 0 && row % kLanes<T> == 0 &&
+                                                reinterpret_cast<uintptr_t>(from) % simd::kBytes == 0;
         if (column == 1 && fits && scale == T(1)) {
           block.data = from;
           block.stride = row;
@@ -131,16 +141,17 @@ class Reader {
     return block;
   }
 
-  // The block after the one of matrix b that starts at column `first`.
-  Ahead<T> ahead(int64_t b, int64_t first) const {
+  // The block after the one of matrix b that starts at column `first`; empty if that block is
+  // copied.
+  NextBlock<T> next_block(int64_t b, int64_t first) const {
     first += columns_;
     if (first >= m_.q) first = 0, ++b;
-    const int64_t row = m_.along_p ? m_.stride_q : m_.stride_p, column = m_.along_p ? m_.stride_p : m_.stride_q;
+    const int64_t row = m_.p_contiguous ? m_.stride_q : m_.stride_p, column = m_.p_contiguous ? m_.stride_p : m_.stride_q;
     if (b >= m_.batch || column != 1 || m_.tensor().scalar_type() != c10::CppTypeToScalarType<T>::value) return {};
     return {m_.tensor().const_data_ptr<T>() + m_.offset(b) + first * m_.stride_q, row, m_.block_rows(std::min(columns_, m_.q - first))};
   }
 
-  // The largest magnitude of matrix b; NaN if a number of it is not finite.
+  // The largest magnitude in matrix b; NaN if matrix b contains a NaN or an infinity.
   T largest(int64_t b) {
     T result = 0;
     bool finite = true;
@@ -158,7 +169,7 @@ class Reader {
 
  private:
   const Matrices& m_;
-  int64_t columns_, numbers_, stride_;
+  int64_t columns_, storage_numbers_, stride_;
   Buffer<T> copy_;
 };
 

@@ -1,12 +1,14 @@
-// Products of a block with a few vectors, and the outer products that make a gradient: each reads or writes the block once.
-// And products with G = M M^T, made of two of the first.
+// Products of a block of M with a few vectors, and sums of outer products, which make up a
+// gradient: each of them reads or writes the block once. Also products with G = M M^T, computed as
+// two products with M.
 #pragma once
 
 #include "matrices.h"
 
 namespace kdkernels::truncated_svd {
 
-// out[j][s] (+)= sum over the rows r of coefficient[j][r] * block[r][s], for J vectors. Whole vectors of `out` are written.
+// out[j][s] (+)= sum over the rows r of coefficient[j][r] * block[r][s], for J vectors. Whole
+// vectors of `out` are written.
 template <typename T, int J, int C>
 KDKERNELS_INLINE void combine_columns(const Block<T>& block, int64_t s, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
                                       int64_t out_stride) {
@@ -33,7 +35,7 @@ KDKERNELS_INLINE void combine_columns(const Block<T>& block, int64_t s, const T*
 }
 
 template <typename T, int J>
-void combine_some(const Block<T>& block, const T* coefficient, int64_t coefficient_stride, bool add, T* out, int64_t out_stride) {
+void combine_rows_fixed(const Block<T>& block, const T* coefficient, int64_t coefficient_stride, bool add, T* out, int64_t out_stride) {
   constexpr int C = sizeof(Vec<T>) == 64 ? (J <= 4 ? 4 : 2) : 2;
   int64_t s = 0;
   for (; s + (C - 1) * kLanes<T> < block.length; s += C * kLanes<T>)
@@ -44,30 +46,32 @@ void combine_some(const Block<T>& block, const T* coefficient, int64_t coefficie
 template <typename T>
 void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
                   int64_t out_stride) {
-  constexpr int most = sizeof(Vec<T>) == 64 ? 8 : 4;
+  constexpr int max_vectors = sizeof(Vec<T>) == 64 ? 8 : 4;
   int64_t j = 0;
-  auto some = [&](auto count) {
+  auto run = [&](auto count) {
     for (; j + count() <= k; j += count())
-      combine_some<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride, out_stride);
+      combine_rows_fixed<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride,
+                                     out_stride);
   };
-  some(std::integral_constant<int, most>{});
-  some(std::integral_constant<int, 4>{});
-  some(std::integral_constant<int, 2>{});
-  some(std::integral_constant<int, 1>{});
+  run(std::integral_constant<int, max_vectors>{});
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
-// out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors. What a row holds past its end is left out.
+// out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors. Numbers past the end of a row are
+// ignored.
 template <typename T, int R, int J>
 KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, const T* vectors, int64_t vector_stride, bool add, T* out,
                                 int64_t out_stride) {
   Vec<T> acc[R * J] = {};
-  auto step = [&](int64_t s, auto&& clean) {
+  auto step = [&](int64_t s, auto&& mask) {
     Vec<T> other[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) other[j] = simd::load<T>(vectors + j * vector_stride + s);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> row = clean(simd::load<T>(rows + r * stride + s));
+      const Vec<T> row = mask(simd::load<T>(rows + r * stride + s));
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) acc[r * J + j] += row * other[j];
     }
@@ -84,10 +88,12 @@ KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, c
     for (int r = 0; r < R; ++r) out[j * out_stride + r] = (add ? out[j * out_stride + r] : T(0)) + total[r * J + j];
 }
 
-// The vectors must be finite up to the end of their last whole vector.
+// The same for all rows and k vectors. `vectors` must be finite up to the end of the last SIMD
+// vector.
 template <typename T>
-void dot_rows_with(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out, int64_t out_stride) {
-  auto some = [&](int64_t first, auto count) {
+void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out,
+                           int64_t out_stride) {
+  auto run = [&](int64_t first, auto count) {
     int64_t r = 0;
     auto rows = [&](auto tile) {
       for (; r + tile() <= block.rows; r += tile())
@@ -98,33 +104,36 @@ void dot_rows_with(const Block<T>& block, int64_t k, const T* vectors, int64_t v
     rows(std::integral_constant<int, 1>{});
   };
   int64_t j = 0;
-  for (; j + 4 <= k; j += 4) some(j, std::integral_constant<int, 4>{});
-  for (; j + 2 <= k; j += 2) some(j, std::integral_constant<int, 2>{});
-  for (; j < k; ++j) some(j, std::integral_constant<int, 1>{});
+  for (; j + 4 <= k; j += 4) run(j, std::integral_constant<int, 4>{});
+  for (; j + 2 <= k; j += 2) run(j, std::integral_constant<int, 2>{});
+  for (; j < k; ++j) run(j, std::integral_constant<int, 1>{});
 }
 
-// M^T a: out[j] gets the numbers of the block's columns. a [k, stride], 0 from p to the end of the last whole vector.
+// out[j] = M^T a_j at the block's columns. a [k, stride] is 0 from p to the end of the last whole
+// vector.
 template <typename T>
 void project_block(const Matrices& m, const Block<T>& block, int64_t k, const T* a, int64_t a_stride, T* out, int64_t out_stride) {
-  if (m.along_p)
-    dot_rows_with<T>(block, k, a, a_stride, false, out, out_stride);
+  if (m.p_contiguous)
+    dot_rows_with_vectors<T>(block, k, a, a_stride, false, out, out_stride);
   else
     combine_rows<T>(block, k, a, a_stride, false, out, out_stride);
 }
 
-// out[j] += M b_j over the block's columns; b points at the first of them, and is 0 from the last column to the end of a whole vector.
+// out[j] += M b_j, summed over the block's columns. b points to the number that belongs to the
+// first of these columns, and is 0 from the last of them to the end of a whole vector.
 template <typename T>
 void multiply_block(const Matrices& m, const Block<T>& block, int64_t k, const T* b, int64_t b_stride, T* out, int64_t out_stride) {
-  if (m.along_p)
+  if (m.p_contiguous)
     combine_rows<T>(block, k, b, b_stride, true, out, out_stride);
   else
-    dot_rows_with<T>(block, k, b, b_stride, true, out, out_stride);
+    dot_rows_with_vectors<T>(block, k, b, b_stride, true, out, out_stride);
 }
 
-// out = sum_j coefficient[j] * vector[j], plus what `out` holds if `add`, for J terms over whole vectors. Stream: past the caches.
+// out = sum_j coefficient[j] * vector[j], plus the old value of `out` if `add`, for J terms and
+// whole vectors. Stream: the stores bypass the caches.
 template <typename T, int J, bool Stream>
-KDKERNELS_INLINE void some_vectors(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
-                                   int64_t length, bool add, T* out) {
+KDKERNELS_INLINE void sum_of_vectors_fixed(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                                           int64_t length, bool add, T* out) {
   Vec<T> factor[J];
 #pragma GCC unroll 8
   for (int j = 0; j < J; ++j) factor[j] = simd::splat<T>(coefficient[j * coefficient_stride]);
@@ -139,27 +148,28 @@ KDKERNELS_INLINE void some_vectors(const T* coefficient, int64_t coefficient_str
   }
 }
 
-// stream: for at most 8 terms.
+// out = sum_j coefficient[j] * vector[j] for any number of terms. `stream` has an effect only if
+// `count` is 1, 2, 4 or 8.
 template <typename T>
 void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
                     int64_t length, bool stream, T* out) {
   int64_t j = 0;
-  auto some = [&](auto terms) {
+  auto run = [&](auto terms) {
     for (; j + terms() <= count; j += terms()) {
       const T *factors = coefficient + j * coefficient_stride, *from = vectors + j * vector_stride;
       if (stream && count == terms())
-        some_vectors<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
+        sum_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
       else
-        some_vectors<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, out);
+        sum_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, out);
     }
   };
-  some(std::integral_constant<int, 8>{});
-  some(std::integral_constant<int, 4>{});
-  some(std::integral_constant<int, 2>{});
-  some(std::integral_constant<int, 1>{});
+  run(std::integral_constant<int, 8>{});
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
-// <x, y> and y += factor x of padded vectors.
+// <x, y> of vectors that are padded with zeros to whole SIMD vectors.
 template <typename T>
 double product(const T* x, const T* y, int64_t count) {
   Vec<T> sum[4] = {};
@@ -170,33 +180,37 @@ double product(const T* x, const T* y, int64_t count) {
   return simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// y += factor x, for padded vectors.
 template <typename T>
 void add_multiple(T factor, const T* x, int64_t count, T* y) {
   const Vec<T> f = simd::splat<T>(factor);
   for (int64_t i = 0; i < count; i += kLanes<T>) simd::store<T>(y + i, simd::load<T>(y + i) + f * simd::load<T>(x + i));
 }
 
-// Products with G = M M^T of one matrix that do without G: M^T x and back, block by block, so that M is read once.
+// Products with G = M M^T of one matrix, without G: computes M (M^T x) block by block, so that M is
+// read once.
 template <typename T>
 class GramProduct {
  public:
-  // k: the most vectors of a product; stride: of vectors of the small side.
+  // k: the largest number of vectors in a product; stride: the distance between vectors of the
+  // smaller side.
   GramProduct(const Matrices& m, int64_t k, int64_t stride)
-      : m_(m), stride_(stride), reader_(m, columns(m)), line_(padded<T>(reader_.columns())), half_(k * line_) {}
+      : m_(m), stride_(stride), reader_(m, block_columns(m)), line_stride_(padded<T>(reader_.columns())), projected_(k * line_stride_) {}
 
-  // Makes factor G of matrix b that of the products that follow; a factor near 1 / |G| keeps squares of what they give in range.
-  void choose(int64_t b, T factor) {
+  // Selects matrix b: the following products are with factor * G. A factor near 1 / |G| keeps the
+  // squares of their results in range.
+  void set_matrix(int64_t b, T factor) {
     b_ = b;
     factor_ = factor;
-    if (reader_.columns() >= m_.q) whole_ = reader_.read(b, 0);
+    if (reader_.columns() >= m_.q) whole_block_ = reader_.read(b, 0);
   }
 
-  // y = factor G x for k vectors [k, stride]; both are 0 from p on.
+  // y = factor G x for k vectors [k, stride]. x and y are 0 from p on.
   void apply(int64_t k, const T* x, T* y) {
     std::fill(y, y + k * stride_, T(0));
     each_block([&](const Block<T>& block, int64_t) {
-      project_block<T>(m_, block, k, x, stride_, half_.get(), line_);
-      multiply_block<T>(m_, block, k, half_.get(), line_, y, stride_);
+      project_block<T>(m_, block, k, x, stride_, projected_.get(), line_stride_);
+      multiply_block<T>(m_, block, k, projected_.get(), line_stride_, y, stride_);
     });
     for (int64_t j = 0; j < k; ++j) {
       for (int64_t c = 0; c < m_.p; ++c) y[j * stride_ + c] *= factor_;
@@ -207,31 +221,32 @@ class GramProduct {
   // y = M 1, the sums of the rows.
   void row_sums(T* y) {
     std::fill(y, y + stride_, T(0));
-    std::fill(half_.get(), half_.get() + line_, T(1));
-    each_block([&](const Block<T>& block, int64_t) { multiply_block<T>(m_, block, 1, half_.get(), line_, y, stride_); });
+    std::fill(projected_.get(), projected_.get() + line_stride_, T(1));
+    each_block([&](const Block<T>& block, int64_t) { multiply_block<T>(m_, block, 1, projected_.get(), line_stride_, y, stride_); });
     std::fill(y + m_.p, y + stride_, T(0));
   }
 
  private:
-  // A matrix that a cache holds is read, and copied if it must be, once for all products.
-  static int64_t columns(const Matrices& m) {
+  // The number of columns of a block. A matrix that fits in the cache is one block: it is read, and
+  // copied if necessary, once for all products.
+  static int64_t block_columns(const Matrices& m) {
     constexpr int64_t cache = int64_t(3) << 18;
     if (m.q * padded<T>(m.p) * static_cast<int64_t>(sizeof(T)) <= cache) return padded<T>(m.q);
     return std::max<int64_t>(kLanes<T>, (cache / 3 / static_cast<int64_t>(sizeof(T)) / padded<T>(m.p)) / kLanes<T> * kLanes<T>);
   }
   template <typename Body>
   void each_block(Body&& body) {
-    if (reader_.columns() >= m_.q) return body(whole_, 0);
+    if (reader_.columns() >= m_.q) return body(whole_block_, 0);
     for (int64_t first = 0; first < m_.q; first += reader_.columns()) body(reader_.read(b_, first), first);
   }
 
   const Matrices& m_;
   int64_t stride_;
   Reader<T> reader_;
-  int64_t line_, b_ = 0;
+  int64_t line_stride_, b_ = 0;
   T factor_ = 1;
-  Buffer<T> half_;
-  Block<T> whole_{};
+  Buffer<T> projected_;
+  Block<T> whole_block_{};
 };
 
 }  // namespace kdkernels::truncated_svd

@@ -1,7 +1,10 @@
-// Triplets of double matrices whose kept values span orders of magnitude. A Gram matrix gives sigma_j to a rounding of sigma_1^2 / sigma_j,
-// and double has no wider type to square in. So a round takes the values down to kIllConditioned of its largest from the Gram matrix of
-// what is left, M - A A^T M with the vectors A of the rounds before, which is as exact as M is: errors are a rounding of sigma_1, those of
-// LAPACK. What a matrix gives depends neither on its neighbours nor on threads, which LAPACK's does.
+// Triplets of float64 matrices whose kept singular values span orders of magnitude. A Gram matrix
+// gives sigma_j with a rounding error of sigma_1^2 / sigma_j, and for float64 there is no wider
+// dtype in which to square. Therefore each round takes only the singular values down to
+// kIllConditioned times its largest one. The next round continues with the Gram matrix of the
+// residual M - A A^T M, where A are the vectors of the rounds before; the residual is as accurate
+// as M. The errors are one rounding of sigma_1, as those of LAPACK. The results for a matrix do not
+// depend on the other matrices or on the number of threads, unlike those of LAPACK.
 #pragma once
 
 #include "decomposition.h"
@@ -18,7 +21,7 @@ inline void transposed_product(const double* m, int64_t p, int64_t q, const doub
     }
 }
 
-inline Triplets by_rounds(const Tensor& x, int64_t k, bool wants_b) {
+inline Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b) {
   const bool tall = x.size(-2) >= x.size(-1);
   const Tensor m = (tall ? x.transpose(-1, -2) : x).contiguous();  // [n, p, q]
   const int64_t n = m.size(0), p = m.size(1), q = m.size(2);
@@ -28,41 +31,42 @@ inline Triplets by_rounds(const Tensor& x, int64_t k, bool wants_b) {
   const double* all_m = m.const_data_ptr<double>();
   std::vector<int64_t> found(n);
   for (;;) {
-    // Matrices that have found as many are a batch: each asks for the rest of its own.
-    const int64_t before = *std::min_element(found.begin(), found.end()), wanted = k - before;
+    // The matrices with the smallest number of triplets found form a batch, because all of them
+    // need the same number of further triplets.
+    const int64_t min_found = *std::min_element(found.begin(), found.end()), wanted = k - min_found;
     if (wanted == 0) break;
-    std::vector<int64_t> which;
+    std::vector<int64_t> indices;
     for (int64_t i = 0; i < n; ++i)
-      if (found[i] == before) which.push_back(i);
-    const Tensor left = m.index_select(0, index_of(which));
-    double* all_left = left.mutable_data_ptr<double>();
-    const auto count = static_cast<int64_t>(which.size());
-    if (before > 0)
+      if (found[i] == min_found) indices.push_back(i);
+    const Tensor residual = m.index_select(0, index_tensor(indices));
+    double* all_residuals = residual.mutable_data_ptr<double>();
+    const auto count = static_cast<int64_t>(indices.size());
+    if (min_found > 0)
       at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const double* own = all_a + which[i] * k * p;
-          double* along = all_b + which[i] * k * q;
-          transposed_product(all_m + which[i] * p * q, p, q, own, before, along);
+          const double* a_vectors = all_a + indices[i] * k * p;
+          double* projections = all_b + indices[i] * k * q;
+          transposed_product(all_m + indices[i] * p * q, p, q, a_vectors, min_found, projections);
           for (int64_t r = 0; r < p; ++r)
-            for (int64_t j = 0; j < before; ++j) {
-              double* row = all_left + (i * p + r) * q;
-              for (int64_t c = 0; c < q; ++c) row[c] -= own[j * p + r] * along[j * q + c];
+            for (int64_t j = 0; j < min_found; ++j) {
+              double* row = all_residuals + (i * p + r) * q;
+              for (int64_t c = 0; c < q; ++c) row[c] -= a_vectors[j * p + r] * projections[j * q + c];
             }
         }
       });
-    const Triplets round = Decomposition<double>(left.transpose(-1, -2), wanted, false, false, false, false, Tier::direct).run();
+    const Triplets round = Decomposition<double>(residual.transpose(-1, -2), wanted, false, false, false, false, Tier::direct).run();
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        double *own = all_a + which[i] * k * p, *sigma = all_s + which[i] * k;
-        std::copy_n(round.v.const_data_ptr<double>() + i * wanted * p, wanted * p, own + before * p);
-        std::copy_n(round.s.const_data_ptr<double>() + i * wanted, wanted, sigma + before);
-        for (int64_t j = before; before > 0 && j < k; ++j)
-          if (orthogonalize(own, j, p) == 0) complete(own, j, p);
-        const double first = sigma[before];
-        const bool rounding = before > 0 && !(first > 4 * std::numeric_limits<double>::epsilon() * sigma[0]);
-        int64_t exact = 1;
-        while (exact < wanted && (rounding || !(first > 0) || sigma[before + exact] >= kIllConditioned * first)) ++exact;
-        found[which[i]] = before + exact;
+        double *a_vectors = all_a + indices[i] * k * p, *sigma = all_s + indices[i] * k;
+        std::copy_n(round.v.const_data_ptr<double>() + i * wanted * p, wanted * p, a_vectors + min_found * p);
+        std::copy_n(round.s.const_data_ptr<double>() + i * wanted, wanted, sigma + min_found);
+        for (int64_t j = min_found; min_found > 0 && j < k; ++j)
+          if (orthogonalize(a_vectors, j, p) == 0) complete_basis(a_vectors, j, p);
+        const double first = sigma[min_found];
+        const bool only_rounding = min_found > 0 && !(first > 4 * std::numeric_limits<double>::epsilon() * sigma[0]);
+        int64_t accurate = 1;
+        while (accurate < wanted && (only_rounding || !(first > 0) || sigma[min_found + accurate] >= kIllConditioned * first)) ++accurate;
+        found[indices[i]] = min_found + accurate;
       }
     });
   }
@@ -74,7 +78,7 @@ inline Triplets by_rounds(const Tensor& x, int64_t k, bool wants_b) {
     }
   });
   const Tensor none = at::empty({0, k, x.size(-2)}, options);
-  return {!wants_b ? none : tall ? b : a, s, tall ? a : b, {}};
+  return {!needs_b ? none : tall ? b : a, s, tall ? a : b, {}};
 }
 
 }  // namespace kdkernels::truncated_svd

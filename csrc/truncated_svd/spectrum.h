@@ -1,5 +1,6 @@
-// The top of the spectrum of symmetric tridiagonal matrices in lanes: eigenvalues by bisection, eigenvectors by inverse iteration, and
-// the projected solve of the derivative by elimination with a complex shift.
+// The largest eigenvalues of symmetric tridiagonal matrices in lanes, by bisection; their
+// eigenvectors, by inverse iteration; and the projected solve of the derivative, by elimination
+// with a complex shift.
 #pragma once
 
 #include "lanes.h"
@@ -7,15 +8,18 @@
 
 namespace kdkernels::truncated_svd {
 
-// The k largest eigenvalues of symmetric tridiagonal matrices in lanes, by bisection with Sturm counts.
+// The k largest eigenvalues of symmetric tridiagonal matrices in lanes, by bisection with Sturm
+// counts.
 //
-// The pivots q_i = d_i - x - e_{i-1}^2 / q_{i-1} of T - x I = L D L^T have as many positive ones as T has eigenvalues above x (Sylvester's
-// law of inertia). Bisection needs no start, no gap and no test of convergence: a fixed number of halvings gives the rounding of T's norm.
+// T - x I = L D L^T has the pivots q_i = d_i - x - e_{i-1}^2 / q_{i-1}. As many of them are
+// positive as T has eigenvalues above x (Sylvester's law of inertia). Bisection needs no start
+// value, no gaps and no convergence test: after a fixed number of halvings the error is the
+// rounding error of T's norm.
 //
-// W. Barth, R. S. Martin, J. H. Wilkinson. Calculation of the Eigenvalues of a Symmetric Tridiagonal Matrix by the Method of Bisection.
-// Numerische Mathematik 9, 1967.
+// W. Barth, R. S. Martin, J. H. Wilkinson. Calculation of the Eigenvalues of a Symmetric
+// Tridiagonal Matrix by the Method of Bisection. Numerische Mathematik 9, 1967.
 
-// For N shifts at once, which keeps the divisions busy: how many eigenvalues lie above each.
+// Counts the eigenvalues above each of N shifts x. Several shifts at once keep the divider busy.
 template <typename T, int N>
 KDKERNELS_INLINE void count_above(int64_t p, const Vec<T>* d, const Vec<T>* e2, const Vec<T>* x, Mask<T>* count) {
   Vec<T> pivot[N];
@@ -35,66 +39,70 @@ KDKERNELS_INLINE void count_above(int64_t p, const Vec<T>* d, const Vec<T>* e2, 
   }
 }
 
-// d [p]; e2 [p]: the squares of e, shifted by one, so that e2[0] = 0. lambda [k], descending, for eigenvalues in [low, high].
+// d [p]; e2 [p]: the squares of e, shifted by one so that e2[0] = 0. Writes the k largest
+// eigenvalues, which must be in [low, high], to lambda [k], descending.
 template <typename T>
 void largest_eigenvalues(int64_t p, const Vec<T>* d, const Vec<T>* e2, Vec<T> low, Vec<T> high, int64_t k, Vec<T>* lambda) {
   constexpr int halvings = std::numeric_limits<T>::digits + 2;
-  constexpr int together = 4;
-  for (int64_t first = 0; first < k; first += together) {
-    Vec<T> lower[together], upper[together], middle[together];
-    for (int j = 0; j < together; ++j) lower[j] = low, upper[j] = high;
+  constexpr int at_once = 4;
+  for (int64_t first = 0; first < k; first += at_once) {
+    Vec<T> lower[at_once], upper[at_once], middle[at_once];
+    for (int j = 0; j < at_once; ++j) lower[j] = low, upper[j] = high;
     for (int step = 0; step < halvings; ++step) {
-      Mask<T> count[together];
-      for (int j = 0; j < together; ++j) middle[j] = T(0.5) * (lower[j] + upper[j]);
+      Mask<T> count[at_once];
+      for (int j = 0; j < at_once; ++j) middle[j] = T(0.5) * (lower[j] + upper[j]);
       if (k - first >= 3)
         count_above<T, 4>(p, d, e2, middle, count);
       else if (k - first == 2)
         count_above<T, 2>(p, d, e2, middle, count);
       else
         count_above<T, 1>(p, d, e2, middle, count);
-      for (int64_t j = 0; j < std::min<int64_t>(together, k - first); ++j) {
+      for (int64_t j = 0; j < std::min<int64_t>(at_once, k - first); ++j) {
         const Mask<T> above = count[j] > static_cast<typename simd::IntOf<T>::type>(first + j);
         lower[j] = above ? middle[j] : lower[j];
         upper[j] = above ? upper[j] : middle[j];
       }
     }
-    for (int64_t j = 0; j < std::min<int64_t>(together, k - first); ++j) lambda[first + j] = T(0.5) * (lower[j] + upper[j]);
+    for (int64_t j = 0; j < std::min<int64_t>(at_once, k - first); ++j) lambda[first + j] = T(0.5) * (lower[j] + upper[j]);
   }
 }
 
-// Eigenvectors of symmetric tridiagonal matrices in lanes, by inverse iteration in double precision.
+// Eigenvectors of symmetric tridiagonal matrices in lanes, by inverse iteration in double
+// precision.
 //
-// (T - lambda I) x = b is solved by Gaussian elimination with row interchanges, made lane by lane with selects; a vanishing pivot is
-// replaced by a rounding of T's norm, which is 1. The solution of three such systems, each made orthogonal to the vectors of larger
-// eigenvalues, is an eigenvector, or, where eigenvalues lie within roundings of each other, one of a basis of their eigenspace.
+// (T - lambda I) x = b is solved by Gaussian elimination with row interchanges, lane by lane with
+// selects. A vanishing pivot is replaced by the rounding error of T's norm (which is 1). Three such
+// systems are solved in turn, and each solution is made orthogonal to the eigenvectors of larger
+// eigenvalues. The result is an eigenvector; if several eigenvalues differ only by rounding errors,
+// the results for them are a basis of their eigenspace.
 //
-// G. Peters, J. H. Wilkinson. The Calculation of Specified Eigenvectors by Inverse Iteration. In: Handbook for Automatic Computation II,
-// 1971.
+// G. Peters, J. H. Wilkinson. The Calculation of Specified Eigenvectors by Inverse Iteration. In:
+// Handbook for Automatic Computation II, 1971.
 
 using Doubles = Vec<double>;
 
 // The factors of T - shift I = P L U, row by row.
 struct TridiagonalLU {
   struct Row {
-    Doubles inverse, first, second;  // of U: one over its diagonal, its two upper diagonals
-    Doubles multiplier;              // of L
+    Doubles inverse_diagonal, upper_1, upper_2;  // of U: 1 / diagonal, and the two upper diagonals
+    Doubles multiplier;                          // of L
     Mask<double> swapped;
   };
 
   static void factor(int64_t p, const Doubles* d, const Doubles* e, Doubles shift, Row* rows) {
-    const Doubles least = simd::splat<double>(1e-16);
-    auto reciprocal = [&](Doubles pivot) { return 1.0 / (abs<double>(pivot) < least ? least : pivot); };
+    const Doubles min_pivot = simd::splat<double>(1e-16);
+    auto reciprocal = [&](Doubles pivot) { return 1.0 / (abs<double>(pivot) < min_pivot ? min_pivot : pivot); };
     Doubles diagonal = d[0] - shift, upper = p > 1 ? e[0] : Doubles{};
     for (int64_t i = 0; i + 1 < p; ++i) {
-      const Doubles below = e[i], next = d[i + 1] - shift, far = i + 2 < p ? e[i + 1] : Doubles{};
+      const Doubles lower = e[i], next_diagonal = d[i + 1] - shift, next_upper = i + 2 < p ? e[i + 1] : Doubles{};
       Row& row = rows[i];
-      row.swapped = abs<double>(below) > abs<double>(diagonal);
-      row.inverse = reciprocal(row.swapped ? below : diagonal);
-      row.first = row.swapped ? next : upper;
-      row.second = row.swapped ? far : Doubles{};
-      row.multiplier = (row.swapped ? diagonal : below) * row.inverse;
-      diagonal = (row.swapped ? upper : next) - row.multiplier * row.first;
-      upper = (row.swapped ? Doubles{} : far) - row.multiplier * row.second;
+      row.swapped = abs<double>(lower) > abs<double>(diagonal);
+      row.inverse_diagonal = reciprocal(row.swapped ? lower : diagonal);
+      row.upper_1 = row.swapped ? next_diagonal : upper;
+      row.upper_2 = row.swapped ? next_upper : Doubles{};
+      row.multiplier = (row.swapped ? diagonal : lower) * row.inverse_diagonal;
+      diagonal = (row.swapped ? upper : next_diagonal) - row.multiplier * row.upper_1;
+      upper = (row.swapped ? Doubles{} : next_upper) - row.multiplier * row.upper_2;
     }
     rows[p - 1] = {reciprocal(diagonal), Doubles{}, Doubles{}, Doubles{}, Mask<double>{}};
   }
@@ -108,13 +116,13 @@ struct TridiagonalLU {
       x[i] = row.swapped ? next : current;
       current = (row.swapped ? current : next) - row.multiplier * x[i];
     }
-    Doubles one = current * rows[p - 1].inverse, two{};
-    x[p - 1] = one;
+    Doubles x_1 = current * rows[p - 1].inverse_diagonal, x_2{};
+    x[p - 1] = x_1;
     for (int64_t i = p - 2; i >= 0; --i) {
       const Row& row = rows[i];
-      const Doubles value = (x[i] - row.first * one - row.second * two) * row.inverse;
-      two = one;
-      one = value;
+      const Doubles value = (x[i] - row.upper_1 * x_1 - row.upper_2 * x_2) * row.inverse_diagonal;
+      x_2 = x_1;
+      x_1 = value;
       x[i] = value;
     }
   }
@@ -126,50 +134,54 @@ inline Doubles dot(int64_t p, const Doubles* x, const Doubles* y) {
   return sum;
 }
 
-inline void scale_to(int64_t p, Doubles factor, Doubles* x) {
+inline void scale_by(int64_t p, Doubles factor, Doubles* x) {
   for (int64_t i = 0; i < p; ++i) x[i] *= factor;
 }
 
-// d [p], e [p - 1], lambda [k] descending, as bisection left them. x [k][p]: orthonormal eigenvectors; lambda: their Rayleigh quotients.
-// rows: p rows of factors.
+// d [p], e [p - 1]; lambda [k], descending, from bisection. Writes orthonormal eigenvectors to x
+// [k][p], and replaces lambda by their Rayleigh quotients. rows: memory for p rows of factors.
 inline void eigenvectors(int64_t p, const Doubles* d, const Doubles* e, int64_t k, Doubles* lambda, Doubles* x, TridiagonalLU::Row* rows) {
   constexpr int kSolves = 3;
   for (int64_t j = 0; j < k; ++j) {
-    Doubles* own = x + j * p;
-    // A start that is the same everywhere and has a part along every vector.
+    Doubles* vector = x + j * p;
+    // A deterministic start vector that has a component along every eigenvector.
     uint64_t seed = 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(j + 1);
     for (int64_t i = 0; i < p; ++i) {
       seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-      own[i] = simd::splat<double>(0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
+      vector[i] = simd::splat<double>(0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
     }
-    // A little off: exactly at a multiple eigenvalue the solution is the vector that was found first, whatever the start.
+    // The shift is slightly off for j > 0. With exactly a multiple eigenvalue, the solution would
+    // be the eigenvector that was found first, whatever the start vector is.
     TridiagonalLU::factor(p, d, e, lambda[j] + (j > 0 ? 1e-15 : 0.0), rows);
     for (int solve = 0; solve < kSolves; ++solve) {
-      TridiagonalLU::solve(p, rows, own);
-      // The solution may be as long as 1 / 1e-16: scaled first, so that squares stay in range.
-      Doubles longest{};
-      for (int64_t i = 0; i < p; ++i) longest = simd::max(longest, abs<double>(own[i]));
-      scale_to(p, 1.0 / longest, own);
-      // Twice: of a cluster little may be left the first time.
+      TridiagonalLU::solve(p, rows, vector);
+      // The solution may have a length of 1 / 1e-16. It is scaled first, so that squares stay in
+      // range.
+      Doubles max_magnitude{};
+      for (int64_t i = 0; i < p; ++i) max_magnitude = simd::max(max_magnitude, abs<double>(vector[i]));
+      scale_by(p, 1.0 / max_magnitude, vector);
+      // Two passes: for a cluster of eigenvalues, the first pass may leave little of the vector.
       for (int pass = 0; pass < 2 && (j > 0 || pass == 0); ++pass) {
         for (int64_t other = 0; other < j; ++other) {
-          const Doubles along = dot(p, x + other * p, own);
-          for (int64_t i = 0; i < p; ++i) own[i] -= along * x[other * p + i];
+          const Doubles projection = dot(p, x + other * p, vector);
+          for (int64_t i = 0; i < p; ++i) vector[i] -= projection * x[other * p + i];
         }
-        scale_to(p, 1.0 / simd::sqrt(dot(p, own, own)), own);
+        scale_by(p, 1.0 / simd::sqrt(dot(p, vector, vector)), vector);
       }
     }
     Doubles quotient{};
-    for (int64_t i = 0; i < p; ++i) quotient += own[i] * (d[i] * own[i] + (i + 1 < p ? 2.0 * e[i] * own[i + 1] : Doubles{}));
+    for (int64_t i = 0; i < p; ++i) quotient += vector[i] * (d[i] * vector[i] + (i + 1 < p ? 2.0 * e[i] * vector[i + 1] : Doubles{}));
     lambda[j] = quotient;
   }
 }
 
-// The projected solve of the derivative: z = Re[(lambda + i eps - T)^-1] r for tridiagonal T, in lanes, in double precision.
+// The projected solve of the derivative, in double precision: z = Re[(lambda + i eps - T)^-1] r for
+// tridiagonal matrices T in lanes.
 //
-// On an eigenvector of T to the eigenvalue mu this is x / (x^2 + eps^2) with x = lambda - mu: 1 / x where eigenvalues are apart, 0 where
-// they meet, continuous in between. So the complex shift is the Lorentzian regularisation, exactly, without an eigenvector of T. The
-// system is solved by elimination with row interchanges, as in TridiagonalLU.
+// An eigenvector of T with the eigenvalue mu is multiplied by x / (x^2 + eps^2), with x = lambda -
+// mu. This is about 1 / x if the eigenvalues are far apart, 0 if they are equal, and continuous in
+// between. So the complex shift gives exactly the Lorentzian regularisation, without an eigenvector
+// of T. The system is solved by elimination with row interchanges, as in TridiagonalLU.
 
 struct Complex {
   Doubles re, im;
@@ -183,15 +195,15 @@ KDKERNELS_INLINE Complex operator*(Complex a, Complex b) {
 KDKERNELS_INLINE Complex select(Mask<double> m, Complex yes, Complex no) {
   return {m ? yes.re : no.re, m ? yes.im : no.im};
 }
-KDKERNELS_INLINE Doubles size(Complex a) {
+KDKERNELS_INLINE Doubles magnitude(Complex a) {
   return abs<double>(a.re) + abs<double>(a.im);
 }
 
 struct ResolventRow {
-  Complex inverse, first, second, right;
+  Complex inverse_diagonal, upper_1, upper_2, right;
 };
 
-// r [p], replaced by z. rows: p of them. A shift of exactly 0 in a matrix of zeros, with eps 0, gives 0.
+// Replaces r [p] by z. rows: memory for p rows. If T is zero, lambda is 0 and eps is 0, z is 0.
 inline void resolvent(int64_t p, const Doubles* d, const Doubles* e, Doubles lambda, Doubles eps, Doubles* r, ResolventRow* rows) {
   auto reciprocal = [](Complex a) {
     const Doubles norm = a.re * a.re + a.im * a.im;
@@ -202,26 +214,26 @@ inline void resolvent(int64_t p, const Doubles* d, const Doubles* e, Doubles lam
   const Complex zero{};
   Complex diagonal{lambda - d[0], eps}, upper = real(p > 1 ? -e[0] : Doubles{}), right = real(r[0]);
   for (int64_t i = 0; i + 1 < p; ++i) {
-    const Complex below = real(-e[i]), next{lambda - d[i + 1], eps}, far = real(i + 2 < p ? -e[i + 1] : Doubles{}),
-                  right_next = real(r[i + 1]);
-    const Mask<double> swapped = size(below) > size(diagonal);
+    const Complex lower = real(-e[i]), next_diagonal{lambda - d[i + 1], eps}, next_upper = real(i + 2 < p ? -e[i + 1] : Doubles{}),
+                  next_right = real(r[i + 1]);
+    const Mask<double> swapped = magnitude(lower) > magnitude(diagonal);
     ResolventRow& row = rows[i];
-    row.inverse = reciprocal(select(swapped, below, diagonal));
-    row.first = select(swapped, next, upper);
-    row.second = select(swapped, far, zero);
-    row.right = select(swapped, right_next, right);
-    const Complex multiplier = select(swapped, diagonal, below) * row.inverse;
-    diagonal = select(swapped, upper, next) - multiplier * row.first;
-    upper = select(swapped, zero, far) - multiplier * row.second;
-    right = select(swapped, right, right_next) - multiplier * row.right;
+    row.inverse_diagonal = reciprocal(select(swapped, lower, diagonal));
+    row.upper_1 = select(swapped, next_diagonal, upper);
+    row.upper_2 = select(swapped, next_upper, zero);
+    row.right = select(swapped, next_right, right);
+    const Complex multiplier = select(swapped, diagonal, lower) * row.inverse_diagonal;
+    diagonal = select(swapped, upper, next_diagonal) - multiplier * row.upper_1;
+    upper = select(swapped, zero, next_upper) - multiplier * row.upper_2;
+    right = select(swapped, right, next_right) - multiplier * row.right;
   }
-  Complex one = right * reciprocal(diagonal), two{};
-  r[p - 1] = one.re;
+  Complex x_1 = right * reciprocal(diagonal), x_2{};
+  r[p - 1] = x_1.re;
   for (int64_t i = p - 2; i >= 0; --i) {
     const ResolventRow& row = rows[i];
-    const Complex value = (row.right - row.first * one - row.second * two) * row.inverse;
-    two = one;
-    one = value;
+    const Complex value = (row.right - row.upper_1 * x_1 - row.upper_2 * x_2) * row.inverse_diagonal;
+    x_2 = x_1;
+    x_1 = value;
     r[i] = value.re;
   }
 }

@@ -1,8 +1,10 @@
 // G = Q T Q^T with T tridiagonal, by Householder reflections, for a group of matrices in lanes.
 //
-// Row i (from the last to the second) is reduced to its diagonal and one neighbour by the reflection I - tau v v^T, v in the coordinates
-// below i. What that leaves to do on the leading i x i block is A -= v w^T + w v^T, with y = A v, w = tau y - (tau^2 v'y / 2) v. The update
-// of one step and the product y of the next read the same triangle, so one sweep does both. v takes the place of its row.
+// The rows are processed from the last to the second. The reflection I - tau v v^T reduces row i to
+// its diagonal element and the element to the left of it; v has i elements. The reflection changes
+// the leading i x i block of A to A - v w^T - w v^T, with y = A v, w = tau y - (tau^2 v'y / 2) v.
+// The update of one step and the product y of the next step read the same triangle, so one sweep
+// does both. v is stored in place of its row.
 //
 // G. H. Golub, C. F. Van Loan. Matrix Computations, 4th ed., section 8.3.1.
 #pragma once
@@ -21,7 +23,7 @@ constexpr int kSweepRows = 4;
 constexpr int kSweepRows = 2;
 #endif
 
-// The rank-two update that a sweep owes the triangle, and the vector it multiplies with.
+// The pending rank-two update of the triangle, and the vector to multiply the triangle with.
 template <typename T>
 struct Sweep {
   const Vec<T>*v, *w;  // A -= v w^T + w v^T
@@ -29,7 +31,8 @@ struct Sweep {
   Vec<T>* y;
 };
 
-// Rows [r, r + R): their columns left of r, then the small triangle at the diagonal.
+// Processes rows [r, r + R): first their columns left of r, then the small triangle at the
+// diagonal.
 template <typename T, int R>
 KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
   Vec<T>* row[R];
@@ -69,19 +72,21 @@ KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
   for (int t = 0; t < R; ++t) s.y[r + t] = y[t];
 }
 
-// a: the lower triangles, packed, of size about 1. On return row i >= 2 holds its v, the diagonals of T are d [p] and e [p - 1], and
-// tau [p] the factors (0: no reflection). work: 3 p vectors.
+// a: the packed lower triangles, of norm about 1. On return, row i >= 2 contains its v, d [p] and e
+// [p - 1] contain the diagonals of T, and tau [p] the factors (0: no reflection). work: memory for
+// 3 p vectors.
 template <typename T>
 void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec<T>* work) {
-  // What is smaller than the square of a rounding of G is not worth a reflection, and its square would leave the range.
+  // A row whose elements are smaller than the square of the rounding error of G needs no
+  // reflection, and the squares of such elements would leave the range of T.
   constexpr T eps = std::numeric_limits<T>::epsilon();
   constexpr T negligible = eps * eps * eps * eps;
-  Vec<T>*y = work, *w = work + p, *none = work + 2 * p;
+  Vec<T>*y = work, *w = work + p, *zeros = work + 2 * p;
   std::fill(w, w + p, Vec<T>{});
-  std::fill(none, none + p, Vec<T>{});
+  std::fill(zeros, zeros + p, Vec<T>{});
   tau[0] = Vec<T>{};
   if (p > 1) tau[1] = Vec<T>{};
-  const Vec<T>* v = none;  // of the update that is owed
+  const Vec<T>* v = zeros;  // of the pending update
   for (int64_t i = p - 1; i >= 0; --i) {
     Vec<T>* row = a + triangle(i);
     for (int64_t c = 0; c <= i; ++c) row[c] -= v[i] * w[c] + w[i] * v[c];
@@ -96,9 +101,10 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     for (int64_t c = 0; c + 1 < i; ++c) squares += row[c] * row[c];
     const Mask<T> reflect = squares > negligible;
     const Vec<T> norm = simd::sqrt(squares + last * last);
-    const Vec<T> kept = last > T(0) ? -norm : norm;  // of the other sign: last - kept does not cancel
-    const Vec<T> pivot = last - kept;
-    e[i - 1] = reflect ? kept : last;
+    // With the opposite sign of `last`, last - reduced does not cancel.
+    const Vec<T> reduced = last > T(0) ? -norm : norm;
+    const Vec<T> pivot = last - reduced;
+    e[i - 1] = reflect ? reduced : last;
     tau[i] = reflect ? T(2) / (squares + pivot * pivot) : Vec<T>{};
     row[i - 1] = pivot;
 
@@ -109,8 +115,9 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
     Vec<T> vy{};
     for (int64_t c = 0; c < i; ++c) vy += row[c] * y[c];
-    const Vec<T> along = tau[i] * (tau[i] * (T(0.5) * vy));  // in this order: tau is large where v is small
-    for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - along * row[c];
+    // Multiplied in this order, because tau is large if v is small.
+    const Vec<T> correction = tau[i] * (tau[i] * (T(0.5) * vy));
+    for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - correction * row[c];
     v = row;
   }
 }
@@ -133,7 +140,7 @@ KDKERNELS_INLINE void reflect(const Vec<T>* v, int64_t count, Vec<T> tau, Vec<T>
   }
 }
 
-// z = Q z, or Q^T z, for k vectors [k][p].
+// z = Q z, or z = Q^T z if `transposed`, for k vectors [k][p].
 template <typename T>
 void apply_q(int64_t p, const Vec<T>* a, const Vec<T>* tau, bool transposed, int64_t k, Vec<T>* z) {
   for (int64_t step = 2; step < p; ++step) {

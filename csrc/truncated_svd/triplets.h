@@ -1,5 +1,5 @@
-// From eigenvectors of the Gram matrix to singular triplets: the vectors of the large side, their signs, and what to do where a singular
-// value vanishes.
+// Computes singular triplets from eigenvectors of the Gram matrix: the vectors of the larger side,
+// their signs, and vectors for singular values that vanish.
 #pragma once
 
 #include "products.h"
@@ -7,25 +7,26 @@
 
 namespace kdkernels::truncated_svd {
 
-// v and u [k, n] and [k, m], u possibly null: each pair is flipped so that the entry of largest magnitude of v, the first of equals (see
-// kSignTies), is positive.
+// Fixes the signs of the vectors v [k, n] and u [k, m]; u may be null. Flips each pair so that the
+// entry of v with the largest magnitude is positive. Among equal magnitudes (see kSignTies) the
+// first entry decides.
 template <typename T>
 void fix_signs(int64_t k, T* v, int64_t n, T* u, int64_t m) {
   auto flip = [](T* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) x[i] = -x[i];
   };
   for (int64_t j = 0; j < k; ++j) {
-    T* own = v + j * n;
+    T* vector = v + j * n;
     Vec<T> largest{};
     int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) largest = simd::max(largest, abs<T>(simd::load<T>(own + i)));
-    T most = simd::largest<T>(largest);
-    for (; i < n; ++i) most = std::max(most, std::abs(own[i]));
-    const T least = static_cast<T>(1 - kSignTies) * most;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) largest = simd::max(largest, abs<T>(simd::load<T>(vector + i)));
+    T max_magnitude = simd::largest<T>(largest);
+    for (; i < n; ++i) max_magnitude = std::max(max_magnitude, std::abs(vector[i]));
+    const T threshold = static_cast<T>(1 - kSignTies) * max_magnitude;
     int64_t first = 0;
-    while (first < n && !(std::abs(own[first]) >= least)) ++first;
-    if (first == n || own[first] > 0) continue;
-    flip(own, n);
+    while (first < n && !(std::abs(vector[first]) >= threshold)) ++first;
+    if (first == n || vector[first] > 0) continue;
+    flip(vector, n);
     if (u) flip(u + j * m, m);
   }
 }
@@ -35,49 +36,52 @@ void scale_vector(T* x, int64_t n, double factor) {
   for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(x[i] * factor);
 }
 
-// Vector j of b [k, n] is made orthogonal to those before it, and of length 1. Returns how much of a vector of length 1 was left; 0: so
-// little that it was rounding only.
+// Makes vector j of b [k, n], which has length 1, orthogonal to the vectors before it, and scales
+// it to length 1 again. Returns the length that remained before the scaling, or 0 if so little
+// remained that it consists of rounding errors.
 template <typename T>
 double orthogonalize(T* b, int64_t j, int64_t n) {
-  T* own = b + j * n;
-  double left = 1;
+  T* vector = b + j * n;
+  double remaining = 1;
   for (int pass = 0; pass < 3; ++pass) {
     for (int64_t other = 0; other < j; ++other) {
-      const T along = static_cast<T>(simd::dot_product(own, b + other * n, n));
-      for (int64_t i = 0; i < n; ++i) own[i] -= along * b[other * n + i];
+      const T projection = static_cast<T>(simd::dot_product(vector, b + other * n, n));
+      for (int64_t i = 0; i < n; ++i) vector[i] -= projection * b[other * n + i];
     }
-    const double norm = std::sqrt(simd::dot_product(own, own, n));
-    left *= norm;
-    if (!(left > 1e-4)) return 0.0;
-    scale_vector(own, n, 1 / norm);
+    const double norm = std::sqrt(simd::dot_product(vector, vector, n));
+    remaining *= norm;
+    if (!(remaining > 1e-4)) return 0.0;
+    scale_vector(vector, n, 1 / norm);
     if (norm > 0.9) break;
   }
-  return left;
+  return remaining;
 }
 
-// Vector j of b becomes what the first unit vector that has a part of its own has beside the vectors before.
+// Replaces vector j of b by a vector that is orthogonal to the vectors before it: the first unit
+// vector that is not nearly in their span, made orthogonal to them.
 template <typename T>
-void complete(T* b, int64_t j, int64_t n) {
-  const double enough = 0.5 / std::sqrt(static_cast<double>(n));
+void complete_basis(T* b, int64_t j, int64_t n) {
+  const double min_remaining = 0.5 / std::sqrt(static_cast<double>(n));
   for (int64_t unit = 0; unit < n; ++unit) {
     std::fill(b + j * n, b + (j + 1) * n, T(0));
     b[j * n + unit] = 1;
-    if (orthogonalize(b, j, n) > enough) break;
+    if (orthogonalize(b, j, n) > min_remaining) break;
   }
 }
 
-// b[j] [k, n]: W_j = M^T a_j comes in, W_j / |W_j| goes out, and |W_j| to sigma. The W_j are orthogonal but for roundings of sigma_1^2,
-// which count where sigma_j is small: there they are made orthogonal to the vectors before. What that leaves little of was rounding only,
-// and the first unit vector that has a part of its own takes its place.
+// Replaces W_j = M^T a_j, vector j of b [k, n], by W_j / |W_j|, and writes |W_j| to sigma. The W_j
+// are orthogonal up to rounding errors of sigma_1^2, which matter if sigma_j is small. Such a W_j
+// is made orthogonal to the vectors before it. If little of it remains, it consisted of rounding
+// errors, and complete_basis() replaces it.
 template <typename T>
 void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
   for (int64_t j = 0; j < k; ++j) {
-    T* own = b + j * n;
-    sigma[j] = std::sqrt(simd::dot_product(own, own, n));
+    T* vector = b + j * n;
+    sigma[j] = std::sqrt(simd::dot_product(vector, vector, n));
     const bool vanishes = !(sigma[j] > 1e3 * std::numeric_limits<T>::min());
-    if (!vanishes) scale_vector(own, n, 1 / sigma[j]);
+    if (!vanishes) scale_vector(vector, n, 1 / sigma[j]);
     if (!vanishes && (sigma[j] > 0.5 * sigma[0] || orthogonalize(b, j, n) > 0.5)) continue;
-    complete(b, j, n);
+    complete_basis(b, j, n);
   }
 }
 

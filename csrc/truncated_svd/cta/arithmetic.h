@@ -1,4 +1,4 @@
-// Numbers in memory and in registers.
+// Loads, stores and arithmetic of numbers, for the device and for the host.
 #pragma once
 
 #include <cstdint>
@@ -97,7 +97,7 @@ template <typename T>
 KDKERNELS_GPU T larger(T x, T y) {
   return x > y ? x : y;
 }
-KDKERNELS_GPU int fewer(int x, int y) {
+KDKERNELS_GPU int smaller(int x, int y) {
   return x < y ? x : y;
 }
 template <typename T>
@@ -120,45 +120,47 @@ struct Limits<double> {
   static constexpr int digits = 53, max_exponent = 1024;
 };
 
-// The power of two that brings x > 0 into [1/2, 1), or as near as a power of two of T is one.
+// The power of two that brings x > 0 into [1/2, 1), or as close to it as is possible with a power
+// of two that T can represent.
 template <typename T>
-KDKERNELS_GPU double unit_for(double x) {
-  constexpr int most = Limits<T>::max_exponent - 2;
+KDKERNELS_GPU double normalizing_power(double x) {
+  constexpr int max_exponent = Limits<T>::max_exponent - 2;
   const int exponent = -exponent_of(x) - 1;
-  return power_of_two(exponent > most ? most : exponent < -most ? -most : exponent);
+  return power_of_two(exponent > max_exponent ? max_exponent : exponent < -max_exponent ? -max_exponent : exponent);
 }
 
-// Number `at` of memory in a storage type that T computes.
+// Number `index` of memory that is stored in `storage`, as a number of type T, in which the
+// computation runs.
 template <typename T>
-KDKERNELS_GPU T load(const void* from, Storage storage, int64_t at) {
-  if constexpr (sizeof(T) == 8) return static_cast<const double*>(from)[at];
-  if (storage == Storage::float32) return static_cast<const float*>(from)[at];
-  if (storage == Storage::bfloat16) return widen(static_cast<const Bfloat*>(from)[at]);
-  return widen(static_cast<const Half*>(from)[at]);
+KDKERNELS_GPU T load(const void* from, Storage storage, int64_t index) {
+  if constexpr (sizeof(T) == 8) return static_cast<const double*>(from)[index];
+  if (storage == Storage::float32) return static_cast<const float*>(from)[index];
+  if (storage == Storage::bfloat16) return widen(static_cast<const Bfloat*>(from)[index]);
+  return widen(static_cast<const Half*>(from)[index]);
 }
 template <typename T>
-KDKERNELS_GPU void store(T x, void* to, Storage storage, int64_t at) {
+KDKERNELS_GPU void store(T x, void* to, Storage storage, int64_t index) {
   if constexpr (sizeof(T) == 8) {
-    static_cast<double*>(to)[at] = x;
+    static_cast<double*>(to)[index] = x;
   } else {
-    if (storage == Storage::float32) static_cast<float*>(to)[at] = x;
-    if (storage == Storage::bfloat16) round_to(x, static_cast<Bfloat*>(to)[at]);
-    if (storage == Storage::float16) round_to(x, static_cast<Half*>(to)[at]);
+    if (storage == Storage::float32) static_cast<float*>(to)[index] = x;
+    if (storage == Storage::bfloat16) round_to(x, static_cast<Bfloat*>(to)[index]);
+    if (storage == Storage::float16) round_to(x, static_cast<Half*>(to)[index]);
   }
 }
-// Whether numbers lie in memory as T.
+// Whether numbers are stored as T.
 template <typename T>
-KDKERNELS_GPU bool is_own(Storage storage) {
+KDKERNELS_GPU bool is_stored_as(Storage storage) {
   return storage == (sizeof(T) == 8 ? Storage::float64 : Storage::float32);
 }
 
-// Four numbers that are read at once.
+// Four numbers that are loaded at once.
 template <typename T>
 struct alignas(16) Four {
   T x[4];
 };
 template <typename T>
-KDKERNELS_GPU Four<T> four(const T* from) {
+KDKERNELS_GPU Four<T> load_four(const T* from) {
   return *reinterpret_cast<const Four<T>*>(from);
 }
 

@@ -1,4 +1,5 @@
-// Which block of a launch does what, on either side: several problems share a launch, each with blocks of its own.
+// Assigns problems to the blocks of a launch, on the device and on the host. Several problems share
+// a launch, and each of them has a range of blocks.
 #pragma once
 
 #include <type_traits>
@@ -14,6 +15,7 @@ struct Group {
   int count;
 };
 
+// The problem to which a block of the launch belongs; `block` becomes its index within the problem.
 template <typename Problem>
 KDKERNELS_GPU const Problem& problem_of(const Group<Problem>& group, int64_t& block) {
   int i = 0;
@@ -22,17 +24,18 @@ KDKERNELS_GPU const Problem& problem_of(const Group<Problem>& group, int64_t& bl
   return group.problems[i];
 }
 
+// slot: the number of the matrix among those that share the block.
 template <typename T, typename Cta>
-KDKERNELS_GPU void forward_block(Cta& cta, const Group<ForwardProblem>& group, int64_t block, int part, char* shared, int64_t limit) {
+KDKERNELS_GPU void forward_block(Cta& cta, const Group<ForwardProblem>& group, int64_t block, int slot, char* shared, int64_t limit) {
   const ForwardProblem& problem = problem_of(group, block);
-  const int64_t b = block * matrices_together(Cta::kThreads) + part;
-  if (b < problem.batch) forward<T>(cta, problem, b, shared + part * limit, limit);
+  const int64_t b = block * matrices_per_block(Cta::kThreads) + slot;
+  if (b < problem.batch) forward<T>(cta, problem, b, shared + slot * limit, limit);
 }
 template <typename T, typename Cta>
-KDKERNELS_GPU void solve_block(Cta& cta, const Group<BackwardProblem>& group, int64_t block, int part, char* shared, int64_t limit) {
+KDKERNELS_GPU void solve_block(Cta& cta, const Group<BackwardProblem>& group, int64_t block, int slot, char* shared, int64_t limit) {
   const BackwardProblem& problem = problem_of(group, block);
-  const int64_t b = block * matrices_together(Cta::kThreads) + part;
-  if (b < problem.batch) solve<T>(cta, problem, b, shared + part * limit, limit);
+  const int64_t b = block * matrices_per_block(Cta::kThreads) + slot;
+  if (b < problem.batch) solve<T>(cta, problem, b, shared + slot * limit, limit);
 }
 template <typename T, typename Cta>
 KDKERNELS_GPU void update_block(Cta& cta, const Group<BackwardProblem>& group, int64_t block, char* shared) {
@@ -41,22 +44,23 @@ KDKERNELS_GPU void update_block(Cta& cta, const Group<BackwardProblem>& group, i
   update<T>(cta, problem, block / blocks, static_cast<int>(block % blocks), shared);
 }
 
-// What follows runs where problems are launched, on the host.
+// The following functions run on the host, which launches the kernels.
 
 template <typename Problem>
-int size_of(const Problem& problem) {  // of the numbers that are computed with
+int number_size(const Problem& problem) {  // bytes per number of the computation
   return problem.x.storage == Storage::float64 ? 8 : 4;
 }
 
-// f(T()) of the type that computes a storage type
+// Calls f(T()), where T is the type in which numbers of this storage type are computed.
 template <typename F>
 const char* with_type(Storage storage, F f) {
   return storage == Storage::float64 ? f(double()) : f(float());
 }
-// f(T(), threads) of the types that compute a problem: only what threads_for can give.
+// Calls f(T(), threads) for the kernel of a problem. Only combinations that threads_for can return
+// are compiled.
 template <typename Problem, typename F>
 const char* with_kernel(const Problem& problem, F f) {
-  const int threads = threads_for(problem.p, size_of(problem));
+  const int threads = threads_for(problem.p, number_size(problem));
   return with_type(problem.x.storage, [&](auto t) {
     if constexpr (sizeof(t) == 4) {
       if (threads == 32) return f(t, std::integral_constant<int, 32>());
@@ -66,9 +70,9 @@ const char* with_kernel(const Problem& problem, F f) {
   });
 }
 
-// Puts problems into groups of one kernel each: f(group, indices) for every group.
+// Divides the problems into groups that run the same kernel, and calls f(group) for every group.
 template <typename Problem, typename Key, typename Blocks, typename F>
-const char* in_groups(const Problem* problems, int count, Key key, Blocks blocks, F f) {
+const char* for_each_group(const Problem* problems, int count, Key key, Blocks blocks, F f) {
   for (int i = 0; i < count; ++i) {
     bool done = false;
     for (int before = 0; before < i; ++before) done = done || key(problems[before]) == key(problems[i]);
@@ -89,51 +93,56 @@ const char* in_groups(const Problem* problems, int count, Key key, Blocks blocks
 
 template <typename Problem>
 int64_t matrix_blocks(const Problem& problem) {
-  const int together = matrices_together(threads_for(problem.p, size_of(problem)));
-  return (problem.batch + together - 1) / together;
+  const int matrices = matrices_per_block(threads_for(problem.p, number_size(problem)));
+  return (problem.batch + matrices - 1) / matrices;
 }
 template <typename Problem>
 int kernel_key(const Problem& problem) {
-  return threads_for(problem.p, size_of(problem)) * 2 + (problem.x.storage == Storage::float64);
+  return threads_for(problem.p, number_size(problem)) * 2 + (problem.x.storage == Storage::float64);
 }
-// What a group needs of shared memory, and the part of each matrix.
+// The largest f(problem) of a group, where f is the shared memory of a matrix or of a block.
 template <typename Problem, typename F>
-int64_t largest(const Group<Problem>& group, F f) {
-  int64_t most = 0;
-  for (int i = 0; i < group.count; ++i) most = f(group.problems[i]) > most ? f(group.problems[i]) : most;
-  return most;
+int64_t largest_of_group(const Group<Problem>& group, F f) {
+  int64_t result = 0;
+  for (int i = 0; i < group.count; ++i) result = f(group.problems[i]) > result ? f(group.problems[i]) : result;
+  return result;
 }
 
-// f(group, T(), threads, blocks, bytes of shared memory of a matrix): a matrix's part begins where the one before ends, as far as the
-// largest plan goes.
+// Calls f(group, T(), threads, blocks, bytes of shared memory per matrix) for every group. The
+// memory of a matrix starts where that of the matrix before it ends, and is as large as the largest
+// plan.
 template <typename F>
-const char* in_forward_groups(const ForwardProblem* problems, int count, int64_t limit, F f) {
-  return in_groups(problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
-    return with_kernel(group.problems[0], [&](auto t, auto threads) {
-      const int64_t own = limit_for(group.problems[0].p, sizeof(t), limit);
-      const int64_t shared = largest(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-      return f(group, t, threads, group.first_block[group.count], shared);
-    });
-  });
+const char* for_each_forward_group(const ForwardProblem* problems, int count, int64_t limit, F f) {
+  return for_each_group(
+      problems, count, kernel_key<ForwardProblem>, matrix_blocks<ForwardProblem>, [&](const Group<ForwardProblem>& group) {
+        return with_kernel(group.problems[0], [&](auto t, auto threads) {
+          const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
+          const int64_t shared =
+              largest_of_group(group, [&](const ForwardProblem& m) { return forward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
+          return f(group, t, threads, group.first_block[group.count], shared);
+        });
+      });
 }
 template <typename F>
-const char* in_solve_groups(const BackwardProblem* problems, int count, int64_t limit, F f) {
-  return in_groups(problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
-    return with_kernel(group.problems[0], [&](auto t, auto threads) {
-      const int64_t own = limit_for(group.problems[0].p, sizeof(t), limit);
-      const int64_t shared = largest(group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, own).shared(); });
-      return f(group, t, threads, group.first_block[group.count], shared);
-    });
-  });
+const char* for_each_solve_group(const BackwardProblem* problems, int count, int64_t limit, F f) {
+  return for_each_group(
+      problems, count, kernel_key<BackwardProblem>, matrix_blocks<BackwardProblem>, [&](const Group<BackwardProblem>& group) {
+        return with_kernel(group.problems[0], [&](auto t, auto threads) {
+          const int64_t matrix_limit = limit_per_matrix(group.problems[0].p, sizeof(t), limit);
+          const int64_t shared = largest_of_group(
+              group, [&](const BackwardProblem& m) { return backward_plan<decltype(t)>(m.p, m.k, matrix_limit).shared(); });
+          return f(group, t, threads, group.first_block[group.count], shared);
+        });
+      });
 }
-// f(group, T(), blocks, bytes of shared memory of a block)
+// Calls f(group, T(), blocks, bytes of shared memory per block) for every group.
 template <typename F>
-const char* in_update_groups(const BackwardProblem* problems, int count, F f) {
-  return in_groups(
+const char* for_each_update_group(const BackwardProblem* problems, int count, F f) {
+  return for_each_group(
       problems, count, [](const BackwardProblem& m) { return m.x.storage == Storage::float64; }, update_blocks,
       [&](const Group<BackwardProblem>& group) {
         return with_type(group.problems[0].x.storage, [&](auto t) {
-          const int64_t shared = largest(group, [&](const BackwardProblem& m) { return update_shared<decltype(t)>(m.p, m.k); });
+          const int64_t shared = largest_of_group(group, [&](const BackwardProblem& m) { return update_shared<decltype(t)>(m.p, m.k); });
           return f(group, t, group.first_block[group.count], shared);
         });
       });

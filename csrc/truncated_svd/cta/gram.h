@@ -1,5 +1,6 @@
-// G = M M^T: each thread keeps a block of 8 x 8 of the lower triangle in registers (4 x 4 in double); where there are fewer blocks than
-// threads, columns are dealt out to groups of threads, whose sums are added in order.
+// G = M M^T. Each thread keeps a block of 8 x 8 numbers of the lower triangle in registers (4 x 4
+// in double). If there are fewer blocks than threads, the columns of M are divided among groups of
+// threads, and the sums of the groups are added in order.
 #pragma once
 
 #include "tiles.h"
@@ -7,21 +8,21 @@
 namespace kdkernels::truncated_svd::gpu {
 
 template <typename Cta, typename T>
-KDKERNELS_STAGE void gram(Cta& cta, const Source<T>& m, T* tiles, T* matrix) {
+KDKERNELS_STAGE void gram(Cta& cta, const MatrixSource<T>& m, T* tiles, T* matrix) {
   constexpr int kBlock = sizeof(T) == 4 ? 8 : 4;
   const int p = m.p, ld = matrix_stride(p), stride = tile_stride(p), columns = tile_columns(p);
   const int side = (p + kBlock - 1) / kBlock, blocks = side * (side + 1) / 2;
-  struct Own {
+  struct ThreadSums {
     T sum[kBlock][kBlock];
-    int row, column, group;  // group < 0: none
+    int row, column, group;  // group < 0: this thread has no block
   };
-  PerThread<Own> own;
+  PerThread<ThreadSums> thread_sums;
   for (int begin = 0; begin < blocks; begin += Cta::kThreads) {
-    const int together = fewer(blocks - begin, Cta::kThreads), groups = fewer(Cta::kThreads / together, columns);
+    const int at_once = smaller(blocks - begin, Cta::kThreads), groups = smaller(Cta::kThreads / at_once, columns);
     cta.threads([&](int t) {
-      Own& o = own[t];
-      o.group = t / together < groups ? t / together : -1;
-      int block = begin + t % together, row = 0;
+      ThreadSums& o = thread_sums[t];
+      o.group = t / at_once < groups ? t / at_once : -1;
+      int block = begin + t % at_once, row = 0;
       while (block > row) block -= ++row;  // row r begins after r (r + 1) / 2 blocks
       o.row = row * kBlock, o.column = block * kBlock;
 #pragma unroll
@@ -31,7 +32,7 @@ KDKERNELS_STAGE void gram(Cta& cta, const Source<T>& m, T* tiles, T* matrix) {
     });
     stream(cta, m, 0, m.q, tiles, [&](const T* tile, int, int) {
       cta.start([&](int t) {
-        Own& o = own[t];
+        ThreadSums& o = thread_sums[t];
         if (o.group < 0) return;
         KDKERNELS_SHARED(tile);
         for (int c = o.group; c < columns; c += groups) {
@@ -39,7 +40,7 @@ KDKERNELS_STAGE void gram(Cta& cta, const Source<T>& m, T* tiles, T* matrix) {
           T x[kBlock], y[kBlock];
 #pragma unroll
           for (int i = 0; i < kBlock; i += 4) {
-            const Four<T> left = four(column + o.row + i), right = four(column + o.column + i);
+            const Four<T> left = load_four(column + o.row + i), right = load_four(column + o.column + i);
 #pragma unroll
             for (int l = 0; l < 4; ++l) x[i + l] = left.x[l], y[i + l] = right.x[l];
           }
@@ -52,7 +53,7 @@ KDKERNELS_STAGE void gram(Cta& cta, const Source<T>& m, T* tiles, T* matrix) {
     });
     for (int group = 0; group < groups; ++group)
       cta.threads([&](int t) {
-        Own& o = own[t];
+        ThreadSums& o = thread_sums[t];
         if (o.group != group) return;
 #pragma unroll
         for (int i = 0; i < kBlock; ++i)

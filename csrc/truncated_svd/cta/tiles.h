@@ -1,4 +1,5 @@
-// The shared memory and workspace of one matrix, and the tiles through which its columns pass.
+// The shared memory and workspace of one matrix, and the tiles through which kernels read its
+// columns.
 #pragma once
 
 #include "arithmetic.h"
@@ -6,12 +7,10 @@
 
 namespace kdkernels::truncated_svd::gpu {
 
-// The working memory of one matrix: what fits is in shared memory, the rest in a workspace.
-//
-// Pieces hands out memory.
-class Pieces {
+// Hands out consecutive pieces of a memory block.
+class BumpAllocator {
  public:
-  KDKERNELS_GPU explicit Pieces(void* from) : at_(static_cast<char*>(from)) {}
+  KDKERNELS_GPU explicit BumpAllocator(void* from) : at_(static_cast<char*>(from)) {}
   template <typename V>
   KDKERNELS_GPU V* take(int64_t count) {
     V* result = reinterpret_cast<V*>(at_);
@@ -23,63 +22,67 @@ class Pieces {
   char* at_;
 };
 
+// The working memory of one matrix: in shared memory as far as it fits, the rest in a workspace.
 template <typename T>
-struct Room {
-  KDKERNELS_GPU Room(const Plan& plan, int p, int k, bool backward, char* shared, char* workspace) {
-    Pieces pieces(shared + kScratch);
-    T* small = pieces.take<T>(4 * p + tile_columns(p) * k);
-    d = small, e = d + p, tau = e + p, w = tau + p, along = w + p;
-    double* numbers = pieces.take<double>(6 * k);
+struct WorkingMemory {
+  KDKERNELS_GPU WorkingMemory(const Plan& plan, int p, int k, bool backward, char* shared, char* workspace) {
+    BumpAllocator in_shared(shared + kScratch);
+    T* small = in_shared.take<T>(4 * p + tile_columns(p) * k);
+    d = small, e = d + p, tau = e + p, w = tau + p, projections = w + p;
+    double* numbers = in_shared.take<double>(6 * k);
     lambda = numbers, dots = lambda + k, low = dots + k, high = low + k, sigma = high + k, squares = sigma + k;
-    int* integers = pieces.take<int>(kMostThreads + 2 * k);
-    above = integers, order = above + kMostThreads + k;
-    char* phase = pieces.take<char>(plan.vectors_shared && plan.eigen > plan.tiles ? plan.eigen : plan.tiles);
-    Pieces outside(workspace);
-    Pieces& of_vectors = plan.vectors_shared ? pieces : outside;
-    vectors = of_vectors.take<T>(int64_t(backward ? 3 : 1) * k * tile_stride(p));
-    products = backward ? of_vectors.take<double>(3 * int64_t(k) * k) : nullptr;
+    int* integers = in_shared.take<int>(kMaxThreads + 2 * k);
+    is_above = integers, order = is_above + kMaxThreads + k;
+    char* phase = in_shared.take<char>(plan.vectors_shared && plan.eigen > plan.tiles ? plan.eigen : plan.tiles);
+    BumpAllocator in_workspace(workspace);
+    BumpAllocator& for_vectors = plan.vectors_shared ? in_shared : in_workspace;
+    vectors = for_vectors.take<T>(int64_t(backward ? 3 : 1) * k * tile_stride(p));
+    products = backward ? for_vectors.take<double>(3 * int64_t(k) * k) : nullptr;
     tiles = reinterpret_cast<T*>(phase);
-    char* eigen = plan.vectors_shared ? phase : outside.take<char>(plan.eigen);
+    char* eigen = plan.vectors_shared ? phase : in_workspace.take<char>(plan.eigen);
     parts = reinterpret_cast<T*>(eigen);
     x = reinterpret_cast<double*>(eigen), rows = x + int64_t(k) * p;
-    matrix = reinterpret_cast<T*>((plan.matrix_shared ? pieces : outside).take<char>(plan.matrix));
+    matrix = reinterpret_cast<T*>((plan.matrix_shared ? in_shared : in_workspace).take<char>(plan.matrix));
   }
 
-  T *d, *e, *tau, *w;                                    // of T: its diagonals [p]; of Q: factors [p]; a vector [p]
-  T* along;                                              // [columns of a tile][k]
+  T *d, *e;                                              // [p]: the diagonals of T
+  T *tau, *w;                                            // [p]: the factors of the reflections of Q, and a vector
+  T* projections;                                        // [columns of a tile][k]
   double *lambda, *dots, *low, *high, *sigma, *squares;  // [k]
-  double* products;                                      // [3][k][k], backward
-  int *above, *order;                                    // [threads or k], [k]
-  T *tiles, *parts;                                      // [stages][columns][tile_stride]; [kParts][p]
+  double* products;                                      // [3][k][k], in the backward pass
+  int *is_above, *order;                                 // [threads or k], [k]
+  T *tiles, *parts;                                      // [kTilesInFlight][columns][tile_stride]; [kMaxParts][p]
   double *x, *rows;                                      // [k][p]; rows of eliminations
-  T* vectors;                                            // [vectors k][tile_stride]
+  T* vectors;                                            // [k or 3 k][tile_stride]
   T* matrix;                                             // [p][matrix_stride]
 };
 
-// Columns of M, tile by tile, through shared memory: scaled, and without what lies along vectors that are known.
+// The columns of M, which are read tile by tile through shared memory: scaled, and without their
+// projections onto known vectors.
 template <typename T>
-struct Source {
+struct MatrixSource {
   View view;
-  int64_t offset;  // of the matrix
+  int64_t offset;  // of the matrix in memory
   int p, q;
   T scale;
-  const T* known;  // [count][tile_stride(p)], orthonormal: what is left of a column m is m - sum_j known_j <known_j, m>
+  // [count][tile_stride(p)], orthonormal: a column m becomes m - sum_j known_j <known_j, m>.
+  const T* known;
   int count;
-  T* along;  // room for [tile_columns(p)][count]
+  T* projections;  // memory for [tile_columns(p)][count]
 
-  KDKERNELS_GPU int64_t place(int i, int c) const { return offset + i * view.stride_p + c * view.stride_q; }
-  KDKERNELS_GPU T at(int i, int c) const { return load<T>(view.data, view.storage, place(i, c)); }
+  KDKERNELS_GPU int64_t index(int i, int c) const { return offset + i * view.stride_p + c * view.stride_q; }
+  KDKERNELS_GPU T at(int i, int c) const { return load<T>(view.data, view.storage, index(i, c)); }
 };
 
-// Starts the copy of columns [first, first + columns) to a tile, zero past the last one.
+// Starts to copy columns [first, first + columns) to a tile; columns past the last one are zero.
 template <typename Cta, typename T>
-KDKERNELS_GPU void load_tile(Cta& cta, const Source<T>& m, int first, T* tile) {
+KDKERNELS_GPU void load_tile(Cta& cta, const MatrixSource<T>& m, int first, T* tile) {
   const int columns = tile_columns(m.p), stride = tile_stride(m.p), p = m.p;
-  const bool own = is_own<T>(m.view.storage);
+  const bool same_dtype = is_stored_as<T>(m.view.storage);
   auto put = [&](int i, int c) {
     const bool valid = first + c < m.q;
-    if (own)
-      cta.copy_async(tile + c * stride + i, static_cast<const T*>(m.view.data) + m.place(i, valid ? first + c : 0), valid);
+    if (same_dtype)
+      cta.copy_async(tile + c * stride + i, static_cast<const T*>(m.view.data) + m.index(i, valid ? first + c : 0), valid);
     else
       tile[c * stride + i] = valid ? m.at(i, first + c) : T(0);
   };
@@ -89,7 +92,8 @@ KDKERNELS_GPU void load_tile(Cta& cta, const Source<T>& m, int first, T* tile) {
       for (int c = warp; c < columns; c += warps)
         for (int i = lane; i < p; i += 32) put(i, c);
     } else {
-      // 8 columns of 4 rows at a time: whole sectors of memory, and every number to a bank of its own.
+      // 8 columns of 4 rows at a time: whole sectors of memory are read, and each number goes to
+      // another bank.
       const int across = columns < 8 ? columns : 8, down = 32 / across;
       for (int i = warp * down + lane / across; i < p; i += warps * down)
         for (int c = lane % across; c < columns; c += across) put(i, c);
@@ -97,8 +101,9 @@ KDKERNELS_GPU void load_tile(Cta& cta, const Source<T>& m, int first, T* tile) {
   });
 }
 
+// Scales the columns of a tile and subtracts their projections onto the known vectors.
 template <typename Cta, typename T>
-KDKERNELS_STAGE void prepare_tile(Cta& cta, const Source<T>& m, T* tile) {
+KDKERNELS_STAGE void prepare_tile(Cta& cta, const MatrixSource<T>& m, T* tile) {
   KDKERNELS_SHARED(tile);
   const int columns = tile_columns(m.p), stride = tile_stride(m.p), p = m.p, count = m.count;
   if (m.scale != T(1)) cta.warps(columns, [&](const Warp& warp, int c) { warp.each(p, [&](int i) { tile[c * stride + i] *= m.scale; }); });
@@ -106,36 +111,38 @@ KDKERNELS_STAGE void prepare_tile(Cta& cta, const Source<T>& m, T* tile) {
   cta.warps(columns * count, [&](const Warp& warp, int task) {
     const int c = task / count, j = task % count;
     const T dot = warp.sum<T>(p, [&](int i) { return tile[c * stride + i] * m.known[j * stride + i]; });
-    warp.each(1, [&](int) { m.along[c * count + j] = dot; });
+    warp.each(1, [&](int) { m.projections[c * count + j] = dot; });
   });
   cta.warps(columns, [&](const Warp& warp, int c) {
     warp.each(p, [&](int i) {
       T value = tile[c * stride + i];
-      for (int j = 0; j < count; ++j) value -= m.along[c * count + j] * m.known[j * stride + i];
+      for (int j = 0; j < count; ++j) value -= m.projections[c * count + j] * m.known[j * stride + i];
       tile[c * stride + i] = value;
     });
   });
 }
 
-// body(tile, first, count) for each tile of columns [begin, end). It may end without a barrier if it writes none of the tile's memory.
+// Calls body(tile, first, count) for each tile of columns [begin, end). body may end without a
+// barrier if it does not write to the memory of the tile.
 template <typename Cta, typename T, typename F>
-KDKERNELS_GPU void stream(Cta& cta, const Source<T>& m, int begin, int end, T* tiles, F body) {
+KDKERNELS_GPU void stream(Cta& cta, const MatrixSource<T>& m, int begin, int end, T* tiles, F body) {
   const int columns = tile_columns(m.p), stride = tile_stride(m.p), steps = (end - begin + columns - 1) / columns;
-  cta.each(kStages * columns, [&](int c) {
+  cta.each(kTilesInFlight * columns, [&](int c) {
     for (int i = m.p; i < stride; ++i) tiles[c * stride + i] = T(0);
   });
-  auto tile = [&](int step) { return tiles + step % kStages * columns * stride; };
-  for (int step = 0; step < kStages - 1; ++step) {
+  auto tile = [&](int step) { return tiles + step % kTilesInFlight * columns * stride; };
+  for (int step = 0; step < kTilesInFlight - 1; ++step) {
     if (step < steps) load_tile(cta, m, begin + step * columns, tile(step));
     cta.commit();
   }
   for (int step = 0; step < steps; ++step) {
-    cta.template wait<kStages - 2>();
-    if (step + kStages - 1 < steps) load_tile(cta, m, begin + (step + kStages - 1) * columns, tile(step + kStages - 1));
+    cta.template wait<kTilesInFlight - 2>();
+    if (step + kTilesInFlight - 1 < steps)
+      load_tile(cta, m, begin + (step + kTilesInFlight - 1) * columns, tile(step + kTilesInFlight - 1));
     cta.commit();
     if (m.scale != T(1) || m.count > 0) prepare_tile(cta, m, tile(step));
     const int first = begin + step * columns;
-    body(tile(step), first, fewer(columns, end - first));
+    body(tile(step), first, smaller(columns, end - first));
   }
   cta.template wait<0>();
 }
