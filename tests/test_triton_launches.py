@@ -1,4 +1,6 @@
-"""Launches of the Triton kernels for GPUs that are not present: a driver would accept every launch, and kernels compile without spills.
+"""Launches of the Triton kernels for GPUs that are not present.
+
+A driver would accept every launch, and kernels compile without spills.
 
 No kernel runs and no result is computed here; the tests in Triton's interpreter compute results.
 triton_launches.py documents the checks. For sm_90 all calls are made: the cases of the other tests,

@@ -131,7 +131,7 @@ class FakeDriver:
         properties = {(name,): kind for name, kind in source.signature.items()}
         properties |= {
             (names[first], *rest): front_end_property(value) for (first, *rest), value in source.constants.items()
-        }  # rest is the position within a tuple
+        }  # rest: position in a tuple
         pairs = set(itertools.combinations(sorted((argument, str(value)) for argument, value in properties.items()), 2))
         kernel = UncompiledKernel(self, name)
         if not pairs <= self.pairs[name]:
@@ -373,19 +373,19 @@ def attention_calls(kind: str):
         for i, case in enumerate(FEATURE_CASES):
             yield f"{case.name} {option_sets[i % 7]}", partial(pool, case, *option_sets[i % 7])
             yield f"{case.name}, loss", partial(transfer, case, 2.0, ("authors", "paper")[i % 2], "mean", ["loss and gradient", "student, teacher"])
-        yield "one of all in every form", lambda: [pool(FEATURE_CASES[1], *options_of_call) for options_of_call in option_sets]
+        yield "one of all in every form", lambda: [pool(FEATURE_CASES[1], *setting) for setting in option_sets]
         yield "one of all, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
         yield "plain, loss in parts", partial(transfer, FEATURE_CASES[0], 2.7, "paper", "sum", every)
     if kind == "shapes":
         for i, shape in enumerate([(128, 256, 8, 8), (128, 256, 56, 56), (128, 512, 2, 2), (128, 64, 8, 8), (128, 256, 56, 56), (128, 3, 3, 3)]):
             layout = "contiguous" if i < 3 else "channels_last"
             yield f"{shape} {layout}", partial(pool, FeatureCase("", shape, layout=layout), 2.0, "mean", "l2")
-            dtype, *options_of_call = [
+            dtype, *setting = [
                 (torch.bfloat16, 2.7, "mean", "l2"),
                 (torch.float16, 1.5, "max", "softmax"),
                 (torch.float64, 2.7, "max", "l2"),
             ][i % 3]
-            yield f"{shape} {layout} {dtype}", partial(pool, FeatureCase("", shape, dtype, layout), *options_of_call)
+            yield f"{shape} {layout} {dtype}", partial(pool, FeatureCase("", shape, dtype, layout), *setting)
         for extent, dtype in ((8, torch.float32), (56, torch.float32), (56, torch.float64)):
             for variant in ("authors", "paper"):
                 case = FeatureCase("", (128, 64, extent, extent), dtype)
