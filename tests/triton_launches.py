@@ -45,7 +45,7 @@ import triton.compiler
 from cases import KL_CASES, KLCase
 from correlation_cases import CORRELATION_CASES, CorrelationCase
 from feature_cases import FEATURE_CASES, FeatureCase
-from matrix_cases import LAYOUTS, laid_out
+from matrix_cases import LAYOUTS, with_layout
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton._C.libtriton import ir
@@ -373,8 +373,8 @@ def attention_calls(kind: str):
         for i, case in enumerate(FEATURE_CASES):
             yield f"{case.name} {option_sets[i % 7]}", partial(pool, case, *option_sets[i % 7])
             yield f"{case.name}, loss", partial(transfer, case, 2.0, ("authors", "paper")[i % 2], "mean", ["loss and gradient", "student, teacher"])
-        yield "one of all in every form", lambda: [pool(FEATURE_CASES[1], *setting) for setting in option_sets]
-        yield "one of all, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
+        yield "one element, all options", lambda: [pool(FEATURE_CASES[1], *setting) for setting in option_sets]
+        yield "one element, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
         yield "plain, loss in parts", partial(transfer, FEATURE_CASES[0], 2.7, "paper", "sum", every)
     if kind == "shapes":
         for i, shape in enumerate([(128, 256, 8, 8), (128, 256, 56, 56), (128, 512, 2, 2), (128, 64, 8, 8), (128, 256, 56, 56), (128, 3, 3, 3)]):
@@ -449,7 +449,7 @@ def svd_calls(kind: str):
     from kdkernels.triton import truncated_svd as svd
 
     def decompose(m, n, k, dtype=torch.float32, layout="rows", batch=3, return_u=True, state=True, gradients="u, s, v"):
-        x = as_fake_cuda(laid_out(torch.empty(batch, m, n, dtype=dtype), layout))
+        x = as_fake_cuda(with_layout(torch.empty(batch, m, n, dtype=dtype), layout))
         u, s, v, saved = svd.truncated_svd(x, k, Sign.MAX_ABS, return_u, 1e-6, state)
         given = [torch.empty_like(t) if name in gradients else None for name, t in zip("usv", (u, s, v), strict=True)]
         svd.truncated_svd_backward(*given, x, u, s, v, saved, 1e-6)
