@@ -94,8 +94,8 @@ def test_results_do_not_depend_on_shared_memory(limit, dtype, host):
 def test_usual_shapes_fit_in_shared_memory(target, limit):
     """Usual sizes of feature maps fit on each kind of GPU, also small ones with one warp per matrix.
 
-    In float32, all sides up to 1024 fit if a block may have 163 KiB of shared memory, and sides up to
-    512 if it may have 99 KiB. In float64, half of these sizes fit.
+    In float32, all sides up to 1024 fit if a block may have 163 KiB of shared memory, and sides up
+    to 512 if it may have 99 KiB. In float64, half of these sizes fit.
     """
     largest_side = 1024 if limit > 100 << 10 else 512
     for p in (1, 16, 32, 33, 49, 64, 128, 196, 256, 512, 1024):
@@ -138,7 +138,8 @@ def test_table_in_the_docs_matches_the_budget():
 
 
 def test_kernel_sources_do_not_include_torch():
-    """csrc/*/kernels.cu and the files they include can be compiled with nvcc alone, without torch."""
+    """csrc/*/kernels.cu and the files they include can be compiled with nvcc alone, without torch.
+    """
     files, seen = list(SOURCES.glob("*/kernels.cu")), set()
     assert files
     while files:
