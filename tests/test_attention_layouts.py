@@ -54,7 +54,9 @@ def test_any_layout_and_dtypes(seed):
         _close(f"maps of {case}", got, want.detach(), got.dtype)
         upstream = random_layout(rng, got.shape, got.dtype)
         gradients = (torch.autograd.grad(y, x, upstream.to(y.dtype))[0] for y, x in ((got, features), (want, wide)))
-        _close(f"gradient of {case}", *gradients, dtype, _bound(wide.detach(), p, options["reduce"], options["normalize"]) * upstream.abs().max().item())
+        _close(
+            f"gradient of {case}", *gradients, dtype, _bound(wide.detach(), p, options["reduce"], options["normalize"]) * upstream.abs().max().item()
+        )
 
         options = {"reduce": options["reduce"], "variant": rng.choice(("authors", "paper"))}
         case = f"{case} and {other.dtype} {other.shape} {other.stride()} {options}"
@@ -69,7 +71,9 @@ def test_any_layout_and_dtypes(seed):
             if both:
                 t, wide_t = t.requires_grad_(), wide_t.requires_grad_()
                 inputs.append((t, wide_t))
-            got, want = (f(a, b, p, **options) for f, a, b in ((attention_transfer_loss, features, t), (reference.attention_transfer_loss, wide, wide_t)))
+            got, want = (
+                f(a, b, p, **options) for f, a, b in ((attention_transfer_loss, features, t), (reference.attention_transfer_loss, wide, wide_t))
+            )
             gradients = (torch.autograd.grad(y, x) for y, x in ((got, [i[0] for i in inputs]), (want, [i[1] for i in inputs])))
             for a, b, (x, exact) in zip(*gradients, inputs, strict=True):
                 scale = loss_derivative * _bound(exact.detach(), p, options["reduce"], "l2")

@@ -154,7 +154,9 @@ def test_attention_transfer_loss(case, p, variant, reduce, backend):
         loss_derivative = 2 / places if variant == "authors" else (1 + 2 / d.clamp_min(1e-300)) / d.clamp_min(1e-300) * (d > 0)
         projection = (q[net] * both).sum(1, keepdim=True)
         size = (both + q[net] * projection) / maps.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        size = (size * (loss_derivative if variant == "authors" else loss_derivative[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
+        size = (
+            (size * (loss_derivative if variant == "authors" else loss_derivative[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
+        )
         scale = _replace_non_finite(1.5 * size * _derivative(x.detach().cpu(), p) / (x.shape[1] if reduce == "mean" else 1))
         truncated = backend == "triton" and device == "cpu"
         if i == 0 and power.numel():  # stored divided by a power of two per sample
