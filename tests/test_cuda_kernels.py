@@ -92,7 +92,7 @@ def test_results_do_not_depend_on_shared_memory(limit, dtype, host):
 
 @pytest.mark.parametrize(("target", "limit"), LIMITS.items())
 def test_usual_shapes_fit_in_shared_memory(target, limit):
-    """Usual sizes of feature maps fit on each kind of GPU, also small ones with one warp per matrix.
+    """Usual sizes of feature maps fit on each GPU, also small ones with one warp per matrix.
 
     In float32, all sides up to 1024 fit if a block may have 163 KiB of shared memory, and sides up
     to 512 if it may have 99 KiB. In float64, half of these sizes fit.

@@ -8,7 +8,7 @@ from cases import KL_CASES
 from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close, sum_error, rounding
+from tolerances import assert_close, rounding, sum_error
 
 from kdkernels import reference, temperature_kl
 from kdkernels.options import VALUES
