@@ -7,7 +7,7 @@ from kdkernels import reference
 
 
 def check_triplets(x, k, u, s, v):
-    """Compare u [..., M, k], s and v of x, in float32 or float64, with LAPACK's result in float64."""
+    """Compare u [..., M, k], s and v of x (float32 or float64) with LAPACK's result in float64."""
     m, n = x.shape[-2:]
     eps = rounding(s.dtype)
     if s.dtype == torch.float64:

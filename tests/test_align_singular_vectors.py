@@ -22,7 +22,7 @@ def _vectors(*shape, dtype=torch.float64, seed=0):
 
 
 def test_known_value(svd):
-    """The student has the teacher's vectors in another order, one of them with the opposite sign."""
+    """The student has the teacher's vectors in another order, one with the opposite sign."""
     device = svd.device
     teacher = torch.eye(4, 2, device=device)
     student = torch.stack([-teacher[:, 1], torch.eye(4, device=device)[:, 3], teacher[:, 0]], 1)

@@ -1,4 +1,4 @@
-"""Attention transfer of activations and of gradients, and FSP: known values, training, and errors."""
+"""Attention transfer of activations and gradients, and FSP: known values, training, and errors."""
 
 import copy
 

@@ -326,7 +326,7 @@ def test_validate_without_a_run_is_an_error(tmp_path, monkeypatch, capsys):
 
 
 def test_network_defined_in_the_current_folder(tmp_path, monkeypatch):
-    """The network is imported from the current folder, trained, and restored from the checkpoint."""
+    """The network is imported from the current folder, trained, and restored from a checkpoint."""
     (tmp_path / "nets_of_mine.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self, width: int):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, 10))\n"

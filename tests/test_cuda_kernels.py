@@ -138,7 +138,7 @@ def test_table_in_the_docs_matches_the_budget():
 
 
 def test_kernel_sources_do_not_include_torch():
-    """csrc/*/kernels.cu and the files they include can be compiled with nvcc alone, without torch."""
+    """csrc/*/kernels.cu and the files they include can be compiled with nvcc, without torch."""
     files, seen = list(SOURCES.glob("*/kernels.cu")), set()
     assert files
     while files:

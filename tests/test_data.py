@@ -45,7 +45,7 @@ def test_clutter_digits_batches(clutter):
 
 
 def test_clutter_digits_depend_only_on_seed_and_index(clutter):
-    """An image does not depend on the size of the split, or on whether images are kept in memory."""
+    """An image does not depend on the size of its split, or on whether images are in memory."""
     streamed = ClutterDigits(train_size=10**12, val_size=32, test_size=48, max_memory=0, batch_size=16)
     streamed.setup()
     other = ClutterDigits(train_size=64, val_size=32, test_size=48, seed=1)

@@ -127,7 +127,7 @@ def test_wrong_number_of_classes_raises(data, tmp_path):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; a training batch has 10 to 10"):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), loader)
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\]"):  # already in the sanity check of validation
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\]"):  # already where validation is tried out
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, [])), loader)
 
 

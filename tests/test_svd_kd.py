@@ -29,7 +29,7 @@ def _maps(shapes=SHAPES, seed=0, dtype=torch.float64):
 
 
 def _sine_features(shape, a, b):
-    """Return features [B, C, H, W] made of sines of the element's index in the order [B, H, W, C]."""
+    """Return features [B, C, H, W] made of sines of the index in the order [B, H, W, C]."""
     n = torch.arange(math.prod(shape), dtype=torch.float64)
     x = torch.clamp(torch.sin(a * n + b) + 0.3 * torch.cos(0.7 * a * n), min=0).view(shape[0], *shape[2:], shape[1])
     return x.movedim(-1, 1).contiguous()
@@ -124,7 +124,7 @@ def test_rank1_and_authors_gradients():
 
 
 def test_authors_gradients_are_zero_if_all_maps_are_tall():
-    """The loss still has a backward pass, and a NaN in an omitted map does not reach the gradient."""
+    """The loss has a backward pass, and a NaN in an omitted map does not reach the gradient."""
     shapes = [(3, 4, 4, 4), (3, 6, 3, 3)]
     student, teacher = _maps(shapes), _maps(shapes, seed=1)
     student[0][1, 0, 0, 0] = float("nan")

@@ -148,7 +148,7 @@ def test_invalid_label_maps_raise():
 
 
 def _augment_label_images(count=6, side=9, **options):
-    """Augment images whose channels equal the label map, so that image and label can be compared."""
+    """Augment images whose channels equal the label map, so that both can be compared."""
     label = torch.randint(0, 200, (count, side, side), dtype=torch.uint8)
     batch = {"image": label[:, None].repeat(1, 3, 1, 1), "label": label, "index": torch.arange(count), "view": 3}
     return Augment(**options)(batch, lambda image: image.float())

@@ -155,7 +155,7 @@ def test_two_classes_match_values_computed_by_hand():
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("noise", [1e-3, 1e-6])
 def test_float64_is_accurate_near_agreement(direction, noise):
-    """Compare with 60-digit arithmetic: the float64 reference has an error of 1e-4 at noise 1e-6."""
+    """Compare with 60-digit arithmetic: the float64 reference is off by 1e-4 at noise 1e-6."""
     mpmath = pytest.importorskip("mpmath")
     t = torch.randn(1, 20, dtype=torch.float64)
     s = t + noise * torch.randn(1, 20, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Invalid calls, empty inputs, and direct calls of the ops of truncated_svd and related functions."""
+"""Invalid calls, empty inputs, and raw op calls of truncated_svd and related functions."""
 
 import os
 import subprocess

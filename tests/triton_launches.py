@@ -182,7 +182,7 @@ def front_end_property(constant) -> str:
 
 
 class UncompiledKernel:
-    """Replaces a compiled kernel if the specialisation is only translated or not compiled at all."""
+    """Replaces the compiled kernel if a specialisation is only translated, or not compiled."""
 
     function = packed_metadata = None
 
