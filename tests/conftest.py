@@ -23,13 +23,11 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 # Implementations of truncated_svd: device and name. On the CPU the bodies of the CUDA kernels run
-# on
-# the host. The Triton kernels have separate tests, because the interpreter is slow.
+# on the host. The Triton kernels have separate tests, because the interpreter is slow.
 SVD_BACKENDS = [("cpu", "fastest"), ("cpu", "cuda")]
 if torch.cuda.is_available():
-    # Not "torch", whose float32 results are those of torch.linalg and exceed the error bounds of
-    # the
-    # kernels. test_implementation_in_plain_torch checks it.
+    # "torch" is not in the list: its float32 results are those of torch.linalg, and exceed the
+    # error bounds of the kernels. test_implementation_in_plain_torch checks it.
     SVD_BACKENDS += [("cuda", name) for name in ("fastest", "cuda", "triton")]
 
 

@@ -12,8 +12,8 @@ from matrix_cases import named_matrices, with_layout
 from kdkernels import align_singular_vectors, truncated_svd
 from kdkernels.testing import implementation
 
-# One warp, several warps and the widest blocks; tall and wide matrices; k larger than what the
-# kernels process at once.
+# One warp, several warps and the widest blocks; tall and wide matrices; k larger than the number of
+# vectors that the kernels keep together.
 SHAPES = [(1, 1, 1), (20, 12, 3), (12, 40, 9), (40, 33, 4), (66, 70, 12), (130, 150, 2)]
 
 

@@ -30,7 +30,7 @@ def check_triplets(x, k, u, s, v):
         error = (a @ right - left * (s / largest)[..., None, :]).norm(dim=-2)
         assert (error <= eps * (16 + length)).all(), f"triplets are off by {error.max() / eps:.1f} roundings"
     # A vector whose value is separated by a gap agrees with LAPACK's, and so does the span of all
-    # vectors. The vectors of the larger side also compete with its null space.
+    # vectors. For the larger side the gap to the values 0 of its null space counts too.
     squares = (all_s / largest) ** 2
     distance = (squares[..., None, :] - squares[..., :k, None]).abs()
     distance[..., torch.arange(k), torch.arange(k)] = 1.0

@@ -64,15 +64,15 @@ def test_against_reference(batch, n, num_student, k, dtypes, flip, svd):
                 layout(teacher).detach().requires_grad_(),
                 w if w is None else w.clone().requires_grad_(),
             ]
-            wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
-            got, expected = svd.align(*inputs, flip=flip), reference.align_singular_vectors(*wide, flip=flip)
+            float64_inputs = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+            got, expected = svd.align(*inputs, flip=flip), reference.align_singular_vectors(*float64_inputs, flip=flip)
             upstream = [torch.cos(torch.arange(t.numel(), device=device).double()).view(t.shape) for t in expected]
             for name, a, b in zip(("student", "teacher"), got, expected, strict=True):
                 assert a.dtype == dtype
                 assert_close(name, a, b, rtol=sum_error(dtype, 1))
             torch.autograd.backward(got, [g.to(dtype) for g in upstream])
             torch.autograd.backward(expected, upstream)
-            for a, b in zip(inputs, wide, strict=True):
+            for a, b in zip(inputs, float64_inputs, strict=True):
                 if a is not None:
                     assert_close("gradient", a.grad, b.grad, rtol=sum_error(dtype, n), scale=1.0)
                     assert a.grad.dtype == a.dtype
@@ -180,7 +180,7 @@ def test_bits_do_not_depend_on_batch_and_threads(dtype):
     parts = [run(student[i : i + 5], teacher[i : i + 5], weight[i : i + 5]) for i in range(0, 37, 5)]
     permuted = run(student[order], teacher[order], weight[order])
     for i, t in enumerate(whole):
-        close = {"rtol": 0 if i < 2 else 1e-6, "atol": 0}  # the bits of torch.sin's upstream gradients depend on the alignment of memory
+        close = {"rtol": 0 if i < 2 else 1e-6, "atol": 0}  # bits of torch.sin depend on an element's position in SIMD vectors
         assert torch.equal(t, single[i])
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), t, **close)
         torch.testing.assert_close(permuted[i], t[order], **close)

@@ -1,6 +1,6 @@
-"""What setup.py decides to build, with shell scripts in place of CUDA toolkits and compilers.
+"""The modules that setup.py builds, with shell scripts in place of CUDA toolkits and compilers.
 
-Also what show_config prints about the result.
+Also the status that show_config prints.
 """
 
 import json

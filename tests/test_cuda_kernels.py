@@ -48,10 +48,10 @@ def test_host_execution_detects_faults():
 
 
 def _outputs_and_gradient(x, k):
-    given = x.clone().requires_grad_()
-    u, s, v = implementation("cuda")(truncated_svd)(given, k, return_u=True)
+    leaf = x.clone().requires_grad_()
+    u, s, v = implementation("cuda")(truncated_svd)(leaf, k, return_u=True)
     (v[..., 0] ** 3).sum().add((u[..., -1] * s[..., :1]).sum()).backward()
-    return [u, s, v, given.grad]
+    return [u, s, v, leaf.grad]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -16,11 +16,11 @@ def svd(request):
 
 
 def _forward_and_backward(svd, x, k):
-    given = x.detach().requires_grad_()
-    u, s, v = svd(given, k, return_u=True)
+    leaf = x.detach().requires_grad_()
+    u, s, v = svd(leaf, k, return_u=True)
     student, teacher = svd.align(v, v.detach().flip(-1), s.detach())
     loss = (student * teacher.cos()).sum() + s.sum() + (u[..., 0] ** 3).sum()
-    (grad,) = torch.autograd.grad(loss, given)
+    (grad,) = torch.autograd.grad(loss, leaf)
     return u, s, v, grad
 
 

@@ -275,7 +275,7 @@ def test_loss_of_2_to_the_32_pairs_fits_in_memory():
     inputs = [x.requires_grad_() for x in CorrelationCase("", (1, 2**16, 2**16, 1), distance=1e-2).make()]
     loss = rbf_correlation_loss(*inputs)
     loss.backward()
-    rows = torch.randperm(2**16)[:64]  # estimate the loss from the mean over these rows
+    rows = torch.randperm(2**16)[:64]  # estimate the loss from these rows
     part = _exact_loss([inputs[0][:, rows], inputs[1], inputs[2][:, rows], inputs[3]], 8.0)
     assert loss.item() == pytest.approx(part[0].item() * 2**16 / 64, rel=0.5)
     assert_close("gradient", inputs[0].grad[:, rows], part[1][0], rtol=1e-6, scale=part[2][0])

@@ -339,7 +339,7 @@ def test_layers_inside_compiled_modules_cannot_be_tapped():
 
 
 def test_labels_are_checked_in_every_batch_of_training():
-    """Also after Lightning's sanity check of validation, which must not count as the check of
+    """Lightning's sanity check of validation runs first. It must not count as the check of
     training.
     """
     late = IMAGES[:8] + [(image, 7) for image, _ in IMAGES[8:]]

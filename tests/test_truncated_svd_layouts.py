@@ -39,8 +39,8 @@ def test_truncated_svd_with_any_layout(data):
     k = data.draw(st.integers(1, min(3, m, n)))
     leaf, view = _any_layout(data, (*batch, m, n), dtype)
     outcomes = []
-    for function, wide in ((truncated_svd, False), (reference.truncated_svd, True)):
-        inputs = (leaf.double() if wide else leaf.clone()).requires_grad_()
+    for function, use_float64 in ((truncated_svd, False), (reference.truncated_svd, True)):
+        inputs = (leaf.double() if use_float64 else leaf.clone()).requires_grad_()
         x = view(inputs)
         assert x.shape == (*batch, m, n)
         _, s, v = function(x, k)
@@ -77,8 +77,8 @@ def test_align_singular_vectors_with_any_layout(data):
     if cosine[..., -1, :].min() < 1e-4 or (num_student > 1 and (cosine[..., -1, :] - cosine[..., -2, :]).min() < 1e-4 * cosine.max()):
         return  # the match or a sign depends on rounding
     outcomes = []
-    for function, wide in ((align_singular_vectors, False), (reference.align_singular_vectors, True)):
-        inputs = [(leaf.double() if wide else leaf.clone()).requires_grad_() for leaf in leaves]
+    for function, use_float64 in ((align_singular_vectors, False), (reference.align_singular_vectors, True)):
+        inputs = [(leaf.double() if use_float64 else leaf.clone()).requires_grad_() for leaf in leaves]
         outputs = function(*(view(leaf) for view, leaf in zip(views, inputs, strict=True)), flip=flip)
         sum((o * torch.cos(torch.arange(o.numel(), dtype=torch.float64)).view(o.shape)).sum() for o in outputs).backward()
         outcomes.append([*(o.detach().double() for o in outputs), *(leaf.grad for leaf in inputs)])

@@ -58,10 +58,10 @@ def test_vectors_values_and_gradients_at_extreme_scales(m, n, k, dtype, kernels)
         gap = min(gaps.min().item(), (squares[..., k - 1] / squares[..., 0]).min().item())
         limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
         digits = 2.0 ** -min(24 if dtype == torch.float32 else 53, e + (149 if dtype == torch.float32 else 1074))
-        given = x.clone().requires_grad_()
-        u, s, v = implementation(kernels)(truncated_svd)(given, k, return_u=True)
-        wide = unit.requires_grad_()
-        wu, ws, wv = reference.truncated_svd(wide, k, return_u=True)
+        leaf = x.clone().requires_grad_()
+        u, s, v = implementation(kernels)(truncated_svd)(leaf, k, return_u=True)
+        float64_input = unit.requires_grad_()
+        wu, ws, wv = reference.truncated_svd(float64_input, k, return_u=True)
         largest = torch.finfo(dtype).max
         expected = _times_power_of_two(ws.detach(), e)
         torch.testing.assert_close(s.detach().double(), expected.to(dtype).double(), rtol=100 * rounding(dtype) + 4 * digits, atol=0)
@@ -72,15 +72,15 @@ def test_vectors_values_and_gradients_at_extreme_scales(m, n, k, dtype, kernels)
         for upstream in ("v", "s", "usv"):
             actual = [t for name, t in zip("usv", (u, s, v), strict=True) if name in upstream]
             cotangents = [t for name, t in zip("usv", (gu, gs, gv), strict=True) if name in upstream]
-            (got,) = torch.autograd.grad(actual, given, [t.to(dtype) for t in cotangents], retain_graph=True)
+            (got,) = torch.autograd.grad(actual, leaf, [t.to(dtype) for t in cotangents], retain_graph=True)
             # The gradient through vectors is divided by the scale, that of the values is not.
             vectors = [(t, c) for name, t, c in zip("uv", (wu, wv), (gu, gv), strict=True) if name in upstream]
             true = torch.zeros_like(unit)
             if vectors:
-                (part,) = torch.autograd.grad([t for t, _ in vectors], wide, [c for _, c in vectors], retain_graph=True)
+                (part,) = torch.autograd.grad([t for t, _ in vectors], float64_input, [c for _, c in vectors], retain_graph=True)
                 true = true + _times_power_of_two(part, -e)
             if "s" in upstream:
-                true = true + torch.autograd.grad(ws, wide, gs, retain_graph=True)[0]
+                true = true + torch.autograd.grad(ws, float64_input, gs, retain_graph=True)[0]
             true = true.clamp(-largest, largest).to(dtype).double()
             assert got.isfinite().all(), f"{scale:.0e} {upstream}"
             magnitude = true.abs().amax((-2, -1), keepdim=True)
@@ -91,20 +91,21 @@ def test_vectors_values_and_gradients_at_extreme_scales(m, n, k, dtype, kernels)
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 def test_overflowing_singular_value(kernels):
-    """If entries of 3e38 fit into float32 and the singular value overflows to infinity, vectors and
-    gradients are still correct.
+    """Entries of 3e38 fit into float32, but the singular value overflows to infinity.
+
+    Vectors and gradients are still correct.
     """
     base = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.5
     x = (3e38 * base).float().requires_grad_()
     _, s, v = implementation(kernels)(truncated_svd)(x, 2)
     assert s[:, 0].isinf().all()
-    wide = x.detach().double().requires_grad_()
-    _, _ws, wv = reference.truncated_svd(wide, 2)
+    float64_input = x.detach().double().requires_grad_()
+    _, _ws, wv = reference.truncated_svd(float64_input, 2)
     torch.testing.assert_close(v.detach().double(), wv.detach(), rtol=0, atol=1e-4)
     upstream = torch.zeros_like(v)
     upstream[..., 0] = torch.arange(5)
     (got,) = torch.autograd.grad(v, x, upstream * 1e20)
-    (true,) = torch.autograd.grad(wv, wide, upstream.double() * 1e20)
+    (true,) = torch.autograd.grad(wv, float64_input, upstream.double() * 1e20)
     assert got.isfinite().all()
     if kernels != "cuda":  # not "cuda": the second value is small here, and these kernels compute the gradient's G from s
         assert (got.double() - true).norm() <= 1e-4 * true.norm()

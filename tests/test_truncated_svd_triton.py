@@ -62,8 +62,8 @@ def test_every_named_matrix(m, n, k, layout, dtype, svd):
     _loss(upstream, outputs).backward()
     assert x.grad.isfinite().all()
     assert layout == "part" or x.grad.stride() == x.stride()
-    wide = x.detach().double().requires_grad_()
-    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
+    float64_input = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(float64_input, k, return_u=True)).backward()
     for i, name in enumerate(named):
         squares = torch.linalg.svdvals(x[i].detach().double()) ** 2
         relative = squares / squares[0]
@@ -73,9 +73,9 @@ def test_every_named_matrix(m, n, k, layout, dtype, svd):
         limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
         limit += ((1e-6 if dtype == torch.float32 else 1e-12) / gap) ** 2
         # torch's gradient is NaN if discarded values are equal.
-        if limit < 0.1 and 1e-20 < squares[0] < 1e20 and wide.grad[i].isfinite().all():
-            scale = torch.maximum(wide.grad[i].norm(), squares[0] ** -0.5)
-            assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * scale, name
+        if limit < 0.1 and 1e-20 < squares[0] < 1e20 and float64_input.grad[i].isfinite().all():
+            scale = torch.maximum(float64_input.grad[i].norm(), squares[0] ** -0.5)
+            assert (x.grad[i].double() - float64_input.grad[i]).norm() <= limit * scale, name
 
 
 def test_without_u(svd):
@@ -109,19 +109,19 @@ def test_matrices_of_several_blocks(dtype, svd):
     check_triplets(x.detach(), k, u, s, v)
     upstream = _upstream(x, k)
     _loss(upstream, (u, s, v)).backward()
-    wide = x.detach().double().requires_grad_()
-    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
+    float64_input = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(float64_input, k, return_u=True)).backward()
     for i, limit in ((0, 2e3), (2, 1e4)):  # divided by the smallest gap of squares, about 1 / 10 and 1 / 50
-        assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * rounding(dtype) * wide.grad[i].norm()
+        assert (x.grad[i].double() - float64_input.grad[i]).norm() <= limit * rounding(dtype) * float64_input.grad[i].norm()
     assert x.grad.isfinite().all()
-    given = broken.requires_grad_()
-    bu, bs, bv = svd(given, k, return_u=True)
+    leaf = broken.requires_grad_()
+    bu, bs, bv = svd(leaf, k, return_u=True)
     for a, b in ((u, bu), (s, bs), (v, bv)):
         assert torch.equal(a[:2], b[:2])
         assert b[2].isnan().all()
     _loss(upstream, (bu, bs, bv)).backward()
-    assert torch.equal(given.grad[:2], x.grad[:2])
-    assert given.grad[2].isnan().all()
+    assert torch.equal(leaf.grad[:2], x.grad[:2])
+    assert leaf.grad[2].isnan().all()
 
 
 def test_half_precision_and_backward_without_state(svd):

@@ -101,8 +101,8 @@ class FakeDriver:
         return {"max_shared_mem": SHARED_MEMORY[self.name]}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int):
-        """Return what a driver reports: registers, bytes of stack and the largest number of
-        threads. Read from the binary, where ptxas wrote them.
+        """Return the module, the function, its registers, bytes of stack and largest number of
+        threads, as a driver does. ptxas has written the numbers into the binary.
         """
         self.compiled[name] += 1
         if self.target.backend == "hip":
@@ -267,9 +267,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 # Calls of each op's launchers, as pairs (name, function without arguments). "cases" are the cases
-# of
-# the other tests, "shapes" are shapes of training, and "large" calls exceed 32 bits or the size of
-# one dimension of a grid.
+# of the other tests, "shapes" are shapes of training, and "large" calls exceed 32 bits or the size
+# of one dimension of a grid.
 
 
 def kl_calls(kind: str):
