@@ -1,4 +1,4 @@
-"""The awkward cases of every op, shared by the tests of all backends."""
+"""Difficult inputs of temperature_kl, shared by the tests of all backends."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class KLCase:
     student_dtype: torch.dtype = torch.float32
     teacher_dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
-    noise: float = 1.0  # of the student around the teacher
-    spread: float = 2.0  # of the teacher
+    noise: float = 1.0  # standard deviation of student - teacher
+    spread: float = 2.0  # standard deviation of the teacher's logits
     edit: str = ""
     options: dict = field(init=False)
 
@@ -48,7 +48,10 @@ class KLCase:
         return torch.float64 if torch.float64 in (self.student_dtype, self.teacher_dtype) else torch.float32
 
     def make(self, device: str = "cpu") -> dict[str, Tensor | None]:
-        """student, teacher, temperature (rows or None), mask, normalizer; logits already rounded to their dtypes."""
+        """Return student, teacher, temperature (per row or None), mask and normalizer.
+
+        Logits are already rounded to their dtypes.
+        """
         g = torch.Generator().manual_seed(sum(map(ord, self.name)))
         teacher = self.spread * torch.randn(self.shape, generator=g, dtype=torch.float64)
         student = teacher + self.noise * torch.randn(self.shape, generator=g, dtype=torch.float64)
@@ -56,8 +59,8 @@ class KLCase:
         mask = (torch.rand(self.rows, generator=g) > 0.4) if self.mask else None
         _edit(self.edit, student, teacher, mask)
         student, teacher = (x.movedim(-1, self.dim) for x in (student, teacher))
-        student = _lay_out(self.layout, student.to(self.student_dtype).to(device))
-        teacher = _lay_out(self.layout.replace("student_only_", ""), teacher.to(self.teacher_dtype).to(device))
+        student = _with_layout(self.layout, student.to(self.student_dtype).to(device))
+        teacher = _with_layout(self.layout.replace("student_only_", ""), teacher.to(self.teacher_dtype).to(device))
         temperature = None
         if self.rows_temperature:
             temperature = (0.5 + 3 * torch.rand(self.rows, generator=g, dtype=torch.float64)).to(self.compute_dtype).to(device)
@@ -72,7 +75,7 @@ class KLCase:
 
 
 def _edit(edit: str, s: Tensor, t: Tensor, mask: Tensor | None) -> None:
-    """Changes logits [..., C] in place."""
+    """Change logits [..., C] in place."""
     if edit == "teacher_excludes":
         t[..., ::3] = -INF
     elif edit == "both_exclude":
@@ -107,14 +110,14 @@ def _edit(edit: str, s: Tensor, t: Tensor, mask: Tensor | None) -> None:
         raise ValueError(edit)
 
 
-def _lay_out(layout: str, x: Tensor) -> Tensor:
-    """The same numbers at other strides."""
+def _with_layout(layout: str, x: Tensor) -> Tensor:
+    """Return the same values with other strides."""
     if layout in ("contiguous", "student_only_contiguous"):
         return x.contiguous()
-    if layout == "strided":  # every dimension steps over a neighbour
+    if layout == "strided":  # every dimension has step 2
         big = x.new_full([2 * n + 1 for n in x.shape], 77.0)
         view = big[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
-    elif layout == "sliced":  # unit stride, but neither aligned nor dense
+    elif layout == "sliced":  # unit stride in the last dimension, but neither aligned nor dense
         big = x.new_full([n + 3 for n in x.shape], 77.0)
         view = big[tuple(slice(1, n + 1) for n in x.shape)]
     elif layout == "channels_last":
@@ -122,10 +125,10 @@ def _lay_out(layout: str, x: Tensor) -> Tensor:
     elif layout == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     elif layout == "student_only_strided":
-        return _lay_out("strided", x)
+        return _with_layout("strided", x)
     elif layout == "student_only_channels_last":
-        return _lay_out("channels_last", x)
-    elif layout == "expanded":  # the first sample, seen many times
+        return _with_layout("channels_last", x)
+    elif layout == "expanded":  # the first sample, repeated
         return x[:1].expand_as(x)
     else:
         raise ValueError(layout)

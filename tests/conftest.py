@@ -8,10 +8,12 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Fills every torch.empty with NaN, those made in C++ too: an output that a kernel does not write is found.
+# Fill every uninitialized tensor with NaN, also in C++, to detect outputs that a kernel does not
+# write.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-# Workers that share the machine (pytest -n) have a core each: threads that wait for one another's turn take longer than one alone.
+# Workers of pytest -n share the cores, so each uses one thread: several threads per core would be
+# slower.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -20,32 +22,35 @@ settings.load_profile("kdkernels")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-# Implementations of truncated_svd: device and name. On the CPU the CUDA kernels' bodies run on the host; Triton's, which the interpreter is slow
-# with, have tests of their own.
+# Implementations of truncated_svd: device and name. On the CPU the bodies of the CUDA kernels run
+# on the host. The Triton kernels have separate tests, because the interpreter is slow.
 SVD_BACKENDS = [("cpu", "fastest"), ("cpu", "cuda")]
 if torch.cuda.is_available():
-    # Not "torch": its float32 is torch's own, which does not keep the bounds of the kernels; test_the_route_in_plain_torch has what it must hold.
+    # "torch" is not in the list: its float32 results are those of torch.linalg, and exceed the
+    # error bounds of the kernels. test_implementation_in_plain_torch checks it.
     SVD_BACKENDS += [("cuda", name) for name in ("fastest", "cuda", "triton")]
 
 
 class SVD:
-    """truncated_svd and its relatives by one implementation."""
+    """truncated_svd and its related functions with one implementation."""
 
     def __init__(self, device: str, implementation: str):
         import kdkernels
-        from kdkernels.testing import implementation as by
+        from kdkernels.testing import implementation as use_implementation
 
         self.device, self.implementation = device, implementation
-        self.features = by(implementation)(kdkernels.feature_svd)
-        self.align = by(implementation)(kdkernels.align_singular_vectors)
-        self.decompose = by(implementation)(kdkernels.truncated_svd)
-        self.decompose_all = by(implementation)(kdkernels.truncated_svds)
+        self.features = use_implementation(implementation)(kdkernels.feature_svd)
+        self.align = use_implementation(implementation)(kdkernels.align_singular_vectors)
+        self.decompose = use_implementation(implementation)(kdkernels.truncated_svd)
+        self.decompose_all = use_implementation(implementation)(kdkernels.truncated_svds)
 
     def __call__(self, *args, **options):
         return self.decompose(*args, **options)
 
-    def takes(self, m: int, n: int, k: int) -> bool:
-        """Whether this implementation has room for such matrices; "torch" and "fastest" have for all."""
+    def supports(self, m: int, n: int, k: int) -> bool:
+        """Return whether this implementation supports matrices of this size. "torch" and "fastest"
+        support all sizes.
+        """
         if self.implementation != "triton":
             return True
         from kdkernels.triton.svd_sizes import fits
@@ -53,7 +58,7 @@ class SVD:
         return fits(min(m, n), k)
 
 
-def svd_backend(device: str, implementation: str) -> SVD:
+def make_svd(device: str, implementation: str) -> SVD:
     from kdkernels.config import HAS_CUDA_KERNELS
 
     if (device, implementation) == ("cuda", "cuda") and not HAS_CUDA_KERNELS:
@@ -65,7 +70,7 @@ def svd_backend(device: str, implementation: str) -> SVD:
 
 @pytest.fixture(params=SVD_BACKENDS, ids=lambda p: f"{p[0]}-{p[1]}")
 def svd(request):
-    return svd_backend(*request.param)
+    return make_svd(*request.param)
 
 
 @pytest.fixture(params=DEVICES)

@@ -1,8 +1,9 @@
-"""The CUDA sources where there is no GPU.
+"""Checks of the CUDA sources that need no GPU.
 
 python cuda_sources.py syntax      checks csrc/<op>/cuda.cpp against torch's headers
 python cuda_sources.py table       prints the budget as a table
-python cuda_sources.py resources   compiles csrc/<op>/kernels.cu for every target and prints what ptxas says; with --write, that becomes the budget
+python cuda_sources.py resources   compiles csrc/<op>/kernels.cu for every target and prints the
+                                   resources that ptxas reports; with --write, writes the budget
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def nvcc() -> str | None:
 
 
 def include_folder() -> str | None:
-    """Where the CUDA runtime's headers are."""
+    """Return the folder of the CUDA runtime's headers."""
     toolkit, _ = find_toolkit(os.environ)
     return toolkit and os.path.join(toolkit.home, "include")
 
@@ -52,7 +53,10 @@ def check_syntax() -> int:
 
 
 def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """target -> kernel -> registers, stack, spill_stores, spill_loads, shared: of every kernel in csrc/*/kernels.cu, in bytes."""
+    """Compile every kernel in csrc/*/kernels.cu, and return its resources by target and kernel.
+
+    The keys are registers, and in bytes stack, spill_stores, spill_loads and shared.
+    """
     architectures = [f for t in TARGETS for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
     result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +82,9 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def table() -> str:
-    """The budget as the table of docs/truncated_svd.md: registers, bytes of stack, bytes of spill stores."""
+    """Return the budget as the table of docs/truncated_svd.md: registers, bytes of stack, and bytes
+    of spill stores.
+    """
     budget = json.loads(BUDGET.read_text())
     lines = [f"| kernel | {' | '.join(budget)} |", "|---|" + "---|" * len(budget)]
     for kernel in budget[TARGETS[0]]:
@@ -88,7 +94,10 @@ def table() -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """forward_kernel<float, 256>: computing type and threads of a matrix; of its mangled name."""
+    """Return a kernel's name with its template arguments, for example forward_kernel<float, 256>.
+
+    The arguments are the compute type and the threads per matrix.
+    """
     name, arguments = re.search(r"\d+([a-z]+_kernel)I(.+?)EEv", mangled).groups()
     rest = [{"b0": "forward", "b1": "backward"}.get(kind + value, value) for kind, value in re.findall(r"L([ib])(\d+)", arguments)]
     return f"{name}<{', '.join([TYPES[arguments[0]], *rest])}>"

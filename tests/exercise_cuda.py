@@ -1,17 +1,19 @@
-"""Every CUDA kernel once over shapes of each kind, for compute-sanitizer and ncu: python exercise_cuda.py [--device cpu] [--large].
+"""Runs every CUDA kernel with various shapes, for compute-sanitizer and ncu.
 
-On the CPU the same calls run the kernels' bodies on the host: a rehearsal.
+Usage: python exercise_cuda.py [--device cpu] [--large]. With --device cpu the same calls run the
+bodies of the kernels on the host, to test this script.
 """
 
 import argparse
 
 import torch
-from matrix_cases import kinds, laid_out
+from matrix_cases import named_matrices, with_layout
 
 from kdkernels import align_singular_vectors, truncated_svd
 from kdkernels.testing import implementation
 
-# One warp, several warps, the widest blocks; both sides; k above what is kept together.
+# One warp, several warps and the widest blocks; tall and wide matrices; k larger than the number of
+# vectors that the kernels keep together.
 SHAPES = [(1, 1, 1), (20, 12, 3), (12, 40, 9), (40, 33, 4), (66, 70, 12), (130, 150, 2)]
 
 
@@ -20,13 +22,13 @@ def exercise(device: str, large: bool) -> int:
         import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
     calls = 0
     for m, n, k in [(1024, 64, 4), (784, 128, 4), (64, 256, 4)] if large else SHAPES:
-        named = {"relu": torch.randn(128, m, n).relu()} if large else kinds(m, n)
+        named = {"relu": torch.randn(128, m, n).relu()} if large else named_matrices(m, n)
         for name in ("relu", "graded", "low rank", "zero", "1e30"):
             if name not in named:
                 continue
             for dtype in (torch.float32,) if large else (torch.float32, torch.float64, torch.bfloat16):
                 for layout in ("rows", "columns"):
-                    x = laid_out(named[name].to(dtype).to(device), layout).detach().requires_grad_()
+                    x = with_layout(named[name].to(dtype).to(device), layout).detach().requires_grad_()
                     u, s, v = implementation("cuda")(truncated_svd)(x, k, return_u=True)
                     student, teacher = implementation("cuda")(align_singular_vectors)(v, v.detach().roll(1, -1), s.detach())
                     (student * teacher.cos()).sum().add(s.sum()).add((u * u.detach().cos()).sum()).backward()

@@ -1,4 +1,4 @@
-"""Awkward feature maps [B, C, *spatial], shared by the tests of all backends."""
+"""Difficult feature maps [B, C, *spatial], shared by the tests of all backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FeatureCase:
             return self.scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         x = _edited(normal(*self.shape), self.edit)
-        return _laid_out(x.to(self.dtype), self.layout).to(device)
+        return _with_layout(x.to(self.dtype), self.layout).to(device)
 
 
 def _edited(x: Tensor, edit: str) -> Tensor:
@@ -43,8 +43,8 @@ def _edited(x: Tensor, edit: str) -> Tensor:
     return x
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers lying otherwise in memory."""
+def _with_layout(x: Tensor, layout: str) -> Tensor:
+    """Return the same values with another memory layout."""
     if layout == "channels_last":
         return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if layout == "channel slice":
@@ -64,12 +64,12 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 FEATURE_CASES = [
     FeatureCase("plain", (3, 5, 7, 7)),
-    FeatureCase("one of all", (1, 1, 1, 1)),
-    FeatureCase("one place", (4, 33, 1, 1)),
+    FeatureCase("one element", (1, 1, 1, 1)),
+    FeatureCase("one position", (4, 33, 1, 1)),
     FeatureCase("one channel", (3, 1, 9, 9)),
-    FeatureCase("fewer places than lanes", (3, 6, 2, 3)),
+    FeatureCase("fewer positions than lanes", (3, 6, 2, 3)),
     FeatureCase("whole vectors", (2, 16, 8, 8)),
-    FeatureCase("many places", (2, 19, 20, 21)),
+    FeatureCase("many positions", (2, 19, 20, 21)),
     FeatureCase("many channels", (2, 300, 5, 5)),
     FeatureCase("larger than a tile", (1, 70, 40, 40)),
     FeatureCase("samples fewer than threads", (1, 40, 64, 64)),

@@ -1,4 +1,4 @@
-"""Tensors of any strides, for tests of kernels that read tensors in place."""
+"""Tensors of random strides, for tests of kernels that read tensors in place."""
 
 import random
 
@@ -13,7 +13,9 @@ def random_shape(rng: random.Random, dims: int, most: int = 4000, sizes=(1, 1, 2
 
 
 def random_layout(rng: random.Random, shape, dtype: torch.dtype, spread: float = 2.0) -> torch.Tensor:
-    """A tensor of this shape over memory of a random layout: permuted, sliced, with steps, expanded. An extent of 1 keeps whatever stride is left."""
+    """Return a tensor of this shape with a random memory layout: permuted, sliced, with steps, or
+    expanded. Dimensions of size 1 have arbitrary strides.
+    """
     order = rng.sample(range(len(shape)), len(shape))
     expanded = [rng.random() < 0.25 for _ in shape]
     starts, steps = [rng.randint(0, 2) for _ in shape], [rng.choice((1, 1, 1, 2, 3)) for _ in shape]

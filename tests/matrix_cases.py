@@ -1,4 +1,4 @@
-"""Awkward matrices for the singular value decomposition, shared by the tests of all backends."""
+"""Difficult matrices for the singular value decomposition, shared by the tests of all backends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def with_singular_values(s: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
-    """A matrix [m, n], float64, with the singular values s."""
+    """Return a float64 matrix [m, n] with the singular values s."""
     g = torch.Generator().manual_seed(seed)
     u, _ = torch.linalg.qr(torch.randn(m, len(s), generator=g, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(n, len(s), generator=g, dtype=torch.float64))
@@ -22,8 +22,8 @@ def _batch(f, count: int = 3) -> Tensor:
     return torch.stack([f(seed) for seed in range(count)])
 
 
-def kinds(m: int, n: int) -> dict[str, Tensor]:
-    """name -> [3, m, n], float64."""
+def named_matrices(m: int, n: int) -> dict[str, Tensor]:
+    """Return float64 batches [3, m, n] of difficult matrices, by name."""
     p = min(m, n)
     ones = torch.ones(3, m, n, dtype=torch.float64)
     graded = 10.0 ** -torch.arange(p).double()
@@ -58,8 +58,10 @@ def kinds(m: int, n: int) -> dict[str, Tensor]:
     }
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x [..., m, n] with other strides: rows or columns contiguous, neither, or every other row and column of a larger one."""
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """Return x [..., m, n] with other strides: contiguous rows, contiguous columns, neither, or a
+    part of a larger matrix.
+    """
     if layout == "rows":
         return x.contiguous()
     if layout == "columns":
@@ -73,5 +75,6 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 LAYOUTS = ("rows", "columns", "neither", "part")
-# Both tiers, both sides, lengths around the widths of vectors and tiles.
+# Both algorithms (direct and Krylov), wide and tall matrices, and lengths around the widths of SIMD
+# vectors and tiles.
 SHAPES = [(1, 1), (7, 1), (1, 9), (2, 2), (5, 3), (3, 8), (16, 16), (17, 15), (64, 16), (49, 33), (33, 66), (40, 97), (130, 115)]

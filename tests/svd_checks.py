@@ -1,4 +1,4 @@
-"""What every implementation of truncated_svd must hold."""
+"""Checks that every implementation of truncated_svd must pass."""
 
 import torch
 from tolerances import rounding
@@ -6,12 +6,12 @@ from tolerances import rounding
 from kdkernels import reference
 
 
-def check(x, k, u, s, v):
-    """u [..., M, k], s and v of x, in float32 or float64, against LAPACK's in float64."""
+def check_triplets(x, k, u, s, v):
+    """Compare u [..., M, k], s and v of x (float32 or float64) with LAPACK's result in float64."""
     m, n = x.shape[-2:]
     eps = rounding(s.dtype)
     if s.dtype == torch.float64:
-        eps *= 8  # LAPACK rounds as we do
+        eps *= 8  # LAPACK's result is also rounded to float64
     exact = x.double()
     all_s = torch.linalg.svdvals(exact)
     true_u, true_s, true_v = reference.truncated_svd(exact, k, return_u=True)
@@ -24,37 +24,44 @@ def check(x, k, u, s, v):
     eye = torch.eye(k, dtype=torch.float64, device=x.device)
     for vectors in (u, v):
         assert ((vectors.mT @ vectors - eye).abs() <= eps * (8 + length)).all(), "vectors are not orthonormal"
-    # The triplets belong together: x v = s u, x^T u = s v, up to the rounding of x, whatever the gaps.
+    # The triplets satisfy x v = s u and x^T u = s v up to the rounding of x, for any gaps.
     units = exact / largest[..., None]
     for a, left, right in ((units, u, v), (units.mT, v, u)):
-        off = (a @ right - left * (s / largest)[..., None, :]).norm(dim=-2)
-        assert (off <= eps * (16 + length)).all(), f"triplets are off by {off.max() / eps:.1f} roundings"
-    # A vector that a gap sets apart is LAPACK's; the span of all of them likewise. The larger side has a null space too.
+        error = (a @ right - left * (s / largest)[..., None, :]).norm(dim=-2)
+        assert (error <= eps * (16 + length)).all(), f"triplets are off by {error.max() / eps:.1f} roundings"
+    # A vector whose value is separated by a gap agrees with LAPACK's, and so does the span of all
+    # vectors. For the larger side the gap to the values 0 of its null space counts too.
     squares = (all_s / largest) ** 2
     distance = (squares[..., None, :] - squares[..., :k, None]).abs()
     distance[..., torch.arange(k), torch.arange(k)] = 1.0
     distance = distance.amin(-1)  # [..., k]
-    for own, true, larger in ((u, true_u, m > n), (v, true_v, n > m)):
+    for computed, true, larger in ((u, true_u, m > n), (v, true_v, n > m)):
         gap = torch.minimum(distance, squares[..., :k]) if larger else distance
-        off = (own - true * (own * true).sum(-2, keepdim=True)).norm(dim=-2)
+        error = (computed - true * (computed * true).sum(-2, keepdim=True)).norm(dim=-2)
         noise = eps * (16 + length) / gap.clamp_min(1e-300)
-        assert (off <= noise.clamp(max=2)).all(), f"a vector is off by {(off / noise).max():.1f} of what its gap allows"
+        assert (error <= noise.clamp(max=2)).all(), f"a vector is off by {(error / noise).max():.1f} of what its gap allows"
         after = squares[..., k] if k < all_s.shape[-1] else torch.zeros_like(squares[..., 0])
-        if k < own.shape[-2]:
+        if k < computed.shape[-2]:
             gap = (squares[..., k - 1] - after).clamp_min(1e-300)
-            outside = torch.linalg.matrix_norm(own - true @ (true.mT @ own))
+            outside = torch.linalg.matrix_norm(computed - true @ (true.mT @ computed))
             assert (outside <= (eps * (16 + length) * k**0.5 / gap).clamp(max=2 * k**0.5)).all()
 
 
 def check_signs(v):
-    """The first entry of largest magnitude of every column is positive; those within 1e-4 of the largest count as equal, give or take a rounding."""
-    size = v.abs()
-    firsts = [(size >= bound * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True) for bound in (1 - 1e-4 - 1e-6, 1 - 1e-4 + 1e-6)]
+    """Check that the first entry of largest magnitude of every column is positive.
+
+    Entries within 1e-4 of the largest count as equal, up to rounding.
+    """
+    magnitude = v.abs()
+    firsts = [(magnitude >= bound * magnitude.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True) for bound in (1 - 1e-4 - 1e-6, 1 - 1e-4 + 1e-6)]
     assert ((v.gather(-2, firsts[0]) > 0) | (v.gather(-2, firsts[1]) > 0)).all()
 
 
-def check_left_out(svd, batch, shape, k, dtype):
-    """Where a loss leaves out what a matrix with a NaN gave, its gradient is 0, and that of the others is what it was."""
+def check_omitted_matrices(svd, batch, shape, k, dtype):
+    """Check the gradient if a loss omits the results of matrices with a NaN or infinity.
+
+    The gradient of these matrices is 0, and that of the others does not change.
+    """
     x = torch.randn(batch, *shape, dtype=dtype, device=svd.device)
     bad = [1, batch - 1]
     gradients = []

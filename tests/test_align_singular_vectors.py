@@ -1,11 +1,11 @@
-"""align_singular_vectors: against its reference, brute force and known answers."""
+"""align_singular_vectors against its reference, brute force and known values."""
 
 import pytest
 import torch
 from conftest import SVD
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close, of_sum
+from tolerances import assert_close, sum_error
 
 from kdkernels import align_singular_vectors, reference
 from kdkernels.ops import truncated_svd_torch as plain
@@ -21,8 +21,8 @@ def _vectors(*shape, dtype=torch.float64, seed=0):
     return torch.linalg.qr(torch.randn(*shape, generator=g, dtype=torch.float64))[0].to(dtype)
 
 
-def test_known_answer(svd):
-    """The student's vectors are the teacher's in another order, one of them with the other sign."""
+def test_known_value(svd):
+    """The student has the teacher's vectors in another order, one with the opposite sign."""
     device = svd.device
     teacher = torch.eye(4, 2, device=device)
     student = torch.stack([-teacher[:, 1], torch.eye(4, device=device)[:, 3], teacher[:, 0]], 1)
@@ -34,13 +34,13 @@ def test_known_answer(svd):
     torch.testing.assert_close(t, s)
 
 
-def test_ties_take_the_first_and_zero_is_not_flipped(svd):
+def test_tied_cosines_match_the_first_vector_and_orthogonal_vectors_are_not_flipped(svd):
     device = svd.device
     teacher = torch.tensor([[1.0], [0.0], [0.0]], device=device)
     student = torch.tensor([[0.0, 0.6, -0.6], [1.0, 0.8, 0.8], [0.0, 0.0, 0.0]], device=device)
     s, t = svd.align(student, teacher)
     torch.testing.assert_close(s, student[:, 1:2])
-    s, t = svd.align(student[:, :1], teacher)  # orthogonal: the sign of 0 is +
+    s, t = svd.align(student[:, :1], teacher)  # orthogonal vectors are not flipped
     torch.testing.assert_close(s, student[:, :1])
     torch.testing.assert_close(t, teacher)
 
@@ -49,11 +49,11 @@ def test_ties_take_the_first_and_zero_is_not_flipped(svd):
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32,) * 2, (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2], ids=str
 )
-@pytest.mark.parametrize(("batch", "n", "many", "k"), SHAPES)
-def test_against_reference(batch, n, many, k, dtypes, flip, svd):
+@pytest.mark.parametrize(("batch", "n", "num_student", "k"), SHAPES)
+def test_against_reference(batch, n, num_student, k, dtypes, flip, svd):
     device = svd.device
-    many, k = min(many, n), min(k, n)
-    student = _vectors(*batch, n, n)[..., :many].to(dtypes[0]).to(device)
+    num_student, k = min(num_student, n), min(k, n)
+    student = _vectors(*batch, n, n)[..., :num_student].to(dtypes[0]).to(device)
     teacher = _vectors(*batch, n, n, seed=1)[..., :k].to(dtypes[1]).to(device)
     weight = torch.rand(*batch, k, device=device)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -64,30 +64,30 @@ def test_against_reference(batch, n, many, k, dtypes, flip, svd):
                 layout(teacher).detach().requires_grad_(),
                 w if w is None else w.clone().requires_grad_(),
             ]
-            wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
-            got, expected = svd.align(*inputs, flip=flip), reference.align_singular_vectors(*wide, flip=flip)
+            float64_inputs = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+            got, expected = svd.align(*inputs, flip=flip), reference.align_singular_vectors(*float64_inputs, flip=flip)
             upstream = [torch.cos(torch.arange(t.numel(), device=device).double()).view(t.shape) for t in expected]
             for name, a, b in zip(("student", "teacher"), got, expected, strict=True):
                 assert a.dtype == dtype
-                assert_close(name, a, b, rtol=of_sum(dtype, 1))
+                assert_close(name, a, b, rtol=sum_error(dtype, 1))
             torch.autograd.backward(got, [g.to(dtype) for g in upstream])
             torch.autograd.backward(expected, upstream)
-            for a, b in zip(inputs, wide, strict=True):
+            for a, b in zip(inputs, float64_inputs, strict=True):
                 if a is not None:
-                    assert_close("gradient", a.grad, b.grad, rtol=of_sum(dtype, n), scale=1.0)
+                    assert_close("gradient", a.grad, b.grad, rtol=sum_error(dtype, n), scale=1.0)
                     assert a.grad.dtype == a.dtype
 
 
-@given(seed=st.integers(0, 1000), n=st.integers(1, 20), many=st.integers(1, 6), k=st.integers(1, 6))
-def test_against_brute_force(seed, n, many, k):
+@given(seed=st.integers(0, 1000), n=st.integers(1, 20), num_student=st.integers(1, 6), k=st.integers(1, 6))
+def test_against_brute_force(seed, n, num_student, k):
     g = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(n, many, generator=g), torch.randn(n, k, generator=g)
+    student, teacher = torch.randn(n, num_student, generator=g), torch.randn(n, k, generator=g)
     s, t = align_singular_vectors(student, teacher)
     for i in range(k):
-        products = [sum(float(student[r, j]) * float(teacher[r, i]) for r in range(n)) for j in range(many)]
-        j = max(range(many), key=lambda j: abs(products[j]))
-        if sorted(map(abs, products))[-1] - (sorted(map(abs, products))[-2] if many > 1 else 0) < 1e-5:
-            continue  # rounding decides
+        products = [sum(float(student[r, j]) * float(teacher[r, i]) for r in range(n)) for j in range(num_student)]
+        j = max(range(num_student), key=lambda j: abs(products[j]))
+        if sorted(map(abs, products))[-1] - (sorted(map(abs, products))[-2] if num_student > 1 else 0) < 1e-5:
+            continue  # the match depends on rounding
         torch.testing.assert_close(s[:, i], student[:, j])
         torch.testing.assert_close(t[:, i], teacher[:, i] * (-1 if products[j] < 0 else 1))
 
@@ -102,8 +102,10 @@ def test_gradcheck(flip, svd):
         assert torch.autograd.gradgradcheck(lambda *a: svd.align(*a, flip=flip), inputs)
 
 
-def test_after_a_decomposition(svd):
-    """As SVD-KD calls it: one more student vector, the teacher without a gradient, its share as the weight."""
+def test_align_vectors_of_truncated_svd(svd):
+    """The call of SVD-KD: the student has one vector more, the teacher requires no gradient, and
+    the weight is the teacher's normalized singular values.
+    """
     device = svd.device
     features = torch.randn(4, 30, 12, device=device).relu().requires_grad_()
     _, _, v = svd(features, 3)
@@ -145,7 +147,7 @@ def test_opcheck_compile_and_functorch(device):
 
 
 @pytest.mark.parametrize("flip_teacher", [True, False])
-def test_the_route_in_plain_torch(flip_teacher):
+def test_implementation_in_plain_torch(flip_teacher):
     student, teacher, weight = _vectors(3, 6, 4), _vectors(3, 6, 2, seed=1), torch.rand(3, 2, dtype=torch.float64)
     for w in (None, weight):
         got, expected = plain.align_singular_vectors(student, teacher, w, flip_teacher), OP.align_singular_vectors(student, teacher, w, flip_teacher)
@@ -158,7 +160,7 @@ def test_the_route_in_plain_torch(flip_teacher):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_same_bits_for_any_batch_and_threads(dtype):
+def test_bits_do_not_depend_on_batch_and_threads(dtype):
     student, teacher, weight = torch.randn(37, 61, 5, dtype=dtype), torch.randn(37, 61, 4, dtype=dtype), torch.rand(37, 4, dtype=dtype)
     threads, order = torch.get_num_threads(), torch.randperm(37)
 
@@ -178,7 +180,7 @@ def test_same_bits_for_any_batch_and_threads(dtype):
     parts = [run(student[i : i + 5], teacher[i : i + 5], weight[i : i + 5]) for i in range(0, 37, 5)]
     permuted = run(student[order], teacher[order], weight[order])
     for i, t in enumerate(whole):
-        close = {"rtol": 0 if i < 2 else 1e-6, "atol": 0}  # the upstream gradients' own bits depend on where a vector begins
+        close = {"rtol": 0 if i < 2 else 1e-6, "atol": 0}  # bits of torch.sin depend on an element's position in SIMD vectors
         assert torch.equal(t, single[i])
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), t, **close)
         torch.testing.assert_close(permuted[i], t[order], **close)
@@ -205,8 +207,8 @@ def test_errors():
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fastest", "torch"])
-def test_autocast_does_not_blur_the_choice(kernels):
-    """Cosines of 0.700 and 0.701 are one number in bfloat16."""
+def test_autocast_does_not_change_the_match(kernels):
+    """Cosines of 0.700 and 0.701 are equal in bfloat16."""
     teacher = torch.tensor([1.0, 0.0, 0.0])[:, None]
     student = torch.tensor([[0.700, -0.701], [0.51**0.5, 0.0], [0.0, (1 - 0.701**2) ** 0.5]])
     align = reference.align_singular_vectors if kernels == "reference" else implementation(kernels)(align_singular_vectors)

@@ -1,4 +1,6 @@
-"""attention_pool and attention_transfer_loss against the references in float64, backend by backend, and their known answers."""
+"""attention_pool and attention_transfer_loss against the references in float64, for every backend,
+and known values.
+"""
 
 import itertools
 
@@ -8,13 +10,13 @@ from conftest import DEVICES
 from feature_cases import FEATURE_CASES, FeatureCase
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close, of_sum
+from tolerances import assert_close, sum_error
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
 from kdkernels.options import VALUES
 
 BACKENDS = [*DEVICES, "triton"]
-FORMS = [
+OPTIONS = [
     (2.0, "mean", None),
     (2.0, "sum", "l2"),
     (2.0, "max", "l2"),
@@ -36,7 +38,7 @@ def _device(backend):
 
 
 def _operators(backend):
-    """The module or namespace that holds the four ops."""
+    """Return the module or namespace that contains the four ops."""
     if backend == "triton":
         from kdkernels.triton import attention_pool as kernels
 
@@ -49,31 +51,34 @@ def _compute(*features):
 
 
 def _rtol(dtype, channels, p):
-    """A power costs some roundings more, and a general one those of its logarithm."""
-    return of_sum(dtype, channels, 24 + 16 * p)
+    """Return the relative tolerance.
+
+    A power has some more rounding errors, and a general power those of its logarithm.
+    """
+    return sum_error(dtype, channels, 24 + 16 * p)
 
 
-def _slope(x, p):
-    """p |x|^(p-1), float64; 0 at 0."""
+def _derivative(x, p):
+    """Return p |x|^(p-1) in float64, and 0 for x = 0."""
     size = x.double().abs()
     return torch.where(size == 0, size, p * torch.where(size == 0, torch.ones_like(size), size) ** (p - 1))
 
 
-def _finite(x):
+def _replace_non_finite(x):
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _pool_cases():
-    for backend, case, form in itertools.product(BACKENDS, FEATURE_CASES, FORMS):
-        if form[2] == "softmax" and case.scale > 1:
-            continue  # softmax of 10^7: one place takes all, and the others have no digits to compare
-        if backend == "triton" and torch.Size(case.shape).numel() > 5000 and form not in FORMS[1::4]:
-            continue  # the interpreter takes a second for each
-        yield pytest.param(backend, case, *form, id=f"{backend}-{case.name}-{'-'.join(map(str, form))}")
+    for backend, case, option_set in itertools.product(BACKENDS, FEATURE_CASES, OPTIONS):
+        if option_set[2] == "softmax" and case.scale > 1:
+            continue  # the softmax of values of 10^7 is 1 at one position, and underflows at the others
+        if backend == "triton" and torch.Size(case.shape).numel() > 5000 and option_set not in OPTIONS[1::4]:
+            continue  # the interpreter needs a second for each of these cases
+        yield pytest.param(backend, case, *option_set, id=f"{backend}-{case.name}-{'-'.join(map(str, option_set))}")
 
 
 @pytest.mark.parametrize(("backend", "case", "p", "reduce", "normalize"), _pool_cases())
-def test_pool(backend, case, p, reduce, normalize):
+def test_attention_pool(backend, case, p, reduce, normalize):
     x = case.make(_device(backend))
     ops = _operators(backend)
     options = (VALUES["reduce"][reduce], VALUES["normalize"][normalize], 1e-12)
@@ -84,40 +89,40 @@ def test_pool(backend, case, p, reduce, normalize):
     rtol = _rtol(_compute(x), case.shape[1], p)
     pooled = reference.attention_pool(exact.detach(), p, reduce=reduce)
     if normalize == "softmax":
-        rtol = rtol * (2 + _finite(pooled).abs().max().item() if pooled.numel() else 1)  # errors of the exponent
+        rtol = rtol * (2 + _replace_non_finite(pooled).abs().max().item() if pooled.numel() else 1)  # absolute errors of the exponent
     assert_close("maps", maps, expected, rtol=2 * rtol)
 
     g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(maps.dtype)
     grad = ops.attention_pool_backward(g.to(maps.device), x, maps, norm, channel, p, *options)
     (want,) = torch.autograd.grad(expected, exact, g.double())
-    want = torch.where(exact.isnan(), exact, want)  # autograd has 0 at a NaN where p = 1
+    want = torch.where(exact.isnan(), exact, want)  # autograd returns 0 for a NaN if p = 1
     want = torch.where(want.abs() > torch.finfo(x.dtype).max, want.sign() * float("inf"), want)
     assert grad.dtype == x.dtype
     assert grad.stride() == torch.empty_like(x).stride()
-    # What an error is measured against: the terms of the gradient before they cancel.
-    size, q = g.double().abs(), _finite(expected.detach()).abs()
+    # Errors are relative to the terms of the gradient before they cancel.
+    size, q = g.double().abs(), _replace_non_finite(expected.detach()).abs()
     if normalize:
         size = size + (q * size).flatten(1).sum(1).view(-1, *[1] * (q.dim() - 1)) * (q if normalize == "l2" else 1)
     if normalize == "l2":
         size = size / pooled.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (q.dim() - 1))
     if normalize == "softmax":
         size = size * q
-    scale = _finite(size.unsqueeze(1) * _slope(exact.detach(), p) / (case.shape[1] if reduce == "mean" else 1))
+    scale = _replace_non_finite(size.unsqueeze(1) * _derivative(exact.detach(), p) / (case.shape[1] if reduce == "mean" else 1))
     truncated = backend == "triton" and _device(backend) == "cpu"
     assert_close("gradient", grad, want, rtol=4 * rtol, scale=scale, atol=1e-40, truncated=truncated)
 
 
-PAIRS = [c for c in FEATURE_CASES if c.edit not in ("inf sample",)]
-TRANSFERS = [(2.0, "authors", "mean"), (2.0, "paper", "sum"), (1.5, "authors", "max"), (2.7, "paper", "mean")]
+LOSS_CASES = [c for c in FEATURE_CASES if c.edit not in ("inf sample",)]
+LOSS_OPTIONS = [(2.0, "authors", "mean"), (2.0, "paper", "sum"), (1.5, "authors", "max"), (2.7, "paper", "mean")]
 
 
-@pytest.mark.parametrize(("p", "variant", "reduce"), TRANSFERS, ids=str)
-@pytest.mark.parametrize("case", PAIRS, ids=lambda c: c.name)
+@pytest.mark.parametrize(("p", "variant", "reduce"), LOSS_OPTIONS, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_transfer_loss(case, p, variant, reduce, backend):
+def test_attention_transfer_loss(case, p, variant, reduce, backend):
     device = _device(backend)
     student = case.make(device)
-    other = FeatureCase("", (case.shape[0], 4, *case.shape[2:]), torch.float32)  # other channels, dtype and layout
+    other = FeatureCase("", (case.shape[0], 4, *case.shape[2:]), torch.float32)  # another number of channels, dtype and layout
     teacher = other.make(device, seed=5)
     ops = _operators(backend)
     s, t = (x.detach().double().cpu().contiguous().requires_grad_() for x in (student, teacher))
@@ -129,14 +134,14 @@ def test_transfer_loss(case, p, variant, reduce, backend):
     if power.numel():
         assert torch.equal(power.frexp()[0], torch.full_like(power, 0.5))
 
-    # q of both nets carries a relative error; their difference d an absolute one.
+    # The normalized maps q have a relative error, and their difference d an absolute error.
     batch, places = case.shape[0], max(1, want.new_empty(case.shape[2:]).numel())
     rtol = 2 * _rtol(loss.dtype, max(case.shape[1], 4), p)
-    q = [_finite(reference.attention_pool(x.detach(), p, reduce=reduce, normalize="l2")).flatten(1) for x in (s, t)]
+    q = [_replace_non_finite(reference.attention_pool(x.detach(), p, reduce=reduce, normalize="l2")).flatten(1) for x in (s, t)]
     both = q[0] + q[1]
     d = (q[0] - q[1]).norm(dim=1)
-    of_sample = 2 * d * both.norm(dim=1) / places if variant == "authors" else both.norm(dim=1)
-    assert_close("loss", loss, want, rtol=rtol, atol=rtol * of_sample.sum().item() / max(batch, 1) + rtol**2)
+    loss_magnitude = 2 * d * both.norm(dim=1) / places if variant == "authors" else both.norm(dim=1)
+    assert_close("loss", loss, want, rtol=rtol, atol=rtol * loss_magnitude.sum().item() / max(batch, 1) + rtol**2)
 
     upstream = torch.tensor(-1.5, dtype=loss.dtype, device=device)
     gradients = torch.autograd.grad(want, (s, t))
@@ -146,18 +151,20 @@ def test_transfer_loss(case, p, variant, reduce, backend):
     for i, (got, expected, x, net) in enumerate(results):
         assert got.stride() == torch.empty_like(x).stride()
         maps = reference.attention_pool(x.detach().double().cpu(), p, reduce=reduce).flatten(1)
-        slope = 2 / places if variant == "authors" else (1 + 2 / d.clamp_min(1e-300)) / d.clamp_min(1e-300) * (d > 0)
-        along = (q[net] * both).sum(1, keepdim=True)
-        size = (both + q[net] * along) / maps.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        size = (size * (slope if variant == "authors" else slope[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
-        scale = _finite(1.5 * size * _slope(x.detach().cpu(), p) / (x.shape[1] if reduce == "mean" else 1))
+        loss_derivative = 2 / places if variant == "authors" else (1 + 2 / d.clamp_min(1e-300)) / d.clamp_min(1e-300) * (d > 0)
+        projection = (q[net] * both).sum(1, keepdim=True)
+        size = (both + q[net] * projection) / maps.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        size = (
+            (size * (loss_derivative if variant == "authors" else loss_derivative[:, None]) / max(batch, 1)).view(batch, *case.shape[2:]).unsqueeze(1)
+        )
+        scale = _replace_non_finite(1.5 * size * _derivative(x.detach().cpu(), p) / (x.shape[1] if reduce == "mean" else 1))
         truncated = backend == "triton" and device == "cpu"
-        if i == 0 and power.numel():  # stored divided by a power of two for each sample
+        if i == 0 and power.numel():  # stored divided by a power of two per sample
             expected, scale = (v / power.double().cpu().view(-1, *(1,) * (v.dim() - 1)) for v in (expected, scale))
         assert_close(f"gradient {i}", got, expected, rtol=4 * rtol, scale=scale, atol=1e-40, truncated=truncated)
 
 
-# Known answers: docs/attention_pool.md derives them by hand.
+# Known values, which docs/attention_pool.md derives by hand.
 
 A = torch.tensor([[[3.0, 1.0], [4.0, 2.0]]], dtype=torch.float64)
 T = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
@@ -177,9 +184,9 @@ def test_known_maps(pool):
 @pytest.mark.parametrize("loss", [attention_transfer_loss, reference.attention_transfer_loss])
 def test_known_losses(loss):
     s = A.clone().requires_grad_()
-    code = loss(s, T)
-    code.backward()
-    assert code.item() == pytest.approx(0.8038838649, rel=1e-9)
+    authors_loss = loss(s, T)
+    authors_loss.backward()
+    assert authors_loss.item() == pytest.approx(0.8038838649, rel=1e-9)
     expected = torch.tensor([[[0.0452575696, -0.0754292827], [0.0603434262, -0.1508585656]]], dtype=torch.float64)
     torch.testing.assert_close(s.grad, expected, rtol=1e-8, atol=0)
     assert loss(A, T, variant="paper").item() == pytest.approx(1.2679778113, rel=1e-9)
@@ -189,7 +196,7 @@ def test_known_losses(loss):
 
 
 @given(seed=st.integers(0, 10_000), p=st.sampled_from([0.5, 1, 1.5, 2, 2.3, 3, 4]), scale=st.sampled_from([1e-2, 0.7, 3.0, 50.0]))
-def test_normalised_maps_have_no_scale_sign_or_order_of_channels(seed, p, scale):
+def test_normalized_maps_do_not_depend_on_scale_sign_and_order_of_channels(seed, p, scale):
     torch.manual_seed(seed)
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     q = attention_pool(x, p, normalize="l2")
@@ -216,8 +223,8 @@ def test_powers_of_any_exponent(seed, p):
 
 
 @pytest.mark.parametrize("p", [0.3, 1.5, 2.0, 2.7])
-def test_powers_at_the_ends_of_the_range(p):
-    """Where the power is a normal number it is right, from the smallest number that there is to the largest."""
+def test_powers_of_extreme_values(p):
+    """The power is accurate for the smallest and the largest numbers, if it is a normal number."""
     x = torch.tensor([1.4e-45, 1e-42, 1.2e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30, 3.4e38, 0.0]).view(1, 1, -1)
     expected = x.double()[0] ** p
     normal = (expected >= torch.finfo(torch.float32).tiny) & (expected <= torch.finfo(torch.float32).max)
@@ -227,11 +234,11 @@ def test_powers_at_the_ends_of_the_range(p):
     assert (got[expected < 1e-46] == 0).all()
 
 
-# Corners.
+# Corner cases.
 
 
 @pytest.mark.parametrize(("p", "reduce"), itertools.product([0.5, 1.0, 2.0, 2.7], ["mean", "max"]))
-def test_a_map_of_zeros_stays_and_gives_no_gradient(p, reduce, device):
+def test_map_of_zeros_stays_zero_and_has_zero_gradient(p, reduce, device):
     s = torch.zeros(2, 4, 3, 3, device=device, requires_grad=True)
     t = torch.randn(2, 4, 3, 3, device=device)
     assert torch.equal(attention_pool(s, p, reduce=reduce, normalize="l2"), torch.zeros(2, 3, 3, device=device))
@@ -239,13 +246,13 @@ def test_a_map_of_zeros_stays_and_gives_no_gradient(p, reduce, device):
     loss.backward()
     assert loss.item() == pytest.approx(1 / 9, rel=1e-5)
     assert torch.equal(s.grad, torch.zeros_like(s))
-    same = attention_transfer_loss(t.requires_grad_(), t.detach(), p, variant="paper", reduce=reduce)  # the norm has no slope at 0
+    same = attention_transfer_loss(t.requires_grad_(), t.detach(), p, variant="paper", reduce=reduce)  # the gradient of the norm at 0 is defined as 0
     same.backward()
     assert same == 0
     assert torch.equal(t.grad, torch.zeros_like(t))
 
 
-def test_the_first_of_equal_channels_takes_the_gradient(device):
+def test_first_of_equal_channels_receives_the_gradient(device):
     x = torch.tensor([[[1.0, -2.0, 0.0], [-1.0, 2.0, 0.0], [1.0, 1.0, 0.0]]], device=device, requires_grad=True)
     attention_pool(x, 2, reduce="max").sum().backward()
     assert x.grad.tolist() == [[[2, -4, 0], [0, 0, 0], [0, 0, 0]]]
@@ -253,7 +260,7 @@ def test_the_first_of_equal_channels_takes_the_gradient(device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("reduce", ["mean", "max"])
-def test_a_bad_sample_leaves_the_others_alone(layout, reduce, device):
+def test_invalid_sample_does_not_affect_other_samples(layout, reduce, device):
     x = FeatureCase("", (3, 20, 6, 6), layout=layout).make(device)
     bad = x.clone()
     bad[1, 3, 2, 2] = float("nan")
@@ -271,7 +278,7 @@ def test_a_bad_sample_leaves_the_others_alone(layout, reduce, device):
         assert maps[i].isfinite().all()
 
 
-def test_differing_extents_are_averaged_first():
+def test_maps_of_different_size_are_average_pooled_first():
     s, t = torch.randn(2, 3, 8, 6, requires_grad=True), torch.randn(2, 5, 4, 9)
     loss = attention_transfer_loss(s, t)
     pooled = torch.nn.functional.adaptive_avg_pool2d

@@ -1,4 +1,6 @@
-"""attention_pool and attention_transfer_loss as citizens of PyTorch: autograd, compile, export, functorch, autocast, and their errors."""
+"""attention_pool and attention_transfer_loss with PyTorch's features (autograd, compile, export,
+functorch, autocast), and their errors.
+"""
 
 import pytest
 import torch
@@ -39,10 +41,10 @@ def test_gradcheck_loss(p, options, device):
 
     assert torch.autograd.gradcheck(loss, (s, t))
     assert torch.autograd.gradgradcheck(loss, (s, t))
-    assert torch.autograd.gradgradcheck(lambda s: loss(s, t.detach()), (s,))  # the path that saved the gradient
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, t.detach()), (s,))  # the case in which the forward pass saves the gradient
 
 
-def test_gradient_goes_where_it_is_asked(device):
+def test_gradient_is_computed_only_for_inputs_that_require_it(device):
     s, t = _features(2, 4, 5, 5, device=device), _features(2, 3, 5, 5, device=device)
     attention_transfer_loss(s.requires_grad_(), t).backward()
     assert t.grad is None
@@ -55,7 +57,7 @@ def test_gradient_goes_where_it_is_asked(device):
         assert not attention_pool(t).requires_grad
 
 
-def test_upstream_gradients_and_kept_graphs(device):
+def test_upstream_gradients_and_retained_graphs(device):
     s, t = _features(3, 8, 6, 6, device=device).requires_grad_(), _features(3, 4, 6, 6, device=device)
     loss, expected = attention_transfer_loss(s, t), reference.attention_transfer_loss(s, t)
     for upstream in (torch.ones_like(loss), torch.full_like(loss, -2.5), torch.ones_like(loss)):
@@ -69,19 +71,22 @@ def test_upstream_gradients_and_kept_graphs(device):
     torch.testing.assert_close(s.grad, 3 * want)
 
 
-def test_unit_upstream_costs_no_pass():
-    """The gradient that the forward wrote is the one the leaf receives; nothing of the features' size is kept beside it."""
+def test_unit_upstream_gradient_needs_no_extra_pass():
+    """The leaf receives the gradient that the forward pass wrote.
+
+    No other tensor of the features' size is saved.
+    """
     s, t = _features(8, 16, 10, 10).requires_grad_(), _features(8, 16, 10, 10)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved_tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved_tensors.append(x) or x, lambda x: x):
         loss = attention_transfer_loss(s, t)
-    fresh = [x for x in kept if x.data_ptr() not in (s.data_ptr(), t.data_ptr())]
-    (grad,) = [x for x in fresh if x.shape == s.shape]
-    assert sum(x.nbytes for x in fresh) <= s.nbytes + t.nbytes // 16  # and the teacher's map
+    saved = [x for x in saved_tensors if x.data_ptr() not in (s.data_ptr(), t.data_ptr())]
+    (grad,) = [x for x in saved if x.shape == s.shape]
+    assert sum(x.nbytes for x in saved) <= s.nbytes + t.nbytes // 16  # the gradient and the teacher's map
     address = grad.data_ptr()
     del grad
-    kept.clear()
-    fresh.clear()
+    saved_tensors.clear()
+    saved.clear()
     loss.backward()
     assert s.grad.data_ptr() == address
 
@@ -156,7 +161,7 @@ def test_functorch(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_computed_in_float(dtype, device):
+def test_half_precision_is_computed_in_float32(dtype, device):
     s, t = (300 * _features(4, 16, 6, 6, device=device)).to(dtype).requires_grad_(), (1e-4 * _features(4, 8, 6, 6, device=device)).to(dtype)
     with torch.autocast(device, dtype=torch.bfloat16):
         loss = attention_transfer_loss(s, t)
@@ -169,7 +174,7 @@ def test_halves_are_computed_in_float(dtype, device):
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 20, 20), (1, 16, 80, 80)])
-def test_result_is_the_same_on_any_number_of_threads(shape):
+def test_result_does_not_depend_on_the_number_of_threads(shape):
     s, t = _features(*shape).requires_grad_(), _features(*shape)
     results, threads = [], torch.get_num_threads()
     for n in (1, 2):
@@ -235,7 +240,7 @@ def test_errors_of_loss_name_the_argument(change, error, message):
         attention_transfer_loss(**{"student": X, "teacher": X, **change})
 
 
-def test_ops_called_directly_guard_their_memory():
+def test_raw_ops_check_shapes_and_options():
     ops = torch.ops.kdkernels
     maps, norm, channel = ops.attention_pool(X, 2.0, Reduce.MAX, Normalize.L2, 1e-12)
     good = [maps, X, maps, norm, channel, 2.0, Reduce.MAX, Normalize.L2, 1e-12]
@@ -251,9 +256,12 @@ def test_ops_called_directly_guard_their_memory():
 
 
 @pytest.mark.parametrize("shape", [(4, 2048, 16, 16), (8, 1024, 8, 8), (16, 1024, 2, 2)], ids=str)
-def test_maps_of_many_channels_keep_their_digits(shape, device):
-    """Maps of thousands of channels differ by a few percent, and the gradient lives on what they differ by: no worse than twice what PyTorch's own
-    sums, which go by halves, make of it."""
+def test_gradient_is_accurate_for_many_channels(shape, device):
+    """The error of the gradient is at most twice that of PyTorch's pairwise sums.
+
+    Maps of thousands of channels differ by a few percent only, so the gradient is computed from small
+    differences.
+    """
     torch.manual_seed(0)
     s, t = _features(*shape, device=device).requires_grad_(), _features(*shape, device=device)
     exact = s.detach().double().requires_grad_()

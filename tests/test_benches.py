@@ -1,4 +1,4 @@
-"""The benchmark suite: what it measures is what it says, and what it writes can be read."""
+"""The benchmark suite: its measurements are correct, and its files and reports can be read."""
 
 import json
 import math
@@ -35,15 +35,15 @@ MB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
+def _run_on_the_cpu(monkeypatch):
     monkeypatch.setattr(suite, "DEVICE", "cpu")
     monkeypatch.setattr(bench_step, "DEVICE", "cpu")
 
 
-# Times.
+# Timing.
 
 
-def test_every_round_has_every_contender_once_in_changing_order():
+def test_every_round_runs_every_contender_once_in_varying_order():
     calls = []
     contenders = {name: partial(calls.append, name) for name in "abc"}
     times = time_interleaved(contenders, rounds=40, warmup=2, device="cpu")
@@ -55,7 +55,7 @@ def test_every_round_has_every_contender_once_in_changing_order():
     assert len(set(rounds)) == 6  # all orders
 
 
-def test_what_is_prepared_is_handed_over_and_not_timed(monkeypatch):
+def test_prepared_values_are_passed_on_and_preparation_is_not_timed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     seen = []
@@ -73,27 +73,29 @@ def test_what_is_prepared_is_handed_over_and_not_timed(monkeypatch):
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_an_interval_of_equal_ratios_is_a_point():
+def test_interval_of_equal_ratios_is_a_point():
     times = {"slow": [2.0, 4.0, 6.0], "fast": [1.0, 2.0, 3.0]}
     assert ratio_interval(times, "slow", "fast") == (2, 2, 2)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=5, max_size=60))
-def test_an_interval_holds_the_median_and_lies_among_the_ratios(ratios):
+def test_interval_contains_the_median_and_lies_within_the_ratios(ratios):
     times = {"slow": ratios, "fast": [1.0] * len(ratios)}
     median, low, high = ratio_interval(times, "slow", "fast")
     assert min(ratios) <= low <= median <= high <= max(ratios)
 
 
-def test_an_interval_covers_the_true_median():
-    """Of 200 samples of 41 ratios, at least 85 % of the intervals hold the median of the distribution; 95 % are meant to."""
+def test_interval_covers_the_true_median():
+    """The intervals of 200 samples of 41 ratios contain the distribution's median in at least 85 %
+    of the cases; 95 % is the nominal rate.
+    """
     generator = torch.Generator().manual_seed(0)
-    held = 0
+    covered = 0
     for _ in range(200):
         ratios = torch.randn(41, generator=generator, dtype=torch.float64).exp().tolist()  # log-normal: its median is 1
         _, low, high = ratio_interval({"slow": ratios, "fast": [1.0] * 41}, "slow", "fast")
-        held += low <= 1 <= high
-    assert held >= 170
+        covered += low <= 1 <= high
+    assert covered >= 170
 
 
 # Limits and memory.
@@ -110,26 +112,26 @@ def test_more_work_takes_longer_at_the_same_rate():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux")
 @pytest.mark.parametrize("megabytes", [8, 64])
-def test_peak_memory_is_what_a_call_takes(megabytes):
-    def twice_at_once():
+def test_peak_memory_is_that_of_the_call(megabytes):
+    def allocate_two_tensors():
         a = torch.ones(megabytes * MB // 4)
         return (a + a).sum()
 
-    twice_at_once()
-    for _ in range(2):  # also where a call has left memory behind
-        assert abs(peak_memory(twice_at_once, "cpu") - 2 * megabytes * MB) <= 0.1 * megabytes * MB + 2 * MB
+    allocate_two_tensors()
+    for _ in range(2):  # the second time after a call whose memory was freed but may still be cached
+        assert abs(peak_memory(allocate_two_tensors, "cpu") - 2 * megabytes * MB) <= 0.1 * megabytes * MB + 2 * MB
     assert peak_memory(lambda: None, "cpu") <= 2 * MB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux")
-def test_peak_memory_counts_a_gradient_on_recycled_memory():
+def test_peak_memory_counts_a_gradient_in_reused_memory():
     student, teacher = torch.randn(16, 2 * MB // 4, requires_grad=True), torch.randn(16, 2 * MB // 4)
 
     def step():
         kdkernels.temperature_kl(student, teacher).backward()
         student.grad = None
 
-    step()  # its gradient is kept for the next one
+    step()  # the memory of this gradient is reused for the next one
     assert abs(peak_memory(step, "cpu") - 32 * MB) <= 6 * MB
 
 
@@ -157,7 +159,7 @@ class _NoBackward(torch.autograd.Function):
         raise NotImplementedError("no backward here\nand a second line")
 
 
-def test_a_row_tells_times_ratios_errors_limits_and_memory():
+def test_row_holds_times_ratios_errors_limits_and_memory():
     row = _measured(_problem()).row("forward")
     assert row["op"] == "temperature_kl"
     assert row["rounds"] == len(row["times"]) >= 5
@@ -171,8 +173,8 @@ def test_a_row_tells_times_ratios_errors_limits_and_memory():
     assert not row["failed"]
 
 
-def test_errors_are_of_the_direction():
-    wrong = lambda x: x.square().sum() * 1.01 - 0.01 * x.detach().square().sum()  # noqa: E731  its gradient is 1 % off
+def test_errors_are_those_of_the_measured_direction():
+    wrong = lambda x: x.square().sum() * 1.01 - 0.01 * x.detach().square().sum()  # noqa: E731  the gradient is wrong by 1 %
     measured = _measured(_problem(wrong=wrong))
     errors = {d: measured.row(d)["errors"]["wrong"]["error"] for d in suite.DIRECTIONS}
     assert errors["forward"] < 1e-6
@@ -181,7 +183,7 @@ def test_errors_are_of_the_direction():
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)
-def test_a_contender_that_fails_is_named_and_the_others_go_on(direction):
+def test_failing_contender_is_reported_and_the_others_are_measured(direction):
     def broken(x):
         raise RuntimeError("cannot")
 
@@ -195,13 +197,13 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(direction):
     assert "failed: NotImplementedError" in texts
 
 
-def test_a_wrong_op_is_not_timed():
+def test_op_with_wrong_results_raises_instead_of_being_timed():
     with pytest.raises(AssertionError, match="a cell: the error of the value is"):
         _measured(_problem(fused=lambda x: x.abs().sum()))
     with pytest.raises(AssertionError, match="the error of the gradient is"):
         _measured(_problem(fused=lambda x: x.square().sum() * 2 - x.detach().square().sum()))
 
-    for nan_value in (True, False):  # a NaN is wrong, in the value as in the gradient
+    for nan_value in (True, False):  # a NaN is an error, both in the value and in the gradient
 
         def spoiled(x, nan_value=nan_value):
             return x.square().sum() * (math.nan if nan_value else 1) + (0 if nan_value else (x - x.detach()).abs().sqrt().sum())
@@ -216,8 +218,10 @@ def test_a_wrong_op_is_not_timed():
         _measured(_problem(fused=broken))
 
 
-def test_calls_go_round_the_copies_of_the_inputs():
-    """As on a GPU, where each call is to find its inputs in memory and not in the cache."""
+def test_calls_cycle_through_the_copies_of_the_inputs():
+    """Calls use the copies of the inputs in turn, so that on a GPU each call reads its inputs from
+    memory and not from the cache.
+    """
     seen = []
     x = torch.randn(3, 8, requires_grad=True)[:, ::2].detach().requires_grad_()
     fused = lambda x, y: (seen.append(x.data_ptr()), (x * y).sum())[1]  # noqa: E731
@@ -236,7 +240,7 @@ def test_calls_go_round_the_copies_of_the_inputs():
         assert all(t.grad is None for s in measured.sets for t in s)
 
 
-# Steps.
+# Training steps.
 
 
 def _steps():
@@ -255,10 +259,12 @@ def _steps():
 
 
 @pytest.mark.parametrize("name", ["KD", "AT", "FSP", "gradient AT", "SVD-KD"])
-def test_a_step_in_parts_has_the_gradients_of_the_step(name):
-    """Cut at the features, its parts give the parameters the gradients that the whole has; with the references in place of the ops too."""
+def test_step_split_into_parts_has_the_gradients_of_the_whole_step(name):
+    """A step whose backward pass is split at the features computes the same gradients as the whole
+    step, also with the references in place of the ops.
+    """
     method = _steps()[name].double()
-    method.student.eval()  # statistics of batch norm stay
+    method.student.eval()  # keep the statistics of batch norm fixed
     batch = {"image": torch.randn(4, 3, 16, 16, dtype=torch.float64), "label": torch.randint(7, (4,))}
     parameters = list(method.student.parameters())
     losses = method.losses(batch)[1]
@@ -280,7 +286,7 @@ def test_a_step_in_parts_has_the_gradients_of_the_step(name):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
 
 
-def test_references_stand_in_for_the_ops_and_go_again():
+def test_references_replace_the_ops_temporarily():
     from kdkernels.distill import kd
 
     with bench_step.references():
@@ -291,7 +297,7 @@ def test_references_stand_in_for_the_ops_and_go_again():
     assert kdkernels.nn.attention_transfer_loss is kdkernels.attention_transfer_loss
 
 
-# Files of results.
+# Result files.
 
 
 def _result(**ratios) -> dict:
@@ -310,7 +316,7 @@ def _result(**ratios) -> dict:
     return {"benchmarks": rows}
 
 
-def test_compare_reports_what_lost_more_than_a_quarter():
+def test_compare_reports_rows_slower_by_more_than_a_quarter():
     old = _result(steady=[4, 3.9, 4.1], lost=[4, 3.9, 4.1], noisy=[4, 2, 6], gained=[1, 0.9, 1.1], gone=[2, 2, 2])
     new = _result(steady=[3.2, 3.1, 3.3], lost=[2.9, 2.8, 3.0], noisy=[2.5, 1.5, 3.5], gained=[2, 1.9, 2.1], fresh=[1, 1, 1])
     changes = compare(old, new)
@@ -323,7 +329,7 @@ def test_compare_on_the_command_line(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(_result(a=[4, 3.9, 4.1], b=[2, 2, 2])))
     new.write_text(json.dumps(_result(a=[1, 0.9, 1.1])))
-    assert compare_files([str(old), str(new)]) == 0  # reported, not failed
+    assert compare_files([str(old), str(new)]) == 0  # differences are reported, and are not a failure
     shown = capsys.readouterr().out
     assert "1 ratios of 1 cells compared; 1 cells of the older file were not measured; lost more than 25 %: 1" in shown
     assert "4.00x ->     1.00x  temperature_kl: a, forward, against eager" in shown
@@ -341,14 +347,16 @@ def test_compare_on_the_command_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_performance_page_is_what_the_results_say():
+def test_performance_page_matches_the_results():
     run = subprocess.run([sys.executable, "-m", "benches.performance", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 
-def test_rows_of_a_gpu_have_a_section_of_their_own(smoke, tmp_path, monkeypatch):
-    """Results as a GPU gives them, made up here: replayed graphs, one of which cannot be captured, and the versions that count there."""
-    result = load(smoke[0] / "bench.json")
+def test_gpu_rows_have_a_separate_section(smoke_run, tmp_path, monkeypatch):
+    """Invented results in the form of a GPU's: replayed CUDA graphs, one of which cannot be
+    captured, and the versions of CUDA and Triton.
+    """
+    result = load(smoke_run[0] / "bench.json")
     (tmp_path / "docs").mkdir()
     for device in ("cpu", "cuda"):
         for row in rows_of(result):
@@ -382,8 +390,10 @@ def _bench(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A run of a few rows: an op in all directions, points of sweeps, a step."""
+def smoke_run(tmp_path_factory):
+    """Run the benchmarks of a few rows: an op in all directions, points of sweeps, and a training
+    step.
+    """
     out = tmp_path_factory.mktemp("bench")
     run = _bench(
         "--smoke", "--device", "cpu", "--report", "--out", out, "--select", "128 x 100,", "--select", "rows of 1000", "--select", "FSP", cwd=out
@@ -392,14 +402,14 @@ def smoke(tmp_path_factory):
     return out, run
 
 
-def test_command_writes_results_pictures_and_report(smoke):
-    out, run = smoke
+def test_command_writes_results_figures_and_report(smoke_run):
+    out, run = smoke_run
     assert {p.name for p in out.iterdir()} >= {"bench.json", "report.html", "temperature_kl_sweeps.svg", "temperature_kl_sweeps.png"}
     assert not list(out.glob(".bench*")) + list(out.glob("*.tmp"))
     result = load(out / "bench.json")
     rows = rows_of(result)
     assert {row["direction"] for row in rows} == {*suite.DIRECTIONS, "step"}
-    for benchmark in result["benchmarks"]:  # pytest-benchmark's own statistics are those of our rounds
+    for benchmark in result["benchmarks"]:  # pytest-benchmark computes its statistics from the rounds of this suite
         row = benchmark["extra_info"]
         assert benchmark["stats"]["median"] == pytest.approx(row["seconds"]["fused"], rel=1e-6)
         assert benchmark["stats"]["rounds"] == row["rounds"]
@@ -409,8 +419,8 @@ def test_command_writes_results_pictures_and_report(smoke):
     assert (out / "temperature_kl_sweeps.svg").read_text().count("limit") >= 1
 
 
-def test_tables_have_a_line_for_each_row(smoke):
-    rows = rows_of(load(smoke[0] / "bench.json"))
+def test_tables_have_one_line_per_row(smoke_run):
+    rows = rows_of(load(smoke_run[0] / "bench.json"))
     by_title = {t.title: t for t in tables(rows)}
     kl = by_title["temperature_kl of logits [rows, classes]"]
     assert len(kl.rows) == sum(row["op"] == "temperature_kl" and "sweep" not in row for row in rows)
@@ -419,8 +429,8 @@ def test_tables_have_a_line_for_each_row(smoke):
     assert any(line.startswith("temperature_kl of logits") for line in plain(rows))
 
 
-def test_rows_are_added_to_those_in_the_folder(smoke, tmp_path):
-    shutil.copy(smoke[0] / "bench.json", tmp_path)
+def test_new_rows_are_added_to_the_result_file(smoke_run, tmp_path):
+    shutil.copy(smoke_run[0] / "bench.json", tmp_path)
     before = rows_of(load(tmp_path / "bench.json"))
     run = _bench("--smoke", "--device", "cpu", "--out", tmp_path, "--op", "temperature_kl", "--select", "jsd, backward")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -443,20 +453,20 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(a) for a, _ in ERRORS])
-def test_errors_of_the_command(arguments, message, smoke, tmp_path):
+def test_errors_of_the_command(arguments, message, smoke_run, tmp_path):
     (tmp_path / "file.txt").write_text("mine")
-    for name, content in (("other", (smoke[0] / "bench.json").read_text()), ("broken", "[1]")):
+    for name, content in (("other", (smoke_run[0] / "bench.json").read_text()), ("broken", "[1]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "bench.json").write_text(content)
     run = _bench(*arguments, cwd=tmp_path)
     assert run.returncode != 0
     assert message in run.stderr
     assert "Traceback" not in run.stderr
-    assert (tmp_path / "other" / "bench.json").read_text() == (smoke[0] / "bench.json").read_text()
+    assert (tmp_path / "other" / "bench.json").read_text() == (smoke_run[0] / "bench.json").read_text()
     assert not list(tmp_path.glob("*/.bench*"))
 
 
-# The report, in a browser.
+# The report in a browser.
 
 
 @pytest.fixture(scope="module")
@@ -472,13 +482,13 @@ def browser():
         browser.close()
 
 
-def test_the_report_sorts_and_fetches_nothing(smoke, browser):
+def test_report_sorts_tables_and_loads_nothing_from_the_network(smoke_run, browser):
     page = browser.new_page()
-    complaints, requests = [], []
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    problems, requests = [], []
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto((smoke[0] / "report.html").as_uri())
+    page.goto((smoke_run[0] / "report.html").as_uri())
     assert [r for r in requests if not r.startswith(("file:", "data:"))] == []
     heading = page.locator("h2", has_text="temperature_kl of logits")
     table = heading.locator("xpath=following-sibling::table[1]")
@@ -495,7 +505,7 @@ def test_the_report_sorts_and_fetches_nothing(smoke, browser):
     assert head.get_attribute("aria-sort") == "descending"
     head.locator("button").click()
     assert numbers() == sorted(before)
-    table.locator("th button").first.click()  # words sort too
+    table.locator("th button").first.click()  # columns of words can be sorted too
     words = [c.inner_text() for c in table.locator("tbody tr td:first-child").all()]
     assert words == sorted(words, reverse=True)
     page.fill("#filter", "128 x 100 backward")
@@ -503,13 +513,13 @@ def test_the_report_sorts_and_fetches_nothing(smoke, browser):
     for image in page.locator("img").all():
         assert image.evaluate("i => i.complete && i.naturalWidth > 0")
     assert page.locator("img").count() == 1
-    assert complaints == []
+    assert problems == []
     page.close()
 
 
-def test_the_report_fits_a_phone(smoke, browser):
+def test_report_fits_a_phone(smoke_run, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True)
-    page.goto((smoke[0] / "report.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables scroll in themselves
+    page.goto((smoke_run[0] / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables have their own scroll bar
     assert float(re.match(r"[\d.]+", page.locator("p").first.evaluate("e => getComputedStyle(e).fontSize")).group()) >= 14
     page.close()

@@ -1,4 +1,7 @@
-"""What setup.py decides to build, on toolkits that are shell scripts: no compiler runs here. And what show_config says about the outcome."""
+"""The modules that setup.py builds, with shell scripts in place of CUDA toolkits and compilers.
+
+Also the status that show_config prints.
+"""
 
 import json
 import os
@@ -23,8 +26,8 @@ NVCC_13_0 = (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
 TORCH = ("2.14.1+cu130", "13.0")
 
 
-def stand_in(home: Path, version="13.0", targets=NVCC_13_0, headers=True, top: Path | None = None) -> Path:
-    """A folder with a script that answers as nvcc does."""
+def make_toolkit(home: Path, version="13.0", targets=NVCC_13_0, headers=True, top: Path | None = None) -> Path:
+    """Create a toolkit folder with a script that imitates nvcc."""
     (home / "bin").mkdir(parents=True)
     if headers:
         (home / "include").mkdir()
@@ -44,102 +47,106 @@ esac
     return home
 
 
-def decide(tmp_path, torch_versions=TORCH, gpus=(), path="/nowhere", **environment):
+def make_plan(tmp_path, torch_versions=TORCH, gpus=(), path="/nowhere", **environment):
     return cuda_toolkit.plan(
         *torch_versions, {"PATH": f"{path}", **{k: str(v) for k, v in environment.items()}}, lambda: list(gpus), str(tmp_path / "local")
     )
 
 
 @pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
-def test_toolkit_of_the_environment(tmp_path, name):
-    home = stand_in(tmp_path / "toolkit")
-    plan = decide(tmp_path, **{name: home})
+def test_toolkit_from_environment_variable(tmp_path, name):
+    home = make_toolkit(tmp_path / "toolkit")
+    plan = make_plan(tmp_path, **{name: home})
     assert (plan.home, plan.architectures, plan.reason) == (str(home), ("8.0", "9.0", "10.0+PTX"), "")
 
 
 def test_nvcc_outside_its_toolkit(tmp_path):
-    """A wrapper on PATH, and a link: the toolkit is where nvcc --dryrun says, and not the folder above the one of the script."""
-    home = stand_in(tmp_path / "toolkit")
-    wrapper = stand_in(tmp_path / "usr", headers=False, top=home)
-    assert decide(tmp_path, path=wrapper / "bin").home == str(home)
+    """nvcc may be a wrapper or a link on PATH: the toolkit is the folder that nvcc --dryrun prints,
+    not the parent folder of the script.
+    """
+    home = make_toolkit(tmp_path / "toolkit")
+    wrapper = make_toolkit(tmp_path / "usr", headers=False, top=home)
+    assert make_plan(tmp_path, path=wrapper / "bin").home == str(home)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert decide(tmp_path, path=tmp_path / "links").home == str(home)
+    assert make_plan(tmp_path, path=tmp_path / "links").home == str(home)
 
 
-def test_headers_beside_nvcc_and_not_in_top(tmp_path):
-    """As distributions have it: /usr/bin/nvcc, /usr/include/cuda_runtime.h, and TOP is another folder."""
-    library = stand_in(tmp_path / "usr" / "lib" / "cuda", headers=False)
-    home = stand_in(tmp_path / "usr2", top=library)
-    assert decide(tmp_path, path=home / "bin").home == str(home)
+def test_headers_next_to_nvcc_instead_of_in_top(tmp_path):
+    """The layout of Linux distributions: /usr/bin/nvcc, /usr/include/cuda_runtime.h, and TOP is
+    another folder.
+    """
+    library = make_toolkit(tmp_path / "usr" / "lib" / "cuda", headers=False)
+    home = make_toolkit(tmp_path / "usr2", top=library)
+    assert make_plan(tmp_path, path=home / "bin").home == str(home)
 
 
-def test_toolkits_that_no_variable_names(tmp_path):
-    stand_in(tmp_path / "local" / "cuda", version="12.6", targets=NVCC_12_6)
-    plan = decide(tmp_path)
+def test_toolkits_in_default_folders(tmp_path):
+    make_toolkit(tmp_path / "local" / "cuda", version="12.6", targets=NVCC_12_6)
+    plan = make_plan(tmp_path)
     assert not plan.architectures
     assert "is CUDA 12.6, not CUDA 13" in plan.reason
-    home = stand_in(tmp_path / "local" / "cuda-13.0")
-    plan = decide(tmp_path)
+    home = make_toolkit(tmp_path / "local" / "cuda-13.0")
+    plan = make_plan(tmp_path)
     assert plan.home == str(home)
     assert any("is CUDA 12.6, not CUDA 13" in note for note in plan.notes)
 
 
-def test_another_major_version(tmp_path):
-    old = stand_in(tmp_path / "old", version="12.6", targets=NVCC_12_6)
-    plan = decide(tmp_path, CUDA_HOME=old)
+def test_toolkit_of_another_major_version_is_not_used(tmp_path):
+    old = make_toolkit(tmp_path / "old", version="12.6", targets=NVCC_12_6)
+    plan = make_plan(tmp_path, CUDA_HOME=old)
     assert (plan.architectures, plan.home) == ((), "")
     assert plan.reason == (
         f"torch 2.14.1+cu130 needs a CUDA 13 toolkit with bin/nvcc and include/cuda_runtime.h, but {old} (found through CUDA_HOME) is CUDA 12.6, "
         "not CUDA 13: install one or set CUDA_HOME to it, then build kdkernels again"
     )
-    # The same major version is enough, and a toolkit further on is taken.
-    assert decide(tmp_path, ("2.10.0+cu128", "12.8"), CUDA_HOME=old).home == str(old)
-    home = stand_in(tmp_path / "new")
-    assert decide(tmp_path, CUDA_HOME=old, path=home / "bin").home == str(home)
+    # The same major version is enough, and a matching toolkit later in the search is used.
+    assert make_plan(tmp_path, ("2.10.0+cu128", "12.8"), CUDA_HOME=old).home == str(old)
+    home = make_toolkit(tmp_path / "new")
+    assert make_plan(tmp_path, CUDA_HOME=old, path=home / "bin").home == str(home)
 
 
-def test_runtime_image(tmp_path):
-    """CUDA_HOME is set, and nothing there compiles."""
+def test_cuda_home_without_compiler(tmp_path):
+    """CUDA_HOME names a folder without a compiler, as in runtime images."""
     (tmp_path / "runtime" / "lib64").mkdir(parents=True)
-    plan = decide(tmp_path, CUDA_HOME=tmp_path / "runtime")
+    plan = make_plan(tmp_path, CUDA_HOME=tmp_path / "runtime")
     assert not plan.architectures
     assert f"{tmp_path}/runtime/bin/nvcc does not exist (found through CUDA_HOME)" in plan.reason
 
 
-def test_no_headers(tmp_path):
-    home = stand_in(tmp_path / "toolkit", headers=False)
-    plan = decide(tmp_path, path=home / "bin")
+def test_toolkit_without_headers(tmp_path):
+    home = make_toolkit(tmp_path / "toolkit", headers=False)
+    plan = make_plan(tmp_path, path=home / "bin")
     assert not plan.architectures
     assert f"{home} has no include/cuda_runtime.h (found through PATH)" in plan.reason
 
 
-def test_no_nvcc_at_all(tmp_path):
-    assert "no nvcc was found through CUDA_HOME, CUDA_PATH, PATH" in decide(tmp_path).reason
+def test_no_nvcc(tmp_path):
+    assert "no nvcc was found through CUDA_HOME, CUDA_PATH, PATH" in make_plan(tmp_path).reason
 
 
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 3\n", "#!/no/such/interpreter\n", "not a program"])
-def test_nvcc_that_does_not_run(tmp_path, content):
-    home = stand_in(tmp_path / "toolkit")
+def test_nvcc_that_cannot_be_run(tmp_path, content):
+    home = make_toolkit(tmp_path / "toolkit")
     (home / "bin" / "nvcc").write_text(content)
-    plan = decide(tmp_path, CUDA_HOME=home)
+    plan = make_plan(tmp_path, CUDA_HOME=home)
     assert not plan.architectures
     assert f"{home}/bin/nvcc" in plan.reason
 
 
 def test_torch_without_cuda(tmp_path):
-    home = stand_in(tmp_path / "toolkit")
-    plan = decide(tmp_path, ("2.13.0+cpu", None), CUDA_HOME=home)
+    home = make_toolkit(tmp_path / "toolkit")
+    plan = make_plan(tmp_path, ("2.13.0+cpu", None), CUDA_HOME=home)
     assert plan.reason == "torch 2.13.0+cpu has no CUDA: install a CUDA build of torch, then build kdkernels again"
-    assert "every op runs in Triton" in decide(tmp_path, ("2.13.0+rocm7.0", None), CUDA_HOME=home).reason
+    assert "every op runs in Triton" in make_plan(tmp_path, ("2.13.0+rocm7.0", None), CUDA_HOME=home).reason
 
 
-def test_switch(tmp_path):
-    home = stand_in(tmp_path / "toolkit")
-    assert "KDKERNELS_CUDA=0 was set" in decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="0").reason
-    assert decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="1").architectures
+def test_kdkernels_cuda_variable(tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    assert "KDKERNELS_CUDA=0 was set" in make_plan(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="0").reason
+    assert make_plan(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="1").architectures
     with pytest.raises(ValueError, match=r"KDKERNELS_CUDA must be 0 .*, 1 .* or unset, got 'yes'"):
-        decide(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="yes")
+        make_plan(tmp_path, CUDA_HOME=home, KDKERNELS_CUDA="yes")
 
 
 @pytest.mark.parametrize(
@@ -162,32 +169,32 @@ def test_switch(tmp_path):
         ("native", NVCC_13_0, "13.0", "8.9;12.0", []),
     ],
 )
-def test_architectures(tmp_path, asked, targets, version, built, left_out):
-    home = stand_in(tmp_path / "toolkit", version, targets)
-    plan = decide(tmp_path, ("2.14.1", version), gpus=[(12, 0), (8, 9), (12, 0)], CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
+def test_requested_architectures(tmp_path, asked, targets, version, built, left_out):
+    home = make_toolkit(tmp_path / "toolkit", version, targets)
+    plan = make_plan(tmp_path, ("2.14.1", version), gpus=[(12, 0), (8, 9), (12, 0)], CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
     assert (";".join(plan.architectures), plan.reason) == (built, "")
     lines = [note for note in plan.notes if "is left out" in note]
     assert len(lines) == len(left_out)
     assert all(line.startswith(start) for line, start in zip(lines, left_out, strict=True))
 
 
-def test_no_architecture_is_left(tmp_path):
-    home = stand_in(tmp_path / "toolkit")
-    plan = decide(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="7.0;Turing")
+def test_no_supported_architecture(tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    plan = make_plan(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="7.0;Turing")
     assert not plan.architectures
     assert "7.0 is left out" in plan.reason
     assert plan.reason.endswith("build kdkernels again with TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0+PTX'")
 
 
 @pytest.mark.parametrize("asked", ["8,6", "sm_80", "8.6+ptx", "Amper", "all"])
-def test_an_architecture_that_is_none(tmp_path, asked):
-    home = stand_in(tmp_path / "toolkit")
+def test_invalid_architecture_raises(tmp_path, asked):
+    home = make_toolkit(tmp_path / "toolkit")
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST has .* expected entries such as 8.6, 9.0a, 10.0\+PTX or Ampere"):
-        decide(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
+        make_plan(tmp_path, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
 
 
 def test_native_without_a_gpu(tmp_path):
-    plan = decide(tmp_path, CUDA_HOME=stand_in(tmp_path / "toolkit"), TORCH_CUDA_ARCH_LIST="native")
+    plan = make_plan(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "toolkit"), TORCH_CUDA_ARCH_LIST="native")
     assert plan.architectures == ("8.0", "9.0", "10.0+PTX")
     assert any("no GPU is visible" in note for note in plan.notes)
 
@@ -201,12 +208,15 @@ def test_flags_of_nvcc():
     ]
 
 
-def test_the_budget_holds_what_is_built():
+def test_budget_has_the_default_architectures():
     assert list(json.loads(BUDGET.read_text())) == list(TARGETS) == [f"sm_{a.replace('.', '')}" for a in cuda_toolkit.ARCHITECTURES]
 
 
-def test_names_of_generations_are_those_of_torch():
-    """torch's own table, read from its source: it may know fewer names than ours, and never means another architecture."""
+def test_names_of_gpu_generations_match_torch():
+    """Compare with torch's table, read from its source.
+
+    It may have fewer names, but must map each to the same architectures.
+    """
     import ast
     import inspect
 
@@ -214,12 +224,13 @@ def test_names_of_generations_are_those_of_torch():
 
     tree = ast.parse(inspect.getsource(cpp_extension._get_cuda_arch_flags))
     table = next(n.value.args[0] for n in ast.walk(tree) if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "named_arches")
-    theirs = dict(ast.literal_eval(table))
-    assert len(theirs) >= 14
-    assert {name: cuda_toolkit.GENERATIONS.get(name) for name in theirs} == theirs
+    torch_generations = dict(ast.literal_eval(table))
+    assert len(torch_generations) >= 14
+    assert {name: cuda_toolkit.GENERATIONS.get(name) for name in torch_generations} == torch_generations
 
 
-# Runs setup.py in one process once for each toolkit and environment, with a torch that says it is a CUDA build.
+# Runs setup.py once for each toolkit and environment, all in one process, with a torch that
+# pretends to be a CUDA build.
 SETUP = """
 import json, os, runpy, sys, torch, cuda_toolkit
 torch.version.cuda = "13.0"
@@ -240,7 +251,7 @@ for environment, fault, text in json.loads(sys.stdin.read()):
 print(json.dumps(results))
 """
 SETTINGS = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS", "KDKERNELS_TESTING")
-AWKWARD = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
+SPECIAL_CHARACTERS = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
 
 
 def without_settings() -> dict[str, str]:
@@ -250,11 +261,11 @@ def without_settings() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def setups(tmp_path_factory):
     folder = tmp_path_factory.mktemp("setup")
-    home = stand_in(folder / "toolkit")
-    wrapper = stand_in(folder / "usr", headers=False, top=home)
+    home = make_toolkit(folder / "toolkit")
+    wrapper = make_toolkit(folder / "usr", headers=False, top=home)
     fault = "/opt/cuda is CUDA 11.8, not CUDA 13"
     runs = [
-        ({"TORCH_CUDA_ARCH_LIST": "7.5;8.6+PTX"}, "", AWKWARD),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5;8.6+PTX"}, "", SPECIAL_CHARACTERS),
         ({"KDKERNELS_CUDA": ""}, fault, ""),
         ({"KDKERNELS_CUDA": "1"}, fault, ""),
         ({"KDKERNELS_CUDA": "yes"}, fault, ""),
@@ -279,24 +290,27 @@ def test_setup_builds_the_cuda_module_first(setups):
 
 
 def test_setup_without_a_toolkit(setups):
-    """Without KDKERNELS_CUDA the rest is built and the reason recorded; with KDKERNELS_CUDA=1 setup.py stops with one sentence."""
-    _, printed, (_, without, insisting, wrong, _) = setups
+    """Without KDKERNELS_CUDA the other modules are built and the reason is recorded.
+
+    With KDKERNELS_CUDA=1 setup.py stops with a one-line error.
+    """
+    _, printed, (_, without, required, wrong, _) = setups
     assert without["modules"][0] == "kdkernels._C"
     assert "kdkernels._cuda" not in without["modules"]
     assert "/opt/cuda is CUDA 11.8, not CUDA 13" in without["defines"]["KDKERNELS_WITHOUT_CUDA"]
     assert any(line.startswith("kdkernels: the CUDA kernels are not built: torch") for line in printed)
-    assert insisting["error"].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
+    assert required["error"].startswith("KDKERNELS_CUDA=1 needs a CUDA build of torch and nvcc: torch")
     assert wrong["error"].startswith("KDKERNELS_CUDA must be 0")
 
 
-def test_only_a_test_build_has_the_modules_of_the_tests(setups):
+def test_only_test_builds_have_testing_modules(setups):
     *_, testing = setups[2]
     assert {"kdkernels._testing", "kdkernels._testing_baseline"} <= set(testing["modules"])
     assert not [name for result in setups[2][:2] for name in result["modules"] if "_testing" in name]
 
 
-# Takes the place of the compiler and the linker: writes empty files where they would write theirs.
-STAND_IN_COMPILER = """#!/bin/sh
+# Replaces the compiler and the linker: writes empty output files.
+FAKE_COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in
     -o | -MF) : > "$2"; shift ;;
@@ -307,15 +321,18 @@ done
 
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
-def test_the_files_of_a_wheel(tmp_path):
-    """A wheel, built by a compiler that does nothing: every module that kdkernels loads is in it, and none that only tests call."""
+def test_files_of_a_wheel(tmp_path):
+    """Build a wheel with a compiler that writes empty files.
+
+    It contains every module that kdkernels loads, and no module that only tests use.
+    """
     source = tmp_path / "source"
     for folder in ("csrc", "kdkernels", "python_ref", "benches"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results", "reference", "benches"))
     for name in ("setup.py", "cuda_toolkit.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     compiler = tmp_path / "compiler"
-    compiler.write_text(STAND_IN_COMPILER)
+    compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
     tools = {name: str(compiler) for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED")}
     environment = without_settings() | tools | {"KDKERNELS_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
@@ -332,13 +349,15 @@ def test_the_files_of_a_wheel(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
-def test_sentences_reach_the_compiler_whole(setups, tmp_path):
-    """Quotes, semicolons, dollars and spaces of the reason are as they were behind ninja and the shell."""
+def test_compiler_receives_the_reason_unchanged(setups, tmp_path):
+    """Quotes, semicolons, dollar signs and spaces in the reason pass through ninja and the shell
+    unchanged.
+    """
     define = shlex.quote(f"-DTEXT={setups[2][0]['literal']}")
     (tmp_path / "main.cpp").write_text("#include <cstdio>\nint main() { std::fputs(TEXT, stdout); }\n")
     (tmp_path / "build.ninja").write_text(f"rule c\n  command = g++ $flags main.cpp -o main\nbuild main: c main.cpp\n  flags = {define}\n")
     subprocess.run(["ninja", "-C", str(tmp_path)], check=True, capture_output=True)
-    assert subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout == AWKWARD
+    assert subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout == SPECIAL_CHARACTERS
 
 
 @pytest.mark.parametrize(
@@ -365,11 +384,11 @@ def test_sentences_reach_the_compiler_whole(setups, tmp_path):
         ((9, 0), "", False),
     ],
 )
-def test_which_gpu_an_image_runs_on(capability, architectures, runs):
+def test_gpus_that_can_run_an_image(capability, architectures, runs):
     assert config.has_image(capability, architectures) is runs
 
 
-def test_sentences_about_the_cuda_kernels():
+def test_status_of_the_cuda_kernels():
     def status(architectures="8.0;9.0", gpus=(), torch_cuda="13.0", reason=""):
         return config.cuda_kernels_status(architectures, reason, list(gpus), torch_cuda)
 
@@ -387,7 +406,9 @@ def test_sentences_about_the_cuda_kernels():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes the GPU at hand one of this capability, with CUDA kernels built for these architectures."""
+    """Return a function that simulates a GPU of a compute capability, and CUDA kernels built for
+    some architectures.
+    """
 
     def set_up(capability, architectures):
         info = config._C.build_info() | {"cuda_archs": architectures}
@@ -403,7 +424,7 @@ def gpu(monkeypatch):
     config.cuda_kernels_run_on.cache_clear()
 
 
-def test_a_gpu_without_an_image_takes_triton(gpu):
+def test_gpu_without_an_image_uses_triton(gpu):
     x, eps = torch.ones(2, 5, 4), 1e-6
     forward, backward = (x, 2, "max_abs", False, eps, True), (None, None, x, x, x, torch.ones(2, 4), x, x, eps)
     for capability, architectures, name in [
@@ -419,7 +440,7 @@ def test_a_gpu_without_an_image_takes_triton(gpu):
         assert implementations._cuda_runs([x, x]) == (name == "cuda")
 
 
-def test_an_old_setuptools_is_refused_in_one_line(tmp_path):
+def test_old_setuptools_is_a_one_line_error(tmp_path):
     (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\ndef setup(**_):\n    raise AssertionError('was called')\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)

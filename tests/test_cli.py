@@ -1,4 +1,4 @@
-"""The command line: configs, reports, export, and what it says when something is wrong."""
+"""The command line: configurations, reports, export, plots, and error messages."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ TEACHER = ["fit", "--config", str(ROOT / "configs/teacher_clutter_digits.yaml"),
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with runs/teacher, trained by the command line."""
+    """Return a folder with runs/teacher, which the command line has trained."""
     folder = tmp_path_factory.mktemp("run")
     before = os.getcwd()
     os.chdir(folder)
@@ -41,16 +41,16 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def there(run, monkeypatch):
+def cwd(run, monkeypatch):
     monkeypatch.chdir(run)
     return run
 
 
-def test_a_run_leaves_checkpoints_logs_and_its_config(run):
+def test_run_writes_checkpoints_logs_and_its_config(run):
     folder = run / "runs" / "teacher"
     logs = folder / "version_0"
     assert {p.name for p in folder.iterdir()} >= {"best.ckpt", "last.ckpt", "version_0"}
-    written = yaml.safe_load((logs / "config.yaml").read_text())  # of the config and its bases, with all that was given besides
+    written = yaml.safe_load((logs / "config.yaml").read_text())  # the merged config, its bases and the command line's options
     student = {"class_path": "kdkernels.models.TinyCNN", "init_args": {"width": 4, "depth": 1, "num_classes": 10}}
     assert written["model"]["init_args"]["student"] == student
     assert written["data"]["class_path"] == "kdkernels.data.ClutterDigits"
@@ -60,7 +60,7 @@ def test_a_run_leaves_checkpoints_logs_and_its_config(run):
     assert list(logs.glob("events.out.tfevents*"))
 
 
-def test_last_and_best_are_reported(there, capsys):
+def test_last_and_best_checkpoints_are_reported(cwd, capsys):
     assert main([*TEACHER, "--ckpt_path", "last", "--trainer.max_epochs=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     last, best = (next(line for line in lines if line.startswith(kind)) for kind in ("last", "best"))
@@ -74,22 +74,24 @@ def test_last_and_best_are_reported(there, capsys):
         assert f"{value:.4f}"[:5] in capsys.readouterr().out
 
 
-def test_print_config_is_short_and_gives_the_same_run(there, capsys):
+def test_printed_config_is_short_and_reproduces_the_run(cwd, capsys):
     with pytest.raises(SystemExit):
         main([*TEACHER, "--print_config"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 80
     assert "null" not in text
-    (there / "printed.yaml").write_text(text)
+    (cwd / "printed.yaml").write_text(text)
     assert main(["fit", "--config", "printed.yaml", "--trainer.default_root_dir=runs/printed"]) == 0
     assert main([*TEACHER, "--trainer.default_root_dir=runs/given"]) == 0
     first, second = (torch.load(f"runs/{name}/last.ckpt", weights_only=True)["state_dict"] for name in ("given", "printed"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_callback_whose_default_is_no_plain_value(there):
-    """The config that is written with the run holds it, and gives the run again."""
-    (there / "timer.yaml").write_text("trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:01:00:00'}}]}")
+def test_stored_config_handles_callbacks_with_enum_defaults(cwd):
+    """The config that is stored with the run contains the default, and can be used to resume the
+    run.
+    """
+    (cwd / "timer.yaml").write_text("trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:01:00:00'}}]}")
     assert main([*TEACHER, "--config=timer.yaml", "--trainer.default_root_dir=runs/timed"]) == 0
     written = "runs/timed/version_0/config.yaml"
     (timer,) = yaml.safe_load(Path(written).read_text())["trainer"]["callbacks"]
@@ -98,8 +100,11 @@ def test_a_callback_whose_default_is_no_plain_value(there):
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
-    """Its networks are built and its options are known; what it lacks here is data and a teacher, and that is said."""
+def test_every_config_is_valid(config, monkeypatch, tmp_path, capsys):
+    """Networks are built and options are known.
+
+    If the data or the teacher is missing, the message says so.
+    """
     monkeypatch.chdir(tmp_path)
     status = main(["fit", "--config", str(config), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
     message = capsys.readouterr().err
@@ -112,8 +117,11 @@ def test_every_config_is_complete(config, monkeypatch, tmp_path, capsys):
         assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
 
 
-def test_a_config_with_bases(tmp_path):
-    """Each base is relative to the file that names it; the file's own values win; the arguments of another class are replaced."""
+def test_config_with_bases_is_merged(tmp_path):
+    """A base is relative to the file that names it.
+
+    Values of the file override those of the base, and another class discards the base's arguments.
+    """
     (tmp_path / "deep").mkdir()
     first = "seed_everything: 3\nmodel: {class_path: A, init_args: {x: 1, y: [1, 2], net: {class_path: N, init_args: {w: 1}}}}\n"
     (tmp_path / "deep" / "first.yaml").write_text(first)
@@ -124,7 +132,7 @@ def test_a_config_with_bases(tmp_path):
     assert merged({"model": {"init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B", "init_args": {"x": 1}}}
     assert merged({"model": {"class_path": "A", "init_args": {"x": 1}}}, {"model": {"class_path": "B"}}) == {"model": {"class_path": "B"}}
     whole, third = str(tmp_path / "deep" / "first.yaml"), str(tmp_path / "third.yaml")
-    others = ["--config", whole, "--config", "absent.yaml"]  # no bases: left to the parser
+    others = ["--config", whole, "--config", "absent.yaml"]  # files without a base: unchanged, for the parser
     command, option, text, joined, *rest = with_bases(["fit", "-c", third, f"--config={third}", *others])
     assert (command, option, rest) == ("fit", "-c", others)
     assert yaml.safe_load(text) == yaml.safe_load(joined.removeprefix("--config=")) == expected
@@ -140,7 +148,7 @@ def test_a_config_with_bases(tmp_path):
         ("base: broken.yaml", "config: '{folder}/broken.yaml' is no YAML: "),
     ],
 )
-def test_a_base_that_cannot_be_used(tmp_path, capsys, text, message):
+def test_invalid_base_config_is_an_error(tmp_path, capsys, text, message):
     (tmp_path / "list.yaml").write_text("[1]")
     (tmp_path / "broken.yaml").write_text("model: [")
     (tmp_path / "c.yaml").write_text(text)
@@ -149,8 +157,10 @@ def test_a_base_that_cannot_be_used(tmp_path, capsys, text, message):
         assert capsys.readouterr().err.startswith("kdkernels fit: " + message.format(folder=tmp_path))
 
 
-def test_the_recipe_of_the_literature():
-    """RepDistiller's: resnet56 to resnet20, T = 4, 0.1 CE + 0.9 KL, 240 epochs, steps at 150, 180 and 210."""
+def test_config_follows_the_published_recipe():
+    """RepDistiller's recipe: resnet56 to resnet20, T = 4, 0.1 CE + 0.9 KL, 240 epochs, steps at
+    150, 180 and 210.
+    """
     config = load_config(ROOT / "configs/kd_cifar100_resnet56_resnet20.yaml")
     method, data = config["model"]["init_args"], config["data"]["init_args"]
     assert method["student"]["class_path"].endswith("resnet20")
@@ -161,20 +171,20 @@ def test_the_recipe_of_the_literature():
 
 
 def test_two_processes_from_the_command_line(tmp_path):
-    """Lightning starts the second with the first one's arguments."""
+    """Lightning starts the second process with the arguments of the first."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "kdkernels", *TEACHER, "--trainer.devices=2", "--trainer.strategy=ddp"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Starting with 2 processes" in run.stderr + run.stdout
-    assert run.stdout.count("runs/teacher/last.ckpt") == 1  # one process reports
+    assert run.stdout.count("runs/teacher/last.ckpt") == 1  # only one process reports
 
 
 # Export.
 
 
-def test_export(there, capsys):
-    """Each file read back by a reader of its own."""
+def test_export(cwd, capsys):
+    """Each exported file is read back by the library for its format."""
     onnxruntime = pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
 
@@ -193,7 +203,7 @@ def test_export(there, capsys):
     assert {p.name for p in Path("out").iterdir()} == {"s.onnx", "s.pt2", "s.safetensors"}
 
 
-def test_a_checkpoint_says_how_its_student_is_made(there):
+def test_checkpoint_stores_the_configuration_of_its_student(cwd):
     description = describe("runs/teacher/best.ckpt")
     assert description["student"] == {
         "class_path": "kdkernels.models.TinyCNN",
@@ -203,20 +213,20 @@ def test_a_checkpoint_says_how_its_student_is_made(there):
 
 
 class Wrong(TinyCNN):
-    """Traced in another mode than it runs in: what an export can get wrong without a word."""
+    """Returns other logits while it is exported: an example of a silently wrong export."""
 
     def forward(self, x):
         return super().forward(x) * (2 if torch.compiler.is_exporting() else 1)
 
 
-def test_an_export_that_differs_is_not_left(there):
+def test_export_with_differing_logits_raises_and_leaves_no_file(cwd):
     spec = {"class_path": "test_cli.Wrong", "init_args": {"width": 4}}
     with pytest.raises(ValueError, match=r"wrong.pt2 is not written: its logits differ from the student's by 1.0e\+00 of the largest"):
         export_student("runs/teacher/best.ckpt", {"torch_export": "wrong.pt2"}, spec)
-    assert not list(there.glob("*wrong*"))
+    assert not list(cwd.glob("*wrong*"))
 
 
-def test_export_of_a_training_in_python(tmp_path, capsys):
+def test_export_of_a_checkpoint_trained_in_python(tmp_path, capsys):
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(Supervised(TinyCNN(3)), Digits())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -229,7 +239,7 @@ def test_export_of_a_training_in_python(tmp_path, capsys):
 
 
 class Tied(nn.Module):
-    """Two layers of one weight, and a buffer that is a view of another."""
+    """Has two layers that share one weight, and a buffer that is a view of another buffer."""
 
     def __init__(self, num_classes: int = 3):
         super().__init__()
@@ -254,7 +264,7 @@ def test_export_of_tied_weights(tmp_path):
     assert loaded.a.weight is loaded.b.weight
 
 
-def test_export_refuses_nonsense(tmp_path, capsys):
+def test_invalid_export_options_are_one_line_errors(tmp_path, capsys):
     assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", "x.onnx"]) == 1
     assert "there is no file" in capsys.readouterr().err
     for out, message in {
@@ -269,7 +279,7 @@ def test_export_refuses_nonsense(tmp_path, capsys):
         assert line.startswith(message)
 
 
-# Mistakes.
+# User errors.
 
 
 @pytest.mark.parametrize(
@@ -282,41 +292,41 @@ def test_export_refuses_nonsense(tmp_path, capsys):
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     ],
 )
-def test_mistakes_are_one_line(there, capsys, more, message):
+def test_user_errors_are_one_line(cwd, capsys, more, message):
     assert main([*TEACHER, "--restart=true", *more]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdkernels fit:")]
     assert message in line
 
 
-def test_a_run_is_not_written_over(there, capsys):
+def test_existing_run_is_not_overwritten(cwd, capsys):
     before = Path("runs/teacher/best.ckpt").read_bytes()
     assert main(TEACHER) == 1
     assert "runs/teacher holds a run already: go on with it by --ckpt_path last, start anew by --restart true" in capsys.readouterr().err
     assert Path("runs/teacher/best.ckpt").read_bytes() == before
 
 
-def test_checkpoints_between_epochs(tmp_path, monkeypatch):
-    """Every seven steps, and at the end."""
+def test_checkpoints_are_saved_between_epochs(tmp_path, monkeypatch):
+    """A checkpoint is saved every seven steps, and at the end of each epoch."""
     monkeypatch.chdir(tmp_path)
     seen, save = [], AtomicCheckpointIO.save_checkpoint
 
-    def saved(self, checkpoint, path, storage_options=None):
+    def record_and_save(self, checkpoint, path, storage_options=None):
         seen.append(checkpoint["global_step"])
         save(self, checkpoint, path, storage_options)
 
-    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", record_and_save)
     assert main([*TEACHER, "--data.batch_size=4", "--checkpoint_every=7"]) == 0
     assert sorted(set(seen)) == [7, 14, 16, 21, 28, 32]
 
 
-def test_validate_without_a_run(tmp_path, monkeypatch, capsys):
+def test_validate_without_a_run_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["validate", *TEACHER[1:], "--ckpt_path", "best"]) == 1
     assert "there is no runs/teacher/best.ckpt" in capsys.readouterr().err
 
 
-def test_a_network_of_the_users_own(tmp_path, monkeypatch):
-    """By import path from the current folder, through to the checkpoint and back."""
+def test_network_defined_in_the_current_folder(tmp_path, monkeypatch):
+    """The network is imported from the current folder, trained, and restored from a checkpoint."""
     (tmp_path / "nets_of_mine.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self, width: int):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, 10))\n"
@@ -329,11 +339,11 @@ def test_a_network_of_the_users_own(tmp_path, monkeypatch):
     assert network[1].out_features == 6
 
 
-# Pictures.
+# Plots.
 
 
-def test_plot_attention(there, capsys):
-    """A method with a teacher, and a run without one; files are whole or not there."""
+def test_plot_attention(cwd, capsys):
+    """Plot a method with a teacher, and a run without one. An error leaves no file behind."""
     at = ["fit", "--config", str(ROOT / "configs/at_clutter_digits.yaml"), *SMALL, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main([*at, "--model.teacher.path=runs/teacher/best.ckpt"]) == 0
     assert main(["plot", "attention", "--ckpt", "runs/at/best.ckpt", "--out", "pictures/a.png", "--images", "3"]) == 0
@@ -351,11 +361,11 @@ def test_plot_attention(there, capsys):
     }.items():
         assert main(["plot", "attention", "--ckpt", "runs/at/best.ckpt", more]) == 1
         assert message in capsys.readouterr().err
-    assert not list(there.glob("attention*"))
+    assert not list(cwd.glob("attention*"))
 
 
-def test_plot_shows_the_maps_of_the_networks(there):
-    """What is drawn is attention_pool of the trained student, at the layers asked for."""
+def test_plot_attention_shows_the_maps_of_the_network(cwd):
+    """The drawn map is attention_pool of the trained student at the requested layer."""
     from kdkernels import attention_pool
     from kdkernels.distill.restore import restore
     from kdkernels.plots import attention
@@ -372,8 +382,8 @@ def test_plot_shows_the_maps_of_the_networks(there):
     assert "block1" in figure.axes[1].get_title()
 
 
-def test_plot_dfv(there, capsys):
-    """A row for each checkpoint; files are whole or not there."""
+def test_plot_dfv(cwd, capsys):
+    """Plot two checkpoints, one per row. An error leaves no file behind."""
     teacher = [*TEACHER, "--model.student.width=8", "--trainer.default_root_dir=runs/deep_teacher"]
     assert main(teacher) == 0
     method = ["fit", "--config", str(ROOT / "configs/svd_kd_clutter_digits.yaml"), *SMALL, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
@@ -395,11 +405,11 @@ def test_plot_dfv(there, capsys):
     assert "trained without a teacher" in capsys.readouterr().err
     assert main(["plot", "spectra"]) == 2
     assert "{attention,dfv}" in capsys.readouterr().err
-    assert not list(there.glob("dfv*"))
+    assert not list(cwd.glob("dfv*"))
 
 
-def test_plot_dfv_shows_what_the_loss_compares(there):
-    """The difference that is drawn is that of the loss of one vector, for the image that is shown."""
+def test_plot_dfv_shows_the_differences_in_the_loss(cwd):
+    """The drawn difference is the one in the loss with one singular vector, for the drawn image."""
     from kdkernels.nn import svd_kd_loss
     from kdkernels.plots import dfv
 

@@ -1,4 +1,4 @@
-"""Data modules: what they hold, what they refuse, and that nothing is lost."""
+"""Data modules: their contents, invalid inputs, and the splits."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from kdkernels.data import CIFAR10, CIFAR100, Augment, ClutterDigits, Digits, Fr
 from kdkernels.data import cifar as cifar_module
 from kdkernels.data import digits as digits_module
 
-# Embedded data.
+# Data included in the package.
 
 
 @pytest.fixture(scope="module")
@@ -28,44 +28,44 @@ def clutter():
     return data
 
 
-def test_clutter_digits(clutter):
+def test_clutter_digits_batches(clutter):
     batch = clutter.finish(next(iter(clutter.train_dataloader())))
     assert batch["image"].shape == (16, 3, 32, 32)
     assert batch["image"].dtype == torch.float32
     assert batch["label"].dtype == torch.int64
     assert batch["mask"].shape == (16, 32, 32)
     assert batch["mask"].dtype == torch.bool
-    assert batch["mask"].flatten(1).any(1).all()  # a digit in every image
+    assert batch["mask"].flatten(1).any(1).all()  # every image contains a digit
     fields = clutter.splits["test"].fields
-    # ink and background differ by the contrast that was asked for, less noise and clamping
+    # digit and background differ by the requested contrast, minus noise and clamping
     for image, mask in zip(fields["image"].float() / 255, fields["mask"], strict=True):
         assert abs(image[:, mask].mean() - image[:, ~mask].mean()) > 0.1
     first = clutter.finish(clutter.splits["test"][[0]])["image"][0, 0, 0]
     assert torch.allclose(first, (fields["image"][0, 0, 0] / 255 - clutter.mean[0]) / clutter.std[0])
 
 
-def test_clutter_digits_are_a_function_of_seed_and_place(clutter):
-    """However many there are, and whether they are kept or made when asked for."""
+def test_clutter_digits_depend_only_on_seed_and_index(clutter):
+    """An image does not depend on the size of its split, or on whether images are in memory."""
     streamed = ClutterDigits(train_size=10**12, val_size=32, test_size=48, max_memory=0, batch_size=16)
     streamed.setup()
     other = ClutterDigits(train_size=64, val_size=32, test_size=48, seed=1)
     other.setup()
     for split in ("train", "val", "test"):
         some = [3, 31, 7]
-        kept, made = clutter.splits[split][some], streamed.splits[split][some]
-        assert all(torch.equal(kept[name], made[name]) for name in kept)
-        assert not torch.equal(kept["image"], other.splits[split][some]["image"])
-    batch = next(iter(streamed.train_dataloader()))  # a shuffled batch out of 10^12
+        cached, generated = clutter.splits[split][some], streamed.splits[split][some]
+        assert all(torch.equal(cached[name], generated[name]) for name in cached)
+        assert not torch.equal(cached["image"], other.splits[split][some]["image"])
+    batch = next(iter(streamed.train_dataloader()))  # a batch from a shuffled split of 10^12 images
     assert batch["image"].shape == (16, 3, 32, 32)
     assert batch["index"].max() > 10**9
 
 
-def test_splits_share_no_digit():
+def test_splits_share_no_scan():
     parts = digits_module.split_scans(1797)
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(1797))
 
 
-def test_clutter_digits_refuses_nonsense():
+def test_clutter_digits_raises_for_invalid_arguments():
     with pytest.raises(ValueError, match="train_size must be at least 1"):
         ClutterDigits(train_size=0)
     with pytest.raises(ValueError, match=r"contrast must lie in \[0, 0.5\]"):
@@ -77,7 +77,7 @@ def test_clutter_digits_refuses_nonsense():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_digits(channels):
+def test_digits_are_normalized(channels):
     data = Digits(channels)
     data.setup()
     assert [len(data.splits[s]) for s in ("train", "val", "test")] == [1078, 270, 449]
@@ -87,11 +87,11 @@ def test_digits(channels):
     assert abs(image.std() - 1) < 0.01
 
 
-# CIFAR, from archives made here in the official layout.
+# CIFAR, with archives in the official layout that the tests create.
 
 
 class Python2Pickler(pickle._Pickler):
-    """Strings as Python 2 wrote them, which is how the official files are."""
+    """Writes strings like Python 2, as in the official files."""
 
     dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
@@ -112,7 +112,10 @@ def _pickled(count, label_key, labels):
 
 @pytest.fixture(params=[CIFAR10, CIFAR100])
 def archive(request, tmp_path, monkeypatch):
-    """(class, root, contents of the training files); checksums are those of the archive made here."""
+    """Return (class, root, contents of the files).
+
+    Checksums are replaced by those of the test archive.
+    """
     kind = request.param
     files, contents = {}, {}
     for names in kind.files.values():
@@ -130,7 +133,7 @@ def archive(request, tmp_path, monkeypatch):
     return kind, tmp_path, contents
 
 
-def test_cifar_from_the_archive_and_from_the_folder(archive):
+def test_cifar_from_archive_and_from_folder(archive):
     kind, root, contents = archive
     packed = kind(root, val_size=5)
     packed.setup()
@@ -152,7 +155,7 @@ def test_cifar_from_the_archive_and_from_the_folder(archive):
     torch.testing.assert_close(batch["image"][0, 1], expected)
 
 
-def test_cifar_damaged(archive):
+def test_damaged_cifar_archive_raises(archive):
     kind, root, _ = archive
     raw = bytearray((root / kind.archive).read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -161,18 +164,18 @@ def test_cifar_damaged(archive):
         kind(root).setup()
 
 
-def test_cifar_absent(tmp_path):
+def test_missing_cifar_archive_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz .*'CIFAR100 python version'.* from https://www.cs.toronto.edu/~kriz"):
         CIFAR100(tmp_path).setup()
 
 
-def test_cifar_unpickles_no_code():
-    class Evil:
+def test_cifar_files_cannot_run_code():
+    class RunsCode:
         def __reduce__(self):
             return os.system, ("true",)
 
     with pytest.raises(pickle.UnpicklingError, match="has no place in a file of CIFAR"):
-        cifar_module._Unpickler(io.BytesIO(pickle.dumps({b"data": Evil()}))).load()
+        cifar_module._Unpickler(io.BytesIO(pickle.dumps({b"data": RunsCode()}))).load()
 
 
 # Folders of images.
@@ -190,7 +193,7 @@ def _write_images(root, classes=("cat", "dog", "eel"), count=10):
 
 
 @pytest.mark.parametrize("max_memory", [1.0, 0.0])
-def test_image_folder(tmp_path, max_memory):
+def test_image_folder_splits(tmp_path, max_memory):
     data = ImageFolder(_write_images(tmp_path / "images"), size=16, val_fraction=0.3, batch_size=4, max_memory=max_memory)
     data.setup()
     assert data.classes == ["cat", "dog", "eel"]
@@ -202,11 +205,11 @@ def test_image_folder(tmp_path, max_memory):
             assert batch["image"].dtype == torch.uint8
             assert torch.equal(batch["image"][:, 0, 0, 0] // 40, batch["label"])
             seen += batch["image"][:, 0, 0, 0].tolist()
-    assert sorted(seen) == sorted(40 * label + i for label in range(3) for i in range(10))  # nothing lost, nothing in both
+    assert sorted(seen) == sorted(40 * label + i for label in range(3) for i in range(10))  # no image is lost, and none is in both splits
     assert sorted(b["label"].tolist().count(0) for b in [next(iter(data.val_dataloader()))]) == [3]
 
 
-def test_image_folder_with_folders_for_the_splits(tmp_path):
+def test_image_folder_with_one_folder_per_split(tmp_path):
     _write_images(tmp_path / "train")
     _write_images(tmp_path / "val", count=2)
     data = ImageFolder(tmp_path, size=8)
@@ -218,7 +221,7 @@ def test_image_folder_with_folders_for_the_splits(tmp_path):
 
 
 @pytest.mark.parametrize("max_memory", [1.0, 0.0])
-def test_a_corrupt_image_is_named_and_skipped_or_fatal(tmp_path, max_memory):
+def test_corrupt_image_is_skipped_or_raises(tmp_path, max_memory):
     root = _write_images(tmp_path / "images")
     broken = root / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
@@ -239,7 +242,7 @@ def test_a_corrupt_image_is_named_and_skipped_or_fatal(tmp_path, max_memory):
     assert all(name in named for name in ("3.png", "5.png", "6.jpg"))
 
 
-def test_image_folder_refuses_nonsense(tmp_path):
+def test_image_folder_raises_for_invalid_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="root: there is no folder"):
         ImageFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="a folder for each of at least 2 classes, found"):
@@ -256,7 +259,7 @@ def test_image_folder_refuses_nonsense(tmp_path):
 
 
 class Noisy(Dataset):
-    """A user's dataset, with a random transform."""
+    """A custom dataset with a random transform."""
 
     classes = ("a", "b")
 
@@ -286,13 +289,13 @@ def test_from_datasets(form, workers):
             assert torch.equal(batch["image"][:, 0, 0, 0].long(), batch["index"])
             for i, image in zip(batch["index"].tolist(), batch["image"], strict=True):
                 images.setdefault((epoch, i), []).append(image)
-    assert all(torch.equal(*images[0, i]) for i in range(20))  # an epoch's transforms are drawn again
-    assert not any(torch.equal(images[0, i][0], images[1, i][0]) for i in range(20))  # and others the next epoch
+    assert all(torch.equal(*images[0, i]) for i in range(20))  # transforms of an epoch are reproducible
+    assert not any(torch.equal(images[0, i][0], images[1, i][0]) for i in range(20))  # and differ in the next epoch
     if form == "dict":
         assert batch["weight"].tolist() == [0.5] * 4
 
 
-def test_from_datasets_refuses_what_it_cannot_read():
+def test_from_datasets_raises_for_unsupported_datasets():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(())
@@ -304,17 +307,17 @@ def test_from_datasets_refuses_what_it_cannot_read():
     with pytest.raises(TypeError, match="sample 0 must be"):
         FromDatasets([1, 2], Noisy()).setup()
 
-    class Uneven(Noisy):
+    class VaryingSize(Noisy):
         def __getitem__(self, i):
             return torch.zeros(1, 4 + (i == 3), 4), 0
 
-    data = FromDatasets(Uneven(), Uneven(), batch_size=20)
+    data = FromDatasets(VaryingSize(), VaryingSize(), batch_size=20)
     data.setup()
     with pytest.raises(ValueError, match="images of a batch must have one shape"):
         next(iter(data.train_dataloader()))
 
 
-def test_views_repeat():
+def test_views_repeat_over_epochs():
     data = Digits(augment=Augment(crop=1, views=3))
     data.setup()
     loader = data.train_dataloader()

@@ -1,4 +1,4 @@
-"""The main job end to end, small: trains, is interrupted, resumes, reports; and fit from the configs."""
+"""A small demo run that is interrupted, resumed and reported, and `fit` with the configs."""
 
 import json
 import os
@@ -19,14 +19,16 @@ def _environment() -> dict:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def _listen_to_ctrl_c() -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
+def _restore_ctrl_c() -> None:
+    """Restore SIGINT's default handler: a shell ignores SIGINT in background jobs, and child
+    processes inherit this.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_demo_is_interrupted_and_resumed(tmp_path):
+def test_interrupted_demo_can_be_resumed(tmp_path):
     command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_listen_to_ctrl_c)
+    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_restore_ctrl_c)
     results = tmp_path / "out" / "results.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -44,14 +46,14 @@ def test_demo_is_interrupted_and_resumed(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     after = json.loads(results.read_text())
     assert len(after["stages"]) == 6
-    assert all(after["stages"][k] == v for k, v in before.items())  # nothing was done twice
+    assert all(after["stages"][k] == v for k, v in before.items())  # finished stages are not repeated
     assert "student distilled" in run.stdout
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing is fetched
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # the page loads no external files
 
 
-def test_demo_refuses_a_folder_it_cannot_make(tmp_path):
+def test_demo_in_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
     run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
@@ -59,8 +61,8 @@ def test_demo_refuses_a_folder_it_cannot_make(tmp_path):
     assert "--out: cannot make the folder" in run.stderr
 
 
-def test_fit_from_the_configs(tmp_path):
-    """Teacher, then student: the two commands of the README, cut to a few batches."""
+def test_fit_with_the_configs_of_the_readme(tmp_path):
+    """Train teacher and student with the two commands of the README, with a few batches each."""
     small = ["--data.train_size=64", "--data.val_size=32", "--data.test_size=32", "--trainer.max_epochs=1"]
     for name in ("teacher", "kd"):
         command = [sys.executable, "-m", "kdkernels", "fit", "--config", str(ROOT / f"configs/{name}_clutter_digits.yaml"), *small]

@@ -1,4 +1,4 @@
-"""The trainers: what is trained and what is not, the losses, bad input."""
+"""The methods in training: trained and frozen parameters, losses, and invalid inputs."""
 
 import copy
 
@@ -25,29 +25,29 @@ def _trainer(folder, **kwargs):
     return L.Trainer(**options | kwargs)
 
 
-def test_teacher_is_frozen_and_stays_out_of_the_checkpoint(data, tmp_path):
+def test_teacher_is_frozen_and_not_in_the_checkpoint(data, tmp_path):
     student, teacher = TinyCNN(4), TinyCNN(8)
     before_teacher, before_student = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
     module = KD(student, teacher)
     trainer = _trainer(tmp_path)
     trainer.fit(module, data)
-    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before_teacher.items())  # batch norm statistics too
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before_teacher.items())  # including batch norm statistics
     assert not torch.equal(before_student["fc.weight"], student.fc.weight)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     trainer.save_checkpoint(tmp_path / "kd.ckpt")
     stored = torch.load(tmp_path / "kd.ckpt", weights_only=True)
     assert all(key.startswith("student.") for key in stored["state_dict"])
-    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert optimised == {id(p) for p in student.parameters()}
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in student.parameters()}
 
 
-def test_teacher_moves_with_the_module():
+def test_teacher_is_converted_with_the_module():
     module = KD(TinyCNN(2), TinyCNN(2)).double()
     assert module.teacher.fc.weight.dtype == torch.float64
 
 
-def test_a_checkpointed_student_becomes_the_teacher(data, tmp_path):
+def test_teacher_weights_from_checkpoints(data, tmp_path):
     first = Supervised(TinyCNN(8))
     trainer = _trainer(tmp_path)
     trainer.fit(first, data)
@@ -62,7 +62,7 @@ def test_a_checkpointed_student_becomes_the_teacher(data, tmp_path):
         KD(TinyCNN(4), TinyCNN(9), teacher_weights=tmp_path / "teacher.pt")
 
 
-def test_kd_step_is_kd_loss(data):
+def test_losses_of_kd_sum_to_kd_loss(data):
     module = KD(TinyCNN(4), TinyCNN(8), temperature=3.0, gamma=0.2, alpha=0.7).eval()
     batch = data.finish(next(iter(data.val_dataloader())))
     logits, losses = module.losses(batch)
@@ -72,7 +72,7 @@ def test_kd_step_is_kd_loss(data):
         KD(TinyCNN(4), TinyCNN(8), temperature=0)
 
 
-def test_one_teacher_serves_several_methods(data, tmp_path):
+def test_methods_can_share_a_teacher(data, tmp_path):
     teacher = TinyCNN(8)
     methods = [KD(TinyCNN(4), teacher), KD(TinyCNN(2), teacher)]
     assert methods[0].teacher is methods[1].teacher
@@ -82,7 +82,7 @@ def test_one_teacher_serves_several_methods(data, tmp_path):
     assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before.items())
 
 
-def test_a_batch_may_be_a_pair(tmp_path):
+def test_batches_may_be_pairs(tmp_path):
     pairs = torch.utils.data.TensorDataset(torch.randn(12, 3, 32, 32), torch.randint(10, (12,)))
     loader = torch.utils.data.DataLoader(pairs, batch_size=4)
     trainer = _trainer(tmp_path)
@@ -107,22 +107,22 @@ def test_training_with_mixed_images(data, tmp_path, method):
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_precisions(data, tmp_path, precision):
+def test_training_in_several_precisions(data, tmp_path, precision):
     trainer = _trainer(tmp_path, precision=precision)
     trainer.fit(KD(TinyCNN(2), TinyCNN(2)), data)
     assert trainer.callback_metrics["train/loss_kl"].isfinite()
 
 
-# Bad input: said before any work, by name.
+# Invalid inputs: the error comes before training, and names the cause.
 
 
-def test_wrong_number_of_classes(data, tmp_path):
+def test_wrong_number_of_classes_raises(data, tmp_path):
     with pytest.raises(ValueError, match=r"the data have 10 classes, but the student \(TinyCNN\) has 7"):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2, num_classes=7)), data)
     with pytest.raises(ValueError, match=r"the data have 10 classes, but the teacher \(TinyCNN\) has 12"):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), data)
     pairs = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.full((8,), 10))
-    loader = torch.utils.data.DataLoader(pairs, batch_size=4)  # data that do not say how many classes they have
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)  # data without the number of classes
     with pytest.raises(ValueError, match=r"student and teacher must have the same classes, they have 10 and 12"):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; a training batch has 10 to 10"):
@@ -131,7 +131,7 @@ def test_wrong_number_of_classes(data, tmp_path):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, [])), loader)
 
 
-def test_a_network_that_returns_no_logits(data, tmp_path):
+def test_network_that_returns_no_logits_raises(data, tmp_path):
     with pytest.raises(
         ValueError, match=r"the student \(Conv2d\) must return logits \[B, K\] for images \[2, 3, 32, 32\], it returned \[2, 4, 32, 32\]"
     ):
@@ -139,7 +139,7 @@ def test_a_network_that_returns_no_logits(data, tmp_path):
 
 
 class Hint(KD):
-    """A method that compares features, as small as can be."""
+    """A minimal method that compares features."""
 
     def check_features(self, student, teacher):
         pair_features(student, teacher, channels=True)
@@ -150,22 +150,22 @@ class Hint(KD):
         return logits, {"hint": sum((s.mean((2, 3)) - t.mean((2, 3))).square().mean() for s, t in pair_features(features, teacher_features))}
 
 
-def test_taps_that_cannot_match(data, tmp_path):
+def test_taps_that_do_not_match_raise(data, tmp_path):
     with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] cannot match"):
         _trainer(tmp_path).fit(Hint(TinyCNN(2), TinyCNN(4), student_taps=["block1"], teacher_taps=["block1"]), data)
     trainer = _trainer(tmp_path)
     trainer.fit(Hint(TinyCNN(2), TinyCNN(1), student_taps=["block1"], teacher_taps=["block2"], optimizer=torch.optim.AdamW), data)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path):
-    class Poisoned(KD):
+def test_non_finite_loss_stops_training_before_the_step(data, tmp_path):
+    class NonFinite(KD):
         def losses(self, batch):
             logits, losses = super().losses(batch)
             if self.global_step == 2 and self.training:
                 losses["kl"] = losses["kl"] / 0 * 0
             return logits, losses
 
-    method = Poisoned(TinyCNN(2), TinyCNN(2))
+    method = NonFinite(TinyCNN(2), TinyCNN(2))
     with pytest.raises(
         FloatingPointError, match=r"not finite at step 2 \(epoch 0, batch 2\): cross_entropy = [\d.]+, kl = nan.*not_finite_step_2"
     ) as error:
@@ -175,11 +175,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path):
     assert str(path) in str(error.value)
     stored = torch.load(path, weights_only=True)
     assert stored["batch"]["image"].shape == (16, 3, 32, 32)
-    again = KD(TinyCNN(2), method.teacher)
-    again.student.train()
-    torch.testing.assert_close(again.replay(path)["cross_entropy"].item(), stored["losses"]["cross_entropy"])
+    restored = KD(TinyCNN(2), method.teacher)
+    restored.student.train()
+    torch.testing.assert_close(restored.replay(path)["cross_entropy"].item(), stored["losses"]["cross_entropy"])
 
 
-def test_a_teacher_is_needed():
+def test_method_without_teacher_raises():
     with pytest.raises(ValueError, match="need a teacher"):
         Distiller(TinyCNN(2), teacher_weights="file.pt")

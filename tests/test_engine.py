@@ -1,4 +1,4 @@
-"""Runs that survive: exact resume, kill -9, several processes, micro-batches, full disks."""
+"""The training engine: exact resume, kill -9, several processes, micro-batches, and full disks."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def _environment(**more):
 
 
 class Student(nn.Module):
-    """With dropout: random numbers drawn in the forward must be the same after a resume."""
+    """Has dropout, so random numbers of the forward pass must be the same after a resume."""
 
     def __init__(self):
         super().__init__()
@@ -52,13 +52,13 @@ class StopAfter(L.Callback):
         self.batches = batches
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.batches -= 1  # the last batch is trained, but its checkpoint is not written
+        self.batches -= 1  # the last batch is trained on, but its checkpoint is not written
         if not self.batches:
             raise KeyboardInterrupt
 
 
 def _run(folder, start=None, max_epochs=4, stop=None, accumulate=1, scheduler=None):
-    torch.manual_seed(3 if start is None else 99)  # the seed of the run comes from the checkpoint
+    torch.manual_seed(3 if start is None else 99)  # a resumed run takes its seed from the checkpoint
     method = KD(Student(), _teacher(), scheduler=scheduler)
     data = ClutterDigits(train_size=90, val_size=16, test_size=16, batch_size=16, augment=Augment(crop=2, flip=True, mixup=0.2))
     trainer = L.Trainer(
@@ -87,56 +87,59 @@ def _teacher():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Four epochs of six batches in one go."""
+def uninterrupted(tmp_path_factory):
+    """Run four epochs of six batches without interruption."""
     return _run(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("stop", [13, 2, 8, 19, 24], ids=lambda n: f"after checkpoint {n - 1} of 24")
-def test_resume_is_exact(whole, tmp_path, stop):
-    half, _ = _run(tmp_path, stop=stop)
-    assert stop == 24 or not all(torch.equal(whole[0][k], half[k]) for k in half)
+def test_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, stop):
+    interrupted, _ = _run(tmp_path, stop=stop)
+    assert stop == 24 or not all(torch.equal(uninterrupted[0][k], interrupted[k]) for k in interrupted)
     resumed, trainer = _run(tmp_path, start=tmp_path / "last.ckpt")
-    assert trainer.global_step == whole[1].global_step
+    assert trainer.global_step == uninterrupted[1].global_step
     assert trainer.current_epoch == 4
-    assert all(torch.equal(whole[0][k], resumed[k]) for k in resumed)
+    assert all(torch.equal(uninterrupted[0][k], resumed[k]) for k in resumed)
     for name in ("train/loss_kl", "train/accuracy", "val/accuracy"):
-        if stop % 6 == 1 or name == "val/accuracy":  # the mean of an epoch counts the batches since the resume
-            assert torch.equal(whole[1].callback_metrics[name], trainer.callback_metrics[name])
+        if stop % 6 == 1 or name == "val/accuracy":  # the mean of an epoch includes only the batches since the resume
+            assert torch.equal(uninterrupted[1].callback_metrics[name], trainer.callback_metrics[name])
 
 
-def test_four_epochs_are_two_and_two(tmp_path):
-    """A run that ended, and is asked for more."""
+def test_two_and_two_epochs_equal_four_epochs(tmp_path):
+    """A run of two epochs that is resumed for two more equals a run of four epochs."""
 
-    def steps(optimizer):
+    def step_schedule(optimizer):
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3])
 
-    at_once, _ = _run(tmp_path / "a", scheduler=steps)
-    _run(tmp_path / "b", max_epochs=2, scheduler=steps)
-    resumed, _ = _run(tmp_path / "b", start=tmp_path / "b" / "last.ckpt", scheduler=steps)
-    assert all(torch.equal(at_once[k], resumed[k]) for k in resumed)
+    uninterrupted_weights, _ = _run(tmp_path / "a", scheduler=step_schedule)
+    _run(tmp_path / "b", max_epochs=2, scheduler=step_schedule)
+    resumed, _ = _run(tmp_path / "b", start=tmp_path / "b" / "last.ckpt", scheduler=step_schedule)
+    assert all(torch.equal(uninterrupted_weights[k], resumed[k]) for k in resumed)
 
 
-def test_a_run_that_ended_can_be_made_longer(tmp_path):
-    """With the default schedule too, which then falls to zero at the new end."""
+def test_finished_run_can_be_extended(tmp_path):
+    """The default schedule then reaches zero at the new end."""
     _run(tmp_path, max_epochs=2)
     _, trainer = _run(tmp_path, start=tmp_path / "last.ckpt", max_epochs=3)
     assert trainer.current_epoch == 3
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
-def test_resume_between_micro_batches_is_exact(tmp_path):
-    """Checkpoints are taken after steps of the optimizer; a run stopped between two goes back to the last."""
-    at_once, _ = _run(tmp_path / "a", accumulate=4)
+def test_resume_of_run_stopped_between_micro_batches_is_exact(tmp_path):
+    """Checkpoints are written after optimizer steps.
+
+    A run stopped between two steps resumes from the last one.
+    """
+    uninterrupted_weights, _ = _run(tmp_path / "a", accumulate=4)
     _run(tmp_path / "b", accumulate=4, stop=15)
     resumed, _ = _run(tmp_path / "b", start=tmp_path / "b" / "last.ckpt", accumulate=4)
-    assert all(torch.equal(at_once[k], resumed[k]) for k in resumed)
+    assert all(torch.equal(uninterrupted_weights[k], resumed[k]) for k in resumed)
 
 
-def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path):
-    """After each epoch, whether it was the best or not."""
+def test_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
+    """last.ckpt is written after each epoch, even if its metric was not the best."""
 
-    class Look(L.Callback):
+    class RecordCheckpoints(L.Callback):
         kept = []  # noqa: RUF012
 
         def on_train_epoch_start(self, trainer, module):
@@ -144,7 +147,7 @@ def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path):
                 steps = {k: torch.load(tmp_path / f"{k}.ckpt", weights_only=True)["global_step"] for k in ("last", "best")}
                 self.kept.append((trainer.global_step, *steps.values()))
 
-    class Falling(Supervised):
+    class WorseEveryEpoch(Supervised):
         def validation_step(self, batch, batch_idx):
             self.log("val/accuracy", -float(self.current_epoch))
 
@@ -153,10 +156,10 @@ def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path):
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
-        callbacks=[*checkpoints(tmp_path, "val/accuracy"), Look()],
+        callbacks=[*checkpoints(tmp_path, "val/accuracy"), RecordCheckpoints()],
     )
-    trainer.fit(Falling(TinyCNN(2)), ClutterDigits(train_size=32, val_size=8, test_size=8, batch_size=16))
-    assert Look.kept == [(2, 2, 2), (4, 4, 2), (6, 6, 2)]
+    trainer.fit(WorseEveryEpoch(TinyCNN(2)), ClutterDigits(train_size=32, val_size=8, test_size=8, batch_size=16))
+    assert RecordCheckpoints.kept == [(2, 2, 2), (4, 4, 2), (6, 6, 2)]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
@@ -189,7 +192,7 @@ PROGRESS = """
     import os, time, lightning as L
 
     class Progress(L.Callback):
-        "Says how far the run is, and leaves time to kill it."
+        "Writes the number of steps to a file, and sleeps so that there is time to kill the run."
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             with open("steps.tmp", "w") as file:
                 file.write(str(trainer.global_step))
@@ -203,7 +206,7 @@ def _fit(folder, *more, **options):
     return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def test_kill_9_at_a_random_moment(tmp_path):
+def test_run_killed_at_a_random_step_resumes_exactly(tmp_path):
     weights = {}
     for name in ("whole", "killed"):
         folder = tmp_path / name
@@ -252,7 +255,7 @@ def _free_port():
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Two epochs of 43 samples in steps of 16."""
+    """Train for two epochs of 43 samples with batches of 16 in one process."""
     out = tmp_path_factory.mktemp("one") / "out"
     _train(out, 16)
     return out
@@ -269,29 +272,32 @@ def test_all_methods_are_covered():
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "strategy"), [(4, 4, "none"), (8, 1, "ddp"), (4, 2, "ddp")])
-def test_gradients_do_not_depend_on_the_split(one_process, tmp_path, batch_size, accumulate, strategy):
-    """Joint batches of 16, 16 and 11, split into micro-batches and on processes, evenly or not: float64, the same to rounding."""
+def test_training_does_not_depend_on_micro_batches_and_processes(one_process, tmp_path, batch_size, accumulate, strategy):
+    """Batches of 16, 16 and 11 samples are split into micro-batches and over processes, evenly or
+    not. In float64 the results agree up to rounding.
+    """
     _train(tmp_path / "out", batch_size, accumulate, strategy)
     for method in train_processes.METHODS:
         expected, metrics = _load(one_process, method)
         actual, split_metrics = _load(tmp_path / "out", method)
-        # Rounding of the maps comes back over the gaps of their singular values, and over how near student and teacher are.
-        digits = dict(rtol=1e-8, atol=1e-11) if method == "SVDKD" else dict(rtol=1e-11, atol=1e-13)
+        # Rounding errors of the maps are amplified by small gaps between their singular values, and
+        # by the similarity of student and teacher.
+        tolerance = dict(rtol=1e-8, atol=1e-11) if method == "SVDKD" else dict(rtol=1e-11, atol=1e-13)
         for name in expected:
-            torch.testing.assert_close(actual[name], expected[name], **digits)
+            torch.testing.assert_close(actual[name], expected[name], **tolerance)
         for name in ("val/accuracy", "val/cross_entropy"):  # float32 sums
             assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-6)
 
 
-def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tmp_path):
+def test_fsdp_gives_the_same_weights_and_unsharded_checkpoints(one_process, tmp_path):
     _train(tmp_path / "out", 8, strategy="fsdp")
     methods = {path.stem for path in (tmp_path / "out").glob("*.ckpt")}
     assert methods == set(train_processes.METHODS) - {"GradientAttentionTransfer", "SVDKD"}
     for name in ("GradientAttentionTransfer", "SVDKD"):
-        refused = train_processes.METHODS[name]({})
-        refused._device_mesh = object()
+        method_without_fsdp = train_processes.METHODS[name]({})
+        method_without_fsdp._device_mesh = object()
         with pytest.raises(ValueError, match=f"{name} differentiates twice, and FSDP"):
-            refused.configure_model()
+            method_without_fsdp.configure_model()
     for method in methods:
         expected, _ = _load(one_process, method)
         actual, _ = _load(tmp_path / "out", method)
@@ -304,39 +310,39 @@ def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tm
 # Disks.
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
     writer.save_checkpoint({"step": torch.tensor(1)}, path)
 
-    def full(handle):
+    def fail_with_full_disk(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_with_full_disk)
     with pytest.raises(OSError, match="No space left"):
         writer.save_checkpoint({"step": torch.tensor(2)}, path)
     assert torch.load(path, weights_only=True)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_full_disk_fails_before_training(tmp_path, monkeypatch):
-    def full(handle, offset, size):
+def test_full_disk_raises_before_training(tmp_path, monkeypatch):
+    def fail_with_full_disk(handle, offset, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", fail_with_full_disk)
     with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, \d+ MiB are free") as error:
         _run(tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_with_too_little_room_fails_before_training(tmp_path, monkeypatch):
+def test_disk_with_too_little_space_raises_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
     with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, 1 MiB are free"):
         _run(tmp_path)
 
 
-def test_a_limit_on_files_fails_before_training(tmp_path):
-    """A limit of the system's own, in a process of its own."""
+def test_file_size_limit_is_an_error_before_training(tmp_path):
+    """The operating system limits the file size of a separate process."""
     (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG))
     (tmp_path / "progress.py").write_text(textwrap.dedent(PROGRESS))
     process = _fit(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
@@ -346,7 +352,7 @@ def test_a_limit_on_files_fails_before_training(tmp_path):
     assert not (tmp_path / "steps").exists()
 
 
-def test_an_unwritable_folder_fails_before_training(tmp_path):
+def test_unwritable_folder_raises_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, and cannot be written: Not a directory"):
         _run(tmp_path / "file" / "run")

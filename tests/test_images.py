@@ -1,4 +1,6 @@
-"""Images of every kind that folders and datasets hold, what is left out of a folder, and labels that are probabilities."""
+"""Images of all kinds in folders and datasets, files that a folder ignores, and labels that are
+probabilities.
+"""
 
 import os
 import warnings
@@ -16,7 +18,7 @@ from kdkernels.data.decode import as_pixels, read_image
 RAMP = np.linspace(0, 255, 64 * 64).reshape(64, 64)
 
 
-def _saved(image, path, **options):
+def _save(image, path, **options):
     image.save(path, **options)
     return path
 
@@ -35,83 +37,83 @@ def _saved(image, path, **options):
     ],
     ids=["8 bits", "16 bits", "16 bits, tiff", "32 bits, tiff", "float, tiff"],
 )
-def test_the_same_ramp_whatever_its_numbers(tmp_path, pixels, name):
-    path = _saved(Image.fromarray(pixels), tmp_path / name)
+def test_all_dtypes_are_decoded_to_the_same_pixels(tmp_path, pixels, name):
+    path = _save(Image.fromarray(pixels), tmp_path / name)
     got = read_image(path, 64)
     assert got.dtype == torch.uint8
     assert got.shape == (3, 64, 64)
     assert (got.double() - torch.from_numpy(RAMP)).abs().max() <= 1
 
 
-def test_numbers_without_a_known_white_are_refused(tmp_path):
+def test_values_of_unknown_range_raise(tmp_path):
     for pixels in (
         RAMP.astype(np.float32),
         (RAMP / 255 - 0.5).astype(np.float32),
         (RAMP * 1000).astype(np.int32),
         np.full((4, 4), np.nan, np.float32),
     ):
-        path = _saved(Image.fromarray(pixels), tmp_path / "a.tiff")
+        path = _save(Image.fromarray(pixels), tmp_path / "a.tiff")
         with pytest.raises(ValueError, match=r"cannot read the image .*a.tiff: .* known white: save it with"):
             read_image(path, 8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
-def test_modes(tmp_path, mode):
-    """One colour for all, which every mode can hold."""
-    path = _saved(Image.new("RGB", (20, 30), (255, 255, 255)).convert(mode), tmp_path / "a.tiff")
+def test_color_modes(tmp_path, mode):
+    """A white image, because every mode can represent white."""
+    path = _save(Image.new("RGB", (20, 30), (255, 255, 255)).convert(mode), tmp_path / "a.tiff")
     assert (read_image(path, 8).double() - 255).abs().max() <= 2
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB"])
-def test_what_is_transparent_is_hidden(tmp_path, kind):
-    """Black under full transparency is seen as white, not black."""
+def test_transparent_pixels_are_white(tmp_path, kind):
+    """Fully transparent black pixels are decoded as white, not black."""
     options = {}
     if kind in ("RGBA", "LA"):
         image = Image.new("RGBA", (16, 16), (0, 0, 0, 0)).convert(kind)
     else:
         image = Image.new("RGB", (16, 16), (0, 0, 0)).convert(kind)
         options["transparency"] = image.getpixel((0, 0))
-    assert read_image(_saved(image, tmp_path / "a.png", **options), 8).min() == 255
-    half = Image.new("RGBA", (16, 16), (0, 0, 0, 128))
-    assert abs(int(read_image(_saved(half, tmp_path / "b.png"), 8)[0, 0, 0]) - 127) <= 1
+    assert read_image(_save(image, tmp_path / "a.png", **options), 8).min() == 255
+    half_transparent = Image.new("RGBA", (16, 16), (0, 0, 0, 128))
+    assert abs(int(read_image(_save(half_transparent, tmp_path / "b.png"), 8)[0, 0, 0]) - 127) <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_a_viewer_turns_them(tmp_path, orientation):
-    """The corner that is marked in the file, and where EXIF 2.3 puts it."""
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """One corner of the stored image is marked. EXIF 2.3 defines to which corner it moves."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32, :32] = 255  # row 0, column 0
     exif = Image.Exif()
     exif[0x0112] = orientation
-    got = read_image(_saved(Image.fromarray(pixels), tmp_path / "a.png", exif=exif), 2)[0]
-    place = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
-    assert (got > 128).nonzero().tolist() == [list(place)]
+    got = read_image(_save(Image.fromarray(pixels), tmp_path / "a.png", exif=exif), 2)[0]
+    position = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
+    assert (got > 128).nonzero().tolist() == [list(position)]
 
 
-def test_the_square_in_the_middle(tmp_path):
+def test_center_square_is_cropped(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 200
-    for turned in (pixels, pixels.transpose(1, 0, 2)):
-        assert (read_image(_saved(Image.fromarray(turned), tmp_path / "a.png"), 20) == 200).all()
+    for oriented in (pixels, pixels.transpose(1, 0, 2)):
+        assert (read_image(_save(Image.fromarray(oriented), tmp_path / "a.png"), 20) == 200).all()
 
 
-def test_a_long_image_takes_no_more_than_its_square(tmp_path, monkeypatch):
-    asked = []
+def test_long_image_is_resized_from_its_square_only(tmp_path, monkeypatch):
+    requested_sizes = []
     resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: asked.append(size) or resize(self, size, *a, **k))
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: requested_sizes.append(size) or resize(self, size, *a, **k))
     for shape in ((1, 20000, 3), (20000, 1, 3)):
-        path = _saved(Image.fromarray(np.full(shape, 9, np.uint8)), tmp_path / "long.png")
+        path = _save(Image.fromarray(np.full(shape, 9, np.uint8)), tmp_path / "long.png")
         assert (read_image(path, 64) == 9).all()
-    assert asked == [(64, 64)] * 2
+    assert requested_sizes == [(64, 64)] * 2
 
 
-def test_images_of_datasets():
+def test_as_pixels_converts_images_of_datasets():
     ramp = torch.from_numpy(RAMP)
-    assert torch.equal(as_pixels(ramp[None], "x"), ramp[None])  # float64 stays
+    assert torch.equal(as_pixels(ramp[None], "x"), ramp[None])  # float64 is kept
     assert as_pixels(ramp[None].half(), "x").dtype == torch.float32
     assert as_pixels(RAMP[..., None].repeat(3, 2), "x").shape == (3, 64, 64)
-    deep = (RAMP * 257).astype(np.uint16)
-    for image in (deep, torch.from_numpy(deep)[None], Image.fromarray(deep)):
+    sixteen_bits = (RAMP * 257).astype(np.uint16)
+    for image in (sixteen_bits, torch.from_numpy(sixteen_bits)[None], Image.fromarray(sixteen_bits)):
         got = as_pixels(image, "x")
         got = got.double() / 255 if got.dtype == torch.uint8 else got.double()
         assert (got - ramp / 255).abs().max() <= 1 / 255
@@ -145,7 +147,7 @@ def _count(data):
     return {split: len(images) for split, images in data.splits.items()}
 
 
-def test_what_is_left_out_is_reported_once(tmp_path):
+def test_ignored_files_are_reported_once(tmp_path):
     root = _folder(tmp_path / "photos")
     (root / "ant" / ".ipynb_checkpoints").mkdir()
     Image.new("RGB", (4, 4)).save(root / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png")
@@ -174,18 +176,18 @@ def test_what_is_left_out_is_reported_once(tmp_path):
     assert data.classes == ["ant", "bee"]
 
 
-def test_a_clean_folder_is_reported_on_by_nobody(tmp_path):
+def test_folder_without_ignored_files_causes_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _count(ImageFolder(_folder(tmp_path / "photos"), size=4)) == {"train": 6, "val": 2}
 
 
-def test_links_and_depth(tmp_path):
+def test_symbolic_links_and_nested_folders(tmp_path):
     root = _folder(tmp_path / "photos", count=2)
     elsewhere = _folder(tmp_path / "elsewhere", classes=("more", "deep/er"), count=3)
     os.symlink(elsewhere / "more", root / "ant" / "linked")
     os.symlink(elsewhere / "deep", root / "cat")
-    os.symlink(root, root / "bee" / "round")  # into itself
+    os.symlink(root, root / "bee" / "round")  # a link to a parent folder
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = ImageFolder(root, size=4)
@@ -202,13 +204,13 @@ def test_links_and_depth(tmp_path):
 
 
 @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("train", "valid"), ("training", "validation"), ("Train", "Val"), ("TRAIN", "Valid")])
-def test_names_of_the_splits(tmp_path, train, val):
+def test_folder_names_of_the_splits(tmp_path, train, val):
     _folder(tmp_path / train)
     _folder(tmp_path / val, count=1)
     assert _count(ImageFolder(tmp_path, size=4)) == {"train": 8, "val": 2}
 
 
-def test_splits_that_are_not_clear_are_refused(tmp_path):
+def test_ambiguous_split_folders_raise(tmp_path):
     for names, message in (
         (("train", "training", "val"), r"2 folders for train: \['train', 'training'\]"),
         (("train", "val", "extra"), r"has the split 'train' beside \['extra'\], which are no splits"),
@@ -223,7 +225,7 @@ def test_splits_that_are_not_clear_are_refused(tmp_path):
     assert _count(ImageFolder(tmp_path / "Train-Test", size=4, val_fraction=0.25)) == {"train": 6, "val": 2, "test": 8}
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_may_be_named_train(tmp_path):
     data = ImageFolder(_folder(tmp_path / "vehicles", classes=("car", "train")), size=4)
     assert data.classes == ["car", "train"]
 
@@ -238,12 +240,12 @@ def _batch(label, **options):
     return next(iter(data.train_dataloader()))
 
 
-def test_labels_that_are_probabilities_stay_so():
+def test_probability_labels_are_kept():
     for label in (torch.tensor([0.9, 0.1, 0.0]), np.array([0.9, 0.1, 0.0]), [0.9, 0.1, 0.0]):
         got = _batch(label, num_classes=3)["label"]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, torch.tensor([[0.9, 0.1, 0.0]] * 4))
-    assert _batch(torch.tensor([0, 1, 0]))["label"].tolist() == [[0.0, 1.0, 0.0]] * 4  # one of K
+    assert _batch(torch.tensor([0, 1, 0]))["label"].tolist() == [[0.0, 1.0, 0.0]] * 4  # one-hot
     for label in (2, 2.0, np.int32(2), torch.tensor([2])):
         assert _batch(label)["label"].tolist() == [2] * 4
 
@@ -261,12 +263,12 @@ def test_labels_that_are_probabilities_stay_so():
         (torch.tensor([0.5, 0.5]), r"probabilities of 3 classes; sample \d has 2"),
     ],
 )
-def test_labels_that_are_none_are_refused(label, message):
+def test_invalid_labels_raise(label, message):
     with pytest.raises((TypeError, ValueError), match=message):
         _batch(label, num_classes=3)
 
 
-def test_double_images_reach_a_double_network():
+def test_float64_images_stay_float64():
     samples = [(torch.rand(3, 4, 4, dtype=torch.float64), 0)] * 4
     data = FromDatasets(samples, samples, num_classes=2, batch_size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
     data.setup()

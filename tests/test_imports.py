@@ -1,4 +1,6 @@
-"""Imports run downward: the parts of the package form layers, and no module imports one that needs it."""
+"""The parts of the package form layers: a module imports only modules of lower layers, and there
+are no import cycles.
+"""
 
 import ast
 from pathlib import Path
@@ -6,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the bottom to the top. A part may import the parts in the lines above its own. "kdkernels" is what `import kdkernels` gives.
+# From the lowest to the highest layer. A part may import the parts listed before it. "kdkernels" is
+# the module kdkernels/__init__.py.
 LAYERS = [
     {"options", "dtypes"},
     {"reference", "triton"},
@@ -23,27 +26,29 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-# config is in no layer: every part may import it, and it imports no part.
+# config belongs to no layer: every part may import it, and it imports no part.
 
 
 def _modules() -> dict[str, Path]:
-    """Every module of the package by its name, where it lies in the repository."""
+    """Return the path of every module of the package, by the module's name."""
     found = {}
     for folder, package in (("kdkernels", "kdkernels"), ("python_ref", "kdkernels.reference"), ("benches", "kdkernels.benches")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             relative = path.relative_to(ROOT / folder)
             if folder == "kdkernels" and relative.parts[0] in ("reference", "benches"):
-                continue  # links to the other two folders
+                continue  # symbolic links to the other two folders
             found[".".join([package, *relative.with_suffix("").parts]).removesuffix(".__init__")] = path
     return found
 
 
 MODULES = _modules()
-EXTENSIONS = {"kdkernels._C"}  # compiled; they import nothing of the package
+EXTENSIONS = {"kdkernels._C"}  # compiled modules, which import nothing from the package
 
 
 def imports_of(module: str, text: str, is_package: bool, modules: set[str]) -> set[str]:
-    """The modules of this package that a module imports, also inside functions; not those for type checkers alone."""
+    """Return the modules of this package that a module imports, also inside functions, but not
+    under TYPE_CHECKING.
+    """
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -68,40 +73,42 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def upward(graph: dict[str, set[str]]) -> list[str]:
-    """The imports that do not run downward."""
+def upward_imports(graph: dict[str, set[str]]) -> list[str]:
+    """Return the imports of a module that is not in a lower layer."""
     found = []
     for module, targets in graph.items():
         for target in targets:
-            own, other = part_of(module), part_of(target)
-            if own == other or other == "config":
+            part, target_part = part_of(module), part_of(target)
+            if part == target_part or target_part == "config":
                 continue
-            if own == "config" or RANK[other] >= RANK[own]:
+            if part == "config" or RANK[target_part] >= RANK[part]:
                 found.append(f"{module} imports {target}")
     return found
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one import circle, if there is one."""
-    done: set[str] = set()
+def import_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one import cycle, or an empty list."""
+    visited: set[str] = set()
 
     def search(module: str, path: list[str]) -> list[str]:
         if module in path:
             return path[path.index(module) :]
-        if module in done:
+        if module in visited:
             return []
         for target in sorted(graph[module]):
             found = search(target, [*path, module])
             if found:
                 return found
-        done.add(module)
+        visited.add(module)
         return []
 
     return next((found for module in graph if (found := search(module, []))), [])
 
 
 def test_every_folder_is_a_package():
-    """setup.py finds the packages by their __init__.py; users' type checkers find the annotations by py.typed."""
+    """setup.py finds packages by their __init__.py, and type checkers need py.typed to use the
+    annotations.
+    """
     folders = {path.parent for path in MODULES.values()}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
     assert (ROOT / "kdkernels" / "py.typed").is_file()
@@ -111,12 +118,12 @@ def test_every_part_has_a_layer():
     assert {part_of(module) for module in MODULES} - set(RANK) - {"config"} == set(), "name the part in LAYERS, above what it imports"
 
 
-def test_imports_run_downward():
-    assert upward(GRAPH) == []
+def test_modules_import_lower_layers_only():
+    assert upward_imports(GRAPH) == []
 
 
-def test_no_import_circle():
-    assert circle(GRAPH) == []
+def test_no_import_cycle():
+    assert import_cycle(GRAPH) == []
 
 
 IMPORTS = {
@@ -136,7 +143,7 @@ def test_imports_are_found(text):
     assert imports_of("kdkernels.ops.truncated_svd", text, False, set(MODULES)) == IMPORTS[text]
 
 
-def test_wrong_imports_are_found():
+def test_wrong_imports_are_detected():
     assert "kdkernels.distill.kd" in GRAPH["kdkernels.distill"]
-    assert upward(GRAPH | {"kdkernels.models.vgg": {"kdkernels.distill.kd"}}) == ["kdkernels.models.vgg imports kdkernels.distill.kd"]
-    assert circle(GRAPH | {"kdkernels.ops.checks": {"kdkernels.ops.truncated_svd"}})[0].startswith("kdkernels.ops.")
+    assert upward_imports(GRAPH | {"kdkernels.models.vgg": {"kdkernels.distill.kd"}}) == ["kdkernels.models.vgg imports kdkernels.distill.kd"]
+    assert import_cycle(GRAPH | {"kdkernels.ops.checks": {"kdkernels.ops.truncated_svd"}})[0].startswith("kdkernels.ops.")

@@ -1,4 +1,4 @@
-"""Tensors made under torch.inference_mode as inputs that need no gradient, and what the ops keep for their backward."""
+"""Inputs created in torch.inference_mode, and the tensors that ops save for the backward pass."""
 
 import weakref
 
@@ -17,8 +17,9 @@ def _constant(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-# name: (function of (module, student, constants...), makes the student, makes the constants)
-USES = {
+# name: (function of (module, student, *constants), function that makes the student, function that
+# makes the constants)
+CASES = {
     "temperature_kl": (
         lambda m, s, t, w, mask, n: m.temperature_kl(s, t, w, mask=mask, normalizer=n),
         lambda: _leaf(6, 10),
@@ -53,10 +54,12 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("name", USES)
-def test_inference_tensors_are_constants(name):
-    """The first and the second derivative, a gradient of torch.func and a tangent, with constants made under inference mode and without."""
-    function, make_student, make_constants = USES[name]
+@pytest.mark.parametrize("name", CASES)
+def test_inference_tensors_can_be_constants(name):
+    """First and second derivatives, a gradient of torch.func and a tangent are the same for
+    constants that were created in inference mode.
+    """
+    function, make_student, make_constants = CASES[name]
     student = make_student()
     constants = make_constants()
     with torch.inference_mode():
@@ -66,44 +69,46 @@ def test_inference_tensors_are_constants(name):
         (first,) = torch.autograd.grad(function(kd, student, *given), student)
         (graph,) = torch.autograd.grad(function(kd, student, *given), student, create_graph=True)
         (second,) = torch.autograd.grad(graph.square().sum(), student)
-        by_func = torch.func.grad(lambda s, given=given: function(kd, s, *given))(student.detach())
+        func_gradient = torch.func.grad(lambda s, given=given: function(kd, s, *given))(student.detach())
         _, tangent = torch.func.jvp(lambda s, given=given: function(kd, s, *given), (student.detach(),), (torch.ones_like(student),))
-        results.append((first, graph.detach(), second, by_func, tangent))
+        results.append((first, graph.detach(), second, func_gradient, tangent))
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-12)
 
 
-def _kept(function):
-    """The tensors that a graph keeps."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+def _result_and_saved_tensors(function):
+    """Return the function's result, and the tensors that its graph saves."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         result = function()
-    return result, kept
+    return result, saved
 
 
-def test_a_loss_keeps_one_tensor_beside_its_student():
-    """The saved gradient: neither the teacher's logits nor its features live on in the graph."""
+def test_loss_saves_one_tensor_besides_the_student():
+    """Besides the student a loss saves only the gradient, not the teacher's logits or features."""
     for make, loss in (
         (lambda: torch.randn(64, 100), kd.temperature_kl),
         (lambda: torch.randn(4, 32, 8, 8), kd.attention_transfer_loss),
         (lambda: torch.randn(4, 32, 8, 8).half(), kd.attention_transfer_loss),
     ):
         student, teacher = make().requires_grad_(), make()
-        gone = weakref.ref(teacher)
-        result, kept = _kept(lambda loss=loss, s=student, t=teacher: loss(s, t))
-        others = [t for t in kept if t.data_ptr() != student.data_ptr()]
+        teacher_reference = weakref.ref(teacher)
+        result, saved = _result_and_saved_tensors(lambda loss=loss, s=student, t=teacher: loss(s, t))
+        others = [t for t in saved if t.data_ptr() != student.data_ptr()]
         assert sum(t.nbytes for t in others) <= 1.15 * student.nbytes
-        kept.clear()
+        saved.clear()
         del teacher, others
-        assert gone() is None, "the teacher's tensor is kept"
+        assert teacher_reference() is None, "the teacher's tensor is kept"
         result.backward()
 
 
 @pytest.mark.parametrize("options", [{}, {"include_entropy": False}, {"reduction": "none", "dim": 0}, {"target_eps": 0.1}], ids=str)
 @pytest.mark.parametrize("temperature", ["number", "tensor"])
-def test_derivatives_without_the_teacher(options, temperature):
-    """The saved gradient has the value, and the student against itself the derivatives: of any upstream gradient, with masked rows and excluded
-    classes."""
+def test_higher_derivatives_do_not_need_the_teacher(options, temperature):
+    """Higher derivatives are computed from the saved gradient and the student, without the teacher.
+
+    They match the reference for any upstream gradient, with masked rows and excluded classes.
+    """
     s, t = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     s[1, 2] = t[1, 2] = -torch.inf
     rows = 4 if options.get("dim") == 0 else 5

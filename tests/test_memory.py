@@ -1,4 +1,4 @@
-"""Large gradients live on recycled memory."""
+"""Large gradients reuse the memory of freed gradients."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ def _gradient(rows: int) -> torch.Tensor:
     return s.grad
 
 
-def test_a_freed_gradient_is_the_next_one():
+def test_next_gradient_reuses_freed_memory():
     gradient = _gradient(1500)
     address = gradient.data_ptr()
     del gradient
     assert _gradient(1500).data_ptr() == address
-    assert _gradient(1400).data_ptr() == address  # a little smaller fits
+    assert _gradient(1400).data_ptr() == address  # a slightly smaller gradient fits
 
 
 def test_live_gradients_do_not_share_memory():
@@ -36,13 +36,13 @@ def test_live_gradients_do_not_share_memory():
     assert torch.equal(first, copy)
 
 
-def test_a_gradient_can_be_resized_and_filled():
+def test_gradient_can_be_resized_and_filled():
     gradient = _gradient(1500)
     gradient.resize_(2000, 1000).zero_()
     assert gradient.sum() == 0
 
 
-def test_keeping_can_be_turned_off():
+def test_reuse_of_memory_can_be_disabled():
     code = (
         "import torch, resource, kdkernels as k; s = torch.randn(40000, 1000, requires_grad=True); t = s.detach() + 1\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
@@ -53,8 +53,10 @@ def test_keeping_can_be_turned_off():
     assert run.stdout.split() == ["True", "True"], run.stdout + run.stderr
 
 
-def test_what_is_kept_can_be_released():
-    """Freed memory stays for the next gradient until it is released; memory in use is not touched."""
+def test_kept_memory_can_be_released():
+    """Freed memory is kept for the next gradient until release_memory is called, which does not
+    affect memory in use.
+    """
     code = (
         "import torch, kdkernels as k; s = torch.randn(40000, 1000, requires_grad=True); t = s.detach() + 1\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"

@@ -1,4 +1,7 @@
-"""What the command line says of mistakes: one line, with the cause and the cure. And what it tells where nothing is wrong."""
+"""The command line prints one line with cause and remedy for user errors.
+
+Also its output without errors.
+"""
 
 import logging
 import textwrap
@@ -42,7 +45,10 @@ trainer: {{max_epochs: 2, accelerator: cpu, devices: 1, enable_progress_bar: fal
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A config, its networks beside it, and images; the current folder is another."""
+    """Return a config with its networks in the same folder, and images.
+
+    The current folder is a different one.
+    """
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "its_nets.py").write_text(NETS)
@@ -59,7 +65,7 @@ def config(tmp_path, monkeypatch):
     __import__("sys").modules.pop("its_nets", None)
 
 
-def _says(capfd, *arguments):
+def _error_line(capfd, *arguments):
     logging.getLogger("lightning.pytorch").handlers.clear()
     assert main([str(a) for a in arguments]) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("kdkernels") or "Traceback" in line]
@@ -67,7 +73,7 @@ def _says(capfd, *arguments):
     return lines[0]
 
 
-MISTAKES = {
+USER_ERRORS = {
     "--model.temprature 3": "kdkernels fit: --model: KD has no option 'temprature'; did you mean 'temperature'?",
     "--data.batch_sise 3": "ImageFolder has no option 'batch_sise'; did you mean 'batch_size'?",
     "--model.student.wdth 3": "Small has no option 'wdth'; did you mean 'width'?",
@@ -91,27 +97,27 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("options", MISTAKES)
-def test_one_line(config, capfd, options):
-    assert MISTAKES[options] in _says(capfd, "fit", "--config", config, *options.split())
+@pytest.mark.parametrize("options", USER_ERRORS)
+def test_user_errors_are_one_line(config, capfd, options):
+    assert USER_ERRORS[options] in _error_line(capfd, "fit", "--config", config, *options.split())
 
 
-def test_a_config_that_is_none(config, capfd):
-    assert "File does not exist" in _says(capfd, "fit", "--config", "none.yaml")
+def test_invalid_config_is_an_error(config, capfd):
+    assert "File does not exist" in _error_line(capfd, "fit", "--config", "none.yaml")
     text = config.read_text()
     config.write_text("model: [")
-    _says(capfd, "fit", "--config", config)
+    _error_line(capfd, "fit", "--config", config)
     config.write_text(text + "modle: {width: 3}\n")
-    assert "the config has no option 'modle.width'; did you mean 'model'?" in _says(capfd, "fit", "--config", config)
+    assert "the config has no option 'modle.width'; did you mean 'model'?" in _error_line(capfd, "fit", "--config", config)
 
 
-def test_the_stack_is_shown_where_it_is_asked_for(config, monkeypatch):
+def test_traceback_is_shown_on_request(config, monkeypatch):
     monkeypatch.setenv("KDKERNELS_TRACEBACK", "1")
     with pytest.raises(KeyError, match="of mine"):
         main(["fit", "--config", str(config), "--model.student.fail", "key"])
 
 
-def test_networks_beside_the_config_and_a_line_for_each_epoch(config, capfd):
+def test_networks_next_to_the_config_and_one_line_per_epoch(config, capfd):
     assert main(["fit", "--config", str(config)]) == 0
     out = capfd.readouterr().out.splitlines()
     epochs = [line for line in out if line.startswith("epoch ")]
@@ -120,14 +126,14 @@ def test_networks_beside_the_config_and_a_line_for_each_epoch(config, capfd):
     assert any(line.startswith("last  val/accuracy") for line in out)
 
 
-def test_going_on_with_another_network_is_said(config, capfd):
+def test_resuming_with_another_network_is_an_error(config, capfd):
     assert main(["fit", "--config", str(config)]) == 0
-    line = _says(capfd, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3, "--model.student.width", 5)
+    line = _error_line(capfd, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3, "--model.student.width", 5)
     assert "kdkernels fit: the checkpoint is of another network: " in line
     assert "student.conv.weight" in line
 
 
-def test_best_is_gone_on_with_and_nothing_is_judged_untrained_in_silence(config, capfd):
+def test_best_checkpoint_can_be_resumed_and_validating_untrained_weights_warns(config, capfd):
     assert main(["fit", "--config", str(config)]) == 0
     capfd.readouterr()
     with pytest.warns(UserWarning, match="the student is judged as it is made, not as it was trained in .*--ckpt_path best"):
@@ -136,7 +142,7 @@ def test_best_is_gone_on_with_and_nothing_is_judged_untrained_in_silence(config,
         assert main([subcommand, "--config", str(config), "--ckpt_path", "best", "--trainer.max_epochs", "3"]) == 0
 
 
-def test_a_student_that_came_from_a_checkpoint_needs_it_no_more(config, capfd, tmp_path):
+def test_student_from_a_checkpoint_can_be_exported_without_it(config, capfd, tmp_path):
     assert main(["fit", "--config", str(config)]) == 0
     student = ["--model.student", "kdkernels.models.from_checkpoint", "--model.student.path", str(tmp_path / "run" / "best.ckpt")]
     assert main(["fit", "--config", str(config), *student, "--trainer.default_root_dir", str(tmp_path / "second")]) == 0
@@ -146,7 +152,7 @@ def test_a_student_that_came_from_a_checkpoint_needs_it_no_more(config, capfd, t
     assert main(["export", "--ckpt", str(tmp_path / "second" / "best.ckpt"), "--out", target]) == 0, capfd.readouterr().err
 
 
-def test_help_is_short_and_about_what_is_at_hand(config, capfd):
+def test_help_is_short_and_specific_to_the_config(config, capfd):
     assert main(["fit", "--config", str(config), "--help"]) == 0
     text = capfd.readouterr().out
     assert len(text.splitlines()) < 70
@@ -158,7 +164,7 @@ def test_help_is_short_and_about_what_is_at_hand(config, capfd):
         "--trainer.max_epochs",
     ):
         assert option in text
-    assert "--data.batch_size (64) images per batch and process" in " ".join(text.split())  # what its base says of it
+    assert "--data.batch_size (64) images per batch and process" in " ".join(text.split())  # from the docstring of the base class
     assert ":class:" not in text
     assert main(["fit", "-h"]) == 0
     text = capfd.readouterr().out
@@ -169,7 +175,7 @@ def test_help_is_short_and_about_what_is_at_hand(config, capfd):
     assert len(capfd.readouterr().out.splitlines()) > 200
 
 
-def test_lines():
+def test_messages_of_one_line():
     assert one_line(ValueError("student must\n be small")) == "student must be small"
     assert one_line(KeyError("step")).startswith("KeyError: 'step' (")
     assert one_line(ZeroDivisionError()).startswith("ZeroDivisionError (")

@@ -1,4 +1,4 @@
-"""Networks: as published; taps; weights from files."""
+"""Networks compared with their publications, taps, and weights from files."""
 
 import re
 import subprocess
@@ -14,8 +14,9 @@ from kdkernels import models
 from kdkernels.models import TAPS, FeatureTaps, TinyCNN, from_checkpoint, load_weights, pair_features
 from kdkernels.models.weights import CHECKPOINT_KEY, read_weights
 
-# Parameters with 100 classes. Exact where tables of the distillation literature give them so; else by the papers' own arithmetic:
-# a 3x3 convolution of c to d channels has 9 c d, batch norm 2 d.
+# Numbers of parameters with 100 classes. They are those in tables of the distillation literature if
+# these are exact, and otherwise computed from the papers:
+# a 3x3 convolution from c to d channels has 9 c d parameters, and batch norm has 2 d.
 PARAMETERS = {
     "resnet20": 278_324,
     "resnet32": 472_756,
@@ -47,12 +48,14 @@ def _parameters(network):
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
-def test_parameter_counts_are_the_published_ones(name, count):
+def test_parameter_counts_match_publications(name, count):
     assert _parameters(getattr(models, name)(num_classes=100)) == count
 
 
 def _resnet_parameters(depth):
-    """He et al. 2016, table 6, with 1x1 convolutions for the shortcuts that change shape."""
+    """Return the parameters of He et al. 2016, table 6, with 1x1 convolutions in shortcuts that
+    change the shape.
+    """
     n = (depth - 2) // 6
     conv = lambda c, d: 9 * c * d + 2 * d  # noqa: E731
     stages = sum(conv(c, d) + (2 * n - 1) * conv(d, d) for c, d in ((16, 16), (16, 32), (32, 64)))
@@ -62,14 +65,16 @@ def _resnet_parameters(depth):
 @pytest.mark.parametrize(
     ("pair", "student", "teacher", "digits"), [("vgg", 3.8, 10.9, 0.05), ("mobilenet", 0.82, 2.3, 0.1), ("resnext", 0.34, 0.66, 0.02)]
 )
-def test_the_pairs_of_svd_kd_are_as_large_as_the_papers(pair, student, teacher, digits):
-    """Lee et al. 2018 give millions of parameters, the VGGs' layers and the widths at the taps. The depths of the others are chosen to come near."""
+def test_networks_of_svd_kd_have_the_published_size(pair, student, teacher, digits):
+    """Lee et al. 2018 give millions of parameters, the layers of the VGGs and the widths at the
+    taps. The depths of the other networks are chosen to match the parameters.
+    """
     for published, role in ((student, "student"), (teacher, "teacher")):
         assert _parameters(getattr(models, f"sskd_{pair}_{role}")()) / 1e6 == pytest.approx(published, abs=digits)
 
 
-def test_vgg_of_svd_kd_by_arithmetic():
-    """Multiply-adds, of which the paper counts two operations each: 121.3 and 576.3 million."""
+def test_operations_of_the_vggs_of_svd_kd_match_the_paper():
+    """The paper counts 121.3 and 576.3 million operations, two per multiply-add."""
 
     def operations(convolutions, hidden):
         total, inputs = 0, 3
@@ -83,21 +88,23 @@ def test_vgg_of_svd_kd_by_arithmetic():
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
-def test_resnet_parameters_by_arithmetic(depth):
+def test_resnet_parameters_match_the_formula(depth):
     assert _parameters(getattr(models, f"resnet{depth}")()) == _resnet_parameters(depth)
 
 
-def test_wide_resnet_parameters_by_arithmetic():
-    """WRN-16-1: two blocks a stage, batch norm of the inputs, shortcuts without it."""
+def test_wide_resnet_parameters_match_the_formula():
+    """WRN-16-1 has two blocks per stage, batch norm before each convolution, and shortcuts without
+    batch norm.
+    """
     stages = 0
     for c, d in ((16, 16), (16, 32), (32, 64)):
-        stages += 2 * c + 9 * c * d + 2 * d + 9 * d * d + (c * d if c != d else 0)  # the first block
-        stages += 2 * (2 * d + 9 * d * d)  # the second
+        stages += 2 * c + 9 * c * d + 2 * d + 9 * d * d + (c * d if c != d else 0)  # first block
+        stages += 2 * (2 * d + 9 * d * d)  # second block
     assert _parameters(models.wrn_16_1()) == 27 * 16 + stages + 2 * 64 + 65 * 100
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_networks_run_and_train_and_have_their_taps(name):
+def test_networks_run_train_and_have_taps(name):
     network = getattr(models, name)(num_classes=7)
     taps = FeatureTaps(network, TAPS[type(network)])
     logits, features = taps(torch.randn(2, 3, 32, 32))
@@ -107,18 +114,20 @@ def test_networks_run_and_train_and_have_their_taps(name):
     assert sides == sorted(sides, reverse=True)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    if isinstance(network, models.PlainVGG):  # its linear layers are made for a size
+    if isinstance(network, models.PlainVGG):  # its linear layers depend on the image size
         network = type(network)(num_classes=7, image_size=64)
-    assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)  # other sizes too
+    assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)  # other image sizes work too
 
 
-def test_vgg_at_64_pixels_pools_once_more():
-    """A fourth max pool, so the last map is as small as at 32 pixels."""
+def test_vgg_at_64_pixels_has_one_more_pooling_layer():
+    """At 64 pixels there is one more max pooling, so the last map has the same size as at 32
+    pixels.
+    """
     taps = FeatureTaps(models.vgg8().eval(), ["relu4"])
     assert taps(torch.randn(1, 3, 32, 32))[1]["relu4"].shape == taps(torch.randn(1, 3, 64, 64))[1]["relu4"].shape == (1, 512, 4, 4)
 
 
-def test_depths_that_do_not_exist():
+def test_invalid_depths_raise():
     with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2"):
         models.ResNet(21)
     with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4"):
@@ -128,13 +137,13 @@ def test_depths_that_do_not_exist():
 # Taps.
 
 
-def test_taps():
+def test_taps_return_features_in_order():
     model = TinyCNN(4)
     taps = FeatureTaps(model, ["block3.0", "block1"])
     logits, features = taps(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 10)
     shapes = [(name, tuple(feature.shape)) for name, feature in features.items()]
-    assert shapes == [("block3.0", (2, 16, 8, 8)), ("block1", (2, 4, 16, 16))]  # in the order asked for
+    assert shapes == [("block3.0", (2, 16, 8, 8)), ("block1", (2, 4, 16, 16))]  # in the requested order
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"no layer 'blok1'; did you mean one of \['block1'"):
         FeatureTaps(model, ["blok1"])
@@ -153,14 +162,14 @@ def test_taps():
         FeatureTaps(Unused(), ["unused"])(torch.zeros(1, 2))
 
 
-def test_a_tap_that_a_later_layer_overwrites_is_an_error():
+def test_tap_overwritten_in_place_raises():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     with pytest.raises(RuntimeError, match=r"what layers \['0'\] of Sequential returned was overwritten in place"):
         FeatureTaps(model, ["0"])(torch.randn(1, 3, 2, 2))
     assert FeatureTaps(model, ["1"])(torch.randn(1, 3, 2, 2))[1]["1"].min() >= 0
 
 
-def test_features_that_cannot_match():
+def test_pair_features_raises_for_features_that_do_not_match():
     maps = {"a": torch.zeros(2, 4, 8, 8), "b": torch.zeros(2, 8, 4, 4)}
     other = {"x": torch.zeros(2, 4, 8, 8), "y": torch.zeros(2, 6, 4, 2)}
     assert pair_features(maps, maps, channels=True, space=True) == [(v, v) for v in maps.values()]
@@ -178,7 +187,7 @@ def test_features_that_cannot_match():
 # Weights.
 
 
-def test_weights_from_files(tmp_path):
+def test_weights_load_from_files(tmp_path):
     from safetensors.torch import save_file
 
     network = TinyCNN(4)
@@ -193,7 +202,7 @@ def test_weights_from_files(tmp_path):
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
 
 
-def test_weights_that_do_not_fit(tmp_path):
+def test_weights_that_do_not_fit_raise(tmp_path):
     torch.save(TinyCNN(4).state_dict(), tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match="weights: there is no file"):
         read_weights(tmp_path / "nowhere.pt")
@@ -209,20 +218,20 @@ def test_weights_that_do_not_fit(tmp_path):
         read_weights(tmp_path / "odd.pt")
 
 
-class Evil:
+class RunsCode:
     def __reduce__(self):
         return subprocess.run, ([sys.executable, "-c", "open('ran', 'w')"],)
 
 
-def test_weights_run_no_code(tmp_path, monkeypatch):
+def test_weight_files_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    torch.save({"state_dict": RunsCode()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="could run any code"):
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
-def test_from_checkpoint(tmp_path):
+def test_from_checkpoint_restores_the_network(tmp_path):
     network = TinyCNN(3, 2, num_classes=4)
     spec = {"class_path": "kdkernels.models.TinyCNN", "init_args": {"width": 3, "depth": 2, "num_classes": 4}}
     state = {f"student.{k}": v for k, v in network.state_dict().items()}
@@ -240,8 +249,8 @@ def test_from_checkpoint(tmp_path):
         from_checkpoint(tmp_path / "d.ckpt")
 
 
-def test_the_table_of_sizes():
-    """docs/models.md: every network, its parameters and the maps at its taps."""
+def test_table_of_networks_is_correct():
+    """The table in docs/models.md lists every network, its parameters and the maps at its taps."""
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (.*) \|$", page, flags=re.MULTILINE)
     assert {name for name, _, _ in rows} == set(NAMES)

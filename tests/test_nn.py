@@ -1,4 +1,4 @@
-"""Module losses."""
+"""Losses of kdkernels.nn."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from kdkernels import reference, temperature_kl
 from kdkernels.nn import TemperatureKLLoss, kd_loss
 
 
-def test_module_is_the_op(device):
+def test_module_equals_the_op(device):
     s, t = torch.randn(2, 5, 3, device=device), torch.randn(2, 5, 3, device=device)
     mask = torch.tensor([[True, False, True], [True, True, True]], device=device)
     module = TemperatureKLLoss(3.0, dim=1, direction="reverse")
@@ -27,7 +27,7 @@ def test_learnable_temperature(device):
     assert list(module.state_dict()) == ["log_temperature"]
 
 
-def test_options_are_refused_at_construction():
+def test_invalid_options_raise_at_construction():
     with pytest.raises(TypeError, match="no option 'axis'"):
         TemperatureKLLoss(2.0, axis=1)
     with pytest.raises(ValueError, match="direction must be one of"):
@@ -38,7 +38,9 @@ def test_options_are_refused_at_construction():
 
 @pytest.mark.parametrize("dim", [1, -3, 2, -1])
 def test_kd_loss_of_pixels(dim):
-    """[B, K, H, W] with the classes in any dimension but the first: both means go over the pixels."""
+    """For [B, K, H, W] with the classes in any dimension but the first, both terms are means over
+    the pixels.
+    """
     s, t = torch.randn(2, 5, 5, 5, dtype=torch.float64), torch.randn(2, 5, 5, 5, dtype=torch.float64)
     labels = torch.randint(5, (2, 5, 5))
     rows_s, rows_t = (x.movedim(dim, -1).reshape(-1, 5) for x in (s, t))

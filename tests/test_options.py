@@ -1,4 +1,6 @@
-"""The options of the ops: Python, C++ and Triton agree on their values, and raw ops reject every other number."""
+"""The options of the ops have the same values in Python, C++ and Triton, and raw ops raise for
+other values.
+"""
 
 import re
 
@@ -10,8 +12,8 @@ from kdkernels.options import NAMES, VALUES, Implementation, Reduction, Sign
 OPS = torch.ops.kdkernels
 X, F, V = torch.randn(3, 4), torch.rand(2, 3, 4), torch.randn(2, 5, 2)
 
-# (option, the raw op as a function of the option's value, members that the op does not have)
-RAW = {
+# (option, the raw op as a function of the option's value, members that the op does not support)
+RAW_OPS = {
     "direction": ("direction", lambda o: OPS.temperature_kl(X, X, 1.0, None, None, None, -1, o, 0.5, 1, True, True, 0.0, False), ()),
     "reduction": ("reduction", lambda o: OPS.temperature_kl(X, X, 1.0, None, None, None, -1, 0, 0.5, o, True, True, 0.0, False), ()),
     "reduce": ("reduce", lambda o: OPS.attention_pool(F, 2.0, o, 0, 1e-12), ()),
@@ -28,28 +30,28 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", RAW_OPS)
 def test_cpp_has_the_same_values(name):
-    """The message of the C++ check lists the members of its enum."""
-    option, call, without = RAW[name]
-    for bad in (-1, len(VALUES[option]), 2**40, -(2**62), *without):
+    """The error message of the C++ check lists the members of its enum."""
+    option, call, unsupported = RAW_OPS[name]
+    for bad in (-1, len(VALUES[option]), 2**40, -(2**62), *unsupported):
         with pytest.raises(ValueError, match=f"^{option} must be one of") as caught:
             call(int(bad))
         listed = {int(value): member for value, member in re.findall(r"(\d+) \((\w+)\)", str(caught.value))}
-        assert listed == {value: member or "none" for value, member in NAMES[option].items() if value not in without}
+        assert listed == {value: member or "none" for value, member in NAMES[option].items() if value not in unsupported}
 
 
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", RAW_OPS)
 def test_every_value_is_accepted(name):
-    option, call, without = RAW[name]
+    option, call, unsupported = RAW_OPS[name]
     for value in NAMES[option]:
-        if value not in without and not (option == "implementation" and value == Implementation.TRITON):  # has tests of its own
+        if value not in unsupported and not (option == "implementation" and value == Implementation.TRITON):  # has separate tests
             call(value)
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
 def test_launchers_reject_other_values(bad):
-    """The kernels for CUDA tensors check the options before Triton is imported."""
+    """The launchers for CUDA tensors check the options before they import Triton."""
     from kdkernels.ops.registration import _launcher
 
     with pytest.raises(ValueError, match=r"^reduce must be one of 0 \(mean\), 1 \(sum\), 2 \(max\), got"):
@@ -58,7 +60,7 @@ def test_launchers_reject_other_values(bad):
         _launcher("temperature_kl", "temperature_kl")(X, X, 1.0, None, None, None, -1, bad, 0.5, 1, True, True, 0.0, False)
 
 
-def test_names_are_those_of_the_members():
+def test_names_match_the_enum_members():
     from kdkernels import options
 
     for option, values in VALUES.items():

@@ -1,8 +1,8 @@
-"""Devices without kernels: the reference stands in, and autograd differentiates it.
+"""On devices without kernels the reference runs instead, and autograd differentiates it.
 
 The device is torch's PrivateUse1 with a backend in Python: tensors of the device "toy" wrap CPU
-tensors, and every op of torch unwraps them. It runs in a process of its own, because a backend
-cannot be unregistered. A view on this device is a copy, so nothing may be written through one.
+tensors, and every op of torch unwraps them. It runs in a separate process, because a backend cannot
+be unregistered. A view on this device is a copy, so nothing may be written through a view.
 """
 
 import functools
@@ -20,30 +20,32 @@ OPS = torch.ops.kdkernels
 
 
 def make_toy_backend():
-    """Registers the device; returns functions that move a tensor to it and back."""
+    """Register the device, and return the registrations and functions that move a tensor to it and
+    back.
+    """
     from torch.utils._pytree import tree_map
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("toy")
-    torch.get_device_module("toy").get_amp_supported_dtype = lambda: [torch.bfloat16]  # torch.autocast asks, also if it is disabled
+    torch.get_device_module("toy").get_amp_supported_dtype = lambda: [torch.bfloat16]  # torch.autocast calls this even if it is disabled
 
-    inner = {}  # by storage, which the tensors that autograd saves share with those that Python sees
+    wrapped = {}  # by storage, because tensors saved by autograd share the storage of the tensors in Python
 
     def wrap(t):
         if not isinstance(t, torch.Tensor):
             return t
         toy = torch._C._acc.create_empty_tensor(t.shape, t.dtype)
         storage = toy.untyped_storage()
-        inner[storage._cdata] = (storage, t.contiguous())  # as the outer tensor is
+        wrapped[storage._cdata] = (storage, t.contiguous())  # contiguous, like the outer tensor
         return toy
 
     def unwrap(t):
         if isinstance(t, torch.device):
             return torch.device("cpu")
-        return inner[t.untyped_storage()._cdata][1] if isinstance(t, torch.Tensor) and t.device.type == "toy" else t
+        return wrapped[t.untyped_storage()._cdata][1] if isinstance(t, torch.Tensor) and t.device.type == "toy" else t
 
     def run(op, *args, **kwargs):
-        if op is torch.ops.aten._copy_from.default:  # between the CPU and the device
+        if op is torch.ops.aten._copy_from.default:  # copy between the CPU and the device
             source, target = args[:2]
             unwrap(target).copy_(unwrap(source))
             return target
@@ -52,7 +54,7 @@ def make_toy_backend():
 
     libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     libraries[0].fallback(run, "PrivateUse1")
-    for name in torch._C._dispatch_get_all_op_names():  # views, among others: their general kernels come before the fallback
+    for name in torch._C._dispatch_get_all_op_names():  # general kernels, for example of views, have precedence over the fallback
         base, _, overload = name.removeprefix("aten::").partition(".")
         general = name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
         if general and "out" not in overload:
@@ -73,7 +75,7 @@ CALLS = {
 
 
 def check_on_the_toy_device():
-    _libraries, to_toy, back = make_toy_backend()
+    _libraries, to_toy, from_toy = make_toy_backend()
     for name, (function, shape) in CALLS.items():
         generator = torch.Generator().manual_seed(0)
         x, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -84,22 +86,24 @@ def check_on_the_toy_device():
             assert value.device == student.device
             (gradient,) = torch.autograd.grad(value, student)
             with torch.no_grad():
-                without = function(module, student, teacher)
-            results.append([back(t).detach() for t in (value, gradient, without)])
+                without_grad = function(module, student, teacher)
+            results.append([from_toy(t).detach() for t in (value, gradient, without_grad)])
         for got, want in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     (_, s, v), _ = kd.truncated_svds([to_toy(torch.eye(3)), to_toy(torch.ones(4, 2))], 1)
     assert s.device.type == v.device.type == "toy"
 
 
-def test_the_reference_stands_in_on_a_device_without_kernels():
+def test_reference_runs_on_a_device_without_kernels():
     code = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_other_devices as t; t.check_on_the_toy_device()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
-def test_a_stand_in_writes_no_gradients():
-    """What its caller would take for a gradient would be an empty tensor."""
+def test_reference_in_place_of_a_kernel_saves_no_gradients():
+    """The reference saves no gradients. save_grad=True raises, because the caller would use an
+    empty tensor as the gradient.
+    """
     x = torch.randn(3, 4)
     kernel = torch._C.DispatchKey.AutogradPrivateUse1
     arguments = (x, x, 1.0, None, None, None, -1, 0, 0.5, 3, True, True, 0.0)
@@ -110,33 +114,33 @@ def test_a_stand_in_writes_no_gradients():
         OPS.temperature_kl.default._op_dk(kernel, *arguments, True)
 
 
-def test_the_reference_stands_in_nowhere_else():
-    """On the CPU and on CUDA a kernel that is missing is an error, never the slower reference."""
+def test_reference_is_not_used_on_cpu_and_cuda():
+    """On the CPU and on CUDA a missing kernel is an error: the slower reference is not used."""
     for name in ("temperature_kl", "attention_pool", "attention_transfer_loss", "rbf_correlation", "rbf_correlation_loss"):
         for key in ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "AutogradCPU", "AutogradCUDA"):
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{name}", key)
 
 
-def test_triton_that_is_missing_is_named(monkeypatch):
+def test_error_names_missing_triton(monkeypatch):
     from kdkernels.ops import registration
 
-    def missing(name):
+    def raise_import_error(name):
         raise ImportError(name)
 
     registration._triton_module.cache_clear()
-    monkeypatch.setattr(registration.importlib, "import_module", missing)
+    monkeypatch.setattr(registration.importlib, "import_module", raise_import_error)
     with pytest.raises(RuntimeError, match="attention_pool on a GPU runs in Triton, which is not installed: pip install triton"):
         registration._launcher("attention_pool", "attention_pool")(torch.rand(1, 1, 1), 2.0, 0, 0, 1e-12)
 
 
-def test_show_config_names_the_stand_in(capsys):
+def test_show_config_names_the_reference_for_other_devices(capsys):
     kd.show_config()
     printed = capsys.readouterr().out
     assert "temperature_kl: cpu -> C++" in printed
     assert "other devices -> reference in plain PyTorch" in printed
 
 
-def test_a_choice_of_implementation_ends(monkeypatch):
+def test_choice_of_implementation_ends_with_its_block(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
     from kdkernels.ops.truncated_svd_implementations import chosen
@@ -160,9 +164,10 @@ def test_a_choice_of_implementation_ends(monkeypatch):
         pass
 
 
-def test_a_choice_holds_in_compiled_code_and_in_the_backward():
-    """torch.compile guards the choice; a backward after the block uses the kernels of its
-    forward.
+def test_choice_of_implementation_applies_to_compiled_code_and_backward():
+    """torch.compile guards the choice.
+
+    A later backward pass uses the kernels of its forward pass.
     """
     x = torch.randn(2, 5, 4, requires_grad=True)
     torch._dynamo.reset()

@@ -1,4 +1,6 @@
-"""What is built and loaded, the command line, and that importing does nothing else."""
+"""Build information, imports, instruction sets, the command line, and the examples in the
+documents.
+"""
 
 import os
 import re
@@ -24,27 +26,27 @@ def test_build_info_and_show_config(capsys):
     info = _C.build_info()
     assert kdkernels.CPU_ISA in info["isas"].split(",")
     kdkernels.show_config()
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in (kdkernels.__version__, kdkernels.CPU_ISA, "temperature_kl: cpu -> C++", "cuda ->"):
-        assert word in shown
+        assert word in printed
 
 
-def test_show_config_says_why_there_are_no_cuda_kernels(capsys):
-    """The build records the reason; an op that no GPU can run here names the cure."""
+def test_show_config_gives_the_reason_for_missing_cuda_kernels(capsys):
+    """The build records the reason, and ops that cannot run on a GPU here state what to install."""
     from kdkernels.config import HAS_CUDA_KERNELS
 
     kdkernels.show_config()
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     if not HAS_CUDA_KERNELS:
         reason = _C.build_info()["without_cuda"]
         assert "build" in reason
-        assert f"not built: {reason}" in shown
+        assert f"not built: {reason}" in printed
     if torch.version.cuda is None and torch.version.hip is None:
-        assert "cuda -> unavailable: install a build of torch with CUDA or ROCm" in shown
-    assert "the functions of kdkernels.reference run on every device" in shown
+        assert "cuda -> unavailable: install a build of torch with CUDA or ROCm" in printed
+    assert "the functions of kdkernels.reference run on every device" in printed
 
 
-def test_version_is_that_of_the_distribution():
+def test_version_matches_the_distribution():
     from importlib.metadata import version
 
     assert kdkernels.__version__ == version("kdkernels")
@@ -55,7 +57,7 @@ ORDER = ["avx512", "avx2", "baseline"]
 
 
 @pytest.mark.parametrize("isa", [i for i in ORDER[ORDER.index(_C.build_info()["best_isa"]) :] if i in ISAS])
-def test_every_instruction_set_gives_the_known_answer(isa):
+def test_every_instruction_set_gives_the_known_value(isa):
     code = (
         "import torch, kdkernels as k; s, t = torch.tensor([[1., 2, 3]]).double().requires_grad_(), torch.tensor([[3., 2, 1]]).double();"
         "loss = k.temperature_kl(s, t, 4.0); loss.backward();"
@@ -67,19 +69,19 @@ def test_every_instruction_set_gives_the_known_answer(isa):
     assert run.stdout.split() == [isa, "True", "True", "True"], run.stdout + run.stderr
 
 
-def test_impossible_instruction_set_is_one_sentence():
+def test_unknown_instruction_set_is_an_error():
     run = _python("import kdkernels", KDKERNELS_CPU_ISA="avx1024")
     assert run.returncode != 0
     assert "KDKERNELS_CPU_ISA must be one of" in run.stderr
 
 
-def test_import_brings_in_no_trainer_and_no_compiler():
+def test_import_loads_neither_trainer_nor_compiler():
     run = _python("import kdkernels, sys; print([m for m in ('triton', 'lightning', 'matplotlib', 'sklearn') if m in sys.modules])")
-    heavy_in_torch = _python("import torch, sys; print([m for m in ('triton', 'lightning', 'matplotlib', 'sklearn') if m in sys.modules])")
-    assert run.stdout == heavy_in_torch.stdout, run.stderr
+    imported_by_torch = _python("import torch, sys; print([m for m in ('triton', 'lightning', 'matplotlib', 'sklearn') if m in sys.modules])")
+    assert run.stdout == imported_by_torch.stdout, run.stderr
 
 
-def test_cuda_kernels_on_cpu_tensors_outside_of_a_test_is_one_sentence():
+def test_cuda_kernels_on_cpu_tensors_outside_of_tests_raise():
     code = (
         "import torch, kdkernels as k; x = torch.ones(2, 3, 2)\n"
         "for call in (lambda: k.truncated_svd(x, 1, driver='cuda'), lambda: k.truncated_svds([x], 1, driver='cuda'),\n"
@@ -100,12 +102,12 @@ def test_command_line(tmp_path, capsys):
     assert main([]) == 2
     assert main(["distil"]) == 2
     assert main(["info"]) == 0
-    shown = capsys.readouterr()
-    assert "no command 'distil'" in shown.err
-    assert "cpu isa" in shown.out
+    printed = capsys.readouterr()
+    assert "no command 'distil'" in printed.err
+    assert "cpu isa" in printed.out
 
 
-def test_gpu_without_triton_says_what_to_install():
+def test_error_without_triton_says_what_to_install():
     code = (
         "import sys; sys.modules['triton'] = None; import kdkernels; op = sys.modules['kdkernels.ops.temperature_kl']\n"
         "try: op._triton_kernels()\nexcept RuntimeError as error: print(error)"
@@ -115,7 +117,7 @@ def test_gpu_without_triton_says_what_to_install():
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
-def test_insisting_on_cuda_without_it_is_a_clear_error():
+def test_kdkernels_cuda_1_without_cuda_is_an_error():
     environment = os.environ | {"KDKERNELS_CUDA": "1"}
     run = subprocess.run([sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode != 0
@@ -126,7 +128,7 @@ def _python_blocks(path):
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
 
 
-def test_examples_of_the_documents_run():
+def test_examples_in_the_documents_run():
     readme, own_method = _python_blocks("README.md")[0], _python_blocks("docs/kd.md")[0]
     exec(readme, {})
     pytest.importorskip("lightning")

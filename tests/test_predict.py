@@ -1,4 +1,4 @@
-"""Exported students carry what is needed to use them; the documented inference; predictions of a folder."""
+"""Metadata of exported students, the documented inference code, and predictions for a folder."""
 
 import csv
 import os
@@ -32,7 +32,7 @@ FORMATS = {"onnx": "student.onnx", "torch_export": "student.pt2", "safetensors":
 
 
 def _photo(path, seed):
-    """A JPEG that is wider than high, with smooth colours."""
+    """Save a JPEG that is wider than high, with smooth colours."""
     generator = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     small = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
@@ -40,8 +40,10 @@ def _photo(path, seed):
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory):
-    """A folder with photos, a trained student in every format, and the logits of the validation images by file."""
+def exported(tmp_path_factory):
+    """Return a folder with photos and a trained student in every format, and the logits of the
+    validation images by path.
+    """
     folder = tmp_path_factory.mktemp("there")
     for label, name in enumerate(CLASSES):
         for i in range(3):
@@ -54,14 +56,14 @@ def there(tmp_path_factory):
     trainer.save_checkpoint(folder / "student.ckpt")
     export_student(folder / "student.ckpt", {name: str(folder / file) for name, file in FORMATS.items()})
     logits = torch.cat([found["logits"] for found in trainer.predict(method, data)])
-    kept, held = data._hold_out([(folder / "photos" / name / f"{i}.jpg", label) for label, name in enumerate(CLASSES) for i in range(3)])
-    assert len(held) == len(logits) == 3
-    assert len(kept) == 6
-    return folder, dict(zip([path for path, _ in held], logits, strict=True))
+    train, val = data._hold_out([(folder / "photos" / name / f"{i}.jpg", label) for label, name in enumerate(CLASSES) for i in range(3)])
+    assert len(val) == len(logits) == 3
+    assert len(train) == 6
+    return folder, dict(zip([path for path, _ in val], logits, strict=True))
 
 
-def test_every_format_says_how_it_is_used(there):
-    folder, _ = there
+def test_every_format_contains_the_metadata(exported):
+    folder, _ = exported
     expected = {"task": "classification", "classes": CLASSES, "image_shape": [3, 16, 16], "resize": "center_square_bilinear", "student": SPEC}
     for file in (*FORMATS.values(), "student.ckpt"):
         _, metadata = load_model(folder / file)
@@ -70,8 +72,8 @@ def test_every_format_says_how_it_is_used(there):
 
 
 @pytest.mark.parametrize("script", ["use_onnx.py", "use_torch_export.py", "use_safetensors.py"])
-def test_the_documented_inference_gives_the_logits_of_validation(there, script, monkeypatch, capsys):
-    folder, logits = there
+def test_documented_inference_reproduces_the_validation_logits(exported, script, monkeypatch, capsys):
+    folder, logits = exported
     blocks = {name: text for name, text in re.findall(r"^```python\n# (\S+)\n(.*?)^```$", (ROOT / "docs/inference.md").read_text(), re.M | re.S)}
     assert set(blocks) == {"prepare.py", "use_onnx.py", "use_torch_export.py", "use_safetensors.py"}
     monkeypatch.chdir(folder)
@@ -87,8 +89,8 @@ def test_the_documented_inference_gives_the_logits_of_validation(there, script, 
 
 
 @pytest.mark.parametrize("file", [*FORMATS.values(), "student.ckpt"])
-def test_predictions_of_a_folder(there, tmp_path, file, capsys):
-    folder, logits = there
+def test_predictions_for_a_folder(exported, tmp_path, file, capsys):
+    folder, logits = exported
     out = tmp_path / "new" / "classes.csv"
     command = ["predict", "--model", str(folder / file), "--images", str(folder / "photos"), "--out", str(out), "--top_k=2", "--batch_size=4"]
     assert main(command) == 0, capsys.readouterr().err
@@ -105,8 +107,8 @@ def test_predictions_of_a_folder(there, tmp_path, file, capsys):
     assert [p.name for p in out.parent.iterdir()] == ["classes.csv"]
 
 
-def test_predictions_are_whole_or_not_there(there, tmp_path, monkeypatch, capsys):
-    folder, _ = there
+def test_predictions_are_written_whole_or_not_at_all(exported, tmp_path, monkeypatch, capsys):
+    folder, _ = exported
     images = tmp_path / "images"
     for i in range(4):
         _photo(images / f"{i}.jpg", i)
@@ -118,16 +120,16 @@ def test_predictions_are_whole_or_not_there(there, tmp_path, monkeypatch, capsys
     assert out.read_text() == "before"
     assert predict_images(folder / "student.ckpt", images, out, on_error="skip") == 3
     assert "2.jpg" in capsys.readouterr().err
-    whole = out.read_text()
+    content = out.read_text()
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         predict_images(folder / "student.ckpt", images, out, on_error="skip")
-    assert out.read_text() == whole
+    assert out.read_text() == content
     assert {p.name for p in tmp_path.iterdir()} == {"images", "out.csv"}
 
 
-def test_predict_refuses_what_cannot_be(there, tmp_path):
-    folder, _ = there
+def test_predict_raises_for_invalid_arguments(exported, tmp_path):
+    folder, _ = exported
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.bin").write_bytes(b"")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
@@ -153,8 +155,10 @@ class DictFCN(TinyFCN):
         return {"out": super().forward(x)}
 
 
-def test_a_student_that_returns_a_dict_is_exported(tmp_path):
-    """Its exported forms return the logits alone; a segmentation has no class for an image."""
+def test_student_that_returns_a_dict_can_be_exported(tmp_path):
+    """The exported files return only the logits. load_model raises for a segmentation, which has no
+    class per image.
+    """
     network = DictFCN(2).eval()
     spec = {"class_path": "test_predict.DictFCN", "init_args": {"width": 2}}
     state = {f"student.{name}": value for name, value in network.state_dict().items()}

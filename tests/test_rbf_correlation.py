@@ -1,4 +1,6 @@
-"""rbf_correlation and its loss against the definitions in more digits, backend by backend, and their known answers."""
+"""rbf_correlation and its loss against the definitions in higher precision, for every backend, and
+known values.
+"""
 
 import itertools
 import math
@@ -10,7 +12,7 @@ from conftest import DEVICES
 from correlation_cases import CORRELATION_CASES, CorrelationCase
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close, of_sum
+from tolerances import assert_close, sum_error
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
 from kdkernels.options import Reduction
@@ -23,7 +25,7 @@ def _device(backend):
 
 
 def _operators(backend):
-    """The module or namespace that holds the four ops."""
+    """Return the module or namespace that contains the four ops."""
     if backend == "triton":
         from kdkernels.triton import rbf_correlation as kernels
 
@@ -32,16 +34,19 @@ def _operators(backend):
 
 
 def _case(backend, case):
-    return case if backend == "cpu" or torch.cuda.is_available() else case.cut()
+    return case if backend == "cpu" or torch.cuda.is_available() else case.shrink()
 
 
 def _compute(*features):
     return torch.float64 if torch.float64 in [x.dtype for x in features] else torch.float32
 
 
-def _exact(inputs, beta):
-    """The loss of each sample, its gradients, and the sums of their terms' sizes, by the definition in numpy's longest type: where S is near T,
-    float64 itself has few digits of S - T."""
+def _exact_loss(inputs, beta):
+    """Return the loss of each sample, its gradients, and the sums of the magnitudes of their terms.
+
+    They are computed from the definition in numpy's longdouble, because S - T is inaccurate in float64
+    if S is close to T.
+    """
     sx, sy, tx, ty = (x.detach().cpu().double().numpy().astype(np.longdouble) for x in inputs)
     with np.errstate(invalid="ignore"):
         ds, dt = sx[:, :, None] - sy[:, None], tx[:, :, None] - ty[:, None]
@@ -58,7 +63,7 @@ def _exact(inputs, beta):
 
 
 def _nan_where_not_finite(inputs, loss, gradients):
-    """What the loss promises where a column holds a NaN or an infinity."""
+    """Return the loss and gradients that are specified for columns with a NaN or an infinity."""
     bad = torch.stack([~x.detach().cpu().isfinite().all(1) for x in inputs]).any(0)  # [B, K]
     nan = float("nan")
     return torch.where(bad.any(1), nan, loss), [torch.where(bad[:, None], nan, g) for g in gradients]
@@ -66,17 +71,17 @@ def _nan_where_not_finite(inputs, loss, gradients):
 
 @pytest.mark.parametrize("case", CORRELATION_CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss(case, backend):
+def test_loss_of_every_case(case, backend):
     case = _case(backend, case)
     inputs = case.make(_device(backend))
     ops = _operators(backend)
-    loss, gradients, sizes = _exact(inputs, case.beta)
+    loss, gradients, sizes = _exact_loss(inputs, case.beta)
     loss, gradients = _nan_where_not_finite(inputs, loss, gradients)
     compute = _compute(*inputs)
     rtol = 1e-6 if compute == torch.float32 else 1e-12
     results = ops.rbf_correlation_loss(*inputs, case.beta, Reduction.NONE, [True] * 4)
     assert results[0].dtype == compute
-    # Where S = T to the last digit of a float the loss is what rounding leaves of numbers of the size of its terms.
+    # If S = T up to the last digit of a float, the loss consists of rounding errors of its terms.
     assert_close("loss", results[0], loss, rtol=rtol, atol=1e-30)
     if case.edit in ("equal", "constant", "zeros"):
         assert not results[0].any()
@@ -90,19 +95,19 @@ def test_loss(case, backend):
     upstream = torch.tensor(-1.5, dtype=compute, device=inputs[0].device)
     wanted = [False, True, True, False]
     *partial, _ = (None, *ops.rbf_correlation_loss_backward(upstream, *inputs, case.beta, Reduction.BATCHMEAN, wanted), None)
-    for x, got, want, size, asked in zip(inputs, partial[1:], gradients, sizes, wanted, strict=True):
-        if not asked:
+    for x, got, want, size, required in zip(inputs, partial[1:], gradients, sizes, wanted, strict=True):
+        if not required:
             assert got.numel() == 0
             continue
         assert got.dtype == x.dtype
         factor = -1.5 / max(len(x), 1)
-        cut = backend == "triton" and _device(backend) == "cpu"
-        assert_close("scaled gradient", got, factor * want, rtol=2 * rtol, scale=size.nan_to_num() * abs(factor), atol=1e-22, truncated=cut)
+        truncated = backend == "triton" and _device(backend) == "cpu"
+        assert_close("scaled gradient", got, factor * want, rtol=2 * rtol, scale=size.nan_to_num() * abs(factor), atol=1e-22, truncated=truncated)
 
 
 @pytest.mark.parametrize("case", CORRELATION_CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_correlation(case, backend):
+def test_correlation_of_every_case(case, backend):
     case = _case(backend, case)
     x, y = case.make(_device(backend))[:2]
     ops = _operators(backend)
@@ -112,10 +117,10 @@ def test_correlation(case, backend):
     out = ops.rbf_correlation(x, y, case.beta)
     assert out.dtype == compute
     assert out.is_contiguous()
-    # The exponent is off by some roundings; below e^-87 float32's smallest normal number ends the range.
+    # The exponent has some rounding errors. Below e^-87 the result is denormal in float32.
     exponent = -expected.detach().log().nan_to_num(posinf=0)
     assert_close("correlation", out, expected, rtol=1.0, scale=None, atol=0) if not expected.numel() else None
-    limit = of_sum(compute, 1, 8) * (1 + exponent) * expected.detach().nan_to_num()
+    limit = sum_error(compute, 1, 8) * (1 + exponent) * expected.detach().nan_to_num()
     floor = 1e-37 if compute == torch.float32 else 1e-300
     assert torch.equal(out.isnan().cpu(), expected.isnan())
     assert ((out.detach().double().cpu() - expected).abs().nan_to_num() <= limit + floor).all()
@@ -124,15 +129,15 @@ def test_correlation(case, backend):
     got = ops.rbf_correlation_backward(g.to(out.device), x, y, case.beta)
     want = torch.autograd.grad(expected, exact, g.double())
     terms = (g.double() * expected.detach() * (exact[0][:, :, None] - exact[1][:, None]) * (2 / case.beta) * (1 + exponent)).detach().abs()
-    for name, v, grad, right, size in zip("xy", (x, y), got, want, (terms.sum(2), terms.sum(1)), strict=True):
+    for name, v, grad, expected_gradient, size in zip("xy", (x, y), got, want, (terms.sum(2), terms.sum(1)), strict=True):
         assert grad.dtype == v.dtype
         assert grad.stride() == torch.empty_like(v).stride()
-        cut = backend == "triton" and _device(backend) == "cpu"
-        rtol = 2 * of_sum(compute, max(case.shape[1:3]), 16)
-        assert_close(f"gradient of {name}", grad, right, rtol=rtol, scale=size.nan_to_num(posinf=0), atol=1e-30, truncated=cut)
+        truncated = backend == "triton" and _device(backend) == "cpu"
+        rtol = 2 * sum_error(compute, max(case.shape[1:3]), 16)
+        assert_close(f"gradient of {name}", grad, expected_gradient, rtol=rtol, scale=size.nan_to_num(posinf=0), atol=1e-30, truncated=truncated)
 
 
-# Known answers: docs/rbf_correlation.md.
+# Known values, see docs/rbf_correlation.md.
 
 F1, H1 = (torch.tensor(v, dtype=torch.float64).view(1, 2, 1) for v in ([1.0, 0.0], [0.0, 1.0]))
 F2, H2 = (torch.tensor(v, dtype=torch.float64).view(1, 2, 1) for v in ([0.6, 0.8], [0.8, 0.6]))
@@ -140,12 +145,12 @@ F2, H2 = (torch.tensor(v, dtype=torch.float64).view(1, 2, 1) for v in ([0.6, 0.8
 
 @pytest.mark.parametrize("correlation", [rbf_correlation, reference.rbf_correlation])
 def test_known_correlations(correlation):
-    def flat(x, y):
+    def flat_correlation(x, y):
         return correlation(x, y).flatten().tolist()
 
-    assert flat(F1, H1) == pytest.approx([math.exp(-1 / 8), 1, 1, math.exp(-1 / 8)], rel=1e-15)
-    assert flat(F2, H2) == pytest.approx([0.9950124792, 1, 1, 0.9950124792], rel=1e-9)
-    assert flat(F1, -H1) == pytest.approx([math.exp(-1 / 8), math.exp(-1 / 2), 1, math.exp(-1 / 8)], rel=1e-15)
+    assert flat_correlation(F1, H1) == pytest.approx([math.exp(-1 / 8), 1, 1, math.exp(-1 / 8)], rel=1e-15)
+    assert flat_correlation(F2, H2) == pytest.approx([0.9950124792, 1, 1, 0.9950124792], rel=1e-9)
+    assert flat_correlation(F1, -H1) == pytest.approx([math.exp(-1 / 8), math.exp(-1 / 2), 1, math.exp(-1 / 8)], rel=1e-15)
 
 
 @pytest.mark.parametrize("loss", [rbf_correlation_loss, reference.rbf_correlation_loss])
@@ -160,26 +165,29 @@ def test_known_losses(loss):
     assert loss(*(v.expand(3, 2, 1) for v in (F1, H1, F2, H2)), reduction="batchmean").item() == pytest.approx(value.item(), rel=1e-15)
 
 
-def test_unit_vectors_of_half_precision_have_a_signal(device):
-    """D is within a unit of half precision of 1 for them: computed there, the loss would be 0."""
+def test_loss_of_half_precision_unit_vectors_is_accurate(device):
+    """For unit vectors most correlations round to 1 in half precision, so the loss computed in half
+    precision would be 0.
+    """
     x = [torch.nn.functional.normalize(torch.randn(1, 512, 1, device=device), dim=1).to(torch.bfloat16) for _ in range(4)]
     assert (reference.rbf_correlation(x[0], x[1]).to(torch.bfloat16) == 1).float().mean() > 0.9
-    assert rbf_correlation_loss(*x).item() == pytest.approx(_exact(x, 8.0)[0].item(), rel=1e-6)
+    assert rbf_correlation_loss(*x).item() == pytest.approx(_exact_loss(x, 8.0)[0].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("backend", "apart"), list(itertools.product(BACKENDS, [1e-2, 1e-4, 1e-5])))
-def test_digits_where_the_direct_sum_has_none(backend, apart):
-    case = _case(backend, CorrelationCase("", (2, 256, 128, 2), apart=apart, layout="rows"))
+@pytest.mark.parametrize(("backend", "distance"), list(itertools.product(BACKENDS, [1e-2, 1e-4, 1e-5])))
+def test_loss_is_accurate_where_the_direct_sum_cancels(backend, distance):
+    case = _case(backend, CorrelationCase("", (2, 256, 128, 2), distance=distance, layout="rows"))
     inputs = case.make(_device(backend))
-    exact = _exact(inputs, 8.0)[0].sum().item()
+    exact = _exact_loss(inputs, 8.0)[0].sum().item()
     loss = _operators(backend).rbf_correlation_loss(*inputs, 8.0, "sum", [False] * 4)[0].item()
     assert abs(loss / exact - 1) < 1e-6
-    if case.shape[1] == 256:  # that this is needed
+    if case.shape[1] == 256:  # the direct sum is inaccurate
         direct = abs(reference.rbf_correlation_loss(*inputs).item() / exact - 1)
-        assert direct > {1e-2: 0, 1e-4: 0.01, 1e-5: 0.5}[apart]
+        assert direct > {1e-2: 0, 1e-4: 0.01, 1e-5: 0.5}[distance]
 
 
-# Which way a column goes is a matter of time alone: both must hold at the border.
+# The algorithm for a column is chosen by speed alone, so both algorithms must be accurate near the
+# threshold.
 
 
 @given(
@@ -187,15 +195,15 @@ def test_digits_where_the_direct_sum_has_none(backend, apart):
     m=st.integers(1, 90),
     n=st.integers(1, 90),
     radius=st.floats(1e-3, 30),
-    apart=st.sampled_from([1e-5, 1e-3, 0.1, 1.0]),
+    distance=st.sampled_from([1e-5, 1e-3, 0.1, 1.0]),
     beta=st.sampled_from([0.3, 8.0, 100.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_any_range(seed, m, n, radius, apart, beta, dtype):
+def test_loss_and_gradient_for_any_range_of_values(seed, m, n, radius, distance, beta, dtype):
     torch.manual_seed(seed)
     tx, ty = radius * (torch.rand(2, m, 1, dtype=torch.float64) - 0.3), radius * (torch.rand(2, n, 1, dtype=torch.float64) - 0.6)
-    inputs = [x.to(dtype) for x in (tx * (1 + apart * torch.randn_like(tx)), ty * (1 + apart * torch.randn_like(ty)), tx, ty)]
-    loss, gradients, sizes = _exact(inputs, beta)
+    inputs = [x.to(dtype) for x in (tx * (1 + distance * torch.randn_like(tx)), ty * (1 + distance * torch.randn_like(ty)), tx, ty)]
+    loss, gradients, sizes = _exact_loss(inputs, beta)
     got, *grads = torch.ops.kdkernels.rbf_correlation_loss(*inputs, beta, Reduction.NONE, [True] * 4)
     rtol = 1e-6 if dtype == torch.float32 else 1e-11
     assert_close("loss", got, loss, rtol=rtol, atol=1e-30)
@@ -207,7 +215,7 @@ def test_any_range(seed, m, n, radius, apart, beta, dtype):
 
 
 @given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.1, 1.0, 20.0]))
-def test_symmetries(seed, scale):
+def test_symmetries_and_invariances(seed, scale):
     torch.manual_seed(seed)
     sx, sy, tx, ty = (scale * torch.rand(3, n, 2, dtype=torch.float64) for n in (20, 30, 20, 30))
     loss = rbf_correlation_loss(sx, sy, tx, ty)
@@ -229,7 +237,7 @@ def test_symmetries(seed, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_a_bad_sample_leaves_the_others_alone(scale, device):
+def test_invalid_sample_does_not_affect_other_samples(scale, device):
     inputs = CorrelationCase("", (3, 150, 140, 2), scale=scale, unit=scale == 1).make(device)
     results = []
     for bad in (False, True):
@@ -245,10 +253,10 @@ def test_a_bad_sample_leaves_the_others_alone(scale, device):
     for i in (0, 2):
         assert torch.equal(good_loss[i], bad_loss[i])
         assert torch.equal(good[i], bad[i])
-    assert not bad[1].any()  # left out of the loss, it gets nothing
+    assert not bad[1].any()  # a sample omitted from the loss has zero gradient
 
 
-def test_result_is_the_same_on_any_number_of_threads():
+def test_result_does_not_depend_on_the_number_of_threads():
     for scale in (1.0, 40.0):
         inputs = CorrelationCase("", (3, 400, 300, 2), scale=scale, unit=scale == 1).make()
         results, threads = [], torch.get_num_threads()
@@ -262,12 +270,12 @@ def test_result_is_the_same_on_any_number_of_threads():
             assert torch.equal(one, two)
 
 
-def test_time_and_memory_do_not_hold_the_pairs():
-    """2^16 x 2^16 pairs of one column: written out they would be 16 GiB, S and T and their gradients each."""
-    inputs = [x.requires_grad_() for x in CorrelationCase("", (1, 2**16, 2**16, 1), apart=1e-2).make()]
+def test_loss_of_2_to_the_32_pairs_fits_in_memory():
+    """For 2^16 x 2^16 pairs of one column, each of S, T and their gradients would need 16 GiB."""
+    inputs = [x.requires_grad_() for x in CorrelationCase("", (1, 2**16, 2**16, 1), distance=1e-2).make()]
     loss = rbf_correlation_loss(*inputs)
     loss.backward()
-    rows = torch.randperm(2**16)[:64]  # the rows' mean, an estimate of the whole
-    part = _exact([inputs[0][:, rows], inputs[1], inputs[2][:, rows], inputs[3]], 8.0)
+    rows = torch.randperm(2**16)[:64]  # estimate the loss from these rows
+    part = _exact_loss([inputs[0][:, rows], inputs[1], inputs[2][:, rows], inputs[3]], 8.0)
     assert loss.item() == pytest.approx(part[0].item() * 2**16 / 64, rel=0.5)
     assert_close("gradient", inputs[0].grad[:, rows], part[1][0], rtol=1e-6, scale=part[2][0])

@@ -1,4 +1,6 @@
-"""rbf_correlation and its loss as citizens of PyTorch: autograd, compile, export, functorch, autocast, and their errors."""
+"""rbf_correlation and its loss with PyTorch's features (autograd, compile, export, functorch,
+autocast), and their errors.
+"""
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from kdkernels.options import Reduction
 REDUCTIONS = ["sum", "none", "batchmean"]
 
 
-def _inputs(*shape, device="cpu", dtype=torch.float32, scale=1.0, apart=0.5):
-    return CorrelationCase("", shape, dtype, unit=False, scale=scale, apart=apart).make(device)
+def _inputs(*shape, device="cpu", dtype=torch.float32, scale=1.0, distance=0.5):
+    return CorrelationCase("", shape, dtype, unit=False, scale=scale, distance=distance).make(device)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -23,10 +25,10 @@ def test_gradcheck_loss(reduction, scale, device):
         return rbf_correlation_loss(*inputs, beta=8.0 if scale == 1 else 50.0, reduction=reduction)
 
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
-    few = [x[:, :4].detach().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(loss, few)
-    assert torch.autograd.gradgradcheck(loss, few)
-    assert torch.autograd.gradgradcheck(lambda x, y: loss(x, y, few[2].detach(), few[3].detach()), few[:2])
+    small_inputs = [x[:, :4].detach().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(loss, small_inputs)
+    assert torch.autograd.gradgradcheck(loss, small_inputs)
+    assert torch.autograd.gradgradcheck(lambda x, y: loss(x, y, small_inputs[2].detach(), small_inputs[3].detach()), small_inputs[:2])
 
 
 def test_gradcheck_correlation(device):
@@ -36,16 +38,16 @@ def test_gradcheck_correlation(device):
     assert torch.autograd.gradgradcheck(lambda x: rbf_correlation(x, y.detach()), (x,))
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1), (2,), (1, 3), (0, 1, 2, 3)], ids=str)
-def test_gradient_goes_where_it_is_asked(chosen, device):
+@pytest.mark.parametrize("differentiated", [(0,), (1,), (0, 1), (2,), (1, 3), (0, 1, 2, 3)], ids=str)
+def test_gradient_is_computed_only_for_inputs_that_require_it(differentiated, device):
     inputs = _inputs(3, 50, 40, 2, device=device)
-    for i in chosen:
+    for i in differentiated:
         inputs[i].requires_grad_()
     rbf_correlation_loss(*inputs).backward()
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(reference.rbf_correlation_loss(*exact), exact)
     for i, x in enumerate(inputs):
-        if i in chosen:
+        if i in differentiated:
             torch.testing.assert_close(x.grad.double(), expected[i], rtol=1e-4, atol=1e-6)
         else:
             assert x.grad is None
@@ -56,7 +58,7 @@ def test_gradient_goes_where_it_is_asked(chosen, device):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_upstream_gradients_and_kept_graphs(reduction, device):
+def test_upstream_gradients_and_retained_graphs(reduction, device):
     inputs = _inputs(3, 50, 40, 2, device=device)
     x = inputs[0].requires_grad_()
     loss, expected = (f(*inputs, reduction=reduction) for f in (rbf_correlation_loss, reference.rbf_correlation_loss))
@@ -70,16 +72,16 @@ def test_upstream_gradients_and_kept_graphs(reduction, device):
     torch.testing.assert_close(x.grad, 3 * want, rtol=1e-3, atol=1e-5)
 
 
-def test_the_loss_keeps_no_pairs(device):
+def test_loss_does_not_save_the_pairs(device):
     inputs = [x.requires_grad_() for x in _inputs(2, 300, 400, 2, device=device)]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+    saved_bytes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved_bytes.append(x.nbytes) or x, lambda x: x):
         rbf_correlation_loss(*inputs)
-    assert sum(kept) <= 2 * sum(x.nbytes for x in inputs)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+    assert sum(saved_bytes) <= 2 * sum(x.nbytes for x in inputs)
+    saved_bytes.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved_bytes.append(x.nbytes) or x, lambda x: x):
         rbf_correlation(*inputs[:2])
-    assert sum(kept) <= inputs[0].nbytes + inputs[1].nbytes
+    assert sum(saved_bytes) <= inputs[0].nbytes + inputs[1].nbytes
 
 
 SMALL = [c for c in CORRELATION_CASES if max(c.shape) <= 150 and not c.edit and c.shape[0] and "expanded" not in c.layout]
@@ -91,7 +93,8 @@ def test_opcheck(case, device):
     inputs = case.make(device)
     x, y = inputs[:2]
     leaf = x.requires_grad_(case.layout in ("contiguous", "rows"))
-    # What autograd's own test of a compiled graph compares: enough digits that only a wrong result differs.
+    # Tolerances for opcheck's comparison of compiled and eager gradients: rounding errors pass,
+    # wrong results do not.
     close = dict(rtol=1e-3, atol=1e-5)
     torch.library.opcheck(ops.rbf_correlation.default, (leaf, y, case.beta), **close)
     torch.library.opcheck(ops.rbf_correlation_loss.default, (leaf, *inputs[1:], case.beta, Reduction.NONE, [False] * 4), **close)
@@ -156,7 +159,7 @@ def test_functorch(reduction, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_computed_in_float(dtype, device):
+def test_half_precision_is_computed_in_float32(dtype, device):
     inputs = [(0.1 * x).to(dtype).requires_grad_() for x in _inputs(3, 64, 50, 2, device=device)]
     with torch.autocast(device, dtype=torch.bfloat16):
         loss, correlation = rbf_correlation_loss(*inputs), rbf_correlation(*inputs[:2])
@@ -164,7 +167,7 @@ def test_halves_are_computed_in_float(dtype, device):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = reference.rbf_correlation_loss(*exact)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    # A loss scaler's factor reaches the gradient before it is cut to half precision.
+    # A loss scaler's factor multiplies the gradient before it is rounded to half precision.
     got, want = torch.autograd.grad(loss * 2**20, inputs), torch.autograd.grad(expected * 2**20, exact)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == dtype
@@ -201,7 +204,7 @@ def test_errors_of_correlation_name_the_argument():
         rbf_correlation(X, Y, -8.0)
 
 
-def test_ops_called_directly_guard_their_memory():
+def test_raw_ops_check_shapes_and_options():
     ops = torch.ops.kdkernels
     good = [X, Y, X, Y, 8.0, Reduction.SUM, [True] * 4]
     for position, value in {0: X[:1], 1: Y[..., :0], 2: X[:, :2], 3: Y[0], 4: 0.0, 5: Reduction.MEAN}.items():

@@ -1,4 +1,6 @@
-"""rbf_correlation and rbf_correlation_loss on features of any strides and dtypes, and called past their public functions."""
+"""rbf_correlation and rbf_correlation_loss with any strides and dtypes, and direct calls of their
+ops.
+"""
 
 import random
 
@@ -19,32 +21,32 @@ def _close(name, got, want, dtype, scale):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_layout(seed):
+def test_any_layout_and_dtypes(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(30):
         b, m, n, k = (rng.choice((1, 1, 2, 3, 5)), rng.choice((1, 2, 7, 16, 33)), rng.choice((1, 3, 8, 17, 40)), rng.choice((1, 1, 2, 4)))
         spread, beta = rng.choice((0.1, 1.0, 4.0)), rng.choice((0.5, 8.0))
         x, y, tx, ty = (random_layout(rng, (b, size, k), rng.choice(DTYPES), spread) for size in (m, n, m, n))
-        own = [v.detach().requires_grad_() for v in (x, y, tx, ty)]
+        inputs = [v.detach().requires_grad_() for v in (x, y, tx, ty)]
         wide = [v.detach().double().contiguous().requires_grad_() for v in (x, y, tx, ty)]
         case = " ".join(f"{v.dtype} {tuple(v.shape)} {v.stride()}" for v in (x, y, tx, ty)) + f" beta={beta}"
-        got, want = rbf_correlation(*own[:2], beta), reference.rbf_correlation(*wide[:2], beta)
+        got, want = rbf_correlation(*inputs[:2], beta), reference.rbf_correlation(*wide[:2], beta)
         _close(f"correlation of {case}", got.detach(), want.detach(), got.dtype, 1.0)
-        up = random_layout(rng, got.shape, got.dtype)
-        pairs = zip(torch.autograd.grad(got, own[:2], up), torch.autograd.grad(want, wide[:2], up.double()), strict=True)
-        steepest = 4 * spread / beta * up.abs().max().item() * max(m, n) ** 0.5
+        upstream = random_layout(rng, got.shape, got.dtype)
+        pairs = zip(torch.autograd.grad(got, inputs[:2], upstream), torch.autograd.grad(want, wide[:2], upstream.double()), strict=True)
+        largest_gradient = 4 * spread / beta * upstream.abs().max().item() * max(m, n) ** 0.5
         for a, exact in pairs:
             assert a.stride() == torch.empty_like(a).stride()
-            _close(f"gradient of {case}", a, exact, max((a.dtype, got.dtype), key=lambda d: torch.finfo(d).eps), steepest)
-        got, want = rbf_correlation_loss(*own, beta), reference.rbf_correlation_loss(*wide, beta)
+            _close(f"gradient of {case}", a, exact, max((a.dtype, got.dtype), key=lambda d: torch.finfo(d).eps), largest_gradient)
+        got, want = rbf_correlation_loss(*inputs, beta), reference.rbf_correlation_loss(*wide, beta)
         _close(f"loss of {case}", got.detach(), want.detach(), got.dtype, 0.0)
-        for a, exact in zip(torch.autograd.grad(got, own), torch.autograd.grad(want, wide), strict=True):
-            coarse = max((a.dtype, got.dtype), key=lambda d: torch.finfo(d).eps)
-            _close(f"gradient of the loss of {case}", a, exact, coarse, steepest / max(1.0, up.abs().max().item()))
+        for a, exact in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, wide), strict=True):
+            coarser = max((a.dtype, got.dtype), key=lambda d: torch.finfo(d).eps)
+            _close(f"gradient of the loss of {case}", a, exact, coarser, largest_gradient / max(1.0, upstream.abs().max().item()))
 
 
-def test_raw_ops_refuse_what_they_cannot_read():
+def test_raw_ops_raise_for_unsupported_inputs():
     ops = torch.ops.kdkernels
     x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
     grad, one = torch.ones(2, 5, 4, 3), torch.ones(())

@@ -1,4 +1,6 @@
-"""SVD-KD: the loss against its definition and its known answers, the rule of two gradients, and the trainer."""
+"""SVD-KD: the loss against its definition and known values, the combination of the two gradients,
+and training.
+"""
 
 import itertools
 import math
@@ -26,22 +28,22 @@ def _maps(shapes=SHAPES, seed=0, dtype=torch.float64):
     return [torch.randn(s, generator=g, dtype=torch.float64).relu().to(dtype) for s in shapes]
 
 
-def _wave(shape, a, b):
-    """Features [B, C, H, W] from sines counted in the order [B, H, W, C]."""
+def _sine_features(shape, a, b):
+    """Return features [B, C, H, W] made of sines of the index in the order [B, H, W, C]."""
     n = torch.arange(math.prod(shape), dtype=torch.float64)
     x = torch.clamp(torch.sin(a * n + b) + 0.3 * torch.cos(0.7 * a * n), min=0).view(shape[0], *shape[2:], shape[1])
     return x.movedim(-1, 1).contiguous()
 
 
-def _known():
+def _known_inputs():
     layers = [((2, 3, 4, 4), 0.37, 0.1), ((2, 5, 2, 2), 0.53, 0.2), ((2, 6, 2, 2), 0.71, 0.3)]
-    return [_wave(s, a, b).requires_grad_() for s, a, b in layers], [_wave(s, a, b + 1) for s, a, b in layers]
+    return [_sine_features(s, a, b).requires_grad_() for s, a, b in layers], [_sine_features(s, a, b + 1) for s, a, b in layers]
 
 
 @pytest.mark.parametrize("align", ["teacher", "student"])
-def test_known_answers(align):
-    """docs/svd_kd.md: computed once in float64 from the definition."""
-    student, teacher = _known()
+def test_known_values(align):
+    """The values of docs/svd_kd.md, which were computed once in float64 from the definition."""
+    student, teacher = _known_inputs()
     loss = svd_kd_loss(student, teacher, 1, align=align)
     assert loss.item() == pytest.approx(0.00712241968721437, rel=1e-12)
     gradients = torch.autograd.grad(loss, student)
@@ -51,9 +53,12 @@ def test_known_answers(align):
     assert svd_kd_loss(student, teacher, 1, loss="mean").item() == pytest.approx(2 * 0.00712241968721437 / 2, rel=1e-12)
 
 
-def test_known_answers_of_other_signs():
-    """With a library's own signs of the singular vectors the authors' code gives the value, and the gradients, of one choice of signs among all."""
-    student, teacher = _known()
+def test_known_values_of_the_authors_code():
+    """The authors' code takes the signs of singular vectors from its library.
+
+    Its value and gradients are those of exactly one of all choices of signs.
+    """
+    student, teacher = _known_inputs()
     found = []
     for signs in itertools.product([1, -1], repeat=2):
         parts = [feature_svd(x.detach(), 1, return_u=True) for x in student]
@@ -66,19 +71,20 @@ def test_known_answers_of_other_signs():
     assert [p.item() for p in pairs] == pytest.approx([0.0228292608, 0.0052894215], rel=1e-8)
     exact = torch.autograd.grad(sum(pairs), student, retain_graph=True)
     assert [g.norm().item() for g in exact] == pytest.approx([0.00392359, 0.04425679, 0.00237182], rel=1e-5)
-    # The authors' gradient of the two wide maps. Their code drops a sample of which a singular value vanishes, and multiplies with B / (B + 0.001).
+    # The authors' gradient of the two wide maps. Their code omits samples that have a zero singular
+    # value, and multiplies by B / (B + 0.001).
     of_vectors = torch.autograd.grad(sum(pairs), vectors)
     for (u, s, v), g, x, norm in list(zip(parts, of_vectors, student, (None, 0.01450340, 0.00147426), strict=True))[1:]:
         values = torch.linalg.svdvals(x.detach().flatten(2))
-        whole = values[:, -1] > 1e-6 * values[:, 0]
-        assert whole.sum() == (1 if norm == 0.01450340 else 2)
+        full_rank = values[:, -1] > 1e-6 * values[:, 0]
+        assert full_rank.sum() == (1 if norm == 0.01450340 else 2)
         rank1 = u @ ((g - v * (v * g).sum(1, keepdim=True)) / s[:, None]).mT
-        assert (rank1[whole].norm() * 2 / 2.001).item() == pytest.approx(norm, abs=5.1e-9)  # given to eight places
+        assert (rank1[full_rank].norm() * 2 / 2.001).item() == pytest.approx(norm, abs=5.1e-9)  # known to eight decimal places
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"align": "student"}, {"loss": "mean", "extra": 3}, {"extra": 0, "beta": 2.0}], ids=str)
-def test_loss_and_gradient_are_the_definitions(k, options):
+def test_loss_and_gradient_match_the_definition(k, options):
     student, teacher = [x.requires_grad_() for x in _maps()], _maps(seed=1)
     loss, expected = svd_kd_loss(student, teacher, k, **options), reference.svd_kd_loss(student, teacher, k, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
@@ -92,12 +98,15 @@ def test_gradcheck():
 
 
 def test_rank1_and_authors_gradients():
-    """By the formula; that of the authors' code is 0 where a map has as many places as channels or more."""
+    """Both gradients against the formula.
+
+    That of the authors' code is 0 for maps with at least as many spatial positions as channels.
+    """
     student, teacher = [x.requires_grad_() for x in _maps()], _maps(seed=1)
     loss = svd_kd_loss(student, teacher, 2, grad="rank1")
     torch.testing.assert_close(loss, svd_kd_loss(student, teacher, 2), rtol=1e-12, atol=0)
     rank1 = torch.autograd.grad(loss, student)
-    of_authors = torch.autograd.grad(svd_kd_loss(student, teacher, 2, grad="authors"), student)
+    authors = torch.autograd.grad(svd_kd_loss(student, teacher, 2, grad="authors"), student)
 
     parts = [feature_svd(x.detach(), 3, return_u=True) for x in student]
     vectors = [v.clone().requires_grad_() for _, _, v in parts]
@@ -106,16 +115,16 @@ def test_rank1_and_authors_gradients():
         _, s, w = feature_svd(t, 2)
         sides.append(align_singular_vectors(v, w, s / s.norm(dim=1, keepdim=True)))
     total = sum(2**0.5 / 2 * rbf_correlation_loss(a[0], b[0], a[1], b[1]) for a, b in itertools.pairwise(sides))
-    for x, (u, s, v), g, got, other in zip(student, parts, torch.autograd.grad(total, vectors), rank1, of_authors, strict=True):
-        along = g - v * (v * g).sum(1, keepdim=True)
-        want = u @ (along / s[:, None]).mT  # [B, places, C]
+    for x, (u, s, v), g, got, other in zip(student, parts, torch.autograd.grad(total, vectors), rank1, authors, strict=True):
+        orthogonal = g - v * (v * g).sum(1, keepdim=True)
+        want = u @ (orthogonal / s[:, None]).mT  # [B, spatial positions, C]
         torch.testing.assert_close(got.flatten(2).mT, want, rtol=1e-8, atol=1e-14)
         tall = x[0, 0].numel() >= x.shape[1]
         assert torch.equal(other, torch.zeros_like(got) if tall else got)
 
 
-def test_authors_gradients_of_tall_maps_alone_are_zeros():
-    """A loss as any other: it has a backward, and no NaN of a map that is left out comes back."""
+def test_authors_gradients_are_zero_if_all_maps_are_tall():
+    """The loss has a backward pass, and a NaN in an omitted map does not reach the gradient."""
     shapes = [(3, 4, 4, 4), (3, 6, 3, 3)]
     student, teacher = _maps(shapes), _maps(shapes, seed=1)
     student[0][1, 0, 0, 0] = float("nan")
@@ -130,11 +139,13 @@ def test_authors_gradients_of_tall_maps_alone_are_zeros():
 
 
 def _has_ties(maps, k):
-    """Whether the sign of a vector is that of the first of several entries: it then depends on the order of channels."""
+    """Return whether entries of a vector with different signs tie for the largest magnitude: its
+    sign then depends on the order of channels.
+    """
     for x in maps:
         v = feature_svd(x, min(k + 1, *x.flatten(2).shape[1:]))[2]
-        size = v.abs() / v.abs().amax(1, keepdim=True)
-        if (((size > 1 - 2e-4) & (v < 0)).any(1) & ((size > 1 - 2e-4) & (v > 0)).any(1)).any():
+        relative_magnitude = v.abs() / v.abs().amax(1, keepdim=True)
+        if (((relative_magnitude > 1 - 2e-4) & (v < 0)).any(1) & ((relative_magnitude > 1 - 2e-4) & (v > 0)).any(1)).any():
             return True
     return False
 
@@ -147,10 +158,10 @@ def test_invariances(seed, k):
     assert svd_kd_loss(teacher, teacher, k).item() == pytest.approx(0, abs=1e-20)
     torch.manual_seed(seed)
 
-    def places(x):
+    def permute_positions(x):
         return x.flatten(2)[:, :, torch.randperm(x[0, 0].numel())].view(x.shape)
 
-    torch.testing.assert_close(svd_kd_loss([places(x) for x in student], [places(x) for x in teacher], k), loss, **close)
+    torch.testing.assert_close(svd_kd_loss([permute_positions(x) for x in student], [permute_positions(x) for x in teacher], k), loss, **close)
     scaled = [3.0 * student[0], 0.2 * student[1], student[2]]
     torch.testing.assert_close(svd_kd_loss(scaled, teacher, k), loss, **close)
     if k == 1:
@@ -164,7 +175,7 @@ def test_invariances(seed, k):
     torch.testing.assert_close(svd_kd_loss(*twice, k, loss="mean"), svd_kd_loss(student, teacher, k, loss="mean"), **close)
 
 
-def test_a_layer_with_fewer_places_takes_fewer_vectors_and_so_do_those_behind():
+def test_layer_with_few_positions_limits_the_number_of_vectors_of_its_pairs():
     shapes = [(2, 6, 4, 4), (2, 8, 1, 2), (2, 9, 3, 3)]
     student, teacher = _maps(shapes), _maps(shapes, seed=1)
     loss = svd_kd_loss(student, teacher, 3, weighting="none")
@@ -180,15 +191,15 @@ def test_a_layer_with_fewer_places_takes_fewer_vectors_and_so_do_those_behind():
 @pytest.mark.parametrize("grad", ["exact", "rank1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2])
-def test_bad_maps_are_left_out_and_touch_no_other(grad, dtype, k):
+def test_invalid_maps_are_omitted_and_do_not_affect_others(grad, dtype, k):
     shapes = [(6, *s[1:]) for s in SHAPES]
     good, teacher = _maps(shapes, dtype=dtype), _maps(shapes, seed=1, dtype=dtype)
     student, bad_teacher = [x.clone() for x in good], [x.clone() for x in teacher]
-    student[0][0] = 0  # no direction at the front
-    student[1][1, 0, 0, 0] = float("nan")  # in the middle: both pairs
+    student[0][0] = 0  # a map of zeros in the first layer has no singular vectors
+    student[1][1, 0, 0, 0] = float("nan")  # a layer in the middle belongs to both pairs of layers
     bad_teacher[2][2] = 0
     bad_teacher[0][3, 0, 0, 1] = float("inf")
-    student[1][4, 2:] = 0  # dead channels: fine
+    student[1][4, 2:] = 0  # channels of zeros are valid
     good[1][4, 2:] = 0
     kept = svd_kd_terms(student, bad_teacher, k, grad=grad)[1]
     assert kept.tolist() == [[False, False, True, False, True, True], [True, False, False, True, True, True]]
@@ -265,7 +276,7 @@ def test_errors_name_the_argument(change, error, message):
         svd_kd_loss(**{"student": X, "teacher": X, **change})
 
 
-# The rule of two gradients.
+# The combination of the two gradients.
 
 
 def test_known_clips():
@@ -274,19 +285,19 @@ def test_known_clips():
     def clipped(transfer, epoch, main=main, **options):
         return clip_transfer(main, [torch.tensor(transfer, dtype=torch.float64)], epoch, **options)[0].tolist()
 
-    assert clipped([6.0, 8.0], 0) == pytest.approx([1.5, 2.0])  # to half of the main gradient's length
+    assert clipped([6.0, 8.0], 0) == pytest.approx([1.5, 2.0])  # clipped to half of the norm of the main gradient
     assert clipped([6.0, 8.0], 50) == pytest.approx([3.0, 4.0])
     assert clipped([0.3, 0.4], 0) == [0.3, 0.4]
     assert clipped([6.0, 8.0], 0, main=[torch.zeros(2, dtype=torch.float64)]) == [0, 0]
     assert clipped([0.0, 0.0], 0, main=[torch.zeros(2, dtype=torch.float64)]) == [0, 0]
     for epoch, factor in {0: 0.8808, 1: 0.7311, 2: 0.5, 5: 0.0474}.items():
         assert clipped([1.5, 2.0], epoch, rule="poster") == pytest.approx([1.5 * factor, 2.0 * factor], rel=1e-3)
-    assert clipped([6.0, 8.0], 0, rule="poster") == [6, 8]  # longer than the main one: as it is
+    assert clipped([6.0, 8.0], 0, rule="poster") == [6, 8]  # longer than the main gradient: unchanged
     assert clipped([0.0, 0.0], 3, rule="poster") == [0, 0]
 
 
 @given(seed=st.integers(0, 1000), epoch=st.integers(0, 8), scale=st.sampled_from([1.0, 2.0**16]), rule=st.sampled_from(["authors", "poster"]))
-def test_clips_are_per_parameter_and_keep_a_common_factor(seed, epoch, scale, rule):
+def test_clipping_is_per_parameter_and_proportional_to_a_common_factor(seed, epoch, scale, rule):
     torch.manual_seed(seed)
     main, transfer = ([10 ** torch.randn(()) * torch.randn(n) for n in (4, 7, 1)] for _ in range(2))
     together = clip_transfer(main, transfer, epoch, rule=rule)
@@ -305,7 +316,7 @@ def test_clip_errors():
         clip_transfer([], [], 0, rule="paper")
 
 
-# The trainer.
+# Training.
 
 
 def _network(width=6):
@@ -341,8 +352,10 @@ def _fit(method, data, **options):
 
 @pytest.mark.parametrize("rule", ["authors", "poster"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_step_is_the_two_gradients_of_the_whole_batch(rule, accumulate):
-    """By hand: gradients of both losses over all samples of the step, weight decay in the norm, clipped, added, one step."""
+def test_step_uses_both_gradients_of_the_whole_batch(rule, accumulate):
+    """Compare with a step by hand: compute the gradients of both losses over all samples, include
+    weight decay in the norm, clip, add, and update the parameters.
+    """
     method, data = _method(rule=rule, k=2), _data()
     before = {n: p.detach().clone() for n, p in method.student.named_parameters()}
     _fit(method, data, accumulate_grad_batches=accumulate)
@@ -363,39 +376,44 @@ def test_a_step_is_the_two_gradients_of_the_whole_batch(rule, accumulate):
         torch.testing.assert_close(after[name].double(), before[name].double() - 0.5 * m, rtol=1e-7, atol=1e-9)
 
 
-def test_the_clip_opens_with_the_epochs():
-    """beta so large that all of the transfer is clipped: what is added has sigmoid(epoch) of the main gradient's length."""
+def test_clipping_threshold_grows_with_the_epochs():
+    """With a very large beta the transfer gradient is always clipped.
+
+    Its norm is then sigmoid(epoch) times that of the main gradient.
+    """
     lengths = []
 
-    class Watch(L.Callback):
+    class RecordEpochs(L.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             lengths.append((trainer.current_epoch, module.student[0].weight.grad.clone()))
 
     for beta in (0.0, 1e6):
         method = _method(lr=0.0, decay=0.0, beta=beta)
-        _fit(method, _data(), callbacks=[Watch()], max_steps=9)
+        _fit(method, _data(), callbacks=[RecordEpochs()], max_steps=9)
     plain, clipped = lengths[:9], lengths[9:]
     assert [epoch for epoch, _ in clipped] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for (epoch, main), (_, both) in zip(plain, clipped, strict=True):
         assert (both - main).norm().item() == pytest.approx(main.norm().item() / (1 + math.exp(-epoch)), rel=1e-6)
 
 
-def test_two_stages():
-    """First the transfer alone, and nothing behind the last tap; then the labels alone."""
+def test_training_in_two_stages():
+    """The first stage trains with the transfer loss only, up to the last tap; the second with the
+    labels only.
+    """
     method = _method(first_stage_epochs=1, loss="mean")
     before = {n: p.detach().clone() for n, p in method.student.named_parameters()}
     logged = []
 
-    class Watch(L.Callback):
+    class RecordEpochs(L.Callback):
         def on_train_epoch_end(self, trainer, module):
             logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
             if trainer.current_epoch == 0:
                 self.first = {n: p.detach().clone() for n, p in module.student.named_parameters()}
 
-    watch = Watch()
-    _fit(method, _data(), callbacks=[watch], max_steps=6)
-    for name, p in watch.first.items():
-        assert torch.equal(p, before[name].double()) == name.startswith("5.")  # the classifier
+    recorder = RecordEpochs()
+    _fit(method, _data(), callbacks=[recorder], max_steps=6)
+    for name, p in recorder.first.items():
+        assert torch.equal(p, before[name].double()) == name.startswith("5.")  # only the classifier is unchanged
     assert logged[0]["train/loss_svd"] > 0
     assert logged[0]["train/loss_cross_entropy"] == 0
     assert logged[1]["train/loss_cross_entropy"] > 0
@@ -403,7 +421,10 @@ def test_two_stages():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(precision):
-    """A step in half precision is about that in float32; with a loss scaler nothing of its factor is left, also with weight decay in the norm."""
+    """A step in half precision is close to the step in float32.
+
+    A loss scaler's factor does not change it, also with weight decay in the norm.
+    """
     from lightning.pytorch.plugins import MixedPrecision
 
     steps = []
@@ -420,8 +441,8 @@ def test_mixed_precision(precision):
         assert (exact - half).norm() <= 0.1 * exact.norm()
 
 
-def test_an_overflow_of_the_transfer_skips_the_step():
-    """As any overflow does: the scaler sees it, no parameter moves, and its factor falls."""
+def test_overflow_of_the_transfer_gradient_skips_the_step():
+    """The scaler detects the overflow, no parameter changes, and the scaler's factor decreases."""
     from lightning.pytorch.plugins import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -432,25 +453,25 @@ def test_an_overflow_of_the_transfer_skips_the_step():
     assert scaler.get_scale() < 2.0**10
 
 
-def test_training_survives_bad_maps_and_counts_them():
-    """A teacher whose maps are NaN for some images, all zeros for others."""
+def test_training_omits_invalid_maps_and_logs_their_number():
+    """The teacher's maps are NaN for some images and all zeros for others."""
 
-    class Blind(nn.Module):
+    class ZeroOrNaN(nn.Module):
         def forward(self, x):
-            dark = x.flatten(1).mean(1)
-            x = torch.where((dark > dark.median())[:, None, None, None], x, 0)
-            return torch.where((dark == dark.max())[:, None, None, None], float("nan"), x)
+            brightness = x.flatten(1).mean(1)
+            x = torch.where((brightness > brightness.median())[:, None, None, None], x, 0)
+            return torch.where((brightness == brightness.max())[:, None, None, None], float("nan"), x)
 
     method = _method()
     teacher = method.teacher
-    teacher[3] = nn.Sequential(nn.ReLU(), Blind())
+    teacher[3] = nn.Sequential(nn.ReLU(), ZeroOrNaN())
     method.teacher_taps.module = teacher
     trainer = _fit(method, _data(), max_steps=3)
-    assert float(trainer.callback_metrics["train/left_out"]) == 3 * 9  # of 16 each: the darker half and the brightest one
+    assert float(trainer.callback_metrics["train/left_out"]) == 3 * 9  # in each batch of 16: the darker half, and the brightest image
     assert all(p.isfinite().all() for p in method.student.parameters())
 
 
-def test_widths_that_differ_name_the_tap():
+def test_error_of_differing_channels_names_the_tap():
     torch.manual_seed(0)
     student, teacher = _network(6), _network(8)
     method = SVDKD(student, teacher, ["1", "3"], ["1", "3"])
@@ -460,7 +481,7 @@ def test_widths_that_differ_name_the_tap():
         _fit(method, _data(), precision="32-true")
 
 
-def test_an_authors_gradient_that_trains_nothing_is_refused():
+def test_authors_gradient_that_trains_no_layer_raises():
     torch.manual_seed(0)
     nets = [_network(), _network()]
     method = SVDKD(*nets, ["1", "2"], ["1", "2"], grad="authors")
@@ -471,7 +492,7 @@ def test_an_authors_gradient_that_trains_nothing_is_refused():
         _fit(method, _data(), precision="32-true")
 
 
-def test_options_that_cannot_be():
+def test_invalid_options_raise():
     nets = [_network(), _network()]
     for change, message in [
         (dict(student_taps=["1"]), "at least two layers each"),

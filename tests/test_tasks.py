@@ -1,4 +1,6 @@
-"""Tasks: logits in outputs, losses and metrics by hand, segmentation of label maps, several teachers, data without labels."""
+"""Tasks: finding logits in outputs, losses and metrics computed by hand, segmentation, several
+teachers, and data without labels.
+"""
 
 import math
 
@@ -38,20 +40,20 @@ def _fit(method, data, **options):
     return trainer
 
 
-# Logits in what networks return.
+# Logits in the outputs of networks.
 
 
-class Holder:
+class Output:
     def __init__(self, **values):
         self.__dict__.update(values)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: [x], lambda x: {"logits": x, "out": None}, lambda x: {"out": x}])
-def test_logits_are_found(wrap):
+def test_find_logits_in_outputs(wrap):
     logits = torch.ones(2, 3)
     assert find_logits(wrap(logits)) is logits
-    assert find_logits(Holder(logits=logits, out=None)) is logits
-    assert find_logits(Holder(out=logits)) is logits
+    assert find_logits(Output(logits=logits, out=None)) is logits
+    assert find_logits(Output(out=logits)) is logits
 
 
 @pytest.mark.parametrize(
@@ -60,16 +62,16 @@ def test_logits_are_found(wrap):
         ({"scores": torch.ones(2, 3), "n": 1}, r"a dict of 'scores': \[2, 3\], 'n': int"),
         ((None, torch.ones(2)), r"a tuple of NoneType, \[2\]"),
         ((), "an empty tuple"),
-        (Holder(scores=1), "Holder with the attributes scores"),
+        (Output(scores=1), "Holder with the attributes scores"),
         (None, "NoneType"),
     ],
 )
-def test_outputs_without_logits_are_listed(output, found):
+def test_error_describes_outputs_without_logits(output, found):
     with pytest.raises(TypeError, match=f"must return a tensor, a tuple or list .*; it returned {found}"):
         find_logits(output)
 
 
-# Segmentation: losses and metrics by hand.
+# Segmentation: losses and metrics compared with values computed by hand.
 
 LABEL = torch.tensor([[[0, 1, 255], [2, 2, 255]], [[1, 1, 1], [255, 0, 0]]])
 
@@ -79,7 +81,7 @@ def _pixels(dtype=torch.float64):
     return [torch.randn(2, 3, 2, 3, generator=generator, dtype=dtype) for _ in range(2)]
 
 
-def test_segmentation_losses_leave_ignored_pixels_out():
+def test_segmentation_losses_omit_ignored_pixels():
     student, teacher = _pixels()
     student.requires_grad_()
     task, batch = Segmentation(), {"label": LABEL}
@@ -97,8 +99,10 @@ def test_segmentation_losses_leave_ignored_pixels_out():
     torch.testing.assert_close(task.divergence(student, teacher, 3.0, {}), reference.temperature_kl(student, teacher, 3.0, dim=1))
 
 
-def test_segmentation_losses_add_up_over_uneven_parts():
-    """Images of which more or less is ignored: shares in samples make the means of parts the mean of all."""
+def test_segmentation_losses_add_up_over_micro_batches():
+    """The weighted losses of micro-batches sum to the loss of the batch, although the images have
+    different numbers of ignored pixels.
+    """
     student, teacher = _pixels()
     task = Segmentation()
     for loss in (lambda s, t, b: task.label_loss(s, b), lambda s, t, b: task.divergence(s, t, 2.0, b)):
@@ -106,11 +110,13 @@ def test_segmentation_losses_add_up_over_uneven_parts():
         torch.testing.assert_close(sum(parts) / 2, loss(student, teacher, {"label": LABEL}))
 
 
-def test_segmentation_metrics_by_hand():
-    """Predicted 0 0 1 / 2 1 0 and 1 0 1 / 0 0 0. Intersections over unions: 3/5, 3/5, 1/2; class 3 occurs nowhere and does not count.
+def test_segmentation_metrics_match_values_computed_by_hand():
+    """Intersections over unions are 3/5, 2/5 and 1/2. Class 3 does not occur and does not count.
 
-    Class 0: intersection 1 + 2 = 3, union 5 (labelled 3; predicted 5, of those in labelled pixels). Class 1: labelled 4, predicted 3,
-    intersection 2, union 5. Class 2: labelled 2, predicted 1, intersection 1, union 2.
+    The predictions are 0 0 1 / 2 1 0 and 1 0 1 / 0 0 0. Of the labelled pixels:
+    Class 0: labelled 3, predicted 5, intersection 1 + 2 = 3, union 5.
+    Class 1: labelled 4, predicted 3, intersection 2, union 5.
+    Class 2: labelled 2, predicted 1, intersection 1, union 2.
     """
     prediction = torch.tensor([[[0, 0, 1], [2, 1, 0]], [[1, 0, 1], [0, 0, 0]]])
     task = Segmentation()
@@ -124,7 +130,7 @@ def test_segmentation_metrics_by_hand():
     assert task.count_correct(F.one_hot(prediction, 4).permute(0, 3, 1, 2).float(), {"label": LABEL}) == (6.0, 9)
 
 
-def test_label_maps_that_do_not_fit_are_refused():
+def test_invalid_label_maps_raise():
     image, task = torch.zeros(2, 3, 2, 3), Segmentation()
     task.check_labels(LABEL, image, 3, "training")
     task.check_labels(torch.full_like(LABEL, 255), image, 3, "training")
@@ -141,8 +147,8 @@ def test_label_maps_that_do_not_fit_are_refused():
 # Label maps under augmentation.
 
 
-def _numbered(count=6, side=9, **options):
-    """Images whose red channel is the label map: both must move together."""
+def _augment_label_images(count=6, side=9, **options):
+    """Augment images whose channels equal the label map, so that both can be compared."""
     label = torch.randint(0, 200, (count, side, side), dtype=torch.uint8)
     batch = {"image": label[:, None].repeat(1, 3, 1, 1), "label": label, "index": torch.arange(count), "view": 3}
     return Augment(**options)(batch, lambda image: image.float())
@@ -151,8 +157,8 @@ def _numbered(count=6, side=9, **options):
 @pytest.mark.parametrize(
     "options", [{"crop": 3}, {"flip": True}, {"rotate": 40.0}, {"crop": 2, "flip": True, "rotate": 20.0}, {"cutmix": 1.0}], ids=str
 )
-def test_label_maps_move_with_their_images(options):
-    out = _numbered(**options)
+def test_label_maps_are_transformed_with_their_images(options):
+    out = _augment_label_images(**options)
     inside = out["label"] != 255
     assert torch.equal(out["image"][:, 0][inside], out["label"][inside].float())
     assert (out["image"][:, 0][~inside] == 0).all()
@@ -160,22 +166,22 @@ def test_label_maps_move_with_their_images(options):
     assert "mixed_label" not in out
     assert "mix" not in out
     if "crop" in options:
-        assert (_numbered(**options, label_fill=7)["label"] != 255).all()
+        assert (_augment_label_images(**options, label_fill=7)["label"] != 255).all()
 
 
-def test_mixup_of_label_maps_is_refused_before_training():
+def test_mixup_of_label_maps_raises_before_training():
     data = SegmentedClutterDigits(train_size=4, val_size=2, test_size=2, augment=Augment(mixup=0.2))
-    for call in (data.setup, lambda: _numbered(mixup=0.2)):
+    for call in (data.setup, lambda: _augment_label_images(mixup=0.2)):
         with pytest.raises(ValueError, match="mixup cannot be used with label maps: it would need two labels for each pixel; cutmix pastes"):
             call()
 
 
-def test_segmented_digits_are_the_masks_of_the_digits(data):
+def test_labels_of_segmented_digits_match_the_masks(data):
     batch = data.finish(next(iter(data.val_dataloader())))
     label, mask = batch["label"], batch["mask"]
     assert (label.dtype, label.shape) == (torch.int64, (8, 32, 32))
     assert torch.equal(label > 0, mask)
-    assert all(len(label[i].unique()) == 2 for i in range(8))  # the background and one digit
+    assert all(len(label[i].unique()) == 2 for i in range(8))  # background and one digit
     training = data.finish(next(iter(data.train_dataloader())))["label"]
     assert set(training.unique().tolist()) <= {*range(11), 255}
     assert (training == 255).any()
@@ -194,7 +200,7 @@ def test_label_maps_of_datasets(tmp_path):
         FromDatasets([(image, label[:2, :3])] * 4, [(image, label)], num_classes=3).setup()
 
 
-# Networks for segmentation, and every method on them.
+# Segmentation networks, and every method with them.
 
 
 class Dict(TinyFCN):
@@ -203,7 +209,7 @@ class Dict(TinyFCN):
 
 
 class Auxiliary(TinyFCN):
-    """Returns a second output in training."""
+    """Returns a second output in training mode."""
 
     def forward(self, x):
         logits = super().forward(x)
@@ -230,8 +236,8 @@ def test_methods_train_segmentation(data, name, network):
     assert 0 < metrics["val/pixel_accuracy"] <= 1
 
 
-def test_validation_is_of_all_images(data):
-    """Intersections and unions are summed over the batches; a second run starts from zero."""
+def test_validation_metrics_are_those_of_all_images(data):
+    """Intersections and unions are summed over the batches, and reset before each validation."""
     method = Supervised(TinyFCN(4), task=Segmentation())
     small = SegmentedClutterDigits(train_size=16, val_size=8, test_size=2, batch_size=3)
     for inference_mode in (True, False, True):
@@ -246,7 +252,7 @@ def test_validation_is_of_all_images(data):
         assert values["val/cross_entropy"] == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
 
 
-def test_networks_that_do_not_segment_are_refused(data):
+def test_networks_without_logits_for_every_pixel_raise(data):
     with pytest.raises(ValueError, match=r"the student \(TinyCNN\) must return logits \[B, K, H, W\] for images .*, it returned \[2, 11\]"):
         _fit(Supervised(TinyCNN(2, num_classes=11), task=Segmentation()), data)
     half = nn.Sequential(nn.Conv2d(3, 11, 3, 2, 1))
@@ -261,15 +267,15 @@ def test_networks_that_do_not_segment_are_refused(data):
 # The engine's guarantees for segmentation.
 
 
-def _plain(width):
-    """Without batch norm, whose statistics are those of a micro-batch."""
+def _network(width):
+    """Return a network without batch norm, whose statistics would depend on the micro-batch."""
     return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Softplus(), nn.Conv2d(width, 11, 3, padding=1))
 
 
-def _trained(batch_size, accumulate, folder=None, stop=None, start=None, cutmix=0.0, precision="64-true"):
+def _train(batch_size, accumulate, folder=None, stop=None, start=None, cutmix=0.0, precision="64-true"):
     torch.manual_seed(0)
-    constant = {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}  # the default one depends on the length of the run
-    method = KD(_plain(4), _plain(6), task=Segmentation(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), **constant)
+    constant = {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}  # the default schedule depends on the number of steps
+    method = KD(_network(4), _network(6), task=Segmentation(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), **constant)
     augment = Augment(crop=6, flip=True, cutmix=cutmix)
     data = SegmentedClutterDigits(train_size=19, val_size=5, test_size=2, batch_size=batch_size, augment=augment)
     options = {"callbacks": checkpoints(folder, every=1), "enable_checkpointing": True} if folder else {}
@@ -280,8 +286,8 @@ def _trained(batch_size, accumulate, folder=None, stop=None, start=None, cutmix=
 
 
 def test_segmentation_does_not_depend_on_micro_batches():
-    whole, metrics = _trained(8, 1)
-    split, split_metrics = _trained(2, 4)
+    whole, metrics = _train(8, 1)
+    split, split_metrics = _train(2, 4)
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, rtol=1e-11, atol=1e-13)
     for name in ("val/mean_iou", "val/cross_entropy"):
@@ -290,9 +296,9 @@ def test_segmentation_does_not_depend_on_micro_batches():
 
 def test_segmentation_resumes_exactly(tmp_path):
     options = {"cutmix": 0.5, "precision": "32-true"}
-    whole, metrics = _trained(4, 1, **options)
-    _trained(4, 1, tmp_path, stop=3, **options)
-    resumed, resumed_metrics = _trained(4, 1, tmp_path, start=tmp_path / "last.ckpt", **options)
+    whole, metrics = _train(4, 1, **options)
+    _train(4, 1, tmp_path, stop=3, **options)
+    resumed, resumed_metrics = _train(4, 1, tmp_path, start=tmp_path / "last.ckpt", **options)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert torch.equal(metrics["val/mean_iou"], resumed_metrics["val/mean_iou"])
 
@@ -300,7 +306,7 @@ def test_segmentation_resumes_exactly(tmp_path):
 # Several teachers.
 
 
-def test_teachers_are_combined_by_hand():
+def test_combined_teachers_match_values_computed_by_hand():
     generator = torch.Generator().manual_seed(1)
     student, first, second = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     task, temperature = Classification(), 2.5
@@ -312,7 +318,7 @@ def test_teachers_are_combined_by_hand():
     torch.testing.assert_close(combined, 0.25 * single[0] + 0.75 * single[1])
     torch.testing.assert_close(task.divergence(student, [first, first], temperature, {}), single[0])
     excluded = first.clone()
-    excluded[:, 0] = -math.inf  # a class that no teacher knows
+    excluded[:, 0] = -math.inf  # a class excluded by every teacher
     assert task.divergence(student, [excluded, excluded], temperature, {}).isfinite()
 
 
@@ -331,7 +337,7 @@ def test_several_teachers_train_one_student(tmp_path, combine):
     assert method.double().teachers[1].fc.weight.dtype == torch.float64
 
 
-def test_wrong_teachers_are_refused():
+def test_invalid_teachers_raise():
     student, teachers = TinyCNN(2), [TinyCNN(2), TinyCNN(3)]
     for make, message in {
         (lambda: AttentionTransfer(student, teachers, ["block1"], ["block1"])): "AttentionTransfer takes one teacher, got 2; KD takes several",
@@ -387,7 +393,7 @@ def test_kd_trains_without_labels(tmp_path, labelled_validation):
     assert (tmp_path / "last.ckpt").exists()
 
 
-def test_without_labels_and_with_a_label_weight_of_0_is_the_same():
+def test_training_without_labels_equals_training_with_label_weight_0():
     students = []
     for labels in (True, False):
         torch.manual_seed(2)
@@ -397,7 +403,7 @@ def test_without_labels_and_with_a_label_weight_of_0_is_the_same():
     assert all(torch.equal(value, students[1][name]) for name, value in students[0].items())
 
 
-def test_methods_that_need_labels_say_so():
+def test_methods_that_need_labels_raise_without_them():
     make = lambda: TinyCNN(2, num_classes=3)  # noqa: E731
     data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)
     blocks = ["block1", "block2"]
@@ -412,7 +418,7 @@ def test_methods_that_need_labels_say_so():
             _fit(method, data)
 
 
-def test_two_stages_without_labels():
+def test_two_stage_training_without_labels():
     blocks = ["block1", "block2"]
     method = FSP(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3), blocks, blocks, first_stage_epochs=1, alpha=0.5)
     data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)

@@ -1,4 +1,6 @@
-"""What a teacher said, kept on disk: the same as asking it, and never another teacher's, image's or augmentation's."""
+"""The cache of teacher outputs on disk returns the outputs of the teacher, and never those of
+another teacher, image or augmentation.
+"""
 
 import json
 import signal
@@ -20,8 +22,8 @@ from kdkernels.distill.teacher_cache import TeacherCache, hash_of
 from kdkernels.models import FeatureTaps, TinyCNN
 
 
-class Counted:
-    """A teacher's taps, and how many images it was asked for."""
+class CountingTeacher:
+    """Runs a teacher with taps, and counts its images."""
 
     def __init__(self, names=("block1", "block2")):
         self.teacher = TinyCNN(3).eval().requires_grad_(False)
@@ -45,9 +47,9 @@ def _epoch(data, epoch):
     return [data.finish(batch) for batch in loader]
 
 
-def _open(folder, counted, data, **options):
+def _open(folder, counting_teacher, data, **options):
     cache = TeacherCache(folder, **options)
-    cache.open(counted.teacher, counted.taps.names, data)
+    cache.open(counting_teacher.teacher, counting_teacher.taps.names, data)
     return cache
 
 
@@ -58,54 +60,54 @@ def _assert_same(actual, expected, **tolerance):
         torch.testing.assert_close(actual[1][name], expected[1][name], **tolerance)
 
 
-def test_each_sample_and_view_is_asked_for_once(tmp_path):
-    counted, data = Counted(), _data(augment=Augment(crop=2, flip=True, views=2))
-    cache = _open(tmp_path, counted, data)
+def test_teacher_runs_once_per_sample_and_view(tmp_path):
+    counting_teacher, data = CountingTeacher(), _data(augment=Augment(crop=2, flip=True, views=2))
+    cache = _open(tmp_path, counting_teacher, data)
     for epoch in range(5):
         for batch in _epoch(data, epoch):
-            _assert_same(cache.outputs(batch, counted), counted.taps(batch["image"]), rtol=1e-5, atol=1e-6)
-    assert counted.images == 2 * 40
+            _assert_same(cache.outputs(batch, counting_teacher), counting_teacher.taps(batch["image"]), rtol=1e-5, atol=1e-6)
+    assert counting_teacher.images == 2 * 40
     assert (cache.hits, cache.misses) == (3 * 40, 2 * 40)
-    again = Counted()
-    again.teacher.load_state_dict(counted.teacher.state_dict())
-    cache = _open(tmp_path, again, data)  # another run
+    new_teacher = CountingTeacher()
+    new_teacher.teacher.load_state_dict(counting_teacher.teacher.state_dict())
+    cache = _open(tmp_path, new_teacher, data)  # a second run
     for batch in _epoch(data, 7):
-        cache.outputs(batch, again)
-    assert again.images == 0
+        cache.outputs(batch, new_teacher)
+    assert new_teacher.images == 0
 
 
-def test_a_batch_of_which_some_are_known(tmp_path):
-    counted, data = Counted(), _data()
-    cache = _open(tmp_path, counted, data)
+def test_batch_with_some_cached_samples(tmp_path):
+    counting_teacher, data = CountingTeacher(), _data()
+    cache = _open(tmp_path, counting_teacher, data)
     batch = _epoch(data, 0)[0]
-    half = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    cache.outputs(half, counted)
-    _assert_same(cache.outputs(batch, counted), counted.taps(batch["image"]), rtol=1e-5, atol=1e-6)
-    assert counted.images == 16
+    part_of_batch = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    cache.outputs(part_of_batch, counting_teacher)
+    _assert_same(cache.outputs(batch, counting_teacher), counting_teacher.taps(batch["image"]), rtol=1e-5, atol=1e-6)
+    assert counting_teacher.images == 16
 
 
-@pytest.mark.parametrize("what", ["teacher", "taps", "images", "augmentation", "precision", "dtype"])
-def test_another_combination_finds_nothing(tmp_path, what):
-    counted, data = Counted(), _data(augment=Augment(crop=2, views=1))
-    cache = _open(tmp_path, counted, data)
+@pytest.mark.parametrize("changed", ["teacher", "taps", "images", "augmentation", "precision", "dtype"])
+def test_changed_setting_does_not_use_old_entries(tmp_path, changed):
+    counting_teacher, data = CountingTeacher(), _data(augment=Augment(crop=2, views=1))
+    cache = _open(tmp_path, counting_teacher, data)
     for batch in _epoch(data, 0):
-        cache.outputs(batch, counted)
-    other, options = Counted(("block1",) if what == "taps" else ("block1", "block2")), {}
-    if what != "teacher":
-        other.teacher.load_state_dict(counted.teacher.state_dict())
-    if what == "images":
+        cache.outputs(batch, counting_teacher)
+    other, options = CountingTeacher(("block1",) if changed == "taps" else ("block1", "block2")), {}
+    if changed != "teacher":
+        other.teacher.load_state_dict(counting_teacher.teacher.state_dict())
+    if changed == "images":
         data = _data(augment=Augment(crop=2, views=1), seed=1)
-    if what == "augmentation":
+    if changed == "augmentation":
         data = _data(augment=Augment(crop=2, views=1, seed=1))
-    if what == "dtype":
+    if changed == "dtype":
         options = {"dtype": "float16"}
-    fresh = TeacherCache(tmp_path, **options)
-    fresh.open(other.teacher, other.taps.names, data, "bf16-mixed" if what == "precision" else "32-true")
+    other_cache = TeacherCache(tmp_path, **options)
+    other_cache.open(other.teacher, other.taps.names, data, "bf16-mixed" if changed == "precision" else "32-true")
     for batch in _epoch(data, 0):
-        _assert_same(fresh.outputs(batch, other), other.taps(batch["image"]), rtol=1e-5, atol=1e-6)
+        _assert_same(other_cache.outputs(batch, other), other.taps(batch["image"]), rtol=1e-5, atol=1e-6)
     assert other.images == 40
     assert len(list(tmp_path.iterdir())) == 2
-    meta = json.loads((fresh.folder / "meta.json").read_text())
+    meta = json.loads((other_cache.folder / "meta.json").read_text())
     assert meta["teacher"] == hash_of(other.teacher)
     assert meta["samples"] == 40
 
@@ -120,36 +122,36 @@ def test_hash_depends_on_every_weight_and_buffer():
     assert len({first, second, hash_of(teacher)}) == 3
 
 
-def test_damaged_entries_are_computed_again(tmp_path):
-    counted, data = Counted(), _data()
-    cache = _open(tmp_path, counted, data)
+def test_damaged_entries_are_recomputed(tmp_path):
+    counting_teacher, data = CountingTeacher(), _data()
+    cache = _open(tmp_path, counting_teacher, data)
     batches = _epoch(data, 0)
     for batch in batches:
-        cache.outputs(batch, counted)
+        cache.outputs(batch, counting_teacher)
     for array in cache._views[0].arrays.values():
         array.flush()
     path = cache.folder / "view_00000_1.bin"  # features of block1
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 4
     path.write_bytes(raw)
-    counted.images = 0
-    cache = _open(tmp_path, counted, data)
+    counting_teacher.images = 0
+    cache = _open(tmp_path, counting_teacher, data)
     for batch in batches:
-        _assert_same(cache.outputs(batch, counted), counted.taps(batch["image"]), rtol=1e-5, atol=1e-6)
-    assert counted.images == 1
+        _assert_same(cache.outputs(batch, counting_teacher), counting_teacher.taps(batch["image"]), rtol=1e-5, atol=1e-6)
+    assert counting_teacher.images == 1
     assert cache.misses == 1
 
 
-def test_half_the_room(tmp_path):
-    counted, data = Counted(), _data()
-    cache = _open(tmp_path, counted, data, dtype="float16")
+def test_float16_cache_needs_half_the_space(tmp_path):
+    counting_teacher, data = CountingTeacher(), _data()
+    cache = _open(tmp_path, counting_teacher, data, dtype="float16")
     batch = _epoch(data, 0)[0]
-    cache.outputs(batch, counted)
-    _assert_same(cache.outputs(batch, counted), counted.taps(batch["image"]), rtol=2e-3, atol=1e-3)
+    cache.outputs(batch, counting_teacher)
+    _assert_same(cache.outputs(batch, counting_teacher), counting_teacher.taps(batch["image"]), rtol=2e-3, atol=1e-3)
     assert (cache.folder / "view_00000_0.bin").stat().st_size == 40 * 10 * 2
 
 
-def test_training_with_the_cache_is_the_same_training(tmp_path):
+def test_training_with_the_cache_gives_the_same_weights(tmp_path):
     def run(cache):
         torch.manual_seed(0)
         method = KD(TinyCNN(3), teacher, teacher_cache=cache)
@@ -159,29 +161,29 @@ def test_training_with_the_cache_is_the_same_training(tmp_path):
         return method.student.state_dict()
 
     teacher = TinyCNN(4)
-    without = run(None)
+    expected = run(None)
     first_cache, second_cache = TeacherCache(tmp_path), TeacherCache(tmp_path)
     first, second = run(first_cache), run(second_cache)
     assert (first_cache.misses, first_cache.hits) == (2 * 1078, 2 * 1078)
     assert (second_cache.misses, second_cache.hits) == (0, 4 * 1078)
-    for name in without:
+    for name in expected:
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], without[name], rtol=1e-3, atol=1e-4)  # the teacher saw the same images in other batches
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-4)  # the teacher processed the same images in other batches
 
 
-def test_what_cannot_be_cached(tmp_path):
-    counted = Counted()
+def test_data_that_cannot_be_cached_raise(tmp_path):
+    counting_teacher = CountingTeacher()
     with pytest.raises(ValueError, match="teacher_cache cannot be used with mixup or cutmix"):
-        _open(tmp_path, counted, _data(augment=Augment(mixup=0.2)))
+        _open(tmp_path, counting_teacher, _data(augment=Augment(mixup=0.2)))
     with pytest.raises(ValueError, match=r"teacher_cache needs data of kdkernels\.data"):
-        _open(tmp_path, counted, L.LightningDataModule())
+        _open(tmp_path, counting_teacher, L.LightningDataModule())
     with pytest.raises(ValueError, match='dtype must be "float16" or "float32"'):
         TeacherCache(tmp_path, dtype="int8")
     with pytest.raises(RuntimeError, match="open"):
-        TeacherCache(tmp_path).outputs(_epoch(_data(), 0)[0], counted)
+        TeacherCache(tmp_path).outputs(_epoch(_data(), 0)[0], counting_teacher)
 
 
-def test_users_datasets_are_told_apart(tmp_path):
+def test_custom_datasets_have_different_fingerprints(tmp_path):
     images, labels = torch.rand(20, 3, 32, 32), torch.randint(10, (20,))
 
     def data(images, **options):
@@ -194,8 +196,8 @@ def test_users_datasets_are_told_apart(tmp_path):
     assert data(images, fingerprint="a") == data(images + 0.1, fingerprint="a") != data(images, fingerprint="b")
 
 
-def test_a_killed_run_leaves_no_wrong_entry(tmp_path):
-    """kill -9 while the cache is written; every entry that is there is right."""
+def test_killed_run_leaves_no_wrong_entry(tmp_path):
+    """After kill -9 while the cache is written, every stored entry is correct."""
     script = """
         import sys, torch
         from kdkernels.data import ClutterDigits

@@ -1,4 +1,4 @@
-"""temperature_kl against the reference in float64, backend by backend, and its known answers."""
+"""temperature_kl against the reference in float64, for every backend, and known values."""
 
 import functools
 
@@ -8,14 +8,14 @@ from cases import KL_CASES
 from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close, of_sum, rounding
+from tolerances import assert_close, rounding, sum_error
 
 from kdkernels import reference, temperature_kl
 from kdkernels.options import VALUES
 
 
 def _operators(backend: str):
-    """(forward, backward) with the signature of the ops."""
+    """Return (forward, backward) with the signatures of the ops."""
     if backend == "triton":
         from kdkernels.triton import temperature_kl as kernels
 
@@ -23,8 +23,8 @@ def _operators(backend: str):
     return torch.ops.kdkernels.temperature_kl.default, torch.ops.kdkernels.temperature_kl_backward.default
 
 
-def _oracle(case, x, upstream_rows=None):
-    """Loss and gradients in float64 from autograd of the reference."""
+def _reference_loss_and_gradients(case, x, upstream_rows=None):
+    """Return the loss and its gradients in float64, from autograd of the reference."""
     s, t = (x[k].double().cpu().clone().requires_grad_() for k in ("student", "teacher"))
     temperature = (
         torch.full(case.rows, case.temperature, dtype=torch.float64) if x["temperature"] is None else x["temperature"].double().cpu().clone()
@@ -56,8 +56,10 @@ def _arguments(case, x):
     )
 
 
-def _weight(case, x) -> torch.Tensor | float:
-    """Size of dLoss/dlogit in each row: what an error in a gradient is measured against."""
+def _gradient_scale(case, x) -> torch.Tensor | float:
+    """Return the magnitude of the gradient in each row, to which errors of the gradient are
+    relative.
+    """
     t = x["temperature"].double().cpu() if x["temperature"] is not None else torch.tensor(float(case.temperature))
     weight = t if case.scale_by_t2 else 1 / t
     rows = max(1, torch.Size(case.rows).numel() if x["mask"] is None else int(x["mask"].sum()))
@@ -89,17 +91,19 @@ def test_forward_and_gradients(case, backend):
         assert not loss.any()
         return
 
-    expected, (to_student, to_teacher, to_temperature) = _oracle(case, x)
+    expected, (to_student, to_teacher, to_temperature) = _reference_loss_and_gradients(case, x)
     lowest_t = case.temperature if x["temperature"] is None else x["temperature"].min().item()
-    # Sums over the classes, and the difference of the logits over T, which is formed in the compute dtype.
-    rtol = of_sum(case.compute_dtype, case.shape[case.dim]) + 4 * rounding(case.compute_dtype) * _largest_logit(x) / lowest_t
+    # Errors of sums over the classes, and of the difference of the logits divided by T, in the
+    # compute dtype.
+    rtol = sum_error(case.compute_dtype, case.shape[case.dim]) + 4 * rounding(case.compute_dtype) * _largest_logit(x) / lowest_t
     if case.compute_dtype == torch.float64:
-        rtol += 1e-11  # the oracle's own cancellation
-    weight = _weight(case, x)
+        rtol += 1e-11  # cancellation in the float64 reference
+    weight = _gradient_scale(case, x)
     assert (torch.nan_to_num(loss) >= 0).all()
     assert_close("loss", loss, expected, rtol=rtol, atol=1e-13 * weight.max().item())
 
-    # p_s - p_t is accurate relative to p |log p_s - log p_t|, which is p times the noise where that is small.
+    # The error of p_s - p_t is relative to p |log p_s - log p_t|, which is p times the noise if the
+    # noise is small.
     row_t = lowest_t if x["temperature"] is None else x["temperature"].double().cpu().unsqueeze(case.dim)
     p, q = (torch.softmax(x[k].double().cpu() / row_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
     scale = weight * (torch.maximum(p, q) * min(1.0, case.noise) + case.target_eps)
@@ -111,14 +115,15 @@ def test_forward_and_gradients(case, backend):
     else:
         close("grad_student (saved)", saved, to_student, scale=scale)
     close("grad_student", student, to_student, scale=scale)
-    # The teacher's is p times a difference of logarithms and their mean, of which the largest sets the rounding.
+    # The teacher's gradient is p times a difference of logarithms and their mean: its error is
+    # relative to the largest of them.
     spread = 1 + min(_largest_logit(x), 1e3) / lowest_t
     close("grad_teacher", teacher, to_teacher, scale=scale * spread)
     per_row = weight.squeeze(case.dim) * (1 + _largest_logit(x) / lowest_t) / lowest_t * (1 + torch.nan_to_num(expected, posinf=0.0).max())
     close("grad_temperature", temperature, to_temperature, rtol=4 * rtol, scale=per_row)
 
 
-def test_known_answers():
+def test_known_values():
     s, t = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
     for temperature, value in ((1, 1.1504207652), (2, 1.2806266713), (4, 1.3196299122)):
         assert temperature_kl(s, t, temperature).item() == pytest.approx(value, abs=5e-11)
@@ -134,7 +139,7 @@ def test_known_answers():
     assert temperature_kl(t, t, 3.0, target_eps=1e-7).item() == pytest.approx(2.7e-6, rel=1e-5)
 
 
-def test_two_coins_by_hand():
+def test_two_classes_match_values_computed_by_hand():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL = log 2 - H(p), and JSD(1/2) from its definition."""
     from math import log
 
@@ -142,15 +147,15 @@ def test_two_coins_by_hand():
     entropy = -(0.75 * log(0.75) + 0.25 * log(0.25))
     assert temperature_kl(student, teacher).item() == pytest.approx(log(2) - entropy, rel=1e-14)
     assert temperature_kl(student, teacher, direction="reverse").item() == pytest.approx(0.5 * log(4 / 3), rel=1e-14)
-    middle = [0.625, 0.375]
-    jsd = 0.5 * sum(p * log(p / m) for p, m in zip([0.75, 0.25], middle, strict=True)) + 0.5 * sum(0.5 * log(0.5 / m) for m in middle)
+    mixture = [0.625, 0.375]
+    jsd = 0.5 * sum(p * log(p / m) for p, m in zip([0.75, 0.25], mixture, strict=True)) + 0.5 * sum(0.5 * log(0.5 / m) for m in mixture)
     assert temperature_kl(student, teacher, direction="jsd").item() == pytest.approx(jsd, rel=1e-13)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("noise", [1e-3, 1e-6])
-def test_double_keeps_its_digits_near_agreement(direction, noise):
-    """Against 60-digit arithmetic: in double the reference itself would be off by 1e-4 at noise 1e-6."""
+def test_float64_is_accurate_near_agreement(direction, noise):
+    """Compare with 60-digit arithmetic: the float64 reference is off by 1e-4 at noise 1e-6."""
     mpmath = pytest.importorskip("mpmath")
     t = torch.randn(1, 20, dtype=torch.float64)
     s = t + noise * torch.randn(1, 20, dtype=torch.float64)
@@ -173,8 +178,11 @@ def test_double_keeps_its_digits_near_agreement(direction, noise):
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.05, 0.005])
-def test_float32_near_agreement(noise, device):
-    """V = 32000, T = 4: 5e-6 relative, where the textbook form in float32 goes negative."""
+def test_float32_is_accurate_near_agreement(noise, device):
+    """For V = 32000 and T = 4 the relative error is below 5e-6.
+
+    The textbook form in float32 becomes negative.
+    """
     t = 2 * torch.randn(8, 32000, dtype=torch.float64)
     s = (t + noise * torch.randn_like(t)).float()
     t = t.float()
@@ -192,7 +200,7 @@ logits = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40)
 
 
 @given(logits, st.data(), st.floats(0.1, 20), st.sampled_from(["forward", "reverse", "jsd"]))
-def test_properties(t, data, temperature, direction):
+def test_mathematical_properties(t, data, temperature, direction):
     t = torch.tensor([t])
     s = torch.tensor([data.draw(st.lists(st.floats(-30, 30, width=32), min_size=t.shape[1], max_size=t.shape[1]))])
     call = dict(temperature=temperature, direction=direction)
@@ -202,22 +210,22 @@ def test_properties(t, data, temperature, direction):
     assert temperature_kl(t, t, **call) == 0
     order = torch.tensor(data.draw(st.permutations(range(t.shape[1]))))
     slack = 1e-5 * (1 + 60 / temperature) * (loss.item() + temperature**2 * 1e-5)
-    assert abs(temperature_kl(s[:, order], t[:, order], **call) - loss) <= slack  # the same permutation of the classes
+    assert abs(temperature_kl(s[:, order], t[:, order], **call) - loss) <= slack  # permute the classes
     mirrored = {"forward": "reverse", "reverse": "forward", "jsd": "jsd"}[direction]
-    assert abs(temperature_kl(t, s, temperature, direction=mirrored) - loss) <= slack  # the nets exchanged
+    assert abs(temperature_kl(t, s, temperature, direction=mirrored) - loss) <= slack  # exchange student and teacher
     doubled = temperature_kl(torch.cat([s, s]), torch.cat([t, t]), **call)
-    assert abs(doubled - loss) <= slack  # batchmean does not see a repetition
+    assert abs(doubled - loss) <= slack  # batchmean does not change if the batch is repeated
     if direction == "jsd":
         assert loss <= temperature**2 * 0.693148
 
 
-def test_jsd_ends_are_the_directed_divergences(device):
+def test_jsd_with_beta_0_and_1_equals_kl(device):
     s, t = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device)
     assert torch.equal(temperature_kl(s, t, direction="jsd", beta=0), temperature_kl(s, t))
     assert torch.equal(temperature_kl(s, t, direction="jsd", beta=1.0), temperature_kl(s, t, direction="reverse"))
 
 
-def test_rows_without_a_distribution_are_nan_alone(device):
+def test_only_rows_without_a_distribution_are_nan(device):
     s, t = torch.randn(5, 40, device=device), torch.randn(5, 40, device=device)
     clean = temperature_kl(s, t, reduction="none")
     s[1] = -torch.inf
@@ -233,7 +241,9 @@ def test_rows_without_a_distribution_are_nan_alone(device):
 
 
 def test_infinite_divergence(device):
-    """A class the teacher believes in and the student excludes: the loss is infinite, its gradient p_s - p_t is not."""
+    """If the student excludes a class that the teacher does not, the loss is infinite, and its
+    gradient p_s - p_t is finite.
+    """
     t = torch.randn(3, 8, device=device)
     s = torch.randn(3, 8, device=device)
     s[:, 2] = -torch.inf
@@ -244,7 +254,7 @@ def test_infinite_divergence(device):
     assert_close("grad", s.grad, (torch.softmax(s.double(), 1) - torch.softmax(t.double(), 1)) / 3, rtol=1e-5, scale=0.1)
 
 
-def test_all_masked_and_empty(device):
+def test_fully_masked_and_empty_batches(device):
     s, t = torch.randn(4, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
     loss = temperature_kl(s, t, mask=torch.zeros(4, dtype=torch.bool, device=device))
     loss.backward()
@@ -254,14 +264,16 @@ def test_all_masked_and_empty(device):
 
 
 def test_micro_batches_add_up(device):
-    """With a normalizer the loss and its gradient do not depend on how the batch was split."""
+    """With a normalizer the sum of the losses, and its gradient, do not depend on how the batch is
+    split.
+    """
     s, t = torch.randn(12, 30, device=device, requires_grad=True), torch.randn(12, 30, device=device)
     mask = torch.rand(12, device=device) > 0.3
-    whole = temperature_kl(s, t, 2.0, mask=mask)
-    (grad,) = torch.autograd.grad(whole, s)
+    full_loss = temperature_kl(s, t, 2.0, mask=mask)
+    (grad,) = torch.autograd.grad(full_loss, s)
     count = mask.sum()
     parts = sum(temperature_kl(s[i : i + 5], t[i : i + 5], 2.0, mask=mask[i : i + 5], normalizer=count) for i in range(0, 12, 5))
     (grad_parts,) = torch.autograd.grad(parts, s)
-    assert_close("loss", parts, whole, rtol=1e-6)
+    assert_close("loss", parts, full_loss, rtol=1e-6)
     assert_close("grad", grad_parts, grad, rtol=1e-6, scale=1e-2)
-    assert_close("float", temperature_kl(s, t, 2.0, mask=mask, normalizer=float(count)), whole, rtol=1e-6)
+    assert_close("float", temperature_kl(s, t, 2.0, mask=mask, normalizer=float(count)), full_loss, rtol=1e-6)

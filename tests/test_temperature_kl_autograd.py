@@ -1,4 +1,6 @@
-"""temperature_kl as a citizen of PyTorch: autograd, compile, export, functorch, autocast, and its errors."""
+"""temperature_kl with PyTorch's features (autograd, compile, export, functorch, autocast), and its
+errors.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def test_gradcheck(options, device):
 
     assert torch.autograd.gradcheck(loss, (s, t, temperature))
     assert torch.autograd.gradgradcheck(loss, (s, t, temperature))
-    assert torch.autograd.gradgradcheck(lambda s: loss(s, t.detach(), 2.0), (s,))  # the path that saved the gradient
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, t.detach(), 2.0), (s,))  # the case in which the forward pass saves the gradient
 
 
 def test_scalar_learnable_temperature(device):
@@ -48,16 +50,16 @@ def test_scalar_learnable_temperature(device):
     assert torch.allclose(temperature.grad, expected, rtol=1e-12)
 
 
-def test_shapes_of_temperatures(device):
+def test_temperature_broadcasts_to_the_rows(device):
     s, t = _pair(3, 5, 4, device=device)
     per_sample = 1 + torch.rand(3, device=device)
     want = torch.stack([temperature_kl(s[i], t[i], per_sample[i].item(), dim=0, reduction="none") for i in range(3)])
-    for shape in ((3, 1), (3, 1, 1)):  # broadcast to the rows, and the same with the classes' dimension kept
+    for shape in ((3, 1), (3, 1, 1)):  # broadcast to the rows, without and with the classes' dimension
         got = temperature_kl(s, t, per_sample.reshape(shape), dim=1, reduction="none")
         assert torch.allclose(got, want, rtol=1e-5)
 
 
-def test_gradient_goes_where_it_is_asked(device):
+def test_gradient_is_computed_only_for_inputs_that_require_it(device):
     s, t = _pair(3, 5, device=device)
     temperature_kl(s.requires_grad_(), t).backward()
     assert t.grad is None
@@ -71,8 +73,10 @@ def test_gradient_goes_where_it_is_asked(device):
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
-def test_upstream_gradients_and_kept_graphs(reduction, device):
-    """Unit, other and repeated upstream gradients, all against the reference."""
+def test_upstream_gradients_and_retained_graphs(reduction, device):
+    """Upstream gradients of ones, other upstream gradients and repeated backward passes match the
+    reference.
+    """
     s, t = _pair(3, 50, device=device)
     s.requires_grad_()
     loss, expected = (f(s, t, 2.0, reduction=reduction) for f in (temperature_kl, reference.temperature_kl))
@@ -80,7 +84,7 @@ def test_upstream_gradients_and_kept_graphs(reduction, device):
         (got,) = torch.autograd.grad(loss, s, upstream, retain_graph=True)
         (want,) = torch.autograd.grad(expected, s, upstream, retain_graph=True)
         assert torch.allclose(got, want, atol=1e-6)
-    # Gradients that accumulate into one leaf must not share memory with what the graph keeps.
+    # A gradient that accumulates in a leaf must not share memory with the saved tensors.
     s.grad = None
     loss.sum().backward(retain_graph=True)
     loss.sum().backward(retain_graph=True)
@@ -88,18 +92,20 @@ def test_upstream_gradients_and_kept_graphs(reduction, device):
     assert torch.allclose(s.grad, 3 * want, atol=1e-6)
 
 
-def test_unit_upstream_costs_no_pass():
-    """The gradient that the forward wrote is the one the leaf receives: no copy, no multiplication."""
+def test_unit_upstream_gradient_needs_no_extra_pass():
+    """The leaf receives the gradient that the forward pass wrote, without a copy or a
+    multiplication.
+    """
     s, t = _pair(64, 100)
     s.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved_tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved_tensors.append(x) or x, lambda x: x):
         loss = temperature_kl(s, t)
-    fresh = [x for x in kept if x.data_ptr() not in (s.data_ptr(), t.data_ptr())]
-    assert sum(x.nbytes for x in fresh) <= s.nbytes  # at most one tensor of the logits' size
-    address = fresh[0].data_ptr()
-    kept.clear()
-    fresh.clear()
+    saved = [x for x in saved_tensors if x.data_ptr() not in (s.data_ptr(), t.data_ptr())]
+    assert sum(x.nbytes for x in saved) <= s.nbytes  # at most one tensor of the size of the logits
+    address = saved[0].data_ptr()
+    saved_tensors.clear()
+    saved.clear()
     loss.backward()
     assert s.grad.data_ptr() == address
 
@@ -126,7 +132,7 @@ def test_opcheck_rescale(name, device):
     torch.library.opcheck(op, (torch.randn(3, 4, device=device), powers, torch.randn(4, device=device), mask, 0))
 
 
-def test_compile_fullgraph_without_recompiles(device):
+def test_compile_fullgraph_without_recompilation(device):
     torch._dynamo.reset()
     compilations = []
 
@@ -141,8 +147,8 @@ def test_compile_fullgraph_without_recompiles(device):
     assert len(compilations) == 1
 
 
-@pytest.mark.parametrize("learn", ["student", "both"])
-def test_compile_inductor(learn, device):
+@pytest.mark.parametrize("trained", ["student", "both"])
+def test_compile_inductor(trained, device):
     torch._dynamo.reset()
 
     def step(s, t):
@@ -150,8 +156,8 @@ def test_compile_inductor(learn, device):
 
     s, t = _pair(6, 10, device=device)
     s.requires_grad_()
-    t.requires_grad_(learn == "both")
-    inputs = (s, t) if learn == "both" else (s,)
+    t.requires_grad_(trained == "both")
+    inputs = (s, t) if trained == "both" else (s,)
     compiled, eager = torch.compile(step, fullgraph=True)(s, t), step(s, t)
     assert torch.allclose(compiled, eager)
     for got, want in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True):
@@ -159,7 +165,9 @@ def test_compile_inductor(learn, device):
 
 
 def test_compile_inductor_dynamic_training(device):
-    """Batch sizes change, the temperature learns, rows are masked: one graph, right gradients."""
+    """One graph gives correct gradients for varying batch sizes, a learned temperature and masked
+    rows.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(temperature_kl, fullgraph=True, dynamic=True)
     temperature = torch.tensor(2.0, device=device, requires_grad=True)
@@ -206,7 +214,7 @@ def test_vmap_of_temperatures_and_normalizers(device):
 
 
 def test_functorch_gradients(device):
-    """Per-sample gradients; torch.func goes through the reference."""
+    """Per-sample gradients. torch.func differentiates the reference."""
     s, t = _pair(3, 5, dtype=torch.float64, device=device)
 
     def loss(s, t):
@@ -224,7 +232,7 @@ def test_functorch_gradients(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_computed_in_float(dtype, device):
+def test_half_precision_is_computed_in_float32(dtype, device):
     s, t = (x.to(dtype) for x in _pair(16, 500, device=device))
     s.requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -236,7 +244,7 @@ def test_halves_are_computed_in_float(dtype, device):
     assert s.grad.dtype == dtype
 
 
-def test_result_is_the_same_on_any_number_of_threads():
+def test_result_does_not_depend_on_the_number_of_threads():
     s, t = _pair(512, 333)
     s.requires_grad_()
     results = []
@@ -292,7 +300,7 @@ def test_errors_name_the_argument(change, error, message):
         temperature_kl(**{"student": X, "teacher": X, **change})
 
 
-def test_ops_called_directly_guard_their_memory():
+def test_raw_ops_check_shapes_and_options():
     op = torch.ops.kdkernels.temperature_kl.default
     good = [X, X, 1.0, None, None, None, -1, Direction.FORWARD, 0.5, Reduction.SUM, True, True, 0.0, False]
     for position, bad in (

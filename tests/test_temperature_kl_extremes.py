@@ -1,4 +1,6 @@
-"""temperature_kl at the ends of its range: excluded classes, offsets, small mixture weights, half precision under a loss scaler, and layouts."""
+"""temperature_kl with extreme inputs: excluded classes, offsets, small mixture weights, half
+precision with a loss scaler, and layouts.
+"""
 
 import itertools
 import random
@@ -24,8 +26,10 @@ FORMS = {
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-def _both(backend, student, teacher, temperature, dim=-1, **options):
-    """Loss and gradients to student, teacher and temperature, from a backend and from the reference in float64."""
+def _run_backend_and_reference(backend, student, teacher, temperature, dim=-1, **options):
+    """Return the loss and the gradients of student, teacher and temperature, from a backend and
+    from the reference in float64.
+    """
     o = dict(direction="forward", beta=0.5, reduction="none", scale_by_t2=True, include_entropy=True, target_eps=0.0) | options
     forward, backward = _operators(backend)
     arguments = (student, teacher, 1.0, temperature, None, None, dim, *o.values())
@@ -36,12 +40,15 @@ def _both(backend, student, teacher, temperature, dim=-1, **options):
     return got, (exact.detach(), *torch.autograd.grad(exact.sum(), inputs))
 
 
-def _rounding_of_base(s, t, temperature, dim, direction="forward", scale_by_t2=True, **_):
-    """What float32 leaves of p (a - E_p[a]), the gradient to the side that weighs, a the difference of the logits: a rounding of its largest."""
+def _rounding_of_weighting_gradient(s, t, temperature, dim, direction="forward", scale_by_t2=True, **_):
+    """Return the rounding error in float32 of p (a - E_p[a]), where a is the difference of the
+    logits: one rounding of the largest term. This is the gradient of the network whose
+    probabilities p weight the sum.
+    """
     b, o = (x.double().movedim(dim, -1) for x in ((s, t) if direction == "reverse" else (t, s)))
     p = torch.softmax((b - b.amax(-1, keepdim=True)) / temperature.double().unsqueeze(-1), -1)
-    apart = (b - b.amax(-1, keepdim=True)) - (o - o.amax(-1, keepdim=True))
-    largest = torch.minimum((b - o).abs(), apart.abs() + 8).where(p > 0, 0).amax(-1, keepdim=True)
+    separate_shifts = (b - b.amax(-1, keepdim=True)) - (o - o.amax(-1, keepdim=True))
+    largest = torch.minimum((b - o).abs(), separate_shifts.abs() + 8).where(p > 0, 0).amax(-1, keepdim=True)
     return 2.0**-22 * p * largest / (1 if scale_by_t2 else temperature.double().unsqueeze(-1) ** 2)
 
 
@@ -52,14 +59,14 @@ def _exclude(kind, x, low):
         x[:] = low
     elif kind == "all but one":
         x[:, 1:] = low
-    elif kind == "a block":  # longer than a block of the Triton kernel's, before any class that is left
+    elif kind == "a block":  # longer than a block of the Triton kernel, before the first remaining class
         x[:, : x.shape[1] // 2] = low
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
-def test_classes_excluded_by_low_numbers(backend, form):
-    """Finite logits have finite divergences and gradients, and the right ones: against float64."""
+def test_classes_can_be_excluded_by_low_logits(backend, form):
+    """Finite logits have finite divergences and gradients, which agree with float64."""
     generator = torch.Generator().manual_seed(0)
     sides = [
         ("some", ""),
@@ -72,34 +79,35 @@ def test_classes_excluded_by_low_numbers(backend, form):
         ("", "all but one"),
     ]
     for dtype, dim in itertools.product([torch.float32] if backend == "triton" else LOWEST, [-1] if backend == "triton" else [-1, 0]):
-        lowest = max(LOWEST[dtype], -1e300)  # below, the reference in float64 has no range left
+        lowest = max(LOWEST[dtype], -1e300)  # lower values would exceed the range of the float64 reference
         for low in {lowest, max(lowest, -1e9)}:
             s, t = (2 * torch.randn(len(sides), 3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
             for i, (student_kind, teacher_kind) in enumerate(sides):
                 _exclude(student_kind, s[i], low)
                 _exclude(teacher_kind, t[i], low)
             temperature = torch.tensor([0.6, 1.0, 3.0] if abs(low) < 1e300 else [1.0, 2.0, 3.0], dtype=torch.promote_types(dtype, torch.float32))
-            s, t = (x.to(dtype).movedim(-1, dim).contiguous() for x in (s, t))  # rows of all kinds, neighbours where dim is 0
-            got, want = _both(backend, s, t, temperature.repeat(len(sides), 1), dim, **FORMS[form])
+            s, t = (x.to(dtype).movedim(-1, dim).contiguous() for x in (s, t))  # rows of all kinds, which are adjacent in memory if dim is 0
+            got, want = _run_backend_and_reference(backend, s, t, temperature.repeat(len(sides), 1), dim, **FORMS[form])
             for name, a, e in zip(("loss", "student", "teacher", "temperature"), got, want, strict=True):
                 step = max(2e-5, 2 * torch.finfo(dtype).eps if name in ("student", "teacher") else 0)
-                limit = torch.finfo(a.dtype).max  # beyond it infinity is the answer
+                limit = torch.finfo(a.dtype).max  # larger values are correctly infinite
                 a = a.double().nan_to_num(nan=torch.nan, posinf=limit, neginf=-limit)
                 e = e.clamp(-limit, limit)
                 if a.dim() == 3:
                     a, e = a.movedim(dim, -1), e.movedim(dim, -1)
-                # The last term: a few roundings of probabilities and their logarithms, times T, where what they leave is 0.
+                # The last term allows a few roundings of probabilities and their logarithms, times
+                # T, if the exact result is 0.
                 error, allowed = (a - e).abs(), step * (e.abs() + e.abs().amax(-1, keepdim=True) * 1e-2) + 2.0**-22
                 if name == ("student" if form == "reverse" else "teacher"):
-                    allowed = allowed + _rounding_of_base(s, t, temperature.expand(len(sides), 3), dim, **FORMS[form])
+                    allowed = allowed + _rounding_of_weighting_gradient(s, t, temperature.expand(len(sides), 3), dim, **FORMS[form])
                 wrong = ~(error <= allowed).flatten(1).all(1)
                 assert not wrong.any(), (name, dtype, dim, low, [sides[i] for i in wrong.nonzero()], (error / allowed).max().item())
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
-def test_logits_at_both_ends_of_the_range(backend, form):
-    """Differences of finite logits, and differences of those, may be beyond the largest number."""
+def test_logits_may_have_the_largest_magnitude(backend, form):
+    """Differences of finite logits, and differences of these differences, may overflow."""
     end = torch.finfo(torch.float32).max
     rows = [  # student, teacher
         ([end, -end, 0.0], [-end, end, 0.0]),
@@ -111,52 +119,57 @@ def test_logits_at_both_ends_of_the_range(backend, form):
     ]
     s, t = (torch.tensor(side) for side in zip(*rows, strict=True))
     for temperature in (1.0, 4.0):
-        got, want = _both(backend, s, t, torch.full((len(rows),), temperature), **FORMS[form])
-        for name, a, e in zip(("loss", "student", "teacher"), got, want, strict=False):  # not temperature: its terms are T times as large
+        got, want = _run_backend_and_reference(backend, s, t, torch.full((len(rows),), temperature), **FORMS[form])
+        for name, a, e in zip(("loss", "student", "teacher"), got, want, strict=False):  # without temperature, whose terms are T times as large
             assert_close(name, a.clamp(-end, end), e.clamp(-end, end), rtol=2e-5, scale=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
-def test_offsets_between_the_nets(backend, direction):
-    """A constant added to the logits of one net changes nothing, however large it is (the sums are exact here)."""
+def test_offset_between_the_networks_does_not_change_the_result(backend, direction):
+    """Adding a constant of any size to the logits of one network does not change the result (the
+    sums are exact here).
+    """
     s = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(1, 3)
     t = torch.tensor([[3.0, 1.0, 2.0, 4.0]]).repeat(1, 3)
-    got, want = _both(backend, s, t, torch.tensor([2.0]), direction=direction)
+    got, want = _run_backend_and_reference(backend, s, t, torch.tensor([2.0]), direction=direction)
     for offset in (70.0, 2.0**12, 2.0**20):
-        moved, _ = _both(backend, s, t + offset, torch.tensor([2.0]), direction=direction)
-        for a, b, e in zip(got[:3], moved[:3], want[:3], strict=True):
+        with_offset, _ = _run_backend_and_reference(backend, s, t + offset, torch.tensor([2.0]), direction=direction)
+        for a, b, e in zip(got[:3], with_offset[:3], want[:3], strict=True):
             assert_close("without offset", a, e, rtol=2e-6, scale=0.01)
             assert_close("with offset", b, e, rtol=2e-6, scale=0.01)
-    for offset in (1e9, 1e30, LOWEST[torch.float32]):  # here nothing is left of the teacher's logits: uniform
-        got, want = _both(backend, s, torch.full_like(t, offset), torch.tensor([2.0]), direction=direction)
+    for offset in (1e9, 1e30, LOWEST[torch.float32]):  # the offset absorbs the teacher's logits: its distribution is uniform
+        got, want = _run_backend_and_reference(backend, s, torch.full_like(t, offset), torch.tensor([2.0]), direction=direction)
         for a, e in zip(got[:3], want[:3], strict=True):
             assert_close("uniform teacher", a, e, rtol=2e-6, scale=0.01)
 
 
-def test_uniform_teacher_by_hand():
+def test_uniform_teacher_matches_value_computed_by_hand():
     low = torch.full((1, 4), LOWEST[torch.float32])
     assert temperature_kl(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), low).item() == pytest.approx(0.553896, abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_blocks_excluded_before_any_class_is_left(backend):
-    """Rows of several blocks, the first of which one net excludes."""
+def test_blocks_before_the_first_remaining_class_may_be_excluded(backend):
+    """Rows of several blocks, of which at least one network excludes the first ones."""
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("operands are on the CPU")
     for low, (student_kind, teacher_kind) in itertools.product((LOWEST[torch.float32], -torch.inf), (("", "a block"), ("a block", "a block"))):
         s = torch.randn(1, 5000)
         t = s + 0.1 * torch.randn(1, 5000)
-        _exclude("a block", s, -12.0)  # the student has nearly learnt what the teacher excludes
+        _exclude("a block", s, -12.0)  # the student gives low probability to the classes that the teacher excludes
         _exclude(student_kind, s, low)
         _exclude(teacher_kind, t, low)
-        got, want = _both(backend, s, t, torch.tensor([1.0]))
+        got, want = _run_backend_and_reference(backend, s, t, torch.tensor([1.0]))
         assert_close("loss", got[0], want[0], rtol=1e-5)
         assert_close("student", got[1], want[1], rtol=1e-5, scale=1e-5)
 
 
 def _exact_jsd(s, t, beta):
-    """In float64 from terms of one sign (docs/temperature_kl.md), where the textbook form has no digits for a beta near 0 or 1."""
+    """Return the divergence in float64, computed from terms of one sign (docs/temperature_kl.md).
+
+    The textbook form is inaccurate for a beta near 0 or 1.
+    """
     log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
     u, v = (1 - beta) * torch.expm1(log_q - log_p), beta * torch.expm1(log_p - log_q)
     return (beta * log_p.exp() * (u - torch.log1p(u)) + (1 - beta) * log_q.exp() * (v - torch.log1p(v))).sum(-1)
@@ -164,32 +177,32 @@ def _exact_jsd(s, t, beta):
 
 @pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
-def test_jsd_with_weights_near_the_ends(backend, beta):
+def test_jsd_is_accurate_for_beta_near_0_and_1(backend, beta):
     for spread, rows, classes in ((0.3, 6, 10), (1.0, 6, 10), (3.0, 6, 10), (10.0, 200, 3)):
         s, t = (spread * torch.randn(rows, classes) for _ in range(2))
-        got, want = _both(backend, s, t, torch.ones(rows), direction="jsd", beta=beta)
+        got, want = _run_backend_and_reference(backend, s, t, torch.ones(rows), direction="jsd", beta=beta)
         assert_close("loss", got[0], _exact_jsd(s.double(), t.double(), beta), rtol=5e-6)
         inputs = [x.double().requires_grad_() for x in (s, t)]
         exact = torch.autograd.grad(_exact_jsd(*inputs, beta).sum(), inputs)
-        for a, e in zip(got[1:3], exact, strict=True):  # a difference of logits of size d is rounded by d eps
+        for a, e in zip(got[1:3], exact, strict=True):  # a difference d of logits has a rounding error of d eps
             assert ((a.double() - e).norm() / e.norm()).item() <= 5e-6 * max(1.0, spread / 3)
     assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-15 / min(beta, 1 - beta) + 1e-12)
 
 
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 @pytest.mark.parametrize("spread", [5.0, 10.0, 20.0])
-def test_jsd_of_confident_nets(backend, spread):
-    """No farther from float64 than twice the textbook form in float32."""
+def test_jsd_is_accurate_for_confident_networks(backend, spread):
+    """The error against float64 is at most twice that of the textbook form in float32."""
     rows = 20 if backend == "triton" else 200
     s, t = (spread * torch.randn(rows, 1000) for _ in range(2))
-    got, want = _both(backend, s, t, torch.ones(rows), direction="jsd")
+    got, want = _run_backend_and_reference(backend, s, t, torch.ones(rows), direction="jsd")
     a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
     log_p, log_q = torch.log_softmax(b, -1), torch.log_softmax(a, -1)
     log_m = torch.logsumexp(torch.stack([log_p, log_q]), 0) - torch.tensor(2.0).log()
     plain = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
     textbook = (plain.detach(), *torch.autograd.grad(plain.sum(), (a, b)))
-    for ours, theirs, exact in zip(got[:3], textbook, want[:3], strict=True):
-        assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+    for actual, theirs, exact in zip(got[:3], textbook, want[:3], strict=True):
+        assert (actual.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
 
 
 def _gradient(s, t, path, upstream, function=temperature_kl, **options):
@@ -202,8 +215,10 @@ def _gradient(s, t, path, upstream, function=temperature_kl, **options):
 @pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["rows", "map"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "mean"}, {"direction": "reverse"}, {"direction": "jsd"}], ids=str)
-def test_float16_gradient_is_rounded_after_the_factor(options, layout, teacher_dtype):
-    """Gradients of a mean lie below the range of float16 until the factor of a loss scaler meets them."""
+def test_float16_gradient_is_rounded_after_the_upstream_factor(options, layout, teacher_dtype):
+    """The gradient of a mean underflows in float16 unless a loss scaler's factor is applied before
+    rounding.
+    """
     t = torch.randn(64, 500) if layout == "rows" else torch.randn(8, 50, 6, 6)
     s = t + 0.05 * torch.randn_like(t)
     s, t = s.half(), t.to(teacher_dtype)
@@ -221,7 +236,7 @@ def test_float16_gradient_is_rounded_after_the_factor(options, layout, teacher_d
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_gradient_does_not_depend_on_the_path(dtype):
+def test_gradient_is_the_same_in_every_autograd_path(dtype):
     s, t = torch.randn(8, 100).to(dtype), torch.randn(8, 100).to(dtype)
     mask = torch.arange(8) != 3
     torch._dynamo.reset()
@@ -231,10 +246,10 @@ def test_gradient_does_not_depend_on_the_path(dtype):
         paths.append(_gradient(s, t, "given away", upstream, compiled, reduction=reduction, mask=mask))
         assert torch.equal(paths[0].nan_to_num(7.0), paths[1].nan_to_num(7.0))
         assert torch.equal(paths[0].nan_to_num(7.0), paths[2].nan_to_num(7.0))
-        assert not paths[0][3].any()  # a row that is masked out has no gradient, whatever comes from upstream
+        assert not paths[0][3].any()  # the gradient of a masked row is zero for every upstream gradient
 
 
-def test_upstream_of_each_row():
+def test_upstream_gradient_per_row():
     s, t = torch.randn(5, 7, 40).half(), torch.randn(5, 7, 40).half()
     upstream = torch.randn(5, 40) * 10.0 ** torch.randint(-6, 6, (5, 40))
     exact = s.double().requires_grad_()
@@ -262,9 +277,9 @@ def test_triton_rescales_like_the_cpu(dtype):
             want = torch.ops.kdkernels.temperature_kl_rescale(grad, row_scale, upstream, mask, dim)
             in_place = grad.clone()
             kernels.temperature_kl_rescale_(in_place, row_scale, upstream, mask, dim)
-            apart = kernels.temperature_kl_rescale(grad, row_scale, upstream, mask, dim)
+            out_of_place = kernels.temperature_kl_rescale(grad, row_scale, upstream, mask, dim)
             kept = mask.unsqueeze(dim)
-            for got in (in_place, apart):
+            for got in (in_place, out_of_place):
                 if row_scale.numel() or upstream.dim() or upstream != 1:
                     assert_close("rescaled", got, torch.where(kept, want, 0), rtol=2 * torch.finfo(dtype).eps)
                 else:
@@ -272,8 +287,8 @@ def test_triton_rescales_like_the_cpu(dtype):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_layout_of_any_dtypes(seed):
-    """Values and gradients of random shapes, strides and pairs of dtypes."""
+def test_any_layout_and_dtypes(seed):
+    """Values and gradients for random shapes, strides and pairs of dtypes."""
     rng = random.Random(seed)
     for _ in range(60):
         shape = random_shape(rng, rng.choice((1, 2, 2, 3, 4)))
@@ -282,12 +297,12 @@ def test_any_layout_of_any_dtypes(seed):
         s, t = (random_layout(rng, shape, dtype) for dtype in dtypes)
         rows = [n for d, n in enumerate(shape) if d != dim % len(shape)]
         temperature = 1 + torch.rand(rows)
-        got, want = _both("cpu", s, t, temperature, dim, **FORMS[rng.choice(list(FORMS))])
-        what = (shape, dim, dtypes, s.stride(), t.stride())
+        got, want = _run_backend_and_reference("cpu", s, t, temperature, dim, **FORMS[rng.choice(list(FORMS))])
+        settings = (shape, dim, dtypes, s.stride(), t.stride())
         for name, a, e in zip(("loss", "student", "teacher", "temperature"), got, want, strict=True):
             step = max(torch.finfo(a.dtype).eps, 1e-5 if torch.float64 not in dtypes or name == "temperature" else 1e-12)
-            assert a.shape == e.shape, what
-            assert (a.double() - e).abs().max() <= step * (1 + e.abs().max()), (name, *what)
+            assert a.shape == e.shape, settings
+            assert (a.double() - e).abs().max() <= step * (1 + e.abs().max()), (name, *settings)
 
 
 X = torch.zeros(4, 6)
@@ -306,13 +321,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_raw_ops_refuse_what_they_cannot_read(backend):
+def test_raw_ops_raise_for_unsupported_inputs(backend):
     forward, backward = _operators(backend)
     for position, bad in WRONG:
         if (backend == "triton" and position in (2, 7, 8, 9, 12)) or (
             backend == "triton" and isinstance(bad, torch.Tensor) and bad.dtype == torch.bool
         ):
-            continue  # what memory does not depend on
+            continue  # values that do not affect memory accesses
         arguments = [*GOOD[:position], bad, *GOOD[position + 1 :]]
         for call in (lambda a: forward(*a, True), lambda a: backward(torch.ones(()), *a, [True, True, True])):
             with pytest.raises((TypeError, ValueError, RuntimeError)):
@@ -327,7 +342,7 @@ def test_raw_ops_refuse_what_they_cannot_read(backend):
     assert forward(*empty, True)[0] == 0
 
 
-def test_raw_rescale_refuses_what_it_cannot_read():
+def test_raw_rescale_raises_for_unsupported_inputs():
     from kdkernels.triton import temperature_kl as kernels
 
     one, mask = torch.ones(()), torch.ones(4, dtype=torch.bool)
@@ -341,7 +356,7 @@ def test_raw_rescale_refuses_what_it_cannot_read():
     for op, arguments in itertools.product((*ops, kernels.temperature_kl_rescale, kernels.temperature_kl_rescale_), wrong):
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             op(*arguments)
-    with pytest.raises(RuntimeError):  # several elements in one place
+    with pytest.raises(RuntimeError):  # several elements share one memory location
         ops[1](torch.zeros(1, 6).expand(4, 6), NONE, torch.tensor(2.0), None, 1)
     for op in ops:
         op(X[:0].clone(), NONE, one, None, 1)
@@ -349,8 +364,10 @@ def test_raw_rescale_refuses_what_it_cannot_read():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_the_reference_at_the_end_of_float64(temperature):
-    """Logits of -finfo.max, beyond the range once divided by T; temperatures [B, 1] for logits [B, C], and along any dim."""
+def test_reference_accepts_the_smallest_float64(temperature):
+    """Logits of -finfo.max, which may overflow when divided by T; temperatures [B, 1] for logits
+    [B, C], and along any dim.
+    """
     s, t = torch.randn(2, 3, 4, dtype=torch.float64)
     t_rows = torch.full((3, 1), temperature, dtype=torch.float64, requires_grad=True)
     low, excluded = [x.clone() for x in (s, t)], [x.clone() for x in (s, t)]
@@ -371,21 +388,23 @@ def test_the_reference_at_the_end_of_float64(temperature):
 
 @pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 @pytest.mark.parametrize(("gap", "classes"), [(8, 2), (12, 10), (16, 10), (16, 2100)])
-def test_jsd_of_confident_nets_that_agree(backend, gap, classes):
-    """The gradient of each row, that of the class that has nearly all of the probability too, relative to the row's largest."""
+def test_jsd_gradient_is_accurate_for_confident_networks_that_agree(backend, gap, classes):
+    """The error of each row's gradient is small relative to the row, also for the class that has
+    nearly all of the probability.
+    """
     rows = 4 if backend == "triton" else 50
     for temperature, beta in ((1.0, 0.5), (0.5, 0.1), (1.0, 1e-3)):
         s = 0.05 * torch.randn(rows, classes)
         s[:, 0] += gap
         t = s + 0.05 * torch.randn(rows, classes)
-        got, want = _both(backend, s, t, torch.full((rows,), temperature), direction="jsd", beta=beta)
+        got, want = _run_backend_and_reference(backend, s, t, torch.full((rows,), temperature), direction="jsd", beta=beta)
         for a, e in zip(got[1:3], want[1:3], strict=True):
             assert ((a.double() - e).abs().amax(1) / e.abs().sum(1)).max() <= 1e-5
             assert (a.double().sum(1).abs() / a.double().abs().sum(1)).max() <= 1e-5
 
 
 def test_temperatures_are_not_rounded_to_float32():
-    """T = 1.7 as a Python number, in every path."""
+    """T = 1.7 as a Python number, in every implementation."""
     s, t = torch.randn(2, 3, 7, dtype=torch.float64)
     exact = torch.tensor(1.7, dtype=torch.float64)
     for direction in ("forward", "reverse", "jsd"):
@@ -395,7 +414,7 @@ def test_temperatures_are_not_rounded_to_float32():
         torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-15)
 
 
-def test_rows_without_a_number_have_gradients_of_nan_in_every_path():
+def test_rows_of_minus_infinity_have_nan_gradients_in_every_path():
     s, t = torch.randn(2, 3), torch.tensor([[-torch.inf] * 3, [1.0, 2.0, 3.0]])
     for function in (temperature_kl, reference.temperature_kl):
         plain = s.clone().requires_grad_()

@@ -1,4 +1,6 @@
-"""What users set on Lightning's trainer, and what networks, teachers and loaders of theirs do in training that they do not do before."""
+"""Methods with the options of Lightning's Trainer, and with networks, teachers and data loaders
+that cause problems only in training.
+"""
 
 import copy
 import logging
@@ -22,8 +24,10 @@ IMAGES = [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path_factory, monkeypatch):
-    """A trainer that is told nothing writes its checkpoints to the current folder."""
+def _use_temporary_folder(tmp_path_factory, monkeypatch):
+    """Change to a temporary folder, because a Trainer without options writes its checkpoints to the
+    current folder.
+    """
     monkeypatch.chdir(tmp_path_factory.mktemp("current"))
 
 
@@ -65,7 +69,7 @@ def _fit(method, data=None, **options):
     ],
     ids=str,
 )
-def test_the_last_checkpoint_is_of_the_last_step(tmp_path, options, step):
+def test_last_checkpoint_holds_the_last_step(tmp_path, options, step):
     monitor = None if options.get("limit_val_batches") == 0 else "val/accuracy"
     method = KD(Small(), Small(8))
     trainer = _fit(method, callbacks=checkpoints(tmp_path, monitor), enable_checkpointing=True, **options)
@@ -75,10 +79,10 @@ def test_the_last_checkpoint_is_of_the_last_step(tmp_path, options, step):
     assert all(torch.equal(v, stored["state_dict"][f"student.{k}"]) for k, v in method.student.state_dict().items())
 
 
-def test_going_on_with_another_optimizer_is_refused(tmp_path):
+def test_resuming_with_another_optimizer_raises(tmp_path):
     _fit(KD(Small(), Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True)
     old = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    del old["kdkernels"]["stepped_by"]  # of a version that did not say
+    del old["kdkernels"]["stepped_by"]  # written by a version that did not store this entry
     torch.save(old, tmp_path / "old.ckpt")
     others = {
         "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
@@ -94,12 +98,12 @@ def test_going_on_with_another_optimizer_is_refused(tmp_path):
     assert trainer.global_step == 6
 
 
-# Schedules and what is watched.
+# Learning-rate schedules, and the metrics that callbacks monitor.
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_schedule_that_watches_validation(mode, every):
+def test_plateau_schedule_monitors_a_validation_metric(mode, every):
     method = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, mode, patience=0, factor=0.5, threshold=10.0))
     trainer = _fit(method, max_epochs=4, check_val_every_n_epoch=every)
     config = trainer.lr_scheduler_configs[0]
@@ -110,7 +114,7 @@ def test_a_schedule_that_watches_validation(mode, every):
 
 
 @pytest.mark.parametrize("watcher", [EarlyStopping, ModelCheckpoint])
-def test_numbers_that_nobody_logs_are_refused_before_training(watcher, tmp_path):
+def test_monitoring_a_metric_that_is_not_logged_raises_before_training(watcher, tmp_path):
     student = Small()
     before = copy.deepcopy(student.state_dict())
     for name in ("val_loss", "val_acc"):
@@ -120,18 +124,21 @@ def test_numbers_that_nobody_logs_are_refused_before_training(watcher, tmp_path)
     _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
 
 
-def test_the_default_schedule_needs_an_end():
+def test_default_schedule_requires_max_epochs_or_max_steps():
     with pytest.raises(ValueError, match="give max_epochs or max_steps, or a scheduler"):
         _fit(KD(Small(), Small()), max_epochs=-1, max_time="00:00:00:20")
     constant = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o))
     assert _fit(constant, max_epochs=-1, max_time="00:00:00:01").global_step > 0
 
 
-# Weights of micro-batches, where something changes their number.
+# Weights of micro-batches, with options that change the number of micro-batches per optimizer step.
 
 
 class Recorder(L.Callback):
-    """Weight of each sample in each step of the optimizer; the same for all if means add up."""
+    """Records the weight of each sample in each optimizer step.
+
+    In a step all weights must be equal.
+    """
 
     def __init__(self):
         self.steps, self.window = [], []
@@ -157,7 +164,7 @@ class Recorder(L.Callback):
     ids=["scheduled", "2 of 3", "4 of 0.8", "2, overfitted", "3, reloaded", "2"],
 )
 @pytest.mark.parametrize("count", [10, 11, 12])
-def test_every_sample_of_a_step_weighs_the_same(options, count):
+def test_all_samples_of_an_optimizer_step_have_equal_weight(options, count):
     recorder = Recorder()
     options = options | {"callbacks": [*options.get("callbacks", []), recorder], "max_epochs": 4, "limit_val_batches": 0}
     trainer = _fit(Supervised(Small()), _data(IMAGES[:count], batch_size=2), **options)
@@ -165,20 +172,20 @@ def test_every_sample_of_a_step_weighs_the_same(options, count):
     assert not recorder.window
     for weights in recorder.steps:
         torch.testing.assert_close(torch.tensor(weights), torch.full((len(weights),), 1 / len(weights)))
-    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.01  # the schedule has come to its end
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.01  # the learning-rate schedule has reached its end
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_no_process_is_left_with_one_sample(world):
+def test_every_batch_of_every_process_has_at_least_two_samples(world):
     for size in range(2 * world, 40):
         for batch_size in (2, 5, 7):
             batches = [list(Batches(size, batch_size, True, least=2, rank=r, world=world)) for r in range(world)]
-            counts = [len(draw.index) for own in batches for draw in own]
+            counts = [len(draw.index) for process_batches in batches for draw in process_batches]
             assert min(counts) >= 2
-            assert sorted(i for own in batches for draw in own for i in draw.index) == list(range(size))
+            assert sorted(i for process_batches in batches for draw in process_batches for i in draw.index) == list(range(size))
 
 
-def test_batch_norm_meets_no_batch_of_one():
+def test_batch_norm_never_receives_a_batch_of_one_sample():
     student = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert _fit(Supervised(student), _data(IMAGES[:9])).global_step == 2
 
@@ -186,18 +193,18 @@ def test_batch_norm_meets_no_batch_of_one():
 # Overfitting, predicting, pickling.
 
 
-def test_overfit_batches_shows_the_same_batches_in_order():
+def test_overfit_batches_repeats_the_same_batches_in_order():
     seen = []
 
-    class Look(L.Callback):
+    class RecordIndices(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             seen.append(batch["index"].tolist())
 
-    _fit(Supervised(Small()), max_epochs=2, overfit_batches=2, callbacks=[Look()])
+    _fit(Supervised(Small()), max_epochs=2, overfit_batches=2, callbacks=[RecordIndices()])
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
 
 
-def test_predict_gives_logits_in_order():
+def test_predict_returns_logits_in_dataset_order():
     method = KD(Small(), Small()).eval()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
     found = trainer.predict(method, _data(batch_size=5))
@@ -233,7 +240,7 @@ def test_methods_can_be_pickled_and_copied(make):
 # Networks.
 
 
-def test_the_teacher_stays_as_it_is_whatever_is_called():
+def test_teacher_stays_unchanged_even_if_train_is_called_on_it():
     teacher = Small()
     method = KD(Small(), teacher)
 
@@ -249,7 +256,7 @@ def test_the_teacher_stays_as_it_is_whatever_is_called():
     assert not any(part.training for part in teacher.modules())
 
 
-def test_shared_layers_are_refused():
+def test_layers_shared_by_student_and_teacher_raise():
     student, teacher = Small(), Small()
     teacher.features = student.features
     with pytest.raises(ValueError, match=r"student and teacher share 9 tensors \(features.0.weight, .*copy.deepcopy"):
@@ -260,7 +267,7 @@ def test_shared_layers_are_refused():
 
 
 class Hidden(Small):
-    """Returns what are no logits while it trains."""
+    """Returns a dict without logits in training mode."""
 
     def forward(self, x):
         logits = super().forward(x)
@@ -289,13 +296,13 @@ class Broken(Small):
     ],
 )
 @pytest.mark.parametrize("loader", [False, True])
-def test_networks_are_looked_at_in_the_mode_of_training(student, message, loader):
+def test_networks_are_checked_in_training_mode(student, message, loader):
     data = torch.utils.data.DataLoader(IMAGES, batch_size=1) if loader else None  # a first batch of one image
     with pytest.raises(ValueError, match=message):
         _fit(Supervised(student()), data)
 
 
-def test_the_look_leaves_the_student_and_the_random_numbers_alone():
+def test_network_check_changes_neither_student_nor_random_state():
     student = nn.Sequential(Small(), nn.Dropout(0.5))
     method = Supervised(student)
     before = copy.deepcopy(student.state_dict())
@@ -307,13 +314,13 @@ def test_the_look_leaves_the_student_and_the_random_numbers_alone():
     assert student.training
 
 
-def test_layers_without_sizes_are_refused():
+def test_uninitialized_lazy_layers_raise():
     for name, networks in {"student": (nn.LazyLinear(3), Small()), "teacher": (Small(), nn.LazyLinear(3))}.items():
         with pytest.raises(ValueError, match=rf"the {name} \(LazyLinear\) has layers whose sizes are not known yet"):
             KD(*networks)
 
 
-def test_layers_behind_torch_compile_cannot_be_tapped():
+def test_layers_inside_compiled_modules_cannot_be_tapped():
     network = torch.compile(Small(), backend="eager")
     for name in ("features.2", "_orig_mod.features.2"):
         with pytest.raises(ValueError, match=rf"layer '{name}' of Small cannot be tapped: torch.compile hides"):
@@ -322,7 +329,7 @@ def test_layers_behind_torch_compile_cannot_be_tapped():
     part.features = torch.compile(part.features, backend="eager")
     with pytest.raises(ValueError, match=r"layer 'features\.2' of Small cannot be tapped"):
         FeatureTaps(part, ["features.2"])
-    _, caught = FeatureTaps(part, ["features"])(torch.rand(2, 3, 8, 8))  # the whole of it can
+    _, caught = FeatureTaps(part, ["features"])(torch.rand(2, 3, 8, 8))  # the compiled module as a whole can be tapped
     assert caught["features"].shape == (2, 4, 2, 2)
     inside = Small()
     inside.features.compile(backend="eager")
@@ -332,7 +339,9 @@ def test_layers_behind_torch_compile_cannot_be_tapped():
 
 
 def test_labels_are_checked_in_every_batch_of_training():
-    """Validation, which Lightning tries first, does not use the check up."""
+    """Lightning's sanity check of validation runs first. It must not count as the check of
+    training.
+    """
     late = IMAGES[:8] + [(image, 7) for image, _ in IMAGES[8:]]
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
         _fit(Supervised(Small()), _data(late))
@@ -351,18 +360,18 @@ def test_soft_labels_train():
     assert hard["val/accuracy"] == pytest.approx(float(metrics["val/accuracy"]))
 
 
-# What is said.
+# Warnings and log messages.
 
 
-def test_a_teacher_that_knows_nothing_is_noticed(caplog):
+def test_teacher_no_better_than_chance_causes_a_warning(caplog):
     data = Digits(batch_size=200)
     with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) is right for .* no better than chance: was it given its weights"):
         _fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
 
 
-def test_the_teachers_accuracy_is_said_once(caplog):
-    class Knows(nn.Module):
-        """Right for two thirds of the images."""
+def test_teacher_accuracy_is_logged_once(caplog):
+    class PartlyCorrect(nn.Module):
+        """Predicts the correct class for two thirds of the images."""
 
         def forward(self, x):
             keys = torch.stack([image for image, _ in IMAGES])
@@ -370,16 +379,16 @@ def test_the_teachers_accuracy_is_said_once(caplog):
             return nn.functional.one_hot(torch.where(nearest % 3 == 2, 0, nearest % 3), 3).float()
 
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        _fit(KD(Small(), Knows()), max_epochs=3)
-    said = [r.getMessage() for r in caplog.records if "teacher's accuracy" in r.getMessage()]
-    assert said == ["the teacher's accuracy on the 12 validation images: 0.6667"]
+        _fit(KD(Small(), PartlyCorrect()), max_epochs=3)
+    messages = [r.getMessage() for r in caplog.records if "teacher's accuracy" in r.getMessage()]
+    assert messages == ["the teacher's accuracy on the 12 validation images: 0.6667"]
 
 
-def test_cross_entropy_means_the_same_in_training_and_validation():
+def test_cross_entropy_has_the_same_definition_in_training_and_validation():
     frozen = Small().requires_grad_(False)
     frozen.head.weight.requires_grad_(True)
     method = KD(frozen.eval(), Small(), gamma=0.25, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    for part in frozen.modules():  # the same statistics in both
+    for part in frozen.modules():  # so that both modes use the statistics of the batch
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 0.0
             part.track_running_stats = False
@@ -390,7 +399,7 @@ def test_cross_entropy_means_the_same_in_training_and_validation():
     torch.testing.assert_close(metrics["train/loss"], metrics["train/loss_cross_entropy"] + metrics["train/loss_kl"])
 
 
-# The first of two stages.
+# The first stage of training in two stages.
 
 
 class Residual(nn.Module):
@@ -411,7 +420,7 @@ class ResidualNet(nn.Module):
         return self.head(self.b(self.a(self.stem(x))).mean((2, 3)))
 
 
-def test_the_first_stage_trains_branches_that_begin_at_zero():
+def test_first_stage_trains_branches_whose_scale_is_initially_zero():
     student = ResidualNet()
     before = copy.deepcopy(student.state_dict())
     optimizer = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1)  # noqa: E731
@@ -421,12 +430,14 @@ def test_the_first_stage_trains_branches_that_begin_at_zero():
     assert changed == {"stem.weight", "stem.bias", "a.conv.weight", "a.conv.bias", "a.scale"}
 
 
-# What a pair of fresh eyes found.
+# Further cases.
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 2}, {"max_steps": 4}, {"max_steps": 2, "accumulate_grad_batches": 2}], ids=str)
-def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, options):
-    """Also from the middle of an epoch, the rest of which counts as not done."""
+def test_run_ended_by_max_steps_resumes_exactly(tmp_path, options):
+    """Also if the run ended in the middle of an epoch: the remaining batches follow when it is
+    resumed.
+    """
 
     def method():
         torch.manual_seed(5)
@@ -443,17 +454,17 @@ def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 6}, {"order_seed": 1}], ids=str)
-def test_going_on_within_an_epoch_in_another_order_is_refused(tmp_path, options):
+def test_resuming_within_an_epoch_in_another_sample_order_raises(tmp_path, options):
     _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot go on there with 12 samples"):
         trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # at the end of one it may
+    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # allowed at the end of an epoch
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
-def test_lightnings_own_way_to_load_a_method(tmp_path):
+def test_load_from_checkpoint_restores_a_method(tmp_path):
     method = KD(Small(), Small())
     trainer = _fit(method)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -461,7 +472,7 @@ def test_lightnings_own_way_to_load_a_method(tmp_path):
     assert all(torch.equal(v, loaded.student.state_dict()[k]) for k, v in method.student.state_dict().items())
 
 
-def test_validation_draws_other_random_numbers_than_training():
+def test_splits_use_different_random_numbers():
     class Noise(torch.utils.data.Dataset):
         def __len__(self):
             return 12
@@ -489,7 +500,7 @@ def test_validation_draws_other_random_numbers_than_training():
         (lambda i, image, label: next(iter(())), r"the dataset raised StopIteration for sample \d+"),
     ],
 )
-def test_odd_samples_are_refused_by_their_number(change, message):
+def test_invalid_samples_raise(change, message):
     class Odd(torch.utils.data.Dataset):
         def __len__(self):
             return 12
@@ -505,7 +516,7 @@ def _loader(images, labels):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
 
 
-def test_labels_of_plain_loaders():
+def test_label_formats_of_plain_data_loaders():
     images, labels = torch.stack([image for image, _ in IMAGES]), torch.tensor([label for _, label in IMAGES])
     for good in (labels[:, None], labels.int(), labels.to(torch.uint8), torch.eye(3)[labels]):
         assert _fit(Supervised(Small()), _loader(images, good)).callback_metrics["train/loss"] > 0
@@ -523,18 +534,18 @@ def test_labels_of_plain_loaders():
     assert "val/accuracy/dataloader_idx_1" in trainer.callback_metrics
 
 
-def test_validation_compares_the_classes():
+def test_validation_checks_the_number_of_classes():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"the data have 4 classes, but the student \(Small\) returned \[4, 3\]"):
         trainer.validate(Supervised(Small()), FromDatasets(IMAGES, IMAGES, num_classes=4, batch_size=4))
 
 
-def test_a_student_in_eval_mode_is_trained_all_the_same():
+def test_student_passed_in_eval_mode_is_set_to_training_mode():
     method = Supervised(Small().eval())
     _fit(method)
     assert method.student.features[1].num_batches_tracked == 3
     partly = Small()
-    partly.features.eval()  # meant: frozen statistics
+    partly.features.eval()  # intended: frozen statistics
     _fit(Supervised(partly))
     assert partly.features[1].num_batches_tracked == 0
 
@@ -544,7 +555,7 @@ class Detached(Small):
         return super().forward(x).detach()
 
 
-def test_students_that_cannot_learn_are_refused():
+def test_students_without_trainable_outputs_and_invalid_temperatures_raise():
     for student in (Small().requires_grad_(False), Detached()):
         with pytest.raises(ValueError, match="do not depend on a parameter that is trained"):
             _fit(Supervised(student))
@@ -553,7 +564,7 @@ def test_students_that_cannot_learn_are_refused():
             KD(Small(), Small(), temperature=temperature)
 
 
-def test_memory_shared_with_the_teacher_is_refused():
+def test_tensor_memory_shared_with_the_teacher_raises():
     student, teacher = Small(), Small()
     teacher.head.weight.data = student.head.weight.data
     with pytest.raises(ValueError, match=r"share 1 tensors \(head.weight\)"):
@@ -561,6 +572,6 @@ def test_memory_shared_with_the_teacher_is_refused():
 
 
 @pytest.mark.parametrize("name", ["val/acc", "val/loss", "lr"])
-def test_other_names_are_refused_too(name):
+def test_early_stopping_on_other_metrics_that_are_not_logged_raises(name):
     with pytest.raises(ValueError, match=f"EarlyStopping watches '{name}', which is not logged"):
         _fit(Supervised(Small()), callbacks=[EarlyStopping(monitor=name)])

@@ -1,7 +1,8 @@
-"""Every op under torch's transforms, alone and in every order of two: the numbers of the reference.
+"""Every op under torch's transforms, and compositions of two of them, matches the reference.
 
-A transform maps a function of x to a number to another such function (a derivative is contracted with fixed weights), so transforms compose. The
-outermost step is what a user does with the result: takes the value, a gradient, a tangent, a vectorised Jacobian or Hessian.
+A transform maps a scalar function of x to another scalar function of x (a derivative is contracted
+with fixed weights), so transforms compose. The outermost step is the user's: the value, a gradient,
+a tangent, or a vectorised Jacobian or Hessian.
 """
 
 import itertools
@@ -16,39 +17,41 @@ from kdkernels import reference
 from kdkernels.options import Direction, Normalize, Reduce, Reduction, Sign, Variant
 
 
-def _numbers(shape, seed):
-    """Irregular numbers without a random generator, which vmap does not allow inside."""
+def _irregular_numbers(shape, seed):
+    """Return irregular numbers without a random generator, which vmap does not allow."""
     count = torch.Size(shape).numel()
     return (torch.arange(1, count + 1, dtype=torch.float64).square() * (1.7 + 0.61 * seed) + seed).cos().reshape(shape) * 1.3
 
 
 def _weights(shape, seed=5):
-    return _numbers(shape, seed + 10)
+    return _irregular_numbers(shape, seed + 10)
 
 
 def _input(*shape, seed=0):
-    return _numbers(shape, seed)
+    return _irregular_numbers(shape, seed)
 
 
 def _contract(*results):
-    """A number that every element of the results takes part in."""
+    """Return a scalar that depends on every element of the results."""
     return sum((r * _weights(r.shape, 9)).sum() for r in results)
 
 
 def _svd_results(triplets):
-    """What does not depend on signs: singular values and projectors, and the sum of the triplets."""
+    """Return results that do not depend on signs: singular values, projectors, and the sum of the
+    triplets.
+    """
     u, s, v = triplets
     return s, v @ v.mT, (u * s.unsqueeze(-2)) @ v.mT
 
 
-def _group(module, x):
+def _truncated_svds(module, x):
     other = _input(3, 6, seed=4)
     if module is kd:
         return kd.truncated_svds([x, other, x * 2 + other[:3, :4].mean()], 2, return_u=True)
     return [module.truncated_svd(m, 2, return_u=True) for m in (x, other, x * 2 + other[:3, :4].mean())]
 
 
-# name: function of (module, x), shape of x. `module` is kdkernels or its reference.
+# name: (function of (module, x), shape of x). `module` is kdkernels or kdkernels.reference.
 OPS = {
     "temperature_kl": (lambda m, x: m.temperature_kl(x, _input(3, 5, seed=1), 2.0), (3, 5)),
     "temperature_kl reverse": (lambda m, x: m.temperature_kl(x, _input(3, 5, seed=1), 2.0, direction="reverse", reduction="sum"), (3, 5)),
@@ -68,7 +71,7 @@ OPS = {
         (2, 3, 2),
     ),
     "truncated_svd": (lambda m, x: _contract(*_svd_results(m.truncated_svd(x, 2, return_u=True))), (4, 3)),
-    "truncated_svds": (lambda m, x: _contract(*(r for t in _group(m, x) for r in _svd_results(t))), (3, 4)),
+    "truncated_svds": (lambda m, x: _contract(*(r for t in _truncated_svds(m, x) for r in _svd_results(t))), (3, 4)),
     "align_singular_vectors": (
         lambda m, x: _contract(*m.align_singular_vectors(x, _input(4, 2, seed=1) + x[:, :2].sin(), x[0, :2].exp())),
         (4, 3),
@@ -103,15 +106,15 @@ def _jacfwd(f):
 
 
 def _vmap(f):
-    def over_examples(x):
+    def sum_over_factors(x):
         factors = torch.tensor([1.0, 0.5, -1.5], dtype=x.dtype)
         return (torch.vmap(lambda c: f(x * c))(factors) * factors).sum()
 
-    return over_examples
+    return sum_over_factors
 
 
 def _square(f):
-    """The upstream gradient depends on x."""
+    """Return a function whose upstream gradient depends on x."""
     return lambda x: f(x) ** 2 + f(x * 0.5) * x.sum()
 
 
@@ -120,7 +123,7 @@ def _checkpoint(f):
 
 
 def _graph(f):
-    """The gradient of plain autograd, with its graph."""
+    """Return a function of the gradient of plain autograd, with create_graph=True."""
 
     def gradient(x):
         if not x.requires_grad:
@@ -134,8 +137,8 @@ def _same(f):
     return f
 
 
-OF_FUNC = (_square, _reverse, _jvp, _vmap, _jacrev, _jacfwd)
-ALL = (_same, *OF_FUNC, _vjp, _checkpoint, _graph)
+FUNC_TRANSFORMS = (_square, _reverse, _jvp, _vmap, _jacrev, _jacfwd)
+ALL_TRANSFORMS = (_same, *FUNC_TRANSFORMS, _vjp, _checkpoint, _graph)
 
 
 def _gradient(f, x):
@@ -158,10 +161,11 @@ def _linearised(f, x):
     return torch.func.linearize(f, x)[1](_weights(x.shape, 3))
 
 
-# What a user does with the result, and the transforms inside of it. Nested forward mode is not in torch.
+# The outermost steps, and the transforms inside of them. torch does not support nested forward
+# mode.
 OUTER = {
-    "value": (lambda f, x: f(x), ALL),
-    "gradient": (_gradient, ALL),
+    "value": (lambda f, x: f(x), ALL_TRANSFORMS),
+    "gradient": (_gradient, ALL_TRANSFORMS),
     "tangent": (_tangent, (_same, _square, _reverse, _vmap, _jacrev, _vjp, _checkpoint, _graph)),
     "batched gradients": (_batched_gradients, (_same, _square, _vmap, _checkpoint, _graph)),
     "jacobian, vectorised": (
@@ -183,7 +187,7 @@ OUTER = {
 
 
 def _checkpoint_has_forward_mode() -> bool:
-    """torch 2.10's has none, whatever is under it."""
+    """Return whether torch's checkpoint supports forward mode. In torch 2.10 it does not."""
     try:
         return _tangent(_checkpoint(lambda x: x.sin().sum()), torch.ones(3)) is not None
     except NotImplementedError:
@@ -204,10 +208,12 @@ def _assert_reference(transform, outer, name):
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("outer", OUTER)
-def test_compositions_of_two_transforms(outer, name):
-    """Each outermost step on each transform, among them compositions in which the upstream gradient depends on the input."""
+def test_outermost_steps_on_transforms_match_the_reference(outer, name):
+    """Apply each outermost step to each transform, also to those whose upstream gradient depends on
+    the input.
+    """
     step, transforms = OUTER[outer]
-    if outer == "linearise" and name.startswith(("truncated_svd", "svd_kd")):  # plain torch gives NaN there
+    if outer == "linearise" and name.startswith(("truncated_svd", "svd_kd")):  # plain torch gives NaN here
         with pytest.raises(NotImplementedError, match=r"take torch\.func\.jvp"):
             step(lambda y: OPS[name][0](kd, y), _input(*OPS[name][1]))
         return
@@ -216,12 +222,12 @@ def test_compositions_of_two_transforms(outer, name):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_compositions_of_transforms_of_torch_func(name):
-    for a, b in itertools.product(OF_FUNC, repeat=2):
+def test_compositions_of_two_torch_func_transforms_match_the_reference(name):
+    for a, b in itertools.product(FUNC_TRANSFORMS, repeat=2):
         _assert_reference(lambda f, a=a, b=b: a(b(f)), OUTER["value"][0], name)
 
 
-def _third(f, x):
+def _third_derivative(f, x):
     x = x.clone().requires_grad_()
     y = f(x)
     for seed in (1, 2):
@@ -230,13 +236,13 @@ def _third(f, x):
 
 
 @pytest.mark.parametrize("name", [n for n in OPS if not n.startswith(("align", "svd_kd"))])
-def test_third_derivatives(name):
-    _assert_reference(_square, _third, name)
+def test_third_derivatives_match_the_reference(name):
+    _assert_reference(_square, _third_derivative, name)
 
 
 @pytest.mark.parametrize("name", ["temperature_kl", "attention_pool", "attention_transfer_loss", "truncated_svd", "align_singular_vectors"])
-def test_raw_ops_have_no_tangent_to_lose(name):
-    """An op that is called past its public function under forward mode says so."""
+def test_raw_ops_raise_in_forward_mode(name):
+    """An op that is called directly, not through its public function, raises in forward mode."""
     ops = torch.ops.kdkernels
     x = torch.rand(2, 3, 4, dtype=torch.float64)
     calls = {

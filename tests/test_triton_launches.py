@@ -1,8 +1,12 @@
-"""The Triton launchers, rehearsed for GPUs that are not there: every launch is one that a driver takes, and every kernel compiles without spills.
+"""Launches of the Triton kernels for GPUs that are not present.
 
-No kernel runs and no result is computed here; the tests in Triton's interpreter compute results. triton_launches.py says what is checked of a call.
-For sm_90 all calls are rehearsed: the cases of the other tests, shapes as in training and tensors beyond 32 bits. Kernels are translated by Triton's
-front end, and the main variants are compiled to the end, in float64 too. For the other targets the main variants alone are compiled, without float64.
+A driver would accept every launch, and kernels compile without spills.
+
+No kernel runs and no result is computed here; the tests in Triton's interpreter compute results.
+triton_launches.py documents the checks. For sm_90 all calls are made: the cases of the other tests,
+shapes as in training and tensors beyond 32 bits. Kernels are translated by Triton's front end, and
+the main variants are compiled to machine code, also in float64. For the other targets only the main
+variants are compiled, without float64.
 """
 
 import ast
@@ -16,11 +20,12 @@ import pytest
 pytest.importorskip("triton")
 import triton_launches
 
-# The kernels must be compiled, not interpreted: a process of its own, because TRITON_INTERPRET is read at import.
+# Run in a separate process, because Triton reads TRITON_INTERPRET at import, and the kernels must
+# be compiled here, not interpreted.
 SCRIPT = Path(triton_launches.__file__)
 
 
-def _rehearse(targets: str, calls: str, ops: list[str], cache: Path) -> str:
+def _check_launches(targets: str, calls: str, ops: list[str], cache: Path) -> str:
     root = SCRIPT.parent.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
@@ -29,19 +34,19 @@ def _rehearse(targets: str, calls: str, ops: list[str], cache: Path) -> str:
     return run.stdout
 
 
-# Two processes of about the same length.
+# Two processes that take about the same time.
 @pytest.mark.parametrize("ops", [("temperature_kl",), ("attention_pool", "rbf_correlation", "truncated_svd")], ids=" ".join)
-def test_every_case_can_be_launched(ops, pytestconfig):
-    print(_rehearse("sm_90", "main,double,shapes,cases,large", list(ops), pytestconfig.cache.mkdir("triton")))
+def test_every_call_can_be_launched(ops, pytestconfig):
+    print(_check_launches("sm_90", "main,double,shapes,cases,large", list(ops), pytestconfig.cache.mkdir("triton")))
 
 
 OTHER_TARGETS = ["sm_80", "sm_100", "gfx942"]
 if triton_launches.STACK:
-    OTHER_TARGETS.remove("gfx942")  # Triton 3.6's own compiler fails an assertion on pointers chosen by `if` (README says so)
+    OTHER_TARGETS.remove("gfx942")  # Triton 3.6's compiler fails an assertion if a pointer is chosen by `if` (see README.md)
 
 
-def test_the_main_variants_compile_for_every_target(pytestconfig):
-    lines = _rehearse(",".join(OTHER_TARGETS), "main", [], pytestconfig.cache.mkdir("triton")).splitlines()
+def test_main_variants_compile_for_every_target(pytestconfig):
+    lines = _check_launches(",".join(OTHER_TARGETS), "main", [], pytestconfig.cache.mkdir("triton")).splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{target} {kernel}" for target in OTHER_TARGETS for kernel in sorted(KERNELS)]
     assert all(" 0 compiled" not in line for line in lines)
 
@@ -55,13 +60,15 @@ KERNELS = [
 
 
 def _constants(tree: ast.Module) -> set[str]:
-    """The names of a module's tl.constexpr objects."""
+    """Return the names of a module's tl.constexpr objects."""
     values = [(n.targets[0] if isinstance(n, ast.Assign) else n.target, n.value) for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
     return {target.id for target, value in values if value is not None and ast.unparse(value).startswith("tl.constexpr(")}
 
 
 def _constants_before_tensors(tree: ast.Module, constants: set[str]) -> list[str]:
-    """The arithmetic whose left side consists of such constants alone, and whose right side does not."""
+    """Return the operations whose left operand consists of these constants only, and whose right
+    operand does not.
+    """
 
     def names(node: ast.expr) -> set[str]:
         return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -70,8 +77,10 @@ def _constants_before_tensors(tree: ast.Module, constants: set[str]) -> list[str
     return [ast.unparse(o) for o in operations if names(o.left) and names(o.left) <= constants and names(o.right) - constants]
 
 
-def test_constants_stand_behind_tensors():
-    """The interpreter of Triton 3.8 makes constant * tensor a value that it cannot compare; tensor * constant is right in every release."""
+def test_constants_are_the_right_operand_of_tensors():
+    """In the interpreter of Triton 3.8, the result of constant * tensor cannot be compared; tensor
+    * constant works in every release.
+    """
     wrong = ast.parse("A = tl.constexpr(2.0)\ndef f(x):\n    return (1 - A) * x < A * A * x, x * (A * A)")
     assert _constants_before_tensors(wrong, _constants(wrong)) == ["(1 - A) * x", "A * A * x"]
     trees = {path.name: ast.parse(path.read_text()) for path in (SCRIPT.parent.parent / "kdkernels" / "triton").glob("*.py")}
@@ -82,18 +91,18 @@ def test_constants_stand_behind_tensors():
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (1, 65536, 1), (1, 1, 65536), (2**31, 1, 1), (2**20, 2**11, 1)])
-def test_a_grid_that_a_driver_refuses_is_an_error(grid):
+def test_grid_that_a_driver_rejects_raises(grid):
     with pytest.raises(AssertionError, match="kernel"):
-        triton_launches.StandIn("sm_90").check("kernel", grid, ())
+        triton_launches.FakeDriver("sm_90").check("kernel", grid, ())
 
 
-def test_a_tensor_of_another_device_is_an_error():
+def test_tensor_on_another_device_raises():
     with triton_launches.FakeTensorMode():
         x = triton_launches.torch.empty(2, device="cuda:1")
-    stand_in = triton_launches.StandIn("sm_90")
+    fake_driver = triton_launches.FakeDriver("sm_90")
     with pytest.raises(AssertionError, match="takes a tensor of cuda:1"):
-        stand_in.check("kernel", (1, 1, 1), (x,))
+        fake_driver.check("kernel", (1, 1, 1), (x,))
     with pytest.raises(AssertionError, match="takes a tensor of cuda:1"):
-        stand_in.check("kernel", (1, 1, 1), (3, (x, 1)))
-    with stand_in.current(x.device):
-        stand_in.check("kernel", (1, 1, 1), (x, (x, 1)))
+        fake_driver.check("kernel", (1, 1, 1), (3, (x, 1)))
+    with fake_driver.current(x.device):
+        fake_driver.check("kernel", (1, 1, 1), (x, (x, 1)))

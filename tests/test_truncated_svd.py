@@ -1,12 +1,12 @@
-"""truncated_svd forward: against LAPACK in float64, known answers and properties."""
+"""The forward pass of truncated_svd against LAPACK in float64, known values and properties."""
 
 import pytest
 import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix_cases import LAYOUTS, SHAPES, kinds, laid_out, with_singular_values
-from svd_checks import check, check_left_out, check_signs
+from matrix_cases import LAYOUTS, SHAPES, named_matrices, with_layout, with_singular_values
+from svd_checks import check_omitted_matrices, check_signs, check_triplets
 from tolerances import rounding
 
 from kdkernels import feature_svd, reference, truncated_svd
@@ -20,17 +20,17 @@ DTYPES = [torch.float32, torch.float64]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_lapack(shape, dtype, svd):
     device = svd.device
-    for name, exact in kinds(*shape).items():
+    for name, exact in named_matrices(*shape).items():
         x = exact.to(dtype).to(device)
         for k in sorted({1, min(2, *shape), min(5, *shape), min(*shape)} if max(shape) < 60 else {1, 4}):
-            if not svd.takes(*shape, k):
+            if not svd.supports(*shape, k):
                 continue
             for layout in LAYOUTS if name == "relu" else LAYOUTS[:2]:
-                given = laid_out(x, layout)
+                given = with_layout(x, layout)
                 u, s, v = svd(given, k, return_u=True)
                 assert (u.dtype, s.dtype, v.dtype) == (dtype,) * 3
                 try:
-                    check(x, k, u, s, v)
+                    check_triplets(x, k, u, s, v)
                     check_signs(v)
                 except AssertionError as error:
                     raise AssertionError(f"{name}, k = {k}, {layout}: {error}") from error
@@ -41,10 +41,12 @@ def test_against_lapack(shape, dtype, svd):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(300, 280, 8), (200, 196, 4), (130, 500, 2), (290, 300, 12), (700, 130, 1)])
-def test_large(m, n, k, svd):
-    """The Krylov tier where it works, where it gives up, and sizes past it."""
+def test_large_matrices(m, n, k, svd):
+    """Matrices for which the Krylov algorithm converges, fails to converge, or is not used because
+    of their size.
+    """
     device = svd.device
-    if not svd.takes(m, n, k):
+    if not svd.supports(m, n, k):
         pytest.skip("the Triton route has no room for so many vectors")
     g = torch.Generator().manual_seed(3)
     near = torch.cat([torch.linspace(1, 0.999, 12), torch.full((min(m, n) - 12,), 0.998)])
@@ -53,12 +55,12 @@ def test_large(m, n, k, svd):
     batch += [with_singular_values(near, m, n), with_singular_values(copies, m, n), torch.eye(m, n).double(), 1e30 * torch.ones(m, n).double()]
     x = torch.stack(batch).float().to(device)
     for layout in ("rows", "columns"):
-        u, s, v = svd(laid_out(x, layout), k, return_u=True)
-        check(x, k, u, s, v)
+        u, s, v = svd(with_layout(x, layout), k, return_u=True)
+        check_triplets(x, k, u, s, v)
         check_signs(v)
 
 
-def test_known_answers(svd):
+def test_known_values(svd):
     device = svd.device
     x = torch.tensor([[3.0, 0], [0, 2], [0, 0]], device=device)
     u, s, v = svd(x, 2, return_u=True)
@@ -70,7 +72,7 @@ def test_known_answers(svd):
     torch.testing.assert_close(v, torch.eye(3, 1, device=device))
 
 
-def test_sign_follows_the_lowest_of_equals(svd):
+def test_sign_is_that_of_the_first_of_tied_entries(svd):
     device = svd.device
     v = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, device=device)
     for flipped in (v, -v):
@@ -79,14 +81,14 @@ def test_sign_follows_the_lowest_of_equals(svd):
         assert abs(got[0, 0].item()) == pytest.approx(0.5)
         check_signs(got)
         torch.testing.assert_close(u @ torch.linalg.svdvals(x)[:1, None] @ got.mT, x)
-    _, _, free = svd(x, 1, sign=None)
-    torch.testing.assert_close(free.abs(), got.abs())
+    _, _, unsigned = svd(x, 1, sign=None)
+    torch.testing.assert_close(unsigned.abs(), got.abs())
 
 
 @pytest.mark.parametrize("kernels", ["fastest", "cuda"])
 @given(m=st.integers(1, 40), n=st.integers(1, 40), data=st.data())
 def test_any_matrix(kernels, m, n, data):
-    """Entries of any size, many of them equal or zero."""
+    """Entries of any magnitude, many of them equal or zero."""
     k = data.draw(st.integers(1, min(m, n)))
     exponent = data.draw(st.integers(-30, 30))
     pool = data.draw(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=6))
@@ -94,13 +96,15 @@ def test_any_matrix(kernels, m, n, data):
     choice = torch.randint(len(pool), (2, m, n), generator=torch.Generator().manual_seed(seed))
     x = (torch.tensor(pool, dtype=torch.float64)[choice] * 10.0**exponent).float()
     u, s, v = implementation(kernels)(truncated_svd)(x, k, return_u=True)
-    check(x, k, u, s, v)
+    check_triplets(x, k, u, s, v)
     check_signs(v)
 
 
 @given(seed=st.integers(0, 1000), m=st.integers(2, 30), n=st.integers(2, 30), scale=st.floats(0.01, 100))
 def test_invariances(seed, m, n, scale):
-    """Rotated or permuted rows leave v; permuted columns permute it; scale goes to s; u and v change places with the sides."""
+    """Rotating or permuting rows does not change v, permuting columns permutes v, scaling scales s,
+    and transposing swaps u and v.
+    """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(m, n, generator=g, dtype=torch.float64)
     k = min(2, m, n)
@@ -108,10 +112,10 @@ def test_invariances(seed, m, n, scale):
     tol = 1e-12 * float(squares[0] / (squares[:-1] - squares[1:]).min()) + 1e-12 * float(squares[0] / squares[k - 1])
     u, s, v = truncated_svd(x, k, return_u=True)
     rows, columns = torch.randperm(m, generator=g), torch.randperm(n, generator=g)
-    turn = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
     close = {"rtol": 0, "atol": min(tol, 0.5)}
     torch.testing.assert_close(truncated_svd(x[rows], k)[2], v, **close)
-    torch.testing.assert_close(truncated_svd(turn @ x, k)[2].abs(), v.abs(), **close)
+    torch.testing.assert_close(truncated_svd(rotation @ x, k)[2].abs(), v.abs(), **close)
     torch.testing.assert_close(truncated_svd(x[:, columns], k)[2], v[columns], **close)
     torch.testing.assert_close(truncated_svd(scale * x, k)[1], scale * s, rtol=1e-12, atol=0)
     torch.testing.assert_close(truncated_svd(x.mT, k)[2].abs(), u.abs(), **close)
@@ -119,14 +123,14 @@ def test_invariances(seed, m, n, scale):
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (70, 130)], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_a_bad_matrix_that_a_loss_leaves_out_gets_no_gradient(shape, k, svd):
-    check_left_out(svd, 37, shape, k, torch.float32)
-    check_left_out(svd, 3, shape, k, torch.float64)
+def test_invalid_matrix_omitted_by_a_loss_gets_no_gradient(shape, k, svd):
+    check_omitted_matrices(svd, 37, shape, k, torch.float32)
+    check_omitted_matrices(svd, 3, shape, k, torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (140, 130)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, svd):
+def test_invalid_matrix_does_not_affect_other_matrices(shape, dtype, svd):
     device = svd.device
     x = torch.randn(37, *shape, dtype=dtype, device=device)
     broken = x.clone()
@@ -135,17 +139,17 @@ def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, svd):
     bad = [3, 18, 36]
     good = [i for i in range(37) if i not in (*bad, 7)]
     for layout in ("rows", "columns"):
-        clean = svd(laid_out(x, layout), 2, return_u=True)
-        got = svd(laid_out(broken, layout), 2, return_u=True)
+        clean = svd(with_layout(x, layout), 2, return_u=True)
+        got = svd(with_layout(broken, layout), 2, return_u=True)
         for a, b in zip(clean, got, strict=True):
             assert torch.equal(a[good], b[good])
             assert b[bad].isnan().all()
             assert b[7].isfinite().all()
-        given = laid_out(broken, layout).detach().requires_grad_()
+        given = with_layout(broken, layout).detach().requires_grad_()
         u, s, v = svd(given, 2, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert given.grad[bad].isnan().flatten(1).any(1).all()
-        whole = laid_out(x, layout).detach().requires_grad_()
+        whole = with_layout(x, layout).detach().requires_grad_()
         u, s, v = svd(whole, 2, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert torch.equal(given.grad[good], whole.grad[good])
@@ -153,11 +157,13 @@ def test_a_bad_matrix_leaves_the_others_alone(shape, dtype, svd):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "ks"), [(20, 12, (1, 12)), (12, 40, (2, 12)), (150, 120, (2,))])
-def test_same_bits_for_any_batch_and_threads(m, n, ks, dtype):
-    """Of all spectra together: flat ones, those that are decomposed by rounds, in another type or in a unit of their own, and a broken one."""
-    named = kinds(m, n)
-    some = ("relu", "graded", "spread", "1e-30", "zero", "outlier", "near cluster", "low rank and noise", "one huge")
-    x = torch.cat([named[name] for name in some]).to(dtype)
+def test_bits_do_not_depend_on_batch_and_threads(m, n, ks, dtype):
+    """The batch mixes spectra: flat ones, matrices that are recomputed, scaled or computed in
+    another dtype, and one with a NaN.
+    """
+    named = named_matrices(m, n)
+    names = ("relu", "graded", "spread", "1e-30", "zero", "outlier", "near cluster", "low rank and noise", "one huge")
+    x = torch.cat([named[name] for name in names]).to(dtype)
     x[4, 0, 0] = float("nan")
     count, threads = len(x), torch.get_num_threads()
     order = torch.randperm(count)
@@ -168,7 +174,7 @@ def test_same_bits_for_any_batch_and_threads(m, n, ks, dtype):
         (v[..., 0, :] ** 2 + u[..., 1, :] * s).sum().backward()
         return [t.detach() for t in (u, s, v)] + [given.grad]
 
-    def joined(parts):
+    def concatenate(parts):
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
     for k in ks:
@@ -179,23 +185,23 @@ def test_same_bits_for_any_batch_and_threads(m, n, ks, dtype):
             whole = run(x, k)
         finally:
             torch.set_num_threads(threads)
-        sevens = joined([run(x[i : i + 7], k) for i in range(0, count, 7)])
-        ones = joined([run(x[i : i + 1], k) for i in range(0, count, 4)])
+        batches_of_seven = concatenate([run(x[i : i + 7], k) for i in range(0, count, 7)])
+        batches_of_one = concatenate([run(x[i : i + 1], k) for i in range(0, count, 4)])
         permuted = run(x[order], k)
         for i, t in enumerate(whole):
-            for other, expected in ((single[i], t), (sevens[i], t), (permuted[i], t[order]), (ones[i], t[::4])):
+            for other, expected in ((single[i], t), (batches_of_seven[i], t), (permuted[i], t[order]), (batches_of_one[i], t[::4])):
                 torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_is_computed_in_float(dtype, svd):
+def test_half_precision_is_computed_in_float32(dtype, svd):
     device = svd.device
     x = torch.randn(5, 40, 24, device=device).relu().to(dtype)
     for layout in ("rows", "columns", "part"):
-        given = laid_out(x, layout).detach().requires_grad_()
+        given = with_layout(x, layout).detach().requires_grad_()
         u, s, v = svd(given, 3, return_u=True)
         assert (u.dtype, s.dtype, v.dtype) == (torch.float32,) * 3
-        check(x, 3, u, s, v)
+        check_triplets(x, 3, u, s, v)
         wide = x.double().requires_grad_()
         (v[..., 0, :].sum() + s.sum()).backward()
         _, true_s, true_v = reference.truncated_svd(wide, 3)
@@ -205,16 +211,16 @@ def test_half_is_computed_in_float(dtype, svd):
         assert error <= rounding(dtype) + 1e-3 * (dtype == torch.float16)
 
 
-def test_many_batch_dimensions_and_none(svd):
+def test_any_number_of_batch_dimensions(svd):
     device = svd.device
     x = torch.randn(2, 3, 4, 9, 6, device=device)
     u, s, v = svd(x, 2, return_u=True)
     assert (u.shape, s.shape, v.shape) == ((2, 3, 4, 9, 2), (2, 3, 4, 2), (2, 3, 4, 6, 2))
-    check(x, 2, u, s, v)
+    check_triplets(x, 2, u, s, v)
     swapped = x.transpose(0, 2)
-    check(swapped, 2, *svd(swapped, 2, return_u=True))
+    check_triplets(swapped, 2, *svd(swapped, 2, return_u=True))
     expanded = x[:1].expand(5, 3, 4, 9, 6)
-    check(expanded, 2, *svd(expanded, 2, return_u=True))
+    check_triplets(expanded, 2, *svd(expanded, 2, return_u=True))
     single = svd(x[0, 0, 0], 2)
     torch.testing.assert_close(single[2], v[0, 0, 0])
     for shape in ((0, 5, 3), (2, 0, 3, 5)):
@@ -233,17 +239,17 @@ def test_feature_svd(channels_last, svd):
     u, s, v = svd.features(features, 3, return_u=True)
     matrix = features.detach().flatten(2).transpose(1, 2)
     assert (u.shape, v.shape) == ((4, 30, 3), (4, 24, 3))
-    check(matrix, 3, u, s, v)
+    check_triplets(matrix, 3, u, s, v)
     v.square().sum(1).mul(torch.arange(3, device=device)).sum().backward()
     assert features.grad.stride() == features.stride()
-    if device == "cpu":  # nothing as large as the features is made: the matrices are read where they lie
+    if device == "cpu":  # the features are read in place, without a copy
         with torch.profiler.profile(profile_memory=True) as profile:
             svd.features(features.detach(), 1)
         assert not any(event.key in ("aten::copy_", "aten::clone", "aten::contiguous") for event in profile.key_averages())
 
 
-def test_result_layout(svd):
-    """Each vector is contiguous, so that what comes next reads it without a copy."""
+def test_vectors_are_contiguous(svd):
+    """Each vector is contiguous, so later ops can read it without a copy."""
     device = svd.device
     u, _, v = svd(torch.randn(3, 9, 5, device=device), 2, return_u=True)
     assert u.mT.is_contiguous()
@@ -288,13 +294,15 @@ def test_errors():
         op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)
 
 
-def test_some_ill_conditioned_matrices_in_a_batch_of_any_shape(svd):
-    """Those that are done again in double land where they belong, whatever the batch dimensions are."""
+def test_ill_conditioned_matrices_in_batches_of_any_shape(svd):
+    """The results of matrices that are recomputed in float64 are stored at the right positions, for
+    any batch dimensions.
+    """
     device = svd.device
     x = torch.randn(6, 20, 9, device=device).relu()
     x[[1, 4]] = with_singular_values(10.0 ** -torch.arange(9), 20, 9).float().to(device)
     flat = svd(x, 4, return_u=True)
-    check(x, 4, *flat)
+    check_triplets(x, 4, *flat)
     for a, b in zip(svd(x.view(2, 3, 20, 9), 4, return_u=True), flat, strict=True):
         assert torch.equal(a.flatten(0, 1), b)
     gradients = []

@@ -1,10 +1,12 @@
-"""Which sign a singular vector gets where entries tie, and which vector a teacher's finds where cosines do: decided by position, not by rounding."""
+"""Ties: the sign of a singular vector with tied entries, and the match of a teacher's vector with
+tied cosines. Ties are decided by position, not by rounding.
+"""
 
 import pytest
 import testing_ops  # noqa: F401  registers the implementation "cuda" on CPU tensors
 import torch
 from conftest import SVD
-from matrix_cases import laid_out
+from matrix_cases import with_layout
 
 from kdkernels import align_singular_vectors, reference, truncated_svd
 from kdkernels.testing import implementation
@@ -13,7 +15,9 @@ IMPLEMENTATIONS = ["fastest", "cuda", "torch"]
 
 
 def _tied(m, n, near=0.0, seed=0):
-    """Matrices whose first right vectors have two entries each of one largest magnitude and of other signs: the first is `near` below the second."""
+    """Return matrices whose first right singular vector has two entries of largest magnitude with
+    opposite signs. The magnitude of the first is smaller by the fraction `near`.
+    """
     g = torch.Generator().manual_seed(seed)
     batch = []
     for _ in range(5):
@@ -29,13 +33,13 @@ def _tied(m, n, near=0.0, seed=0):
 
 def _signs(x, k=1, kernels="fastest", **options):
     _, _, v = implementation(kernels)(truncated_svd)(x, k, **options)
-    size = v[..., 0].abs()
-    first = (size >= (1 - 1e-4) * size.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    magnitude = v[..., 0].abs()
+    first = (magnitude >= (1 - 1e-4) * magnitude.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
     assert (v[..., 0].gather(-1, first) > 0).all()
     return v[..., 0].sign()
 
 
-def test_known_answer():
+def test_known_value():
     x = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     for kernels in IMPLEMENTATIONS:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -47,8 +51,10 @@ def test_known_answer():
 
 @pytest.mark.parametrize(("m", "n"), [(9, 6), (6, 9), (30, 17), (100, 90)])
 @pytest.mark.parametrize("near", [0.0, 1e-5, 5e-5, 2e-4], ids=str)
-def test_the_same_signs_everywhere(m, n, near):
-    """For any k, batch, type, layout and implementation, and for both signs of a matrix: also where the tie is not quite one, or none."""
+def test_signs_are_the_same_for_any_call(m, n, near):
+    """The signs do not depend on k, batch, dtype, layout, implementation, and the sign of the
+    matrix, also for a near tie and for no tie.
+    """
     x = _tied(m, n, near)
     expected = _signs(x)
     for kernels in IMPLEMENTATIONS:
@@ -57,15 +63,15 @@ def test_the_same_signs_everywhere(m, n, near):
             for k in (1, 2, min(m, n)) if n < 50 else (1, 2):
                 assert torch.equal(_signs(given, k, kernels=kernels).double(), expected)
             for layout in ("columns", "neither"):
-                assert torch.equal(_signs(laid_out(given, layout), kernels=kernels).double(), expected)
+                assert torch.equal(_signs(with_layout(given, layout), kernels=kernels).double(), expected)
             assert torch.equal(_signs(-given, kernels=kernels).double(), expected)
             assert torch.equal(_signs(given, return_u=True, kernels=kernels).double(), expected)
             assert torch.equal(torch.stack([_signs(own, kernels=kernels) for own in given]).double(), expected)
-    half = x.bfloat16()  # whose own numbers decide
+    half = x.bfloat16()  # the rounded entries decide
     assert torch.equal(_signs(half), _signs(half.double()).float())
 
 
-def test_in_triton(monkeypatch):
+def test_signs_and_matches_in_triton(monkeypatch):
     pytest.importorskip("triton")
     svd = SVD("cuda" if torch.cuda.is_available() else "cpu", "triton")
     for near in (0.0, 3e-5, 1e-3):
@@ -79,7 +85,10 @@ def test_in_triton(monkeypatch):
 
 
 def _equal_cosines(dtype=torch.float32):
-    """Student's vectors at 45 degrees to either side of the teacher's, up to a rounding in favour of the second."""
+    """Return two student vectors at 45 degrees to either side of the teacher's.
+
+    Rounding favours the second.
+    """
     teacher = torch.tensor([[1.0], [0.0], [0.0]], dtype=dtype)
     root = 0.5**0.5
     student = torch.tensor([[root, root + 1e-7, 0.1], [root, -root, 0.0], [0.0, 0.0, 1.0]], dtype=dtype)
@@ -88,12 +97,12 @@ def _equal_cosines(dtype=torch.float32):
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_tie_of_cosines(kernels, dtype):
+def test_tied_cosines_match_the_first_vector(kernels, dtype):
     teacher, student = _equal_cosines(dtype)
     for own in (student, student * torch.tensor([1.0, -1.0, 1.0], dtype=dtype)):
         s, _t = implementation(kernels)(align_singular_vectors)(own, teacher)
         torch.testing.assert_close(s[..., 0], own[..., 0], rtol=0, atol=0)
         torch.testing.assert_close(reference.align_singular_vectors(own, teacher)[0], s)
     better = student.clone()
-    better[0, 1] += 1e-4  # no tie
+    better[0, 1] += 1e-4  # not a tie
     torch.testing.assert_close(align_singular_vectors(better, teacher, kernels=kernels)[0][..., 0], better[..., 1], rtol=0, atol=0)

@@ -1,9 +1,9 @@
-"""The stages of the CPU kernel, each by itself, against float64."""
+"""The stages of the CPU kernel, each compared with float64."""
 
 import pytest
 import testing_ops  # noqa: F401  registers the ops
 import torch
-from matrix_cases import LAYOUTS, kinds, laid_out
+from matrix_cases import LAYOUTS, named_matrices, with_layout
 from tolerances import rounding
 
 OPS = torch.ops.kdkernels
@@ -12,7 +12,9 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def _psd(batch: int, p: int, dtype: torch.dtype) -> torch.Tensor:
-    """Symmetric positive semi-definite, of trace 1: Gram matrices, one of rank 1, one of zeros, one diagonal, one identity."""
+    """Return symmetric positive semi-definite matrices of trace 1: Gram matrices, one of rank 1,
+    one of zeros, one diagonal, one identity.
+    """
     g = torch.randn(batch, p, p + 1, dtype=torch.float64)
     g = g @ g.mT
     v = torch.randn(p, 1, dtype=torch.float64)
@@ -34,9 +36,9 @@ def _tridiagonal(d, e):
 def test_gram(p, dtype):
     for q in (p, p + 1, 3 * p + 5, 2100 if p == 17 else p + 16):
         x = torch.randn(3, p, q, dtype=dtype)
-        for given in [laid_out(x, layout) for layout in LAYOUTS] + [laid_out(x, layout).mT for layout in LAYOUTS]:
+        for given in [with_layout(x, layout) for layout in LAYOUTS] + [with_layout(x, layout).mT for layout in LAYOUTS]:
             got = OPS._svd_gram(given)
-            small = (given.mT if given.shape[1] >= given.shape[2] else given).double()  # small side first
+            small = (given.mT if given.shape[1] >= given.shape[2] else given).double()  # smaller side first
             exact = (small @ small.mT).tril()
             scale = small.norm(dim=2)[:, :, None] * small.norm(dim=2)[:, None]
             assert ((got.double() - exact).abs() <= rounding(dtype) * (8 + q**0.5 / 2) * scale).all()
@@ -65,18 +67,19 @@ def test_bisection(p, dtype):
     for k in sorted({1, min(2, p), min(7, p), p}):
         got = OPS._svd_bisection(d, e, k).double()
         exact = torch.linalg.eigvalsh(_tridiagonal(d.double(), e.double())).flip(-1)[:, :k]
-        # Double: a pivot's division rounds, so counts are those of a matrix that differs by roundings of its norm, about 1.
+        # Rounding errors of the pivots have the effect of a perturbation of the matrix by a few
+        # roundings of its norm, which is about 1.
         assert ((got - exact.clamp_min(0)).abs() <= 8 * rounding(dtype)).all()
 
 
 @pytest.mark.parametrize("p", SIZES)
 def test_inverse_iteration(p):
-    """Orthonormal, and T x = lambda x to rounding, whatever the gaps."""
+    """The vectors are orthonormal, and T x = lambda x up to rounding, for any gaps."""
     d, e, _ = OPS._svd_tridiagonal(_psd(19, p, torch.float64))
     t = _tridiagonal(d, e)
     k = min(p, 9)
     exact = torch.linalg.eigvalsh(t).flip(-1)[:, :k].contiguous()
-    for noise in (0.0, 6e-8):  # eigenvalues as bisection leaves them in double, and in float
+    for noise in (0.0, 6e-8):  # eigenvalues with the accuracy of bisection in float64 and in float32
         values, x = OPS._svd_inverse_iteration(d, e, exact * (1 + noise))
         assert ((x @ x.mT - torch.eye(k, dtype=torch.float64)).abs() <= 1e-13 * p).all()
         assert ((x @ t - values[..., None] * x).norm(dim=-1) <= (1e-14 if noise == 0 else 2e-8) * p).all()
@@ -85,9 +88,11 @@ def test_inverse_iteration(p):
 
 @pytest.mark.parametrize(("m", "n"), [(9, 5), (24, 24), (40, 130), (130, 60)])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_tiers_agree(m, n, k):
-    """The Krylov tier on matrices that are not large: converged, given up, out of range and broken ones."""
-    for name, exact in kinds(m, n).items():
+def test_krylov_algorithm_agrees_with_lapack(m, n, k):
+    """The Krylov algorithm on small matrices: it converges or not, and some matrices are out of
+    range or contain a NaN.
+    """
+    for name, exact in named_matrices(m, n).items():
         x = exact.float()
         s, _ = OPS._svd_tier(x, k, True)
         expected = torch.linalg.svdvals(exact.float().double())[:, :k]
@@ -101,7 +106,9 @@ def test_tiers_agree(m, n, k):
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("eps", [1e-2, 1e-6])
 def test_resolvent(p, eps):
-    """Re[(lambda + i eps - T)^-1] is x / (x^2 + eps^2) on every eigenvector, at, near and far from an eigenvalue."""
+    """Re[(lambda + i eps - T)^-1] multiplies each eigenvector by x / (x^2 + eps^2), for lambda
+    equal to, near and far from an eigenvalue.
+    """
     d, e, _ = OPS._svd_tridiagonal(_psd(19, p, torch.float64))
     mu, q = torch.linalg.eigh(_tridiagonal(d, e))
     r = torch.randn(19, p, dtype=torch.float64)
@@ -110,13 +117,13 @@ def test_resolvent(p, eps):
         factor = x / (x**2 + eps**2)
         expected = (q @ (factor * (q.mT @ r[..., None])[..., 0])[..., None])[..., 0]
         got = OPS._svd_resolvent(d, e, shift.contiguous(), eps, r)
-        # A rounding of T moves x by 1e-16, and the factor by that over eps^2.
+        # Rounding T changes x by 1e-16, and the factor by 1e-16 / eps^2.
         assert ((got - expected).norm(dim=1) <= (1e-13 + 4e-16 * p / eps) * expected.norm(dim=1) + 1e-15 * p / eps**2 * r.norm(dim=1)).all()
     zeros = torch.zeros(1, p, dtype=torch.float64)
     assert torch.equal(OPS._svd_resolvent(zeros, zeros[:, 1:], zeros[:, 0].contiguous(), 0.0, r[:1]), zeros)
 
 
-def test_bad_calls_are_refused():
+def test_invalid_calls_raise():
     x, d, e, values = torch.randn(2, 4, 4), torch.rand(2, 4).double(), torch.rand(2, 3).double(), torch.rand(2, 2).double()
     eye = torch.eye(4).expand(2, 4, 4)
     for bad in (torch.randn(4, 4), torch.randn(4), torch.randn(2, 0, 4), torch.randn(2, 4, 0), torch.ones(2, 4, 4, dtype=torch.int64)):
@@ -143,5 +150,5 @@ def test_bad_calls_are_refused():
         with pytest.raises((TypeError, ValueError), match=f"{name} must"):
             op(*arguments)
     assert [t.shape[0] for t in OPS._svd_tier(x[:0], 1, False)] == [0, 0]
-    strided = torch.rand(4, 4).double().T[::2]  # read by their strides
+    strided = torch.rand(4, 4).double().T[::2]  # read in place with their strides
     assert torch.equal(OPS._svd_bisection(strided, e, 2), OPS._svd_bisection(strided.contiguous(), e, 2))

@@ -1,10 +1,13 @@
-"""The Triton kernels of truncated_svd and align_singular_vectors in the interpreter, which is slow: fewer shapes, every kind of matrix."""
+"""The Triton kernels of truncated_svd and align_singular_vectors.
+
+The interpreter is slow, so there are few shapes, but every named matrix.
+"""
 
 import pytest
 import torch
 from conftest import SVD
-from matrix_cases import kinds, laid_out, with_singular_values
-from svd_checks import check, check_left_out, check_signs
+from matrix_cases import named_matrices, with_layout, with_singular_values
+from svd_checks import check_omitted_matrices, check_signs, check_triplets
 from tolerances import rounding
 
 from kdkernels import reference, truncated_svd
@@ -39,25 +42,28 @@ def _upstream(x, k):
         (4, 20, 1, "part", torch.float32),
     ],
 )
-def test_every_kind(m, n, k, layout, dtype, svd):
-    """Against LAPACK in float64; and a gradient that is finite, and that of float64 where values are apart."""
-    named = kinds(m, n)
+def test_every_named_matrix(m, n, k, layout, dtype, svd):
+    """The results agree with LAPACK in float64.
+
+    The gradient is finite, and agrees with float64 if the values are separated.
+    """
+    named = named_matrices(m, n)
     exact = torch.stack([batch[0] for batch in named.values()])
-    x = laid_out(exact.to(dtype).to(svd.device), layout).detach().requires_grad_()
+    x = with_layout(exact.to(dtype).to(svd.device), layout).detach().requires_grad_()
     u, s, v = outputs = svd(x, k, return_u=True)
     for i, name in enumerate(named):
-        own = slice(i, i + 1)
+        sample = slice(i, i + 1)
         try:
-            check(x[own].detach(), k, u[own], s[own], v[own])
-            check_signs(v[own])
+            check_triplets(x[sample].detach(), k, u[sample], s[sample], v[sample])
+            check_signs(v[sample])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     upstream = _upstream(x, k)
     _loss(upstream, outputs).backward()
     assert x.grad.isfinite().all()
     assert layout == "part" or x.grad.stride() == x.stride()
-    wide = x.detach().double().requires_grad_()
-    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
+    float64_input = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(float64_input, k, return_u=True)).backward()
     for i, name in enumerate(named):
         squares = torch.linalg.svdvals(x[i].detach().double()) ** 2
         relative = squares / squares[0]
@@ -66,15 +72,18 @@ def test_every_kind(m, n, k, layout, dtype, svd):
         gap = max(min(gaps.min().item(), relative[k - 1].item()), 1e-100)
         limit = rounding(dtype) * (64 + (m + n) ** 0.5) / gap * (8 if dtype == torch.float64 else 1)
         limit += ((1e-6 if dtype == torch.float32 else 1e-12) / gap) ** 2
-        # torch's own is NaN where discarded values are equal.
-        if limit < 0.1 and 1e-20 < squares[0] < 1e20 and wide.grad[i].isfinite().all():
-            scale = torch.maximum(wide.grad[i].norm(), squares[0] ** -0.5)
-            assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * scale, name
+        # torch's gradient is NaN if discarded values are equal.
+        if limit < 0.1 and 1e-20 < squares[0] < 1e20 and float64_input.grad[i].isfinite().all():
+            scale = torch.maximum(float64_input.grad[i].norm(), squares[0] ** -0.5)
+            assert (x.grad[i].double() - float64_input.grad[i]).norm() <= limit * scale, name
 
 
 def test_without_u(svd):
-    """The route that makes no vectors of the larger side: the same values and vectors, and signs fixed by the eigenvectors' kernel."""
-    named = kinds(11, 6)
+    """Without the vectors of the larger side, another kernel fixes the signs.
+
+    Values and vectors are the same.
+    """
+    named = named_matrices(11, 6)
     x = torch.stack([named[name][0] for name in ("relu", "graded", "zero", "one huge")]).float().to(svd.device)
     x[3, 0, 0] = float("inf")
     _, s, v = svd(x, 3)
@@ -87,36 +96,38 @@ def test_without_u(svd):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
-def test_several_blocks(dtype, svd):
-    """More rows than a block holds, one matrix that takes several rounds, one of half precision's range, one with a NaN."""
+def test_matrices_of_several_blocks(dtype, svd):
+    """More rows than a block holds, with an ill-conditioned matrix that takes several rounds, and
+    one with a NaN.
+    """
     m, n, k = 50, 36, 3
     graded = with_singular_values(10.0 ** -torch.arange(n), m, n)
-    x = torch.stack([kinds(m, n)["relu"][0], graded, kinds(m, n)["gauss"][0]]).to(dtype).to(svd.device).requires_grad_()
+    x = torch.stack([named_matrices(m, n)["relu"][0], graded, named_matrices(m, n)["gauss"][0]]).to(dtype).to(svd.device).requires_grad_()
     broken = x.detach().clone()
     broken[2, 5, 5] = float("nan")
     u, s, v = svd(x, k, return_u=True)
-    check(x.detach(), k, u, s, v)
+    check_triplets(x.detach(), k, u, s, v)
     upstream = _upstream(x, k)
     _loss(upstream, (u, s, v)).backward()
-    wide = x.detach().double().requires_grad_()
-    _loss(upstream, reference.truncated_svd(wide, k, return_u=True)).backward()
-    for i, limit in ((0, 2e3), (2, 1e4)):  # over the smallest gap of squares, about 1 / 10 and 1 / 50
-        assert (x.grad[i].double() - wide.grad[i]).norm() <= limit * rounding(dtype) * wide.grad[i].norm()
+    float64_input = x.detach().double().requires_grad_()
+    _loss(upstream, reference.truncated_svd(float64_input, k, return_u=True)).backward()
+    for i, limit in ((0, 2e3), (2, 1e4)):  # divided by the smallest gap of squares, about 1 / 10 and 1 / 50
+        assert (x.grad[i].double() - float64_input.grad[i]).norm() <= limit * rounding(dtype) * float64_input.grad[i].norm()
     assert x.grad.isfinite().all()
-    given = broken.requires_grad_()
-    bu, bs, bv = svd(given, k, return_u=True)
+    leaf = broken.requires_grad_()
+    bu, bs, bv = svd(leaf, k, return_u=True)
     for a, b in ((u, bu), (s, bs), (v, bv)):
         assert torch.equal(a[:2], b[:2])
         assert b[2].isnan().all()
     _loss(upstream, (bu, bs, bv)).backward()
-    assert torch.equal(given.grad[:2], x.grad[:2])
-    assert given.grad[2].isnan().all()
+    assert torch.equal(leaf.grad[:2], x.grad[:2])
+    assert leaf.grad[2].isnan().all()
 
 
-def test_half_and_missing_state(svd):
+def test_half_precision_and_backward_without_state(svd):
     x = torch.randn(2, 12, 10, device=svd.device).relu().bfloat16().requires_grad_()
     u, s, v = svd(x, 2, return_u=True)
-    check(x.detach(), 2, u, s, v)
+    check_triplets(x.detach(), 2, u, s, v)
     _loss(_upstream(x, 2), (u, s, v)).backward()
     assert x.grad.dtype == torch.bfloat16
     op = torch.ops.kdkernels.truncated_svd_backward
@@ -131,7 +142,7 @@ def test_half_and_missing_state(svd):
     assert empty.grad.shape == empty.shape
 
 
-def test_what_does_not_fit(svd):
+def test_too_large_matrices_raise(svd):
     with pytest.raises(ValueError, match="takes matrices whose smaller side is at most 1024"):
         svd(torch.ones(1, 1025, 1026, device=svd.device), 1)
     with pytest.raises(ValueError, match="takes matrices whose smaller side"):
@@ -152,11 +163,11 @@ def test_align(dtypes, flip, svd):
             outputs = align(*inputs, flip=flip)
             sum((o * torch.cos(torch.arange(o.numel(), device=o.device)).view(o.shape)).sum() for o in outputs).backward()
             results.append([*outputs, *(t.grad for t in inputs if t is not None)])
-        for own, expected in zip(*results, strict=True):
-            torch.testing.assert_close(own.double(), expected.double(), rtol=1e-2 if own.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-2 if actual.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_error_names_missing_requirements(monkeypatch):
     x = torch.ones(1, 3, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 in the environment"):
@@ -167,5 +178,5 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)
-def test_a_bad_matrix_that_a_loss_leaves_out_gets_no_gradient(shape, svd):
-    check_left_out(svd, 3, shape, 2, torch.float32)
+def test_invalid_matrix_omitted_by_a_loss_gets_no_gradient(shape, svd):
+    check_omitted_matrices(svd, 3, shape, 2, torch.float32)

@@ -1,18 +1,20 @@
-"""truncated_svds: several batches of matrices at once are what each is alone, to the bit."""
+"""truncated_svds: each batch of matrices has bitwise the same results as with truncated_svd."""
 
 import pytest
 import torch
-from matrix_cases import kinds
+from matrix_cases import named_matrices
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels import truncated_svds
 
 
 def _batches(device):
-    """More than a launch takes of one kind; one warp a matrix, whole blocks of them and parts; all types; an empty one."""
+    """Return more batches than one launch takes: matrices for one warp and for whole blocks, partly
+    filled blocks, all dtypes, and an empty batch.
+    """
     g = torch.Generator().manual_seed(0)
     xs = [torch.randn(1 + i % 5, 6 + i, 9, generator=g) for i in range(18)]
-    xs += [torch.randn(2, 3, 40, 50, generator=g).relu(), torch.randn(3, 140, 150, generator=g), kinds(12, 7)["graded"].float()]
+    xs += [torch.randn(2, 3, 40, 50, generator=g).relu(), torch.randn(3, 140, 150, generator=g), named_matrices(12, 7)["graded"].float()]
     xs += [torch.randn(3, 20, 12, generator=g, dtype=torch.float64), torch.randn(2, 70, 64, generator=g, dtype=torch.float64)]
     xs += [torch.randn(3, 9, 8, generator=g).bfloat16(), torch.randn(0, 9, 8, generator=g)]
     return [x.to(device) for x in xs]
@@ -25,7 +27,7 @@ def _loss(results):
 
 
 @pytest.mark.parametrize("return_u", [False, True])
-def test_the_same_as_each_alone(return_u, svd):
+def test_results_equal_those_of_separate_calls(return_u, svd):
     together = [x.requires_grad_() for x in _batches(svd.device)]
     alone = [x.requires_grad_() for x in _batches(svd.device)]
     results = svd.decompose_all(together, 3, return_u=return_u)
@@ -41,13 +43,13 @@ def test_the_same_as_each_alone(return_u, svd):
         assert a.grad.isfinite().all()
 
 
-def test_parts_of_the_gradient(svd):
-    """Only some outputs are used, only some inputs ask."""
+def test_gradient_of_some_outputs_and_inputs(svd):
+    """Only some outputs are used, and only some inputs require gradients."""
     x, y, z = (t.requires_grad_() for t in _batches(svd.device)[17:20])
     (_, s, _), (_, _, v), _ = svd.decompose_all([x, y, z.detach()], 2)
-    of_x, of_y = torch.autograd.grad(s.sum() + (v[..., 1] ** 3).sum(), [x, y])
-    assert torch.equal(of_x, torch.autograd.grad(svd(x, 2)[1].sum(), x)[0])
-    assert torch.equal(of_y, torch.autograd.grad((svd(y, 2)[2][..., 1] ** 3).sum(), y)[0])
+    gradient_of_x, gradient_of_y = torch.autograd.grad(s.sum() + (v[..., 1] ** 3).sum(), [x, y])
+    assert torch.equal(gradient_of_x, torch.autograd.grad(svd(x, 2)[1].sum(), x)[0])
+    assert torch.equal(gradient_of_y, torch.autograd.grad((svd(y, 2)[2][..., 1] ** 3).sum(), y)[0])
 
 
 def test_compile(svd):
@@ -74,8 +76,8 @@ def test_errors():
             truncated_svds(xs, k)
 
 
-def test_checkpoint():
-    """Which computes again what a backward reads, and lets it be read once."""
+def test_gradient_with_checkpointing():
+    """Checkpointing recomputes the saved tensors, and allows to unpack them only once."""
     x, y = (torch.randn(shape, requires_grad=True) for shape in ((2, 6, 4), (3, 3, 5)))
 
     def loss(x, y):
@@ -87,8 +89,11 @@ def test_checkpoint():
         assert torch.equal(a, b)
 
 
-def test_members_without_a_gradient(svd):
-    """Some ask for none, one was made in inference mode: their results ask for none either, and nothing of them is kept for the backward."""
+def test_inputs_that_require_no_gradient(svd):
+    """Some inputs require no gradient, and one was created in inference mode.
+
+    Their results require no gradient, and nothing is saved for them.
+    """
     x = torch.randn(2, 6, 4, device=svd.device, requires_grad=True)
     with torch.inference_mode():
         teacher = torch.randn(2, 7, 4, device=svd.device)
@@ -113,8 +118,11 @@ def test_members_without_a_gradient(svd):
     torch.testing.assert_close(torch.autograd.grad((s * t).sum(), weight)[0], 2 * ((s * t).sum(1) / weight).detach())
 
 
-def test_double_backward_of_a_part():
-    """A member that no loss uses, one that asks for nothing, and outputs of which some are not used."""
+def test_double_backward_of_some_outputs():
+    """The loss uses only some outputs of one input.
+
+    Another input is unused, and a third requires no gradient.
+    """
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     z = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -123,10 +131,10 @@ def test_double_backward_of_a_part():
         return truncated_svds([z, x, y], 2)[1][2]
 
     assert torch.autograd.gradgradcheck(lambda x: first(x, y), (x,))
-    of_x, of_y = torch.autograd.grad(first(x, y).sum(), [x, y], create_graph=True, allow_unused=True)
-    assert of_x.requires_grad
-    assert of_y is None or not of_y.any()
-    (again,) = torch.autograd.grad(of_x.square().sum(), x)
+    gradient_of_x, gradient_of_y = torch.autograd.grad(first(x, y).sum(), [x, y], create_graph=True, allow_unused=True)
+    assert gradient_of_x.requires_grad
+    assert gradient_of_y is None or not gradient_of_y.any()
+    (again,) = torch.autograd.grad(gradient_of_x.square().sum(), x)
     own = x.detach().requires_grad_()
     (expected,) = torch.autograd.grad(truncated_svds([own], 2)[0][2].sum(), own, create_graph=True)
     torch.testing.assert_close(again, torch.autograd.grad(expected.square().sum(), own)[0])

@@ -1,4 +1,6 @@
-"""The ops as they are rarely called: on meta and fake tensors, copy-on-write, in compiled autograd, transformed inside of compiled code."""
+"""Less common uses of the ops: meta, fake and copy-on-write tensors, compiled autograd, and
+transforms inside compiled code.
+"""
 
 import pytest
 import torch
@@ -23,8 +25,8 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("mode", ["meta", "fake"])
-def test_shapes_alone(call, mode):
-    """Forward and backward on tensors that hold no numbers."""
+def test_meta_and_fake_tensors(call, mode):
+    """Forward and backward passes on tensors without data."""
     function, shape = CALLS[call]
     if mode == "fake":
         with FakeTensorMode():
@@ -37,7 +39,7 @@ def test_shapes_alone(call, mode):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_copy_on_write_tensors_are_read_where_they_lie(call):
+def test_copy_on_write_tensors_are_not_copied(call):
     function, shape = CALLS[call]
     x, y = torch.randn(shape), torch.randn(shape)
     lazy = [torch._lazy_clone(t) for t in (x, y)]
@@ -51,14 +53,14 @@ def test_compiled_autograd(call):
     x, y = torch.randn(shape), torch.randn(shape)
     gradients = []
     for enabled in (False, True):
-        own = x.clone().requires_grad_()
-        loss = function(own, y)
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, y)
         if enabled:
             with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
                 loss.backward()
         else:
             loss.backward()
-        gradients.append(own.grad)
+        gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
 
 
@@ -72,7 +74,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("call", ["temperature_kl", "attention_transfer_loss", "rbf_correlation_loss"])
-def test_transforms_inside_of_compiled_code(call, transform):
+def test_transforms_inside_compiled_code(call, transform):
     function, shape = CALLS[call]
     x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
 
@@ -84,14 +86,14 @@ def test_transforms_inside_of_compiled_code(call, transform):
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 3, 1, 2]), torch.eye(5)[:4]], ids=["classes", "probabilities"])
-def test_kd_loss_in_one_graph(labels):
+def test_kd_loss_compiles_to_one_graph(labels):
     s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     torch._dynamo.reset()
     compiled = torch.compile(nn.kd_loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(s, t, labels), nn.kd_loss(s, t, labels))
 
 
-def test_a_module_can_always_be_printed(recwarn):
+def test_module_repr_causes_no_warning(recwarn):
     learnable = nn.TemperatureKLLoss(3.0, learnable=True)
     assert "temperature=3, learnable=True" in repr(learnable)
     with torch.no_grad():
@@ -101,13 +103,13 @@ def test_a_module_can_always_be_printed(recwarn):
     assert not recwarn.list
 
 
-def test_half_features_are_pooled_in_float():
+def test_half_precision_features_are_pooled_in_float32():
     s, t = torch.randn(8, 16, 8, 8).relu().bfloat16(), torch.randn(8, 16, 4, 4).relu().bfloat16()
     for function in (kd.attention_transfer_loss, reference.attention_transfer_loss):
         torch.testing.assert_close(function(s, t), kd.attention_transfer_loss(s.float(), t.float()), rtol=1e-5, atol=0)
 
 
-def test_the_reference_of_svd_kd_cuts_k_as_the_loss_does():
+def test_reference_of_svd_kd_limits_k_like_the_loss():
     student = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 3, 3), (5, 2, 2), (3, 2, 4))]
     teacher = [torch.randn(2, *s, dtype=torch.float64) for s in ((4, 5, 3), (5, 2, 1), (3, 2, 2))]
     for loss in ("authors", "mean"):

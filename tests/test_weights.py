@@ -1,4 +1,6 @@
-"""Weights in files as other people's scripts leave them: prefixes, wrappers, what lies beside them, and what is said where they do not fit."""
+"""Weight files of other projects: prefixes, wrappers, additional entries, and errors for weights
+that do not fit.
+"""
 
 import argparse
 
@@ -22,12 +24,12 @@ def state():
     return network.state_dict()
 
 
-def _loads(stored, tmp_path, network=None):
+def _save_and_load(stored, tmp_path, network=None):
     torch.save(stored, tmp_path / "w.pth")
     return load_weights(network or TinyCNN(4), tmp_path / "w.pth")
 
 
-def _same(network, state):
+def _assert_same(network, state):
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
@@ -35,54 +37,54 @@ def _same(network, state):
     "prefix",
     ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "module.model.", "net.", "student.", "module.student.", "model.student."],
 )
-def test_prefixes(state, tmp_path, prefix):
+def test_prefixes_are_removed(state, tmp_path, prefix):
     named = {prefix + name: value for name, value in state.items()}
-    _same(_loads(named, tmp_path), state)
-    if "student" in prefix:  # the same names twice
+    _assert_same(_save_and_load(named, tmp_path), state)
+    if "student" in prefix:  # a teacher with the same names
         teacher = {(prefix + name).replace("student", "teacher"): torch.zeros_like(value) for name, value in state.items()}
         for key in ("model", "state_dict"):
-            _same(_loads({key: teacher | named, "epoch": 3}, tmp_path), state)
+            _assert_same(_save_and_load({key: teacher | named, "epoch": 3}, tmp_path), state)
 
 
-def test_names_in_the_middle(state, tmp_path):
-    """A layer that was compiled by itself, in the file, in the network, in both."""
+def test_prefixes_of_compiled_layers_are_removed(state, tmp_path):
+    """A single layer is compiled in the file, in the network, or in both."""
     inside = {name.replace("block2.", "block2._orig_mod."): value for name, value in state.items()}
-    _same(_loads(inside, tmp_path), state)
+    _assert_same(_save_and_load(inside, tmp_path), state)
     for stored in (inside, state):
         network = TinyCNN(4)
         network.block2 = torch.compile(network.block2, backend="eager")
-        _loads(stored, tmp_path, network)
+        _save_and_load(stored, tmp_path, network)
         assert torch.equal(network.state_dict()["block2._orig_mod.0.weight"], state["block2.0.weight"])
 
 
-class Holder(nn.Module):
-    """A network whose parts have the names that wrappers use."""
+class WrapperNames(nn.Module):
+    """A network whose submodules have the names that wrappers use as prefixes."""
 
     def __init__(self):
         super().__init__()
         self.student, self.module, self.model = nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(3, 3)
 
 
-def test_a_network_with_parts_of_those_names(tmp_path):
-    network = Holder()
-    own = network.state_dict()
+def test_network_whose_submodules_are_named_like_wrappers(tmp_path):
+    network = WrapperNames()
+    expected = network.state_dict()
     for prefix in ("", "module.", "student.", "_orig_mod."):
-        loaded = _loads({prefix + name: value for name, value in own.items()}, tmp_path, Holder())
-        _same(loaded, own)
+        loaded = _save_and_load({prefix + name: value for name, value in expected.items()}, tmp_path, WrapperNames())
+        _assert_same(loaded, expected)
     with pytest.raises(ValueError, match=r"student.weight is \[5, 5\], the network's \[2, 2\]"):
-        _loads(own | {"student.weight": torch.zeros(5, 5)}, tmp_path, Holder())
+        _save_and_load(expected | {"student.weight": torch.zeros(5, 5)}, tmp_path, WrapperNames())
 
 
-def test_plain_values_beside_the_weights(state, tmp_path):
-    beside = {"opt": argparse.Namespace(lr=0.1, model="tiny"), "best_acc": numpy.float64(0.5), "count": numpy.int64(3), "seen": numpy.float32(1)}
+def test_additional_entries_are_ignored(state, tmp_path):
+    entries = {"opt": argparse.Namespace(lr=0.1, model="tiny"), "best_acc": numpy.float64(0.5), "count": numpy.int64(3), "seen": numpy.float32(1)}
     for key in ("model", "state_dict", "net", "network", "student", "model_state_dict", "any_other"):
-        _same(_loads(beside | {key: state}, tmp_path), state)
+        _assert_same(_save_and_load(entries | {key: state}, tmp_path), state)
     with pytest.raises(ValueError, match=r"holds several state dicts, under \['first', 'second'\]"):
-        _loads({"first": state, "second": state}, tmp_path)
+        _save_and_load({"first": state, "second": state}, tmp_path)
     with pytest.raises(ValueError, match=r"no state dict .* but a dict of 'epoch', 'lr'"):
-        _loads({"epoch": 3, "lr": 0.1}, tmp_path)
+        _save_and_load({"epoch": 3, "lr": 0.1}, tmp_path)
     with pytest.raises(ValueError, match=r"no state dict .* but list"):
-        _loads([state], tmp_path)
+        _save_and_load([state], tmp_path)
 
 
 class Options:
@@ -90,7 +92,7 @@ class Options:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_classes_in_the_file_are_named(state, tmp_path, zipped):
+def test_error_names_the_classes_in_the_file(state, tmp_path, zipped):
     for stored in ({"model": state, "options": Options()}, TinyCNN(4)):
         torch.save(stored, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=r"objects of .*(Options|TinyCNN).* could run any code") as caught:
@@ -99,27 +101,27 @@ def test_classes_in_the_file_are_named(state, tmp_path, zipped):
         assert "\n" not in str(caught.value)
 
 
-def test_files_without_the_count_of_batches(state, tmp_path):
+def test_files_without_num_batches_tracked(state, tmp_path):
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(state)
     for prefix in ("", "module.", "student."):
-        loaded = _loads({prefix + name: value for name, value in old.items()}, tmp_path).state_dict()
+        loaded = _save_and_load({prefix + name: value for name, value in old.items()}, tmp_path).state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in old.items())
 
 
-def test_what_does_not_fit_is_shown_side_by_side(state, tmp_path):
+def test_error_lists_names_that_do_not_match(state, tmp_path):
     network = TinyCNN(4)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(ValueError, match=r"the file has other.block1.0.weight, .* where the network has block1.0.weight, "):
-        _loads({"other." + name: value for name, value in state.items()}, tmp_path, network)
+        _save_and_load({"other." + name: value for name, value in state.items()}, tmp_path, network)
     with pytest.raises(ValueError, match=r"the file has nothing else where the network has fc.weight, fc.bias"):
-        _loads({name: value for name, value in state.items() if not name.startswith("fc")}, tmp_path, network)
+        _save_and_load({name: value for name, value in state.items() if not name.startswith("fc")}, tmp_path, network)
     with pytest.raises(ValueError, match=r"the file has ema.decay where the network has nothing"):
-        _loads(state | {"ema.decay": torch.zeros(())}, tmp_path, network)
-    _same(network, before)
+        _save_and_load(state | {"ema.decay": torch.zeros(())}, tmp_path, network)
+    _assert_same(network, before)
 
 
-def test_files_that_are_none(tmp_path, state):
+def test_unreadable_files_raise(tmp_path, state):
     from safetensors.torch import save_file
 
     (tmp_path / "empty.pth").touch()
@@ -128,47 +130,47 @@ def test_files_that_are_none(tmp_path, state):
     with pytest.raises(ValueError, match="is a folder"):
         read_weights(tmp_path)
     save_file(state, tmp_path / "w.safetensors")
-    whole = (tmp_path / "w.safetensors").read_bytes()
-    (tmp_path / "w.safetensors").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="is not whole"):
         read_weights(tmp_path / "w.safetensors")
     torch.save({"model": state}, tmp_path / "w.pth")
-    whole = (tmp_path / "w.pth").read_bytes()
-    (tmp_path / "w.pth").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cannot be read as weights"):
         read_weights(tmp_path / "w.pth")
 
 
-def test_layers_without_sizes_take_those_of_the_file(tmp_path):
+def test_lazy_layers_take_their_sizes_from_the_file(tmp_path):
     lazy, sized = nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.Linear(5, 3))
-    _loads(sized.state_dict(), tmp_path, lazy)
+    _save_and_load(sized.state_dict(), tmp_path, lazy)
     x = torch.randn(2, 5)
     assert torch.equal(lazy(x), sized(x))
 
 
-class Pair(nn.Module):
+class StudentAndTeacher(nn.Module):
     def __init__(self):
         super().__init__()
         self.student, self.teacher = TinyCNN(4), nn.Linear(10, 10)
 
 
-def test_one_student_is_taken_off_and_no_more(tmp_path):
-    """A student with parts of its own called student and teacher, in a checkpoint."""
-    pair = Pair()
-    stored = {"state_dict": {f"student.{name}": value for name, value in pair.state_dict().items()}}
-    _same(_loads(stored, tmp_path, Pair()), pair.state_dict())
+def test_only_one_student_prefix_is_removed(tmp_path):
+    """A checkpoint of a student that has submodules named student and teacher."""
+    network = StudentAndTeacher()
+    stored = {"state_dict": {f"student.{name}": value for name, value in network.state_dict().items()}}
+    _assert_same(_save_and_load(stored, tmp_path, StudentAndTeacher()), network.state_dict())
     with pytest.raises(ValueError, match=r"does not fit TinyCNN: the file has student.block1.0.weight"):
-        _loads(stored, tmp_path)
+        _save_and_load(stored, tmp_path)
 
 
-def test_two_tensors_of_one_name_are_refused(state, tmp_path):
+def test_two_tensors_with_the_same_name_raise(state, tmp_path):
     for prefix in ("_orig_mod.", "module._orig_mod."):
         twice = {prefix.replace("_orig_mod.", "") + k: v for k, v in state.items()} | {prefix + k: v for k, v in state.items()}
         with pytest.raises(ValueError, match="holds two tensors for"):
-            _loads(twice, tmp_path)
+            _save_and_load(twice, tmp_path)
 
 
-def test_tensors_that_cannot_be_taken_change_nothing(state, tmp_path):
+def test_unsupported_tensors_raise_and_do_not_change_the_network(state, tmp_path):
     network = TinyCNN(4)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for bad, message in (
@@ -178,6 +180,6 @@ def test_tensors_that_cannot_be_taken_change_nothing(state, tmp_path):
         (state["fc.weight"].to(torch.complex64), "fc.weight is torch.complex64"),
     ):
         with pytest.raises(ValueError, match=message):
-            _loads(state | {"fc.weight": bad}, tmp_path, network)
-        _same(network, before)
-    _loads({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path, network)
+            _save_and_load(state | {"fc.weight": bad}, tmp_path, network)
+        _assert_same(network, before)
+    _save_and_load({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path, network)

@@ -1,4 +1,6 @@
-"""Every argument of every public op and loss, given what it cannot take: a TypeError or ValueError that names it."""
+"""Invalid values for every argument of every public op and loss raise a TypeError or ValueError
+that names the argument.
+"""
 
 import math
 
@@ -18,7 +20,7 @@ CHOICES = [3, "other", ["mean"], torch.ones(2), b"mean"]
 FLAGS = [None, 1, "yes", torch.tensor(True)]
 INTEGERS = [None, 1.0, "1", True, torch.tensor(1), [1]]
 
-# name: (function, arguments that are right, {argument: what it cannot be})
+# name: (function, valid arguments, {argument: invalid values})
 CALLS = {
     "temperature_kl": (
         kd.temperature_kl,
@@ -131,27 +133,27 @@ CALLS = {
 }
 
 
-def _cases():
-    for name, (function, right, wrong) in CALLS.items():
-        for argument, values in wrong.items():
-            yield pytest.param(function, right, argument, values, id=f"{name}-{argument}")
+def _argument_cases():
+    for name, (function, valid, invalid) in CALLS.items():
+        for argument, values in invalid.items():
+            yield pytest.param(function, valid, argument, values, id=f"{name}-{argument}")
 
 
-@pytest.mark.parametrize(("function", "right", "argument", "values"), _cases())
-def test_errors_name_the_argument(function, right, argument, values):
+@pytest.mark.parametrize(("function", "valid", "argument", "values"), _argument_cases())
+def test_errors_name_the_argument(function, valid, argument, values):
     for value in values:
         with pytest.raises((TypeError, ValueError)) as caught:
-            function(**{**right, argument: value})
+            function(**{**valid, argument: value})
         assert argument in str(caught.value), f"{argument}={value!r}: {caught.value}"
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_right_calls_are_right(name):
-    function, right, _ = CALLS[name]
-    function(**right)
+def test_valid_arguments_are_accepted(name):
+    function, valid, _ = CALLS[name]
+    function(**valid)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     import numpy as np
 
     torch.testing.assert_close(kd.temperature_kl(X, X.flip(1), np.float32(2)), kd.temperature_kl(X, X.flip(1), 2.0))

@@ -1,6 +1,8 @@
-"""Importing this registers the ops that only tests call: the stages of the CPU kernels, and the CUDA kernels on CPU tensors.
+"""Importing this module registers ops that only tests call.
 
-They are in extension modules of their own, kdkernels._testing and kdkernels._testing_<instruction set>, which no wheel contains.
+They are the stages of the CPU kernels, and the CUDA kernels for CPU tensors. They are in separate
+extension modules, kdkernels._testing and kdkernels._testing_<instruction set>, which no wheel
+contains.
 """
 
 import importlib

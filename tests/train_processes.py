@@ -1,6 +1,7 @@
-"""Trains each method a few steps and writes the student's weights: run by test_engine.py alone, and by torchrun in two processes.
+"""Trains each method for a few steps and writes the student's weights.
 
-python train_processes.py OUT BATCH_SIZE ACCUMULATE ddp|fsdp|none
+test_engine.py runs it in one process, and in two with torchrun.
+Usage: python train_processes.py OUT BATCH_SIZE ACCUMULATE ddp|fsdp|none
 """
 
 import sys
@@ -17,7 +18,7 @@ from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttenti
 
 
 def network(width: int) -> nn.Module:
-    """Without batch norm, whose statistics are those of a process."""
+    """Return a network without batch norm, whose statistics would depend on the process."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2),
         nn.GroupNorm(2, width),
@@ -31,14 +32,14 @@ def network(width: int) -> nn.Module:
 
 
 def plain_sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.5)  # a step is the gradient
+    return torch.optim.SGD(parameters, lr=0.5)  # the step is proportional to the gradient
 
 
 def constant(optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
-# Every method that exists; test_engine.py compares the names with kdkernels.distill.
+# All methods. test_engine.py compares the names with kdkernels.distill.
 METHODS = {
     "Supervised": lambda options: Supervised(network(4), **options),
     "KD": lambda options: KD(network(4), network(6), **options),

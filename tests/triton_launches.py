@@ -1,17 +1,26 @@
-"""Rehearses the launches of the Triton kernels on GPUs that are not there: python triton_launches.py TARGETS CALLS [OP ...]. TARGETS are some of
-sm_80, sm_90, sm_100 and gfx942, CALLS some of "main", "double", "shapes", "cases" and "large" (see below); both are separated by commas.
+"""Checks the launches of the Triton kernels for GPUs that are not present, without running them.
 
-The launchers of kdkernels/triton/ run on fake CUDA tensors, and Triton's own code binds the arguments, specialises the kernel on them and compiles
-it, exactly as on a GPU: an integer equal to 1 becomes a constant, one that is a multiple of 16 and an aligned pointer are known to be so, a size
-above 2^31 is 64 bits wide. Only the GPU's driver is a stand-in, which checks each launch and runs nothing. So no result is computed here: that the
-kernels compute the right numbers is what the tests in Triton's interpreter show. Because a fake tensor has no memory, its size is not limited.
+Usage: python triton_launches.py TARGETS CALLS [OP ...]. TARGETS are some of sm_80, sm_90, sm_100
+and gfx942, CALLS some of "main", "double", "shapes", "cases" and "large" (see below). Both are
+separated by commas.
 
-What is checked of which call:
-- every launch: the grid is one that a driver takes, all tensors are on the device of the launch, and Triton can bind and specialise the arguments;
-- Triton's front end, which checks types, translates a specialisation if two of its switches and argument types were not seen together before. The
-  compiler's later stages depend on sizes and alignment too, the front end does not;
-- the calls named in COMPILED, which are "main" and "double", are compiled to the end, with ptxas, and must not spill registers.
-With KDKERNELS_REHEARSE=all in the environment every specialisation is compiled to the end, which takes many minutes.
+The launchers of kdkernels/triton/ run on fake CUDA tensors. Triton's own code binds the arguments,
+specialises the kernel on them and compiles it, exactly as on a GPU: an integer equal to 1 becomes a
+constant, multiples of 16 and aligned pointers are marked as such, and a size above 2^31 is a 64-bit
+integer. Only the GPU's driver is replaced: the fake driver checks each launch and runs nothing. So
+no result is computed here; the tests in Triton's interpreter check the numbers. A fake tensor has
+no memory, so its size is not limited.
+
+Checks:
+- Every launch: a driver accepts the grid, all tensors are on the device of the launch, and Triton
+  can bind and specialise the arguments.
+- Triton's front end, which checks types, translates a specialisation if it contains a pair of
+  switches or argument types that was not translated before. The compiler's later stages depend on
+  sizes and alignment too; the front end does not.
+- The calls named in COMPILED, which are "main" and "double", are compiled to machine code (with
+  ptxas for NVIDIA GPUs) and must not spill registers.
+With KDKERNELS_REHEARSE=all in the environment, every specialisation is compiled to machine code,
+which takes many minutes.
 """
 
 from __future__ import annotations
@@ -36,7 +45,7 @@ import triton.compiler
 from cases import KL_CASES, KLCase
 from correlation_cases import CORRELATION_CASES, CorrelationCase
 from feature_cases import FEATURE_CASES, FeatureCase
-from matrix_cases import LAYOUTS, laid_out
+from matrix_cases import LAYOUTS, with_layout
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton._C.libtriton import ir
@@ -47,9 +56,11 @@ from triton.runtime import driver
 
 from kdkernels.options import VALUES, Reduction, Sign
 
-# Bytes of shared memory that a program may use on each GPU.
-# Triton 3.6, of torch 2.10 and 2.11, allocates registers less well: it spills up to 128 bytes in two kernels where later ones spill none.
+# Bytes of stack that a kernel may use. Triton 3.6, which torch 2.10 and 2.11 use, allocates
+# registers less well: it spills up to 128 bytes in two kernels that later versions compile without
+# spills.
 STACK = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
+# Bytes of shared memory that a program may use on each GPU.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
@@ -59,15 +70,18 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-class StandIn:
-    """Takes the place of the GPU's driver in Triton. It has two devices, and knows which one is current. Stand-ins of one process must not share
-    devices, because Triton keeps compiled kernels by device."""
+class FakeDriver:
+    """Replaces the GPU's driver in Triton. It has two devices, of which one is current.
+
+    The fake drivers of one process must not share devices, because Triton caches compiled kernels
+    by device.
+    """
 
     def __init__(self, name: str, first_device: int = 0):
         self.name, self.target = name, gpu_target(name)
         self.utils = self
         self.first_device = self.device = self.device_of_tensors = first_device
-        self.all_stages = False  # whether specialisations are compiled to the end
+        self.all_stages = False  # whether every specialisation is compiled to machine code
         self.translated: Counter[str] = Counter()
         self.pairs: dict[str, set] = defaultdict(set)
         self.launches: Counter[str] = Counter()
@@ -87,7 +101,9 @@ class StandIn:
         return {"max_shared_mem": SHARED_MEMORY[self.name]}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int):
-        """Registers, spills and the most threads, as a driver reports them; ptxas has written them into the binary."""
+        """Return the module, the function, its registers, bytes of stack and largest number of
+        threads, as a driver does. ptxas has written the numbers into the binary.
+        """
         self.compiled[name] += 1
         if self.target.backend == "hip":
             return object(), name, 0, 0, 1024
@@ -106,16 +122,18 @@ class StandIn:
         return launch
 
     def compile(self, source, target: GPUTarget, options: dict, **others):
-        """Takes the place of triton.compile."""
+        """Replaces triton.compile."""
         name = source.fn.__name__
         self.specialised[name] += 1
         if self.all_stages:
             return triton_compile(source, target=target, options=options, **others)
         names = source.fn.arg_names
-        traits = {(name,): kind for name, kind in source.signature.items()}
-        traits |= {(names[first], *rest): trait(value) for (first, *rest), value in source.constants.items()}  # rest: within a tuple
-        pairs = set(itertools.combinations(sorted((argument, str(value)) for argument, value in traits.items()), 2))
-        kernel = NotCompiled(self, name)
+        properties = {(name,): kind for name, kind in source.signature.items()}
+        properties |= {
+            (names[first], *rest): front_end_property(value) for (first, *rest), value in source.constants.items()
+        }  # rest: position in a tuple
+        pairs = set(itertools.combinations(sorted((argument, str(value)) for argument, value in properties.items()), 2))
+        kernel = UncompiledKernel(self, name)
         if not pairs <= self.pairs[name]:
             self.pairs[name] |= pairs
             self.translated[name] += 1
@@ -123,7 +141,9 @@ class StandIn:
         return kernel
 
     def check(self, name: str, grid: tuple[int, int, int], arguments: tuple) -> None:
-        """What a driver would refuse, or what Triton's launcher would not run without a word."""
+        """Raise for a launch that a driver would reject, or that Triton's launcher would silently
+        skip.
+        """
         if not (1 <= grid[0] < 2**31 and 1 <= grid[1] <= 65535 and 1 <= grid[2] <= 65535):
             raise AssertionError(f"{name} cannot be launched over the grid {grid}")
         if grid[0] * grid[1] * grid[2] >= 2**31:
@@ -135,7 +155,7 @@ class StandIn:
 
     @contextlib.contextmanager
     def current(self, device: torch.device):
-        """Stands for torch.cuda.device."""
+        """Replaces torch.cuda.device."""
         before, self.device = self.device, torch.device(device).index
         try:
             yield
@@ -144,13 +164,16 @@ class StandIn:
 
 
 def flattened(arguments: tuple):
-    """The arguments of a launch, those within tuples one by one."""
+    """Yield the arguments of a launch one by one, also those within tuples."""
     for argument in arguments:
         yield from flattened(argument) if isinstance(argument, tuple) else (argument,)
 
 
-def trait(constant) -> str:
-    """What a constant means to the front end: switches are told apart, sizes of blocks and other numbers only as zero, one, or more."""
+def front_end_property(constant) -> str:
+    """Return the property of a constant on which the front end depends.
+
+    It depends on the value of a switch, but not on the exact value of block sizes and other numbers.
+    """
     if isinstance(constant, int) and constant > 3:
         return "several"
     if isinstance(constant, float):
@@ -158,17 +181,19 @@ def trait(constant) -> str:
     return str(constant)
 
 
-class NotCompiled:
-    """Stands for a kernel that is not compiled to the end."""
+class UncompiledKernel:
+    """Replaces the compiled kernel if a specialisation is only translated, or not compiled."""
 
     function = packed_metadata = None
 
-    def __init__(self, stand_in: StandIn, name: str):
-        self.run = stand_in.launcher_cls(None, SimpleNamespace(name=name))
+    def __init__(self, fake_driver: FakeDriver, name: str):
+        self.run = fake_driver.launcher_cls(None, SimpleNamespace(name=name))
 
     @staticmethod
     def translate(source, target: GPUTarget, options: dict) -> None:
-        """Takes a kernel to Triton's first representation: types are checked and constants are folded."""
+        """Translate a kernel to Triton's first intermediate representation: types are checked and
+        constants are folded.
+        """
         backend = make_backend(target)
         context = ir.context()
         ir.load_dialects(context)
@@ -188,7 +213,10 @@ def cuobjdump() -> str:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, which kernels without local arrays use for spilled registers alone."""
+    """Return the registers and the bytes of stack of a thread.
+
+    A kernel without local arrays uses the stack only for spilled registers.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -199,7 +227,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
-def _address(x: Tensor, blocks: dict = {}) -> int:  # noqa: B006  one address for each storage
+def _address(x: Tensor, blocks: dict = {}) -> int:  # noqa: B006  keeps one address for each storage
     storage = blocks.setdefault(x.untyped_storage()._cdata, (len(blocks) + 1) << 44)
     return storage + x.storage_offset() * x.element_size()
 
@@ -213,22 +241,22 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
 
 
 @contextlib.contextmanager
-def rehearsal(target: str, first_device: int = 0):
-    """Within it CUDA tensors are fake, and Triton's driver is a stand-in for a GPU of the target."""
-    stand_in = StandIn(target, first_device)
-    driver.set_active(stand_in)
-    triton.compiler.compile = stand_in.compile
+def fake_gpu(target: str, first_device: int = 0):
+    """Make CUDA tensors fake, and replace Triton's driver by a fake driver of the target."""
+    fake_driver = FakeDriver(target, first_device)
+    driver.set_active(fake_driver)
+    triton.compiler.compile = fake_driver.compile
     FakeTensor.data_ptr = _address
-    # These methods look for the device before they ask whether the tensor is fake.
+    # These methods query the device before they check whether the tensor is fake.
     FakeTensor.contiguous, FakeTensor.copy_ = _contiguous, _copy_
-    torch.cuda.device = stand_in.current
-    torch.version.hip = "6.4" if stand_in.target.backend == "hip" else None
+    torch.cuda.device = fake_driver.current
+    torch.version.hip = "6.4" if fake_driver.target.backend == "hip" else None
     with FakeTensorMode():
-        yield stand_in
+        yield fake_driver
 
 
-def on_gpu(x: Tensor) -> Tensor:
-    """A fake tensor of the same dtype, shape, strides and offset."""
+def as_fake_cuda(x: Tensor) -> Tensor:
+    """Return a fake tensor of the same dtype, shape, strides and storage offset."""
     device = driver.active.device_of_tensors
     count = x.untyped_storage().nbytes() // x.element_size()
     return torch.empty(count, dtype=x.dtype, device=f"cuda:{device}").as_strided(x.shape, x.stride(), x.storage_offset())
@@ -238,15 +266,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=f"cuda:{driver.active.device_of_tensors}")
 
 
-# Calls of each op's launchers: (name, function without arguments). "cases" are those of the other tests, "shapes" are of training, and "large" ones
-# go beyond what 32 bits or one dimension of a grid hold.
+# Calls of each op's launchers, as pairs (name, function without arguments). "cases" are the cases
+# of the other tests, "shapes" are shapes of training, and "large" calls exceed 32 bits or the size
+# of one dimension of a grid.
 
 
 def kl_calls(kind: str):
     from kdkernels.triton import temperature_kl as kl
 
     def call(case: KLCase, flags):
-        x = {name: None if v is None else on_gpu(v) for name, v in case.make().items()}
+        x = {name: None if v is None else as_fake_cuda(v) for name, v in case.make().items()}
         arguments = (
             x["student"],
             x["teacher"],
@@ -311,15 +340,15 @@ def attention_calls(kind: str):
     from kdkernels.triton import attention_pool as at
 
     def pool(case: FeatureCase, p, reduce, normalize):
-        x = on_gpu(case.make())
+        x = as_fake_cuda(case.make())
         options = (VALUES["reduce"][reduce], VALUES["normalize"][normalize], 1e-12)
         maps, norm, channel = at.attention_pool(x, p, *options)
         for grad in (torch.empty_like(maps), empty(1, dtype=maps.dtype).expand(maps.shape)):
             at.attention_pool_backward(grad, x, maps, norm, channel, p, *options)
 
     def transfer(case: FeatureCase, p, variant, reduce, flags):
-        student = on_gpu(case.make())
-        teacher = on_gpu(FeatureCase("", (case.shape[0], 4, *case.shape[2:]), torch.promote_types(torch.float32, case.dtype)).make())
+        student = as_fake_cuda(case.make())
+        teacher = as_fake_cuda(FeatureCase("", (case.shape[0], 4, *case.shape[2:]), torch.promote_types(torch.float32, case.dtype)).make())
         options = (VALUES["variant"][variant], VALUES["reduce"][reduce], 1e-12)
         for wanted in flags:
             if wanted in ("loss", "loss and gradient"):
@@ -329,7 +358,7 @@ def attention_calls(kind: str):
                 wants = [name in wanted for name in ("student", "teacher")]
                 at.attention_transfer_loss_backward(upstream, student, teacher, p, *options, wants)
 
-    forms = [
+    option_sets = [
         (2.0, "mean", None),
         (2.0, "max", "l2"),
         (1.0, "sum", "softmax"),
@@ -341,17 +370,21 @@ def attention_calls(kind: str):
     every = ["loss", "loss and gradient", "student", "teacher", "student, teacher"]
     if kind == "cases":
         for i, case in enumerate(FEATURE_CASES):
-            yield f"{case.name} {forms[i % 7]}", partial(pool, case, *forms[i % 7])
+            yield f"{case.name} {option_sets[i % 7]}", partial(pool, case, *option_sets[i % 7])
             yield f"{case.name}, loss", partial(transfer, case, 2.0, ("authors", "paper")[i % 2], "mean", ["loss and gradient", "student, teacher"])
-        yield "one of all in every form", lambda: [pool(FEATURE_CASES[1], *form) for form in forms]
-        yield "one of all, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
+        yield "one element, all options", lambda: [pool(FEATURE_CASES[1], *setting) for setting in option_sets]
+        yield "one element, loss in parts", partial(transfer, FEATURE_CASES[1], 1.5, "authors", "max", every)
         yield "plain, loss in parts", partial(transfer, FEATURE_CASES[0], 2.7, "paper", "sum", every)
     if kind == "shapes":
         for i, shape in enumerate([(128, 256, 8, 8), (128, 256, 56, 56), (128, 512, 2, 2), (128, 64, 8, 8), (128, 256, 56, 56), (128, 3, 3, 3)]):
             layout = "contiguous" if i < 3 else "channels_last"
             yield f"{shape} {layout}", partial(pool, FeatureCase("", shape, layout=layout), 2.0, "mean", "l2")
-            dtype, *form = [(torch.bfloat16, 2.7, "mean", "l2"), (torch.float16, 1.5, "max", "softmax"), (torch.float64, 2.7, "max", "l2")][i % 3]
-            yield f"{shape} {layout} {dtype}", partial(pool, FeatureCase("", shape, dtype, layout), *form)
+            dtype, *setting = [
+                (torch.bfloat16, 2.7, "mean", "l2"),
+                (torch.float16, 1.5, "max", "softmax"),
+                (torch.float64, 2.7, "max", "l2"),
+            ][i % 3]
+            yield f"{shape} {layout} {dtype}", partial(pool, FeatureCase("", shape, dtype, layout), *setting)
         for extent, dtype in ((8, torch.float32), (56, torch.float32), (56, torch.float64)):
             for variant in ("authors", "paper"):
                 case = FeatureCase("", (128, 64, extent, extent), dtype)
@@ -373,7 +406,7 @@ def rbf_calls(kind: str):
     from kdkernels.triton import rbf_correlation as rbf
 
     def loss(case: CorrelationCase, flags):
-        inputs = [on_gpu(x) for x in case.make()]
+        inputs = [as_fake_cuda(x) for x in case.make()]
         dtype = torch.promote_types(torch.float32, case.dtype)
         for wanted in flags:
             wants = [name in wanted for name in ("sx", "sy", "tx", "ty")]
@@ -382,7 +415,7 @@ def rbf_calls(kind: str):
                 rbf.rbf_correlation_loss_backward(empty(*shape, dtype=dtype), *inputs, case.beta, reduction, wants)
 
     def dense(case: CorrelationCase):
-        x, y = (on_gpu(x) for x in case.make()[:2])
+        x, y = (as_fake_cuda(x) for x in case.make()[:2])
         out = rbf.rbf_correlation(x, y, case.beta)
         for grad in (torch.empty_like(out), empty(1, dtype=out.dtype).expand(out.shape)):
             rbf.rbf_correlation_backward(grad, x, y, case.beta)
@@ -415,18 +448,18 @@ def svd_calls(kind: str):
     from kdkernels.triton import truncated_svd as svd
 
     def decompose(m, n, k, dtype=torch.float32, layout="rows", batch=3, return_u=True, state=True, gradients="u, s, v"):
-        x = on_gpu(laid_out(torch.empty(batch, m, n, dtype=dtype), layout))
+        x = as_fake_cuda(with_layout(torch.empty(batch, m, n, dtype=dtype), layout))
         u, s, v, saved = svd.truncated_svd(x, k, Sign.MAX_ABS, return_u, 1e-6, state)
         given = [torch.empty_like(t) if name in gradients else None for name, t in zip("usv", (u, s, v), strict=True)]
         svd.truncated_svd_backward(*given, x, u, s, v, saved, 1e-6)
 
-    def align(n, many, k, dtype=torch.float32, weighted=True, flip=True, batch=3, flags=((True, True, True),), given=(True, True)):
-        student, teacher = empty(batch, n, many, dtype=dtype), empty(batch, n, k, dtype=dtype)
+    def align(n, num_student, k, dtype=torch.float32, weighted=True, flip=True, batch=3, flags=((True, True, True),), given=(True, True)):
+        student, teacher = empty(batch, n, num_student, dtype=dtype), empty(batch, n, k, dtype=dtype)
         weight = empty(batch, k, dtype=dtype) if weighted else None
         out_s, out_t, match, flips = svd.align_singular_vectors(student, teacher, weight, flip)
-        ups = [torch.empty_like(t) if there else None for t, there in zip((out_s, out_t), given, strict=True)]
+        upstream = [torch.empty_like(t) if present else None for t, present in zip((out_s, out_t), given, strict=True)]
         for wanted in flags:
-            svd.align_singular_vectors_backward(*ups, student, teacher, weight, match, flips, flip, list(wanted))
+            svd.align_singular_vectors_backward(*upstream, student, teacher, weight, match, flips, flip, list(wanted))
 
     if kind == "cases":
         for i, (m, n) in enumerate([(1, 1), (7, 1), (5, 3), (16, 64), (40, 97)]):
@@ -458,7 +491,7 @@ def svd_calls(kind: str):
         yield "align, long vectors", partial(align, 3 << 29, 4, 4)
 
 
-# The calls of "shapes" that are compiled to the end, under the name of the kind.
+# The calls of "shapes" that are compiled to machine code, by the kind of calls.
 COMPILED = {
     "main": {
         "(512, 32000) torch.bfloat16",
@@ -485,8 +518,8 @@ COMPILED = {
 CALLS = {"temperature_kl": kl_calls, "attention_pool": attention_calls, "rbf_correlation": rbf_calls, "truncated_svd": svd_calls}
 
 
-def rehearse(gpu: StandIn, kinds: list[str], ops: list[str]) -> dict[str, str]:
-    """Makes the calls, and returns the tracebacks of those that failed."""
+def make_calls(gpu: FakeDriver, kinds: list[str], ops: list[str]) -> dict[str, str]:
+    """Make the calls, and return the tracebacks of those that failed."""
     failed = {}
     for kind, op in itertools.product(kinds, ops):
         gpu.all_stages = kind in COMPILED or os.environ.get("KDKERNELS_REHEARSE") == "all"
@@ -507,8 +540,8 @@ def main() -> None:
     targets, kinds, *ops = sys.argv[1:]
     failed = {}
     for i, target in enumerate(targets.split(",")):
-        with rehearsal(target, 2 * i) as gpu:
-            failed |= rehearse(gpu, kinds.split(","), ops or list(CALLS))
+        with fake_gpu(target, 2 * i) as gpu:
+            failed |= make_calls(gpu, kinds.split(","), ops or list(CALLS))
         for name in sorted(gpu.launches):
             counts = f"{gpu.specialised[name]} specialisations, {gpu.translated[name]} only translated, {gpu.compiled[name]} compiled to the end"
             print(f"{target} {name}: {gpu.launches[name]} launches, {counts}")
