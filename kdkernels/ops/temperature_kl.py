@@ -74,8 +74,10 @@ def temperature_kl(
     small numbers underflow. Second derivatives, forward mode and ``torch.func`` go through :func:`kdkernels.reference.temperature_kl`.
 
     References:
-        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
-        R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024. https://arxiv.org/abs/2306.13649
+        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015.
+        https://arxiv.org/abs/1503.02531
+        R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024.
+        https://arxiv.org/abs/2306.13649
     """
     _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, mask, normalizer)
     rows_temperature = None
@@ -122,7 +124,7 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
     checks.integer("dim", dim)
     checks.option("direction", direction)
     checks.option("reduction", reduction)
-    checks.share("beta", beta)
+    checks.fraction("beta", beta)
     checks.not_negative("target_eps", target_eps)
     checks.flag("scale_by_t2", scale_by_t2)
     checks.flag("include_entropy", include_entropy)

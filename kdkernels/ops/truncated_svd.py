@@ -64,8 +64,8 @@ def truncated_svd(
     :func:`kdkernels.reference.truncated_svd`, and are undefined where singular values are equal. docs/truncated_svd.md has the algorithm.
 
     References:
-        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
-        https://arxiv.org/abs/1807.06819
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
+        Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     _check_matrices("x", x)
     k, sign, gap_eps = _check_options(k, min(x.shape[-2:]), sign, return_u, gap_eps, compute_dtype(x))
@@ -169,8 +169,8 @@ def align_singular_vectors(
         ValueError: shapes or devices that do not fit, or an unknown flip.
 
     References:
-        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
-        https://arxiv.org/abs/1807.06819
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
+        Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     _check_matrices("student", student)
     _check_matrices("teacher", teacher)
