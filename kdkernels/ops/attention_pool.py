@@ -1,4 +1,4 @@
-"""attention_pool and attention_transfer_loss: attention maps, and the distance between two of them."""
+"""attention_pool and attention_transfer_loss: attention maps, and the distance between two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def attention_pool(
         reduce: "mean", "sum" or "max" over the channels. The gradient of a maximum goes to the
             first channel with the maximum.
         normalize: normalisation over the spatial positions of a map: "l2",
-            :math:`a / \max(\|a\|_2, \text{eps})` (attention transfer); "softmax" (SAD); or ``None``.
+            :math:`a / \max(\|a\|_2, \text{eps})` (attention transfer); "softmax" (SAD); or
+            ``None``.
         eps: smallest divisor of "l2". A map of zeros stays zero and has gradient 0.
 
     Returns:
@@ -77,8 +78,8 @@ def attention_transfer_loss(
     r"""Distance between the normalised attention maps of a student and a teacher, as one fused op.
 
     Let :math:`a =` :func:`attention_pool` of the features, and
-    :math:`q = a / \max(\|a\|_2, \text{eps})` with the norm over the M spatial positions of a sample.
-    For B samples the loss is
+    :math:`q = a / \max(\|a\|_2, \text{eps})` with the norm over the M spatial positions of a
+    sample. For B samples the loss is
 
     =============  =============================================================================
     ``variant``    loss

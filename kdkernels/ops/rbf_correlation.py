@@ -1,7 +1,7 @@
 """rbf_correlation and rbf_correlation_loss.
 
-The first op is the pairwise Gaussian (RBF) correlation of two feature sets. The second is the squared
-distance between the student's and the teacher's correlations.
+The first op is the pairwise Gaussian (RBF) correlation of two feature sets. The second is the
+squared distance between the student's and the teacher's correlations.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def rbf_correlation(
         ValueError: shapes or devices do not match, or beta is out of range.
 
     The backward pass recomputes D instead of keeping it. Double backward and ``torch.func``
-    transforms use :func:`kdkernels.reference.rbf_correlation`. If you only need the distance between
-    two correlations, :func:`rbf_correlation_loss` computes it without writing them to memory.
+    transforms use :func:`kdkernels.reference.rbf_correlation`. If you only need the distance
+    between two correlations, :func:`rbf_correlation_loss` computes it without writing them to
+    memory.
 
     References:
         S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
@@ -82,7 +83,7 @@ def rbf_correlation_loss(
     ``"batchmean"``    the sum over B
     =================  ===============================================================
 
-    (Lee et al. 2018, section 3.2. The authors' code uses half of the sum, RepDistiller "batchmean".)
+    (Lee et al. 2018, section 3.2. The authors' code uses half of "sum", RepDistiller "batchmean".)
 
     S and T are not written to memory. For each column, R terms of the series
     :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` reduce each side to R x R products,
