@@ -313,7 +313,9 @@ def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weight
     vector_counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(student_matrices, teacher_matrices, strict=True)]
     with torch.no_grad():
         teacher_svds = _decompose(teacher_matrices, vector_counts)
-    student_svds = _student_vectors(student_matrices, [min(n + extra, *x.shape[1:]) for n, x in zip(vector_counts, student_matrices, strict=True)], grad)
+    student_svds = _student_vectors(
+        student_matrices, [min(n + extra, *x.shape[1:]) for n, x in zip(vector_counts, student_matrices, strict=True)], grad
+    )
     aligned, usable_maps = [], []
     for (_, s, v), (_, sigma, w), n in zip(student_svds, teacher_svds, vector_counts, strict=True):
         usable_map = (s[:, 0] > 0) & s[:, 0].isfinite() & (sigma[:, 0] > 0) & sigma[:, 0].isfinite()
@@ -351,11 +353,15 @@ def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for name, x in {"student": s, "teacher": t}.items():
             if x.dim() < 3 or 0 in x.shape[1:]:
-                raise ValueError(f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one spatial position, got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one spatial position, got {tuple(x.shape)}"
+                )
         if s.device != student[0].device or t.device != student[0].device:
             raise ValueError(f"layer {i}: student and teacher must be on one device, got {s.device} and {t.device}")
         if s.shape[:2] != t.shape[:2] or len(s) != len(student[0]):
-            raise ValueError(f"layer {i}: student and teacher must have the same batch size and number of channels, got {tuple(s.shape)} and {tuple(t.shape)}")
+            raise ValueError(
+                f"layer {i}: student and teacher must have the same batch size and number of channels, got {tuple(s.shape)} and {tuple(t.shape)}"
+            )
 
 
 def _decompose(matrices: list[Tensor], counts: list[int], return_u: bool = False) -> list[tuple[Tensor | None, Tensor, Tensor]]:

@@ -208,7 +208,7 @@ def test_compositions_of_two_transforms(outer, name):
     """Each outermost step on each transform, among them compositions in which the upstream gradient depends on the input."""
     step, transforms = OUTER[outer]
     if outer == "linearise" and name.startswith(("truncated_svd", "svd_kd")):  # plain torch gives NaN there
-        with pytest.raises(NotImplementedError, match=r"take torch\.func\.jvp"):
+        with pytest.raises(NotImplementedError, match=r"use torch\.func\.jvp"):
             step(lambda y: OPS[name][0](kd, y), _input(*OPS[name][1]))
         return
     for transform in transforms:

@@ -144,7 +144,10 @@ def _(x, y, beta):
 
 
 def _empty_gradients(inputs, wanted, dtype=None):
-    return [torch.empty_like(x, dtype=dtype or x.dtype) if want else x.new_empty(0, dtype=dtype or x.dtype) for x, want in zip(inputs, wanted, strict=True)]
+    return [
+        torch.empty_like(x, dtype=dtype or x.dtype) if want else x.new_empty(0, dtype=dtype or x.dtype)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
 
 
 @torch.library.register_fake("kdkernels::rbf_correlation_loss")

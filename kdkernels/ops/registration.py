@@ -119,7 +119,10 @@ class _Reference:
         self.positions = {parameter: op.names.index(parameter) for parameter in inspect.signature(function).parameters if parameter in op.names}
 
     def __call__(self, arguments: Sequence) -> tuple[Tensor | None, ...]:
-        reference_arguments = {parameter: NAMES[parameter][arguments[position]] if parameter in NAMES else arguments[position] for parameter, position in self.positions.items()}
+        reference_arguments = {
+            parameter: NAMES[parameter][arguments[position]] if parameter in NAMES else arguments[position]
+            for parameter, position in self.positions.items()
+        }
         results = self.function(**reference_arguments)
         return results if isinstance(results, tuple) else (results,)
 
@@ -190,7 +193,10 @@ def _fake_gradients(backward: _Schema, inputs: Sequence[str]) -> Callable:
     def fake(*arguments):
         inputs_of_call = [arguments[i] for i in positions]
         wanted_inputs = arguments[wanted] if wanted is not None else [True] * len(inputs_of_call)
-        gradients = tuple(torch.empty_like(x) if want and x is not None else inputs_of_call[0].new_empty(0) for x, want in zip(inputs_of_call, wanted_inputs, strict=True))
+        gradients = tuple(
+            torch.empty_like(x) if want and x is not None else inputs_of_call[0].new_empty(0)
+            for x, want in zip(inputs_of_call, wanted_inputs, strict=True)
+        )
         return gradients if backward.results > 1 else gradients[0]
 
     return fake
@@ -221,7 +227,9 @@ def derive_vmap(name: str, call: Callable | None = None) -> None:
             def pick(argument, dim):
                 return argument.select(dim, example) if example is not None else argument.new_zeros(argument.movedim(dim, 0).shape[1:])
 
-            example_arguments = [pick(argument, dim) if is_batched else argument for argument, dim, is_batched in zip(flat, dims, batched, strict=True)]
+            example_arguments = [
+                pick(argument, dim) if is_batched else argument for argument, dim, is_batched in zip(flat, dims, batched, strict=True)
+            ]
             return pytree.tree_flatten(call_op(*pytree.tree_unflatten(example_arguments, structure)))
 
         calls = [call_one(i) for i in range(info.batch_size)] or [call_one(None)]
@@ -232,6 +240,7 @@ def derive_vmap(name: str, call: Callable | None = None) -> None:
 
 def _vmap_over_samples(op: _Schema, call: Callable) -> Callable:
     """Return the vmap rule that handles the examples as more samples of one batch."""
+
     def rule(info, in_dims, *arguments):
         batched = examples_first(info.batch_size, [arguments[i] for i in op.tensors], [in_dims[i] for i in op.tensors])
         sizes = batched[0].shape[:2]
@@ -240,7 +249,9 @@ def _vmap_over_samples(op: _Schema, call: Callable) -> Callable:
             replaced[position] = None if tensor is None else tensor.flatten(0, 1)
         results = call(*replaced)
         results = results if op.results > 1 else (results,)
-        split_results = tuple(result.unflatten(0, sizes) if len(result) == sizes.numel() else result.new_empty(info.batch_size, 0) for result in results)
+        split_results = tuple(
+            result.unflatten(0, sizes) if len(result) == sizes.numel() else result.new_empty(info.batch_size, 0) for result in results
+        )
         return (split_results, (0,) * len(split_results)) if op.results > 1 else (split_results[0], 0)
 
     return rule

@@ -107,8 +107,8 @@ def second_derivative(
             allow_unused=True,
         )
         pairs = [(f, cotangents[i]) for f, i in zip(first_gradients, differentiated, strict=True) if f is not None and f.requires_grad]
-        # Only tensors that require a gradient get one. Upstream gradients and inputs are in one list
-        # for a single call of autograd.grad.
+        # Only tensors that require a gradient get one. One list of upstream gradients and inputs is
+        # enough for a single call of autograd.grad.
         sources = [(to_upstream, j, g) for j, g in enumerate(upstream_views) if g is not None and g.requires_grad]
         sources += [(to_inputs, i, t) for i, t in enumerate(input_views) if t is not None and t.requires_grad]
         if not pairs:

@@ -206,7 +206,9 @@ def align_singular_vectors(
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(f"student and teacher must have the same shape except for the last dimension, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+        raise ValueError(
+            f"student and teacher must have the same shape except for the last dimension, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype not in checks.FLOATING:
             raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")

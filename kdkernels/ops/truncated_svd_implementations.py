@@ -63,6 +63,7 @@ def _cuda_runs(args: Sequence) -> bool:
 
 
 def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
+    """Return x and k of a call of truncated_svd or of its backward op."""
     return (args[3], args[5].shape[-1]) if name.endswith("backward") else (args[0], args[1])
 
 
@@ -86,8 +87,8 @@ def _triton_kernels(args: tuple):
     return kernels
 
 
-# The Python implementations check their arguments, as the C++ implementations do (csrc/<op>/<op>.h).
-# If an op is called directly, it must not read memory outside its tensors.
+# The Python implementations check their arguments, like the C++ implementations (csrc/<op>/<op>.h):
+# an op that is called directly must not read memory outside its tensors.
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -208,7 +209,10 @@ def _group(x, k, sign, return_u, gap_eps, save_state, implementation):
     _check_lists(len(x), gap_eps=gap_eps)
     if _shares_launches(x, k, implementation):
         return torch.ops.kdkernels.truncated_svd_group_cuda(x, k, sign, return_u, gap_eps, save_state)
-    results = [torch.ops.kdkernels.truncated_svd(matrices, k, sign, return_u, eps, save_state, implementation) for matrices, eps in zip(x, gap_eps, strict=True)]
+    results = [
+        torch.ops.kdkernels.truncated_svd(matrices, k, sign, return_u, eps, save_state, implementation)
+        for matrices, eps in zip(x, gap_eps, strict=True)
+    ]
     return tuple(map(list, zip(*results, strict=True)))
 
 
@@ -221,7 +225,18 @@ def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, implemen
         return g if g.dim() == like.dim() else None
 
     return [
-        torch.ops.kdkernels.truncated_svd_backward(gradient_or_none(gu, matrices), gradient_or_none(gs, s1), gradient_or_none(gv, matrices), matrices, u1, s1, v1, saved_state, eps, implementation)
+        torch.ops.kdkernels.truncated_svd_backward(
+            gradient_or_none(gu, matrices),
+            gradient_or_none(gs, s1),
+            gradient_or_none(gv, matrices),
+            matrices,
+            u1,
+            s1,
+            v1,
+            saved_state,
+            eps,
+            implementation,
+        )
         for gu, gs, gv, matrices, u1, s1, v1, saved_state, eps in zip(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, strict=True)
     ]
 

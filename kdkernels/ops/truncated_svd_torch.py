@@ -95,7 +95,8 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     def differences(x, cotangent):
         """Return <x_i, g_j> - <x_j, g_i>, minus rounding errors.
 
-        For a function of the span the exact difference is 0. A small gap would amplify the rounding.
+        For a function of the span the exact difference is 0. A small gap would amplify rounding
+        errors.
         """
         c = x.mT @ cotangent
         norms = cotangent.norm(dim=-2, keepdim=True)
@@ -108,11 +109,15 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     y = m.mT @ z
     if gb is not None:
         b = (u if tall else v).to(solve_dtype).nan_to_num()
-        y = y + (gb.to(solve_dtype) - b @ (b.mT @ gb.to(solve_dtype))) * inverse + b @ (sigma.mT * differences(b, gb.to(solve_dtype)) * inverse_gaps).mT
+        y = (
+            y
+            + (gb.to(solve_dtype) - b @ (b.mT @ gb.to(solve_dtype))) * inverse
+            + b @ (sigma.mT * differences(b, gb.to(solve_dtype)) * inverse_gaps).mT
+        )
     gradient = (z @ w.mT + a @ y.mT) * scales[0] * scales[1]
     if grad_s is not None:  # the gradient of s does not depend on the scale
         gradient = gradient + a @ (grad_s.to(solve_dtype).unsqueeze(-2) * inverse * w).mT
-    if x.dtype in (torch.float32, torch.float64):  # clamped to finite numbers; half precision overflows to infinity, which loss scalers detect
+    if x.dtype in (torch.float32, torch.float64):  # clamped to finite numbers; half precision may overflow to infinity
         gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
     unused = broken  # a non-finite matrix gets gradient 0 if all upstream gradients of its triplets are 0
@@ -146,7 +151,9 @@ def align_singular_vectors_backward(grad_student, grad_teacher, student, teacher
                 grad.scatter_add_(-1, index, upstream_student * sign_s * weight_factor)
             results[0] = torch.empty_like(student).copy_(grad)
         if wanted[1]:
-            results[1] = torch.zeros_like(teacher) if upstream_teacher is None else torch.empty_like(teacher).copy_(upstream_teacher * sign_t * weight_factor)
+            results[1] = (
+                torch.zeros_like(teacher) if upstream_teacher is None else torch.empty_like(teacher).copy_(upstream_teacher * sign_t * weight_factor)
+            )
         if wanted[2] and weight is not None:
             grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             if upstream_student is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Normalize, Reduce, Variant
 from .launch import as_tl, compile_options, device_of
-from .math import number
+from .math import cast_scalar
 
 _SHORT_POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -77,7 +77,7 @@ def _pool_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     s = (tl.program_id(0) % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    p = number(p, COMPUTE)
+    p = cast_scalar(p, COMPUTE)
     here = x_ptr + sample * x_sample + s[None, :].to(tl.int64) * x_place
     if MAX:
         # The first channel of the largest key: the magnitude, and above all of them a NaN.
@@ -157,7 +157,7 @@ def _normalize_kernel(map_ptr, norm_ptr, places, eps: tl.float64, SOFTMAX: tl.co
             tl.store(row + start + lane, tl.exp(a - top) / divisor, start + lane < places)
     else:
         norm = _norm(row, places, COMPUTE, BLOCK)
-        eps = number(eps, COMPUTE)
+        eps = cast_scalar(eps, COMPUTE)
         divisor = _divisor(norm, eps)
         tl.store(norm_ptr + sample, norm.to(tl.float64))
         for start in range(0, places, BLOCK):
@@ -193,7 +193,7 @@ def _weight_kernel(
     KIND: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
-    eps, factor = number(eps, COMPUTE), number(factor, COMPUTE)
+    eps, factor = cast_scalar(eps, COMPUTE), cast_scalar(factor, COMPUTE)
     norm = eps
     if KIND == 1:
         norm = tl.load(norm_ptr + sample).to(COMPUTE)
@@ -224,7 +224,7 @@ def _transfer_kernel(
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     s_row, t_row = student_ptr + sample * places, teacher_ptr + sample * places
-    eps = number(eps, COMPUTE)
+    eps = cast_scalar(eps, COMPUTE)
     s_norm, t_norm = _norm(s_row, places, COMPUTE, BLOCK), _norm(t_row, places, COMPUTE, BLOCK)
     s_divisor = _divisor(s_norm, eps)
     t_divisor = _divisor(t_norm, eps)
@@ -248,7 +248,7 @@ def _transfer_kernel(
     if HAS_UPSTREAM:
         scale = scale * tl.load(upstream_ptr).to(COMPUTE)
     if WANT_STUDENT or WANT_TEACHER:
-        to_student, to_teacher = scale * number(student_factor, COMPUTE), -scale * number(teacher_factor, COMPUTE)
+        to_student, to_teacher = scale * cast_scalar(student_factor, COMPUTE), -scale * cast_scalar(teacher_factor, COMPUTE)
         for start in range(0, places, BLOCK):
             inside = start + lane < places
             qs, qt = tl.load(s_row + start + lane, inside, other=0.0) / s_divisor, tl.load(t_row + start + lane, inside, other=0.0) / t_divisor
@@ -287,7 +287,7 @@ def _scatter_kernel(
     c64, s64 = c[:, None].to(tl.int64), s[None, :].to(tl.int64)
     x = tl.load(x_ptr + sample * x_sample + c64 * x_channel + s64 * x_place, inside, other=0.0).to(COMPUTE)
     weight = tl.load(weight_ptr + sample * places + s, s < places, other=0.0)
-    g = _slope(x, number(p, COMPUTE), POWER) * weight[None, :]
+    g = _slope(x, cast_scalar(p, COMPUTE), POWER) * weight[None, :]
     if MAX:
         channel = tl.load(channel_ptr + sample * places + s, s < places, other=-1)
         g = tl.where(c[:, None] == channel[None, :], g, 0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Reduction
 from .launch import as_tl, compile_options, device_of
-from .math import exp_falling, exp_parts, number
+from .math import exp_nonpositive, exp_parts, cast_scalar
 
 # What a column is marked with: the terms that do, or that its pairs are to be summed. More than 16 do not fit the registers, and pairs are cheap.
 _FEW: tl.constexpr = tl.constexpr(8)
@@ -64,14 +64,14 @@ def _mark_kernel(
 ):  # fmt: skip
     """Which way each column goes. One with a NaN or an infinity is done: its loss and its gradients are NaN."""
     column = tl.program_id(0).to(tl.int64)
-    scale = number(scale, tl.float64)
+    scale = cast_scalar(scale, tl.float64)
     x_middle, x_radius = _range(sx_ptr + column * m, tx_ptr + column * m, m, BLOCK)
     y_middle, y_radius = _range(sy_ptr + column * n, ty_ptr + column * n, n, BLOCK)
     apart = tl.abs(x_middle - y_middle)
     by_x = x_radius <= y_radius
     z = scale * scale * tl.where(by_x, x_radius * (y_radius + apart), y_radius * (x_radius + apart))
     pairs_are_few = tl.cast(m, tl.int64) * n <= 64 * (tl.cast(m, tl.int64) + n)
-    few, many = z <= number(few_limit, tl.float64), z <= number(many_limit, tl.float64)
+    few, many = z <= cast_scalar(few_limit, tl.float64), z <= cast_scalar(many_limit, tl.float64)
     tl.store(center_ptr + column, tl.where(by_x, x_middle, y_middle))
     tl.store(mark_ptr + column, tl.where(z != z, 0, tl.where(pairs_are_few, _PAIRS, tl.where(few, _FEW, tl.where(many, _MANY, _PAIRS)))))
     tl.store(loss_ptr + column, z * 0.0)
@@ -99,7 +99,7 @@ def _terms(s_ptr, t_ptr, first, n, center, scale, STUDENT: tl.constexpr, RANK: t
     t, change = tl.where(i < n, (raw_t - center) * scale, 0.0), tl.where(i < n, (raw_s - raw_t) * scale, 0.0)
     s = t + change
     log_ratio = change * (s + t) * -0.5
-    larger = tl.where(i < n, exp_falling(tl.where(log_ratio > 0.0, s * s, t * t) * -0.5), 0.0)
+    larger = tl.where(i < n, exp_nonpositive(tl.where(log_ratio > 0.0, s * s, t * t) * -0.5), 0.0)
     fallen, change_of_fallen = _fall(log_ratio)
     step = larger * change_of_fallen
     d, a = tl.where(log_ratio > 0.0, -step, step), tl.where(log_ratio > 0.0, larger * fallen, larger)
@@ -172,7 +172,7 @@ def _terms_kernel(
     """The columns that are marked with this rank."""
     column = tl.program_id(0).to(tl.int64)
     if tl.load(mark_ptr + column) == RANK:
-        scale, slope = number(scale, tl.float64), number(slope, tl.float64)
+        scale, slope = cast_scalar(scale, tl.float64), cast_scalar(slope, tl.float64)
         center = tl.load(center_ptr + column)
         sx, tx, sy, ty = sx_ptr + column * m, tx_ptr + column * m, sy_ptr + column * n, ty_ptr + column * n
         of_x, of_y = _products(sx, tx, m, center, scale, RANK, BLOCK), _products(sy, ty, n, center, scale, RANK, BLOCK)
@@ -212,7 +212,7 @@ def _pairs_kernel(
     blocks = x_blocks + tl.cdiv(n, BLOCK)
     column, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     if tl.load(mark_ptr + column) == _PAIRS:
-        scale, slope = number(scale, tl.float64), number(slope, tl.float64)
+        scale, slope = cast_scalar(scale, tl.float64), cast_scalar(slope, tl.float64)
         center = tl.load(center_ptr + column)
         of_x = block < x_blocks
         if of_x:
@@ -235,7 +235,7 @@ def _pairs_kernel(
             e, p = tl.where(real, e, 0.0), tl.where(real, p, 0.0)  # two that are far away are near one another
             log_ratio = e * p * -0.5
             d_s, d_t = (p + e) * 0.5, (p - e) * 0.5
-            larger = exp_falling(tl.where(log_ratio > 0.0, d_s * d_s, d_t * d_t) * -0.5)
+            larger = exp_nonpositive(tl.where(log_ratio > 0.0, d_s * d_s, d_t * d_t) * -0.5)
             fallen, change_of_fallen = _fall(log_ratio)
             step, smaller = larger * change_of_fallen, larger * fallen
             difference = tl.where(log_ratio > 0.0, -step, step)
@@ -260,7 +260,7 @@ def _correlation_kernel(
     j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * columns + j % columns, j < numbers, other=0.0).to(COMPUTE)
     y = tl.load(y_ptr + row // m * numbers + j, j < numbers, other=0.0).to(COMPUTE)
-    value = exp_falling(-(x - y) * (x - y) * number(inverse, COMPUTE))
+    value = exp_nonpositive(-(x - y) * (x - y) * cast_scalar(inverse, COMPUTE))
     tl.store(out_ptr + row * numbers + j, value, j < numbers)
 
 
@@ -277,7 +277,7 @@ def _correlation_backward_kernel(
     blocks, column_blocks = tl.cdiv(m, BLOCK_M), tl.cdiv(columns, BLOCK_K)
     block = (tl.program_id(0) // column_blocks % blocks).to(tl.int64)
     sample = (tl.program_id(0) // (column_blocks * blocks)).to(tl.int64)
-    inverse = number(inverse, COMPUTE)
+    inverse = cast_scalar(inverse, COMPUTE)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     k = (tl.program_id(0) % column_blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     x = tl.load(x_ptr + (sample * m + i) * columns + k, (i < m) & (k < columns), other=0.0).to(COMPUTE)
@@ -288,7 +288,7 @@ def _correlation_backward_kernel(
         at = grad_ptr + sample * g_sample + i * g_row + j.to(tl.int64) * g_number + k * g_column
         g = tl.load(at, (i < m) & (j < n) & (k < columns), other=0.0).to(COMPUTE)
         d = x - y
-        g = g * exp_falling(-d * d * inverse) * d * (2.0 * inverse)
+        g = g * exp_nonpositive(-d * d * inverse) * d * (2.0 * inverse)
         to_x -= g
         part = tl.sum(g, 0)[None, :, :]
         tl.store(part_ptr + ((block * batch + sample) * n + j) * columns + k, part, (j < n) & (k < columns))

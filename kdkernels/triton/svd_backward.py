@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from .launch import as_tl, compile_options, device_of
-from .math import number
+from .math import cast_scalar
 from .svd_sizes import ILL_CONDITIONED, block_sizes, check_fits, column_block, one_batch, precision, state_size, warps_for
 from .svd_stages import apply_q, power_of_two, residual_gram, resolvent, tile_of, tridiagonalize, unit_for
 
@@ -129,7 +129,7 @@ def _solve_kernel(
     z_ptr += b * k * p
     rows_ptr += b * 8 * p * KB
     coefficients_ptr += b * (2 * k + k * k + 2)
-    gap_eps = number(gap_eps, tl.float64)
+    gap_eps = cast_scalar(gap_eps, tl.float64)
     wide_q = tl.cast(q, tl.int64)  # k q may exceed 32 bits
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     vectors, inside = j[None, :] * p + c[:, None], (c < p)[:, None] & (j < k)[None, :]

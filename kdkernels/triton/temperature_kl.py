@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Direction, Reduction
 from .launch import as_tl, compile_options, device_of
-from .math import number
+from .math import cast_scalar
 from .temperature_kl_checks import check_operands
 from .temperature_kl_divergence import divergence
 from .temperature_kl_forms import SUM_UNIT, jsd_gradients, jsd_means, kl_gradients, kl_means
@@ -79,7 +79,7 @@ def _kl_kernel(
     kept = in_batch
     if mask_ptr is not None:
         kept = in_batch & tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)
-    t = tl.full([ROWS], 1.0, COMPUTE) * number(temperature, COMPUTE)
+    t = tl.full([ROWS], 1.0, COMPUTE) * cast_scalar(temperature, COMPUTE)
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + row, mask=in_batch, other=1.0).to(COMPUTE)
     quarter_t = (t * 0.25)[:, None]
@@ -89,7 +89,7 @@ def _kl_kernel(
     )  # fmt: skip
     held = read_logits(tile, 0, COMPUTE, BLOCK) if ONE_BLOCK else None
     d = divergence(tile, held, JSD, COMPUTE, ONE_BLOCK, BLOCK)
-    eps = number(eps, COMPUTE)
+    eps = cast_scalar(eps, COMPUTE)
     GRADIENTS: tl.constexpr = to_base is not None or to_other is not None or to_temperature_ptr is not None
     if JSD:
         means = jsd_means(tile, held, d, beta, GRADIENTS, COMPUTE, ONE_BLOCK, BLOCK)
@@ -102,7 +102,7 @@ def _kl_kernel(
         loss = (row_value * t if T_SQUARED else row_value / t) * (4.0 / SUM_UNIT)
         tl.store(loss_ptr + row, tl.where(kept, loss, 0.0), mask=in_batch)
     if GRADIENTS:
-        row_weight = tl.full([ROWS], 1.0, COMPUTE) * number(weight, COMPUTE)
+        row_weight = tl.full([ROWS], 1.0, COMPUTE) * cast_scalar(weight, COMPUTE)
         if weight_ptr is not None:
             row_weight = row_weight * tl.load(weight_ptr).to(COMPUTE)
         if upstream_ptr is not None:

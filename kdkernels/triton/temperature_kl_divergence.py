@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import centred_kl, exp_falling, exp_parts, log
+from .math import centred_kl, exp_nonpositive, exp_parts, log
 from .temperature_kl_rows import block_logits
 
 
@@ -81,7 +81,7 @@ def _bounded_exp(exponent):
 @triton.jit
 def excess(base, other, in_row, center, inverse_t):
     """The terms of a block; `center` is a Center or a Divergence."""
-    weight = tl.where(in_row, exp_falling((base - center.base_max) * inverse_t), 0.0)
+    weight = tl.where(in_row, exp_nonpositive((base - center.base_max) * inverse_t), 0.0)
     difference = (base - center.base_center) - (other - center.other_center)
     y = (center.mean - difference) * inverse_t
     scale, r, h = exp_parts(tl.minimum(y, 17.0, propagate_nan=tl.PropagateNan.ALL))
@@ -141,7 +141,7 @@ def _add_block(sums, base, other, in_row, inverse_t):
     base_center, other_center = tl.where(offsets_differ, base_offset, 0.0), tl.where(offsets_differ, other_offset, 0.0)
     mean_before = sums.mean - ((base_center - sums.base_center) - (other_center - sums.other_center))
     mean_before = tl.where(sum_before > 0.0, mean_before, 0.0)
-    weight = tl.where(in_row, exp_falling((base - base_offset) * inverse_t), 0.0)
+    weight = tl.where(in_row, exp_nonpositive((base - base_offset) * inverse_t), 0.0)
     difference = (base - base_center) - (other - other_center)
     base_sum = sum_before + tl.sum(weight, 1, keep_dims=True)
     inverse_sum = tl.where(base_sum == 0.0, 0.0, 1.0 / base_sum)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import exp_falling, exp_parts, log, log1p
+from .math import exp_nonpositive, exp_parts, log, log1p
 from .temperature_kl_divergence import excess
 from .temperature_kl_rows import block_logits
 
@@ -57,7 +57,7 @@ class JSDTerms(NamedTuple):
 
 @triton.jit
 def _probability(base, in_row, d, inverse_t):
-    return tl.where(in_row, exp_falling((base - d.base_max) * inverse_t), 0.0) * d.inverse_sum
+    return tl.where(in_row, exp_nonpositive((base - d.base_max) * inverse_t), 0.0) * d.inverse_sum
 
 
 @triton.jit
