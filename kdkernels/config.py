@@ -43,7 +43,8 @@ def load_cpu_kernels() -> str:
     chosen = os.environ.get("KDKERNELS_CPU_ISA") or (supported[0] if supported else None)
     if chosen not in supported:
         raise ImportError(
-            f"CPU kernels for {chosen!r} cannot run on this machine: KDKERNELS_CPU_ISA must be one of {supported} (built: {built}, this CPU: {info['best_isa']})"
+            f"CPU kernels for {chosen!r} cannot run on this machine: KDKERNELS_CPU_ISA must be one of {supported} "
+            f"(built: {built}, this CPU: {info['best_isa']})"
         )
     importlib.import_module(f"kdkernels._cpu_{chosen}")
     return chosen

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..options import NAMES
-from .transforms import examples_first, second_derivative, takes_reference, clone_inference_tensor
+from .transforms import clone_inference_tensor, examples_first, second_derivative, takes_reference
 
 # Dispatch keys of the devices for whose autograd key Python can register kernels.
 DEVICES_WITHOUT_KERNELS = ("MPS", "XPU", "HPU", "XLA", "IPU", "Lazy", "PrivateUse1")
@@ -138,7 +138,8 @@ class _Reference:
         for name, value in zip(self.op.names, arguments, strict=False):
             if (name == "save_grad" and value) or (name == "wanted" and any(value)):
                 raise NotImplementedError(
-                    f"kdkernels::{self.op.name} computes no gradients in the forward pass on this device, got {name}={value}: pass False and use autograd"
+                    f"kdkernels::{self.op.name} computes no gradients in the forward pass on this device, got {name}={value}: "
+                    "pass False and use autograd"
                 )
         return self.all_results(arguments)
 

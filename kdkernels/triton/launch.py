@@ -34,7 +34,7 @@ def as_tl(dtype: torch.dtype) -> tl.dtype:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Return whether the elements of x fill one contiguous block of memory, in any order of dimensions."""
+    """Return whether x fills one contiguous block of memory, with the dimensions in any order."""
     step = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride != step:

@@ -78,7 +78,10 @@ def log1p(x):
 
 @triton.jit
 def centred_kl(convex, drift, w):
-    """Compute drift + log(1 + w) for w = convex - drift, from the series of w - log(1 + w) if w is small."""
+    """Compute drift + log(1 + w) for w = convex - drift.
+
+    For small w the series of w - log(1 + w) is used.
+    """
     series = tl.full(w.shape, 1.0 / 12, w.dtype)
     for k in tl.static_range(10):
         series = 1.0 / (11 - k) - w * series

@@ -165,7 +165,7 @@ def apply_q(z, reflectors_ptr, tau_ptr, p, PB: tl.constexpr, TRANSPOSED: tl.cons
 
 
 @triton.jit
-def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, WAYS: tl.constexpr, ROUNDS: tl.constexpr):
+def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr):
     """The KB largest of the tridiagonal matrix, descending, as float64: each interval is divided WAYS times at once (Sturm counts)."""
     tiny: tl.constexpr = 1e-200 if tl.float64 == T else 1e-30
     eps: tl.constexpr = 2.220446049250313e-16 if tl.float64 == T else 1.1920929e-7
@@ -173,14 +173,14 @@ def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: 
     before = tl.load(e_ptr + c - 1, (c > 0) & (c < p), other=0.0)
     radius = tl.abs(before) + tl.abs(tl.load(e_ptr + c, c < p, other=0.0))
     top = tl.max(tl.where(c < p, tl.load(d_ptr + c, c < p, other=0.0) + radius, 0.0), 0)  # Gershgorin
-    j, way = tl.arange(0, KB), tl.arange(0, WAYS)
+    j, way = tl.arange(0, KB), tl.arange(0, PARTS)
     low = tl.zeros([KB], T)
     high = tl.zeros([KB], T) + tl.maximum(top, 0.0) * (1 + 4 * eps)
     for _ in range(0, ROUNDS):
-        step = (high - low) * (1.0 / (WAYS + 1))
+        step = (high - low) * (1.0 / (PARTS + 1))
         x = low[:, None] + step[:, None] * (way + 1).to(T)[None, :]
-        pivot = tl.full([KB, WAYS], 1.0, T)
-        count = tl.zeros([KB, WAYS], tl.int32)
+        pivot = tl.full([KB, PARTS], 1.0, T)
+        count = tl.zeros([KB, PARTS], tl.int32)
         square = tl.sum(low * 0.0, 0)
         for i in range(0, p):
             pivot = tl.load(d_ptr + i) - x - square / pivot
@@ -189,7 +189,7 @@ def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: 
             e = tl.load(e_ptr + i)
             square = e * e
         above = tl.sum((count > j[:, None]).to(tl.int32), 1)
-        high = tl.where(above < WAYS, low + step * (above + 1).to(T), high)
+        high = tl.where(above < PARTS, low + step * (above + 1).to(T), high)
         low = low + step * above.to(T)
     return 0.5 * (low.to(tl.float64) + high.to(tl.float64))
 

@@ -82,7 +82,7 @@ def _decompose_kernel(
     x_ptr, matrix_ptr, a_ptr, s_ptr, sigma_ptr, scale_ptr, state_ptr, residual_ptr, work_ptr, rows_ptr,
     x_batch, x_p, x_q, state_size, p, q, k,
     FIX_SIGN: tl.constexpr, WRITE_S: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, BP: tl.constexpr,
-    BQ: tl.constexpr, PRECISION: tl.constexpr, WAYS: tl.constexpr, ROUNDS: tl.constexpr,
+    BQ: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """a [B, k, p], and s where no larger side is wanted, which otherwise takes sigma [B, k] in units of 1 / scale [B]: 0 for a broken matrix."""
     low: tl.constexpr = 1e-200 if tl.float64 == T else 1e-24
@@ -143,7 +143,7 @@ def _decompose_kernel(
             own_ptr = residual_ptr
         tau = own_ptr + p * (p + 1) // 2
         tridiagonalize(matrix_ptr, own_ptr, tau, tau + p, tau + 2 * p, work_ptr, p, T, PB, RB)
-        values = largest_eigenvalues(tau + p, tau + 2 * p, p, T, PB, KB, WAYS, ROUNDS)
+        values = largest_eigenvalues(tau + p, tau + 2 * p, p, T, PB, KB, PARTS, ROUNDS)
         values = eigenvectors(tau + p, tau + 2 * p, values, rows_ptr, p, wanted, PB, KB)
         values = tl.where(j < wanted, tl.maximum(values, 0.0), -1.0)
         # Rayleigh quotients of equal eigenvalues may come out of order by a rounding.
