@@ -3,8 +3,8 @@
 csrc/rbf_correlation/ and docs/rbf_correlation.md explain the formulas. The loss is computed in
 float64, from columns that are stored as rows [B * K, M]. _mark_kernel chooses the method of each
 column from the range of its elements, and stores the choice in GPU memory, so that the host does
-not wait. Then one kernel runs for each method. Its programs return at once if the column uses another
-method.
+not wait. Then one kernel runs for each method. Its programs return at once if the column uses
+another method.
 """
 
 from __future__ import annotations

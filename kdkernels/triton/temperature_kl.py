@@ -1,9 +1,9 @@
 """Triton kernel of temperature_kl and its launchers: the GPU version of csrc/temperature_kl.cpp.
 
 docs/temperature_kl.md derives the formulas. temperature_kl_rows.py reads and writes rows,
-temperature_kl_divergence.py computes the statistics of a row, temperature_kl_forms.py computes values
-and gradients from the statistics, and temperature_kl_rescale.py multiplies a gradient that the
-forward pass saved by the upstream gradient.
+temperature_kl_divergence.py computes the statistics of a row, temperature_kl_forms.py computes
+values and gradients from the statistics, and temperature_kl_rescale.py multiplies a gradient that
+the forward pass saved by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -117,16 +117,16 @@ def _kl_kernel(
         if row_scale_ptr is not None:  # compute the gradient twice, because its largest magnitude is needed first
             largest = tl.zeros([ROWS, 1], COMPUTE)
             for start in range(0, classes, BLOCK):
-                block_grad_base, block_grad_other, products = _block_gradients(
+                g_base, g_other, products = _block_gradients(
                     tile, held, start, stats, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
                 )
-                scaled = block_grad_base if SCALE_BASE else block_grad_other
+                scaled = g_base if SCALE_BASE else g_other
                 largest = tl.maximum(largest, tl.max(tl.where(tile.kept, tl.abs(scaled), 0.0), 1, keep_dims=True))
             powers, gradient_factor = powers_of_two(largest)
             tl.store(row_scale_ptr + row, tl.sum(powers, 1), mask=in_batch)
         total = tl.zeros([ROWS, 1], COMPUTE)
         for start in range(0, classes, BLOCK):
-            block_grad_base, block_grad_other, products = _block_gradients(
+            g_base, g_other, products = _block_gradients(
                 tile, held, start, stats, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
             )
             if grad_temperature_ptr is not None:
@@ -134,13 +134,9 @@ def _kl_kernel(
             column = columns(start, BLOCK)
             written = in_batch[:, None] & (column < classes)
             if grad_base is not None:
-                store_gradient(
-                    grad_base, row, inner_size, column, block_grad_base * gradient_factor if SCALE_BASE else block_grad_base, tile.kept, written
-                )
+                store_gradient(grad_base, row, inner_size, column, g_base * gradient_factor if SCALE_BASE else g_base, tile.kept, written)
             if grad_other is not None:
-                store_gradient(
-                    grad_other, row, inner_size, column, block_grad_other if SCALE_BASE else block_grad_other * gradient_factor, tile.kept, written
-                )
+                store_gradient(grad_other, row, inner_size, column, g_other if SCALE_BASE else g_other * gradient_factor, tile.kept, written)
         if grad_temperature_ptr is not None:
             row_products = tl.sum(total, 1)
             grad_temperature = 2.0 * row_value - row_products if T_SQUARED else -row_products / t / t
