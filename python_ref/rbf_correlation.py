@@ -14,7 +14,10 @@ def rbf_correlation(
     y: Tensor,  # [B, N, K]
     beta: float = 8.0,
 ) -> Tensor:  # [B, M, N, K]
-    """Compute exp(-(x - y)^2 / beta) of each pair in a column. See :func:`kdkernels.rbf_correlation`."""
+    """Compute exp(-(x - y)^2 / beta) of each pair of elements in the same column.
+
+    See :func:`kdkernels.rbf_correlation`.
+    """
     x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, y))
     return torch.exp((x[:, :, None] - y[:, None]).square() / -beta)
 

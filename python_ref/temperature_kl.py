@@ -29,9 +29,11 @@ def temperature_kl(
     if mask is not None:  # before any arithmetic, so that NaN in masked rows changes neither value nor gradient
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
 
-    def log_probabilities(x: Tensor) -> Tensor:  # excluded classes (-inf) must not add 0 * inf to the gradient of T
+    # Excluded classes (-inf) are excluded at every T: they must not add 0 * inf to the gradient of T.
+    def log_probabilities(x: Tensor) -> Tensor:
         rows_t = temperature[..., None]
-        largest = x.detach().amax(-1, keepdim=True) if x.shape[-1] else 0  # subtracted, because the gradient of T is inaccurate for very low logits
+        # Subtract the maximum, because the gradient of T is inaccurate for very low logits.
+        largest = x.detach().amax(-1, keepdim=True) if x.shape[-1] else 0
         x = x - torch.where(torch.isfinite(torch.as_tensor(largest)), largest, 0)
         excluded = x / rows_t.detach() == -torch.inf  # -inf, or an overflow such as -finfo.max at T < 1
         return torch.log_softmax(torch.where(excluded, x / rows_t.detach(), torch.where(excluded, 0, x) / rows_t), -1)
@@ -42,9 +44,8 @@ def temperature_kl(
         p = log_p.exp()
         return (p * torch.where(p != 0, log_p - log_q, 0)).sum(-1)  # NaN if p is NaN, also in the gradients
 
-    def kl_mixture(
-        log_p: Tensor, log_q: Tensor, weight_q: float, weight_p: float
-    ) -> Tensor:  # KL(p || weight_p p + weight_q q), accurate for every weight
+    # KL(p || weight_p p + weight_q q), accurate for every weight.
+    def kl_mixture(log_p: Tensor, log_q: Tensor, weight_q: float, weight_p: float) -> Tensor:
         present = log_p > -torch.inf
         z = torch.where(present, log_q - torch.where(present, log_p, 0), 0)  # log q / p
         is_small = z < 1

@@ -41,7 +41,7 @@ class JSDMeans(NamedTuple):
     log_p_ratio: tl.tensor  # E_p[log(p / M)]
     log_q_ratio: tl.tensor  # E_q[log(q / M)]
     # The sums of the gradients of all classes except one with a probability above 1/2. The gradient
-    # of that class is the negative of the sum. Computed directly it would be inaccurate, because the
+    # of that class is the negative of the sum. Direct computation would be inaccurate, because the
     # mean that is subtracted from its term is nearly equal to this term.
     minority_base: tl.tensor
     minority_other: tl.tensor
