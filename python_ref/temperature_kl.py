@@ -29,7 +29,7 @@ def temperature_kl(
     if mask is not None:  # before any arithmetic, so that NaN in masked rows changes neither value nor gradient
         s, t = (torch.where(mask[..., None], x, 0) for x in (s, t))
 
-    # Excluded classes (-inf) are excluded at every T: they must not add 0 * inf to the gradient of T.
+    # Excluded classes (-inf) stay excluded at every T: they must not add 0 * inf to T's gradient.
     def log_probabilities(x: Tensor) -> Tensor:
         rows_t = temperature[..., None]
         # Subtract the maximum, because the gradient of T is inaccurate for very low logits.

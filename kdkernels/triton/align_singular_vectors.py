@@ -60,10 +60,11 @@ def _align_kernel(
 
 @triton.jit
 def _align_backward_kernel(
-    upstream_student_ptr, upstream_teacher_ptr, student_ptr, teacher_ptr, weight_ptr, match_ptr, flips_ptr, grad_student_ptr, grad_teacher_ptr, grad_weight_ptr,
+    upstream_student_ptr, upstream_teacher_ptr, student_ptr, teacher_ptr, weight_ptr, match_ptr, flips_ptr,
+    grad_student_ptr, grad_teacher_ptr, grad_weight_ptr,
     student_count, k, n,
-    HAS_UPSTREAM_STUDENT: tl.constexpr, HAS_UPSTREAM_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, FLIP_TEACHER: tl.constexpr, WANT_STUDENT: tl.constexpr,
-    WANT_TEACHER: tl.constexpr, WANT_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_UPSTREAM_STUDENT: tl.constexpr, HAS_UPSTREAM_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, FLIP_TEACHER: tl.constexpr,
+    WANT_STUDENT: tl.constexpr, WANT_TEACHER: tl.constexpr, WANT_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b, vector = (tl.program_id(0) // (student_count + k)).to(tl.int64), tl.program_id(0) % (student_count + k)
     lane = tl.arange(0, BLOCK)
@@ -159,8 +160,10 @@ def align_singular_vectors_backward(
     if match.numel() > 0:
         with device_of(teacher):
             _align_backward_kernel[(match.numel() // k * (student_count + k),)](
-                s if upstream_s is None else upstream_s, s if upstream_t is None else upstream_t, s, t, s if w is None else w, match, flips, *results, student_count, k, n,
-                HAS_UPSTREAM_STUDENT=upstream_s is not None, HAS_UPSTREAM_TEACHER=upstream_t is not None, HAS_WEIGHT=w is not None, FLIP_TEACHER=flip_teacher,
+                s if upstream_s is None else upstream_s, s if upstream_t is None else upstream_t, s, t, s if w is None else w, match, flips,
+                *results, student_count, k, n,
+                HAS_UPSTREAM_STUDENT=upstream_s is not None, HAS_UPSTREAM_TEACHER=upstream_t is not None, HAS_WEIGHT=w is not None,
+                FLIP_TEACHER=flip_teacher,
                 WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1], WANT_WEIGHT=wanted[2], BLOCK=block_size(n), **compile_options(4),
             )  # fmt: skip
     grad_s, grad_t, grad_w = results

@@ -272,8 +272,8 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
     size = p * KB
     inverse_ptr, first_ptr, second_ptr = rows_ptr + j, rows_ptr + size + j, rows_ptr + 2 * size + j
     multiplier_ptr, swapped_ptr, x_ptr, y_ptr = rows_ptr + 3 * size + j, rows_ptr + 4 * size + j, rows_ptr + 5 * size, rows_ptr + 6 * size
-    # Shift the values slightly. At exactly a multiple eigenvalue, all starting vectors would give the
-    # same solution.
+    # Shift the values slightly. At exactly a multiple eigenvalue, all starting vectors would give
+    # the same solution.
     shift = values + tl.where(j > 0, 1e-15, 0.0)
     diagonal = tl.load(d_ptr).to(tl.float64) - shift
     upper = tl.load(e_ptr).to(tl.float64) + tl.zeros([KB], tl.float64)
