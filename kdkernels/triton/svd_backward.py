@@ -3,8 +3,8 @@
 csrc/truncated_svd/derivative.h describes the formula. _solve_kernel solves the linear system in the
 complement of the kept vectors, with one program per matrix. _update_kernel then writes the
 gradient in one pass over M. The solve uses the tridiagonal form that the forward pass saved. If
-there is none, or if it is inaccurate, the solve uses the tridiagonal form of the residual: M without
-its projections onto the kept vectors.
+there is none, or if it is inaccurate, the solve uses the tridiagonal form of the residual: M
+without its projections onto the kept vectors.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _solve_kernel(
                 s = tl.sqrt(saved_lambda)
         inverse = tl.where(s > null_threshold * tl.max(s, 0), 1.0 / tl.where(s > 0.0, s, 1.0), 0.0)
 
-        # `unit` is a power of two that scales the largest upstream gradient to about 1. It is limited
-        # so that scale / unit is a finite number.
+        # `unit` is a power of two that scales the largest upstream gradient to about 1. It is
+        # limited so that scale / unit is a finite number.
         largest = tl.full([], 0.0, tl.float64)
         if HAS_A:
             largest = tl.maximum(largest, _largest(ga_ptr, k * p, BLOCK))

@@ -115,8 +115,8 @@ def _decompose_kernel(
     rows_ptr += b * 8 * p * KB
     c, j = tl.arange(0, PB), tl.arange(0, KB)
 
-    # Compute the Gram matrix G of scale * M. If squares are out of range, find the largest entry of M,
-    # scale M and compute G again. NaN and infinity are detected in the same pass.
+    # Compute the Gram matrix G of scale * M. If squares are out of range, find the largest entry of
+    # M, scale M and compute G again. NaN and infinity are detected in the same pass.
     scale = tl.full([], 1.0, tl.float64)
     total = trace(matrix_ptr, p, PB)
     finite = total == total
