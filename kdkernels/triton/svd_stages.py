@@ -219,7 +219,7 @@ def _reciprocal(pivot):
 def _subtract_projections(vector, x_ptr, entry_stride, vector_stride, count, p, PB: tl.constexpr):
     c = tl.arange(0, PB)
     for index in range(0, count):
-        other_vector = tl.load(x_ptr + index * vector_stride + c * entry_stride, c < p, index=0.0).to(tl.float64)
+        other_vector = tl.load(x_ptr + index * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
         vector -= other_vector * tl.sum(other_vector * vector, 0)
     return vector
 
