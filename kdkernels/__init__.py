@@ -1,14 +1,14 @@
 """Fused, differentiable ops for knowledge distillation."""
 
-import torch  # noqa: F401  before _C: the extension links against torch's libraries
+import torch  # noqa: F401  import before _C, which links against torch's libraries
 
-from . import _C, reference  # noqa: F401  the import of _C registers the ops
+from . import _C, reference  # noqa: F401  importing _C registers the ops
 from .config import CPU_ISA, VERSION, load_cuda_kernels, release_memory, show_config
 
 __version__ = VERSION
 load_cuda_kernels()
 
-from . import nn  # noqa: E402  needs the registered ops
+from . import nn  # noqa: E402  nn needs the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.rbf_correlation import rbf_correlation, rbf_correlation_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402

@@ -1,4 +1,4 @@
-"""The dtypes that the ops take, and the dtype in which they compute."""
+"""The dtypes that the ops accept, and the dtype in which they compute."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def compute_dtype(*inputs: Tensor) -> torch.dtype:
-    """float64 if any input is float64, else float32: half types are computed in float32."""
+    """Return float64 if any input is float64, else float32 (half precision computes in float32)."""
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32

@@ -1,4 +1,4 @@
-"""The losses as modules and functions, for drop-in use. Needs torch alone."""
+"""Losses as modules and functions. This module depends on torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .ops import checks
 from .ops.attention_pool import attention_transfer_loss
 from .ops.rbf_correlation import rbf_correlation_loss
-from .ops.registration import usable
+from .ops.registration import clone_inference_tensor
 from .ops.temperature_kl import temperature_kl
 from .ops.truncated_svd import align_singular_vectors, truncated_svds
 
@@ -21,13 +21,20 @@ __all__ = ["AttentionTransferLoss", "SVDKDLoss", "TemperatureKLLoss", "attention
 
 
 class TemperatureKLLoss(nn.Module):
-    """:func:`kdkernels.temperature_kl` with its options fixed: ``TemperatureKLLoss(4.0)(student_logits, teacher_logits)``.
+    """Module of :func:`kdkernels.temperature_kl` with fixed options.
+
+    Example: ``TemperatureKLLoss(4.0)(student_logits, teacher_logits)``.
 
     Args:
-        temperature: T > 0; with ``learnable=True`` the initial value of a parameter, kept positive as ``exp(log_temperature)``.
-        learnable: learn the temperature.
-        **options: the keyword options of :func:`kdkernels.temperature_kl`: dim, direction, beta, reduction, scale_by_t2, include_entropy,
-            target_eps.
+        temperature: T > 0. With ``learnable=True`` the initial value of T. The parameter is
+            ``log_temperature``, so T = exp(log_temperature) stays positive.
+        learnable: make the temperature a parameter.
+        **options: the keyword options of :func:`kdkernels.temperature_kl`: dim, direction, beta,
+            reduction, scale_by_t2, include_entropy, target_eps.
+
+    Raises:
+        TypeError: an unknown option, or one of the wrong type.
+        ValueError: an option or the temperature is out of range.
     """
 
     _OPTIONS = ("dim", "direction", "beta", "reduction", "scale_by_t2", "include_entropy", "target_eps")
@@ -37,7 +44,7 @@ class TemperatureKLLoss(nn.Module):
         unknown = sorted(set(options) - set(self._OPTIONS))
         if unknown:
             raise TypeError(f"TemperatureKLLoss has no option {unknown[0]!r}; it takes {', '.join(self._OPTIONS)}")
-        # Options that cannot be are refused here and not at the first batch.
+        # Validate the options now rather than at the first batch.
         probe = torch.zeros((1,) * (abs(options.get("dim", -1)) + 1))
         temperature_kl(probe, probe, temperature, **options)
         self.options = options
@@ -58,10 +65,10 @@ class TemperatureKLLoss(nn.Module):
         return temperature_kl(student, teacher, self.temperature, mask=mask, normalizer=normalizer, **self.options)
 
     def extra_repr(self) -> str:
-        now = self._temperature  # as given; a learnable one may have moved since, and may be on no device
+        value = self._temperature  # the initial value; a learnable temperature may have changed
         if self.log_temperature is not None and not self.log_temperature.is_meta:
-            now = float(self.log_temperature.detach().exp())
-        temperature = f"temperature={now:g}" + (", learnable=True" if self.log_temperature is not None else "")
+            value = float(self.log_temperature.detach().exp())
+        temperature = f"temperature={value:g}" + (", learnable=True" if self.log_temperature is not None else "")
         return ", ".join([temperature, *(f"{k}={v!r}" for k, v in self.options.items())])
 
 
@@ -75,24 +82,32 @@ def kd_loss(
     alpha: float = 0.9,
     dim: int | None = None,
 ) -> Tensor:
-    """``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, both means over the batch.
+    """Knowledge distillation loss: cross-entropy with the labels plus divergence from the teacher.
 
-    The defaults are those of RepDistiller (T = 4, 0.1, 0.9). The teacher is detached. Half types are computed in float32, float64 in float64.
+    ``gamma * cross_entropy(student, labels) + alpha * T^2 KL(teacher || student)``, where both
+    terms are means over the rows.
+
+    The defaults are those of RepDistiller (T = 4, gamma = 0.1, alpha = 0.9). The teacher is
+    detached. Half precision and float32 are computed in float32, float64 in float64.
 
     Args:
-        student, teacher: logits. Classes lie in ``dim``; all other dimensions are rows, over which both means go.
-        labels: one class number per row (the logits' shape without ``dim``), or probabilities of the logits' shape.
-        temperature: T > 0, in units of logits.
+        student, teacher: logits, with the classes in dimension ``dim``. The elements of all other
+            dimensions are rows: samples, or pixels of samples.
+        labels: one class index per row (the logits' shape without ``dim``), or probabilities of the
+            logits' shape.
+        temperature: T > 0, by which the logits are divided.
         gamma, alpha: weights of the two terms.
-        dim: the dimension of the classes. It must be said for logits of more than two dimensions, ``dim=1`` for ``[B, K, H, W]`` with labels
-            ``[B, H, W]``: the last one would be the image's width.
+        dim: the dimension of the classes. The default is the last dimension for logits of one or
+            two dimensions. ``dim`` is required for logits of more dimensions: ``dim=1`` for
+            ``[B, K, H, W]`` with labels ``[B, H, W]``.
 
     Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: shapes or devices that do not fit, or an option out of its range.
+        TypeError: an argument has the wrong type.
+        ValueError: shapes or devices do not match, or an option is out of range.
 
     References:
-        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
+        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015.
+        https://arxiv.org/abs/1503.02531
     """
     checks.tensor("student", student, "logits")
     checks.tensor("teacher", teacher, "logits")
@@ -100,7 +115,7 @@ def kd_loss(
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     if dim is None:
         if student.dim() not in (1, 2):
-            raise ValueError(f"student must be logits [B, K], got {tuple(student.shape)}: say by dim which dimension holds the classes")
+            raise ValueError(f"student must be logits [B, K] if dim is not given, got {tuple(student.shape)}: pass dim, the dimension of the classes")
         dim = -1
     checks.integer("dim", dim)
     if not -student.dim() <= dim < student.dim():
@@ -111,8 +126,8 @@ def kd_loss(
             checks.tensor(name, weight, "weights")
         else:
             checks.not_negative(name, weight)
-    logits, labels = (student if student.dtype == torch.float64 else student.float()), usable(labels)
-    if student.dim() > 2:  # F.cross_entropy has the classes in dimension 1
+    logits, labels = (student if student.dtype == torch.float64 else student.float()), clone_inference_tensor(labels)
+    if student.dim() > 2:  # F.cross_entropy expects the classes in dimension 1
         logits, labels = logits.movedim(dim, 1), labels.movedim(dim, 1) if labels.is_floating_point() else labels
     elif student.dim() == 2 and dim in (0, -2):
         logits, labels = logits.T, labels.T if labels.is_floating_point() else labels
@@ -120,7 +135,7 @@ def kd_loss(
 
 
 def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
-    """Labels as F.cross_entropy takes them: class indices, or probabilities of the classes."""
+    """Check that labels are class indices or class probabilities that F.cross_entropy accepts."""
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8, *checks.FLOATING):
         raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
     rows = (*student.shape[:dim], *student.shape[dim:][1:])
@@ -134,24 +149,34 @@ def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
 
 
 class AttentionTransferLoss(nn.Module):
-    """Sum over pairs of layers of :func:`kdkernels.attention_transfer_loss`: ``AttentionTransferLoss()(student_features, teacher_features)``.
+    """Sum of :func:`kdkernels.attention_transfer_loss` over pairs of layers.
 
-    RepDistiller's ``Attention`` gives the list, mdistiller's ``at_loss`` the sum; both with ``p=2`` and ``variant="authors"``.
+    Example: ``AttentionTransferLoss()(student_features, teacher_features)``.
+
+    The loss has no weight; multiply it by one. The authors' code uses 1000 with
+    ``variant="authors"``. The paper's weight is beta / 2 = 0.05 with ``variant="paper"``.
+    RepDistiller's ``Attention`` returns the list of the losses of the pairs, mdistiller's
+    ``at_loss`` their sum. Both use ``p=2`` and ``variant="authors"``.
 
     Args:
-        p, reduce: see :func:`kdkernels.attention_transfer_loss`; one for all pairs, or one for each.
+        p, reduce: see :func:`kdkernels.attention_transfer_loss`. One value for all pairs, or a list
+            with one value for each pair.
         variant: "authors" or "paper".
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range, or ``p`` and ``reduce`` have different lengths.
     """
 
     def __init__(self, p: float | Sequence[float] = 2.0, *, reduce: str | Sequence[str] = "mean", variant: str = "authors"):
         super().__init__()
         probe = [torch.ones(1, 1, 1)] * max(len(v) if isinstance(v, (list, tuple)) else 1 for v in (p, reduce))
-        attention_transfer_losses(probe, probe, p, reduce=reduce, variant=variant)  # refuses here what cannot be
+        attention_transfer_losses(probe, probe, p, reduce=reduce, variant=variant)  # validate the options
         self.p, self.reduce, self.variant = p, reduce, variant
 
     def forward(
         self,
-        student: Tensor | Sequence[Tensor],  # [B, C, *spatial], one or a list
+        student: Tensor | Sequence[Tensor],  # [B, C, *spatial], one tensor or a list
         teacher: Tensor | Sequence[Tensor],
     ) -> Tensor:
         student, teacher = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
@@ -169,27 +194,39 @@ def attention_transfer_losses(
     reduce: str | Sequence[str] = "mean",
     variant: str = "authors",
 ) -> list[Tensor]:
-    """:func:`kdkernels.attention_transfer_loss` of each pair of features. The teacher's are detached.
+    """Compute :func:`kdkernels.attention_transfer_loss` of each pair of feature maps.
+
+    The teacher's feature maps are detached.
+
+    Args:
+        student, teacher: feature maps [B, C, *spatial], one of each list per pair.
+        p, reduce: see :func:`kdkernels.attention_transfer_loss`. One value for all pairs, or a list
+            with one value for each pair.
+        variant: "authors" or "paper".
+
+    Returns:
+        One 0-dim tensor per pair.
 
     Raises:
-        TypeError: student or teacher is no list of tensors.
-        ValueError: lists of different lengths, or no pair.
+        TypeError: student or teacher is not a list of tensors.
+        ValueError: the lists are empty or differ in length.
     """
     student, teacher = (_features_of_layers(name, x) for name, x in (("student", student), ("teacher", teacher)))
     if len(student) != len(teacher) or not len(student):
-        raise ValueError(f"student and teacher must be lists of as many features, at least one, got {len(student)} and {len(teacher)}")
-    each = {}
+        raise ValueError(f"student and teacher must be lists of the same number of features, at least one, got {len(student)} and {len(teacher)}")
+    per_pair = {}
     for name, value in {"p": p, "reduce": reduce}.items():
-        each[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(student)
-        if len(each[name]) != len(student):
-            raise ValueError(f"{name} must be one value, or one for each of the {len(student)} pairs, got {len(each[name])}")
+        per_pair[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(student)
+        if len(per_pair[name]) != len(student):
+            raise ValueError(f"{name} must be one value, or one for each of the {len(student)} pairs, got {len(per_pair[name])}")
     return [
-        attention_transfer_loss(s, t.detach(), power, reduce=how, variant=variant)
-        for s, t, power, how in zip(student, teacher, each["p"], each["reduce"], strict=True)
+        attention_transfer_loss(s, t.detach(), exponent, reduce=reduction, variant=variant)
+        for s, t, exponent, reduction in zip(student, teacher, per_pair["p"], per_pair["reduce"], strict=True)
     ]
 
 
 def _features_of_layers(name: str, features) -> list[Tensor]:
+    """Return a list of feature maps as a list. Raise TypeError for any other value."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"{name} must be a list of features, one tensor for each layer, got {checks.kind(features)}")
     for i, x in enumerate(features):
@@ -209,84 +246,101 @@ def svd_kd_loss(
     extra: int = 1,
     beta: float = 8.0,
 ) -> Tensor:
-    r"""Distance of the distilled feature vectors of a student and a teacher (SVD-KD), summed over neighbouring layers.
+    r"""SVD-KD loss: compare the main singular vectors of student and teacher in pairs of layers.
 
-    Each map, seen as places x channels, gives its k main right singular vectors, of fixed signs; the student's are ordered after the teacher's by
-    :func:`kdkernels.align_singular_vectors`. Two neighbouring layers i and i + 1 are compared by :func:`kdkernels.rbf_correlation_loss`, L, of the
-    vectors of both. A layer that two pairs share is decomposed once.
+    Each feature map is treated as a matrix [spatial positions, channels]. Its k main right singular
+    vectors are computed, with fixed signs. :func:`kdkernels.align_singular_vectors` then selects a
+    student vector for each teacher vector. Two neighbouring layers i and i + 1 are compared by
+    L = :func:`kdkernels.rbf_correlation_loss` of the vectors of both layers. A layer that belongs
+    to two pairs is decomposed once. docs/svd_kd.md compares the variants.
 
-    =============  =============================================================================================================
-    ``loss``       sum over pairs of
-    =============  =============================================================================================================
+    =============  =============================================================================
+    ``loss``       sum over pairs of layers of
+    =============  =============================================================================
     "authors"      :math:`\frac{\sqrt k}{2} L`, a sum over the batch: the authors' code
     "mean"         :math:`L / B`: RepDistiller
-    =============  =============================================================================================================
+    =============  =============================================================================
 
-    =============  =============================================================================================================
-    ``grad``       gradient of a singular vector
-    =============  =============================================================================================================
+    The option ``grad`` selects the gradient with respect to the student's feature map, given the
+    gradient :math:`g_i` with respect to the singular vector :math:`v_i`:
+
+    =============  =============================================================================
+    ``grad``       gradient with respect to the feature map
+    =============  =============================================================================
     "exact"        the derivative
-    "rank1"        :math:`u_i (g_i - \langle v_i, g_i \rangle v_i)^T / \sigma_i`: what it is if all other singular values were 0
-    "authors"      what the authors' code gives: "rank1" where a map has fewer places than channels, else 0
-    =============  =============================================================================================================
+    "rank1"        :math:`u_i (g_i - \langle v_i, g_i \rangle v_i)^T / \sigma_i`: the derivative if
+                   all other singular values were 0
+    "authors"      as in the authors' code: "rank1" for feature maps with fewer spatial positions
+                   than channels, 0 for all others
+    =============  =============================================================================
 
     Args:
-        student, teacher: features of two or more layers of one batch, float64, float32, bfloat16 or float16 (computed in float32), from the front to
-            the back. As many channels in student and teacher at each layer; places may differ. The teacher is detached.
-        k: vectors of a layer. Where a layer has fewer places or channels, it and the pairs behind it take as many as it has.
-        align: whose signs follow the other's: the "teacher"'s (the authors) or the "student"'s (RepDistiller, mdistiller).
-        weighting: "sigma": vectors of both are multiplied by the teacher's singular values, of norm 1. "none": they are not.
-        extra: vectors of the student beyond k that may be chosen as a teacher's counterpart: 1 in the authors' code, 3 in RepDistiller.
+        student, teacher: features of two or more layers of one batch, from the first layer to the
+            last; float64, float32, bfloat16 or float16 (computed in float32). At each layer,
+            student and teacher must have the same number of channels; the numbers of spatial
+            positions may differ. The teacher is detached.
+        k: number of singular vectors per layer. If a layer has fewer spatial positions or channels
+            than k, its pairs and all later pairs use this smaller number.
+        align: whose vectors are flipped to match the signs of the other's: "teacher" (the authors'
+            code) or "student" (RepDistiller, mdistiller).
+        weighting: with "sigma", the vectors of both networks are multiplied by the teacher's
+            singular values, normalised to a norm of 1. With "none" they are not multiplied.
+        extra: number of additional student vectors among which the alignment may select: 1 in the
+            authors' code, 3 in RepDistiller.
         beta: squared width of the correlation.
 
     Returns:
-        A 0-dim tensor. A pair of maps of a sample is left out, from the loss and from the gradients, where a map of it is all zeros or holds a NaN or
-        an infinity, in the student or in the teacher: no direction of it is known. docs/svd_kd.md compares the variants.
+        A 0-dim tensor. If the student's or the teacher's feature map of a sample is all zeros, or
+        contains a NaN or an infinity, its singular vectors are undefined. The pairs of layers with
+        this map are then left out of the loss and of the gradients of this sample.
 
     Raises:
-        TypeError: features of a wrong type.
-        ValueError: fewer than two layers, lists of different lengths, batches or channels that differ, or an option out of its range.
+        TypeError: features have the wrong type.
+        ValueError: there are fewer than two layers, the lists differ in length, batch sizes or
+            numbers of channels differ, or an option is out of range.
 
     References:
-        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
-        https://arxiv.org/abs/1807.06819
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
+        Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     return svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)[0]
 
 
 def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="authors", extra=1, beta=8.0):
-    """:func:`svd_kd_loss`, and which samples of each pair of layers are in it: bool [pairs, B]."""
+    """Compute :func:`svd_kd_loss` and a bool tensor [pairs, B]: whether it includes the sample."""
     _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta)
-    maps, targets = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
-    counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(maps, targets, strict=True)]
+    student_matrices, teacher_matrices = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
+    vector_counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(student_matrices, teacher_matrices, strict=True)]
     with torch.no_grad():
-        of_teacher = _decompose(targets, counts)
-    of_student = _student_vectors(maps, [min(n + extra, *x.shape[1:]) for n, x in zip(counts, maps, strict=True)], grad)
-    sides, known = [], []
-    for (_, s, v), (_, sigma, w), n in zip(of_student, of_teacher, counts, strict=True):
-        fine = (s[:, 0] > 0) & s[:, 0].isfinite() & (sigma[:, 0] > 0) & sigma[:, 0].isfinite()
-        v, w = (torch.where(fine[:, None, None], x, 0) for x in (v, w))
+        teacher_svds = _decompose(teacher_matrices, vector_counts)
+    student_svds = _student_vectors(
+        student_matrices, [min(n + extra, *x.shape[1:]) for n, x in zip(vector_counts, student_matrices, strict=True)], grad
+    )
+    aligned, usable_maps = [], []
+    for (_, s, v), (_, sigma, w), n in zip(student_svds, teacher_svds, vector_counts, strict=True):
+        usable_map = (s[:, 0] > 0) & s[:, 0].isfinite() & (sigma[:, 0] > 0) & sigma[:, 0].isfinite()
+        v, w = (torch.where(usable_map[:, None, None], x, 0) for x in (v, w))
         weight = None
-        if weighting == "sigma" and n > 1:  # of one vector it is 1
-            weight = F.normalize(torch.where(fine[:, None], sigma, 1.0), dim=1)
-        sides.append(align_singular_vectors(v, w, weight, flip=align))
-        known.append(fine)
-    total, kept = 0.0, []
-    for i in range(len(sides) - 1):
-        n = min(counts[: i + 2])
-        (sx, tx), (sy, ty) = ([x[..., :n] for x in side] for side in sides[i : i + 2])
-        both = known[i] & known[i + 1]
-        per_sample = torch.where(both, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
-        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(both), 1))
-        kept.append(both)
-    return total, torch.stack(kept)
+        if weighting == "sigma" and n > 1:  # for n = 1 the weight is 1
+            weight = F.normalize(torch.where(usable_map[:, None], sigma, 1.0), dim=1)
+        aligned.append(align_singular_vectors(v, w, weight, flip=align))
+        usable_maps.append(usable_map)
+    total, usable_pairs = 0.0, []
+    for i in range(len(aligned) - 1):
+        n = min(vector_counts[: i + 2])
+        (sx, tx), (sy, ty) = ([x[..., :n] for x in layer] for layer in aligned[i : i + 2])
+        usable_pair = usable_maps[i] & usable_maps[i + 1]
+        per_sample = torch.where(usable_pair, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
+        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(usable_pair), 1))
+        usable_pairs.append(usable_pair)
+    return total, torch.stack(usable_pairs)
 
 
 def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         _features_of_layers(name, features)
     if len(student) != len(teacher) or len(student) < 2:
-        raise ValueError(f"student and teacher must be lists of as many features, at least two, got {len(student)} and {len(teacher)}")
+        raise ValueError(f"student and teacher must be lists of the same number of features, at least two, got {len(student)} and {len(teacher)}")
     for name, value in {"k": k, "extra": extra}.items():
         checks.integer(name, value)
         if value < (name == "k"):
@@ -299,61 +353,75 @@ def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for name, x in {"student": s, "teacher": t}.items():
             if x.dim() < 3 or 0 in x.shape[1:]:
-                raise ValueError(f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one place, got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name}[{i}] must have the shape [B, C, *spatial] with at least one channel and one spatial position, got {tuple(x.shape)}"
+                )
         if s.device != student[0].device or t.device != student[0].device:
             raise ValueError(f"layer {i}: student and teacher must be on one device, got {s.device} and {t.device}")
         if s.shape[:2] != t.shape[:2] or len(s) != len(student[0]):
-            raise ValueError(f"layer {i}: student and teacher need the same batch and as many channels, got {tuple(s.shape)} and {tuple(t.shape)}")
+            raise ValueError(
+                f"layer {i}: student and teacher must have the same batch size and number of channels, got {tuple(s.shape)} and {tuple(t.shape)}"
+            )
 
 
-def _decompose(maps: list[Tensor], counts: list[int], return_u: bool = False) -> list[tuple[Tensor | None, Tensor, Tensor]]:
-    """truncated_svd of each map, those of as many vectors at once."""
+def _decompose(matrices: list[Tensor], counts: list[int], return_u: bool = False) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """Decompose each matrix, with one call of truncated_svds for all that need the same count."""
     results: dict[int, tuple] = {}
     for n in sorted(set(counts)):
-        chosen = [i for i, count in enumerate(counts) if count == n]
-        results |= zip(chosen, truncated_svds([maps[i] for i in chosen], n, return_u=return_u), strict=True)
-    return [results[i] for i in range(len(maps))]
+        indices = [i for i, count in enumerate(counts) if count == n]
+        results |= zip(indices, truncated_svds([matrices[i] for i in indices], n, return_u=return_u), strict=True)
+    return [results[i] for i in range(len(matrices))]
 
 
-def _student_vectors(maps: list[Tensor], counts: list[int], grad: str) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+def _student_vectors(matrices: list[Tensor], counts: list[int], grad: str) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """Decompose the student's matrices, with the gradient that the option ``grad`` selects."""
     if grad == "exact":
-        return _decompose(maps, counts)
+        return _decompose(matrices, counts)
     with torch.no_grad():
-        results = _decompose(maps, counts, return_u=True)
-    for i, (x, (u, s, v)) in enumerate(zip(maps, results, strict=True)):
+        results = _decompose(matrices, counts, return_u=True)
+    for i, (x, (u, s, v)) in enumerate(zip(matrices, results, strict=True)):
         wide = x.shape[1] < x.shape[2]
         results[i] = (u, s, _with_rank1_gradient(x, u, s, v) if grad == "rank1" or wide else _with_zero_gradient(x, v))
     return results
 
 
 def _with_zero_gradient(x: Tensor, v: Tensor) -> Tensor:
-    """v, with a derivative that is 0 whatever x holds: a loss of such vectors alone has a backward too."""
+    """Return v with a zero gradient with respect to x, so that a loss of v alone has a backward."""
     return v + x[:, :0].sum().to(v.dtype)
 
 
 def _with_rank1_gradient(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """v, with the derivative of X^T u, u fixed, divided by its length."""
-    fine = s.isfinite() & (s > 1e-6 * s[:, :1])  # [B, k]
-    inverse = torch.where(fine, 1 / torch.where(fine, s, 1), 0)[:, None]
+    """Return v, with the derivative of X^T u / |X^T u| for constant u."""
+    nonzero = s.isfinite() & (s > 1e-6 * s[:, :1])  # [B, k]
+    inverse = torch.where(nonzero, 1 / torch.where(nonzero, s, 1), 0)[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        image = x.to(u.dtype).mT @ torch.where(fine[:, None], u, 0)
-    change = (image - image.detach()).nan_to_num() * inverse
-    return v + (change - v.nan_to_num() * (v.nan_to_num() * change).sum(1, keepdim=True))
+        product = x.to(u.dtype).mT @ torch.where(nonzero[:, None], u, 0)
+    difference = (product - product.detach()).nan_to_num() * inverse
+    return v + (difference - v.nan_to_num() * (v.nan_to_num() * difference).sum(1, keepdim=True))
 
 
 class SVDKDLoss(nn.Module):
-    """:func:`svd_kd_loss` with its options fixed: ``SVDKDLoss(k=1)(student_features, teacher_features)``. The trainer with the authors' rule of two
-    gradients is :class:`kdkernels.distill.SVDKD`.
+    """Module of :func:`svd_kd_loss` with fixed options.
+
+    Example: ``SVDKDLoss(k=1)(student_features, teacher_features)``.
+
+    :class:`kdkernels.distill.SVDKD` is the trainer, with the authors' rule for combining the
+    gradients of the two losses.
 
     Args:
-        k: vectors of a layer.
-        **options: the keyword options of :func:`svd_kd_loss`: align, grad, weighting, loss, extra, beta.
+        k: number of singular vectors per layer.
+        **options: the keyword options of :func:`svd_kd_loss`: align, grad, weighting, loss, extra,
+            beta.
+
+    Raises:
+        TypeError: an unknown option, or one of the wrong type.
+        ValueError: an option is out of range.
     """
 
     def __init__(self, k: int = 1, **options):
         super().__init__()
         probe = [torch.ones(1, 1, 1)] * 2
-        svd_kd_loss(probe, probe, k, **options)  # refuses here what cannot be
+        svd_kd_loss(probe, probe, k, **options)  # validate the options
         self.k, self.options = k, options
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

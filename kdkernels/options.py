@@ -1,5 +1,5 @@
-"""The options of the ops. Public functions take them as strings; ops and kernels take the values of
-the enums below.
+"""The options of the ops. Public functions take them as strings; ops and kernels take the integer
+values of the enums below.
 
 The C++ enums of the same names have the same values (csrc/check.h rejects every other value, and
 tests/test_options.py compares the two). An option has one meaning in all ops: ``reduction`` is a
@@ -20,7 +20,7 @@ class Direction(IntEnum):
 
 
 class Reduction(IntEnum):
-    """How the losses of rows or samples become one number."""
+    """How the losses of rows or samples are reduced to one number."""
 
     NONE = 0
     SUM = 1
@@ -70,12 +70,12 @@ class Implementation(IntEnum):
 
 
 def _named(members: type[IntEnum]) -> dict[str, int]:
-    """Plain numbers, because not every tracer of torch accepts members of an enum."""
+    """Map lower-case names to integers, because some of torch's tracers reject enum members."""
     return {member.name.lower(): int(member) for member in members}
 
 
-# What public functions take for each option, and the value that stands for it. The keys are the
-# names of the arguments, here and in the schemas.
+# For each option: the strings that public functions accept, and the integer value of each. The keys
+# are the argument names, in the public functions and in the schemas of the ops.
 VALUES: dict[str, dict[str | None, int]] = {
     "direction": _named(Direction),
     "reduction": _named(Reduction),

@@ -1,4 +1,4 @@
-"""For tests and benches: chooses the kernels that compute an op."""
+"""Choose which kernels compute an op, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ __all__ = ["implementation"]
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Computes the ops that have several implementations with one of them, instead of the fastest
-    that the device has. For tests and benches.
+    """Select one implementation of the ops that have several, instead of the fastest one for the
+    device. For tests and benchmarks.
 
-    The ops are ``truncated_svd``, ``truncated_svds``, ``feature_svd`` and
-    ``align_singular_vectors``; others are not affected. The choice holds for calls of the current
-    thread inside of the ``with`` block (or of the decorated function), and for the backwards of
-    these calls wherever they run. Transforms of ``torch.func`` and second derivatives go through
-    the reference as ever.
+    The selection affects ``truncated_svd``, ``truncated_svds``, ``feature_svd`` and
+    ``align_singular_vectors``, and no other op. It applies to calls in the current thread inside
+    the ``with`` block (or the decorated function), and to the backward passes of these calls,
+    even if they run later or in another thread. ``torch.func`` transforms and second derivatives
+    always use the reference.
 
     Args:
-        name: "cuda" (C++ kernels), "triton", "torch" (plain PyTorch), or "fastest", which is the
-            default. On CPU tensors the first two run the bodies of the GPU kernels one thread after
-            another, slowly; Triton's interpreter needs TRITON_INTERPRET=1 in the environment.
+        name: "cuda" (CUDA C++ kernels), "triton", "torch" (plain PyTorch), or "fastest", the
+            default. On CPU tensors, "cuda" and "triton" run the code of the GPU kernels one thread
+            after another, which is slow. Triton's interpreter requires TRITON_INTERPRET=1 in the
+            environment.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: ``name`` is unknown.
         RuntimeError: the implementation was not built, or Triton is not installed.
     """
     value = checks.option("implementation", name)
     check_available(Implementation(value))
-    before = chosen.implementation
+    previous = chosen.implementation
     chosen.implementation = value
     try:
         yield
     finally:
-        chosen.implementation = before
+        chosen.implementation = previous

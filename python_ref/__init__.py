@@ -1,6 +1,8 @@
-"""The definition of every op in plain PyTorch: any device, any dtype, twice differentiable, depends on torch alone.
+"""The definitions of all ops in plain PyTorch.
 
-Installed as ``kdkernels.reference``; each function has the signature of the fused op of the same name.
+They support any device and dtype, are twice differentiable, and depend on torch only. This package
+is installed as ``kdkernels.reference``. Each function has the signature of the fused op of the
+same name.
 """
 
 from .attention_pool import attention_pool, attention_transfer_loss

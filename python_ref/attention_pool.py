@@ -1,6 +1,9 @@
-"""Attention maps of features and the attention-transfer loss, in plain PyTorch: the definitions that the fused ops are tested against.
+"""Attention maps and the attention transfer loss in plain PyTorch.
 
-S. Zagoruyko, N. Komodakis. Paying More Attention to Attention. ICLR 2017. https://arxiv.org/abs/1612.03928 (section 3.1)
+The fused ops are tested against these definitions.
+
+S. Zagoruyko, N. Komodakis. Paying More Attention to Attention. ICLR 2017.
+https://arxiv.org/abs/1612.03928 (section 3.1)
 """
 
 import torch
@@ -16,13 +19,17 @@ def attention_pool(
     normalize: str | None = None,
     eps: float = 1e-12,
 ) -> Tensor:  # [B, *spatial]
-    """Sum, mean or maximum over the channels of |x|^p; "l2" or "softmax" over space of it. See :func:`kdkernels.attention_pool`."""
+    """Compute the sum, mean or maximum of |x|^p over the channels.
+
+    The maps may then be normalised over the spatial positions, by "l2" or "softmax". See
+    :func:`kdkernels.attention_pool`.
+    """
     x = x if x.dtype == torch.float64 else x.float()
-    if reduce == "max":  # the lowest index of a tie takes the gradient
+    if reduce == "max":  # on a tie, the lowest channel gets the gradient
         x = x.gather(1, x.abs().argmax(1, keepdim=True))
     if p in (2, 4):
         powers = x**p
-    else:  # at 0 the value is 0 and so is the gradient, also where p < 1
+    else:  # at 0, value and gradient are 0, also for p < 1
         size = x.abs()
         powers = torch.where(size == 0, size, torch.where(size == 0, torch.ones_like(size), size) ** p)
     maps = powers.mean(1) if reduce == "mean" else powers.sum(1)
@@ -33,14 +40,18 @@ def attention_pool(
 
 def attention_transfer_loss(
     student: Tensor,  # [B, C, *spatial]
-    teacher: Tensor,  # [B, D, *spatial], of any extents in space
+    teacher: Tensor,  # [B, D, *spatial], with any spatial extents
     p: float = 2.0,
     *,
     variant: str = "authors",
     reduce: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """Distance of the normalised maps: mean square, or mean norm of a sample's. See :func:`kdkernels.attention_transfer_loss`."""
+    """Compute the distance between the normalised maps of student and teacher.
+
+    It is the mean square of the difference, or the mean over the samples of its norm. See
+    :func:`kdkernels.attention_transfer_loss`.
+    """
     if student.shape[2:] != teacher.shape[2:]:
         extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = average_to(student, extents), average_to(teacher, extents)
@@ -51,11 +62,17 @@ def attention_transfer_loss(
 
 
 def average_to(x: Tensor, extents: list[int]) -> Tensor:
-    """Adaptive average pooling of x [B, C, *spatial] to the extents, where they differ; of half types in float32."""
+    """Average-pool x [B, C, *spatial] to the spatial extents, if they differ.
+
+    Half precision is pooled in float32 and returned as float32.
+
+    Raises:
+        ValueError: the extents differ and there are more than three spatial dimensions.
+    """
     if list(x.shape[2:]) == list(extents):
         return x
     x = x if x.dtype == torch.float64 else x.float()
     pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
     if len(extents) not in pools:
-        raise ValueError(f"features of {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")
+        raise ValueError(f"features with {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")
     return pools[len(extents)](x, extents)

@@ -1,6 +1,7 @@
-"""The RBF correlation of two sets of features, and the distance of a student's from a teacher's, in plain PyTorch.
+"""Pairwise RBF correlation of two feature sets, and the loss between two such correlations.
 
-S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
+S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value
+Decomposition. ECCV 2018.
 https://arxiv.org/abs/1807.06819 (section 3.2, the distilled feature vectors)
 """
 
@@ -13,7 +14,10 @@ def rbf_correlation(
     y: Tensor,  # [B, N, K]
     beta: float = 8.0,
 ) -> Tensor:  # [B, M, N, K]
-    """exp(-(x - y)^2 / beta) of every pair, column by column. See :func:`kdkernels.rbf_correlation`."""
+    """Compute exp(-(x - y)^2 / beta) of each pair of elements in the same column.
+
+    See :func:`kdkernels.rbf_correlation`.
+    """
     x, y = (v if v.dtype == torch.float64 else v.float() for v in (x, y))
     return torch.exp((x[:, :, None] - y[:, None]).square() / -beta)
 
@@ -27,7 +31,10 @@ def rbf_correlation_loss(
     *,
     reduction: str = "sum",
 ) -> Tensor:
-    """Squared distance of two correlations; holds [B, M, N, K] tensors. See :func:`kdkernels.rbf_correlation_loss`."""
+    """Compute the squared distance between two correlations, using [B, M, N, K] tensors.
+
+    See :func:`kdkernels.rbf_correlation_loss`.
+    """
     difference = rbf_correlation(sx, sy, beta) - rbf_correlation(tx, ty, beta)
     per_sample = difference.square().flatten(1).sum(1)
     if reduction == "none":

@@ -191,13 +191,13 @@ def test_errors():
     for error, match, args, options in [
         (TypeError, "student must be a tensor", (None, t), {}),
         (TypeError, "teacher must be float64, float32", (s, t.int()), {}),
-        (ValueError, "must agree but in their last dimension", (s, torch.randn(2, 4, 2)), {}),
-        (ValueError, "must agree but in their last dimension", (s[0], t), {}),
+        (ValueError, "must have the same shape except for the last dimension", (s, torch.randn(2, 4, 2)), {}),
+        (ValueError, "must have the same shape except for the last dimension", (s[0], t), {}),
         (ValueError, r"weight must have the shape \(2, 2\)", (s, t, torch.ones(2)), {}),
         (TypeError, "weight must be a floating-point tensor", (s, t, 1.0), {}),
         (ValueError, "flip must be one of", (s, t), {"flip": "both"}),
         (ValueError, "student must be matrices", (torch.ones(3), t), {}),
-        (ValueError, "student must hold a vector", (s[..., :0], t), {}),
+        (ValueError, "student must have at least one vector", (s[..., :0], t), {}),
     ]:
         with pytest.raises(error, match=match):
             align_singular_vectors(*args, **options)

@@ -198,7 +198,7 @@ def test_module(device):
     assert repr(module) == "AttentionTransferLoss(p=2.0, reduce='mean', variant='authors')"
     with pytest.raises(ValueError, match="p must be a finite number > 0, got -1"):
         kdkernels.nn.AttentionTransferLoss(-1)
-    with pytest.raises(ValueError, match="as many features, at least one, got 2 and 1"):
+    with pytest.raises(ValueError, match="the same number of features, at least one, got 2 and 1"):
         module(s, t[:1])
     with pytest.raises(ValueError, match="p must be one value, or one for each of the 1 pairs, got 2"):
         mixed(s[0], t[0])
@@ -209,7 +209,7 @@ POOL_ERRORS = [
     (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
     (dict(x=X.long()), TypeError, "x must be float64, float32, bfloat16 or float16 features, got torch.int64"),
     (dict(x=X[0, 0]), ValueError, r"x must have the shape \[B, C, \*spatial\]"),
-    (dict(x=X[:, :0]), ValueError, "at least one channel and one place"),
+    (dict(x=X[:, :0]), ValueError, "at least one channel and one spatial position"),
     (dict(p=0), ValueError, "p must be a finite number > 0, got 0"),
     (dict(p=float("inf")), ValueError, "p must be a finite number > 0"),
     (dict(eps=0), ValueError, "eps must be a finite number > 0"),
@@ -219,8 +219,8 @@ POOL_ERRORS = [
 LOSS_ERRORS = [
     (dict(student=None), TypeError, "student must be a tensor, got NoneType"),
     (dict(teacher=X.to(torch.complex64)), TypeError, "teacher must be"),
-    (dict(teacher=X[:1]), ValueError, r"same batch and as many dimensions, got \(2, 3, 4, 4\) and \(1, 3, 4, 4\)"),
-    (dict(teacher=X.flatten(2)), ValueError, "as many dimensions"),
+    (dict(teacher=X[:1]), ValueError, r"same batch size and number of dimensions, got \(2, 3, 4, 4\) and \(1, 3, 4, 4\)"),
+    (dict(teacher=X.flatten(2)), ValueError, "same batch size and number of dimensions"),
     (dict(teacher=X.to("meta")), ValueError, "one device"),
     (dict(p=-2), ValueError, "p must be"),
     (dict(variant="mean"), ValueError, "variant must be one of"),

@@ -49,7 +49,7 @@ def test_kd_loss_of_pixels(dim):
     soft = torch.softmax(torch.randn_like(s), dim)
     expected = 0.1 * F.cross_entropy(rows_s, soft.movedim(dim, -1).reshape(-1, 5)) + 0.9 * reference.temperature_kl(rows_s, rows_t, 4.0)
     torch.testing.assert_close(kd_loss(s, t, soft, dim=dim), expected)
-    with pytest.raises(ValueError, match="say by dim which dimension holds the classes"):
+    with pytest.raises(ValueError, match="pass dim, the dimension of the classes"):
         kd_loss(s, t, labels)
     with pytest.raises(ValueError, match=r"labels must have the shape \(2, 5, 5\) for student \(2, 5, 5, 5\) with the classes in dim="):
         kd_loss(s, t, labels[:, :3], dim=dim)

@@ -178,9 +178,9 @@ X, Y = torch.zeros(2, 3, 1), torch.zeros(2, 4, 1)
 ERRORS = [
     (dict(sx=None), TypeError, "sx must be a tensor, got NoneType"),
     (dict(ty=Y.long()), TypeError, "ty must be float64, float32, bfloat16 or float16 features, got torch.int64"),
-    (dict(sx=X[0]), ValueError, r"sx must have the shape \[B, numbers, K\]"),
-    (dict(sy=Y[:, :0], ty=Y[:, :0]), ValueError, "at least one number and one column"),
-    (dict(tx=X[:, :2]), ValueError, r"sx and tx must have the same shape, and sy and ty, got sx \(2, 3, 1\), tx \(2, 2, 1\)"),
+    (dict(sx=X[0]), ValueError, r"sx must have the shape \[B, elements, K\]"),
+    (dict(sy=Y[:, :0], ty=Y[:, :0]), ValueError, "at least one element and one column"),
+    (dict(tx=X[:, :2]), ValueError, r"sx and tx must have the same shape, and so must sy and ty, got sx \(2, 3, 1\), tx \(2, 2, 1\)"),
     (dict(sx=X[:1], tx=X[:1]), ValueError, r"sx \[B, M, K\] and sy \[B, N, K\] must agree in B and K, got \(1, 3, 1\) and \(2, 4, 1\)"),
     (dict(tx=X.to("meta")), ValueError, "sx and sy and tx and ty must be on one device"),
     (dict(beta=0), ValueError, "beta must be a finite number > 0, got 0"),

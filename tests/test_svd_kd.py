@@ -252,10 +252,14 @@ def test_module():
 
 X = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 2, 2)]
 ERRORS = [
-    (dict(student=X[:1], teacher=X[:1]), ValueError, "lists of as many features, at least two, got 1 and 1"),
+    (dict(student=X[:1], teacher=X[:1]), ValueError, "lists of the same number of features, at least two, got 1 and 1"),
     (dict(student=X[:1]), ValueError, "got 1 and 2"),
-    (dict(student=[X[0], X[1][:, :4]]), ValueError, r"layer 1: student and teacher need the same batch and as many channels, got \(2, 4, 2, 2\)"),
-    (dict(student=[X[0], X[1][:1]], teacher=[X[0], X[1][:1]]), ValueError, "layer 1: student and teacher need the same batch"),
+    (
+        dict(student=[X[0], X[1][:, :4]]),
+        ValueError,
+        r"layer 1: student and teacher must have the same batch size and number of channels, got \(2, 4, 2, 2\)",
+    ),
+    (dict(student=[X[0], X[1][:1]], teacher=[X[0], X[1][:1]]), ValueError, "layer 1: student and teacher must have the same batch size"),
     (dict(student=[X[0], None]), TypeError, r"student\[1\] must be a tensor, got NoneType"),
     (dict(teacher=[X[0].long(), X[1]]), TypeError, r"teacher\[0\] must be float64, float32, bfloat16 or float16 features, got torch.int64"),
     (dict(student=[X[0], X[1][0, 0]]), ValueError, r"student\[1\] must have the shape \[B, C, \*spatial\]"),

@@ -263,7 +263,7 @@ ERRORS = [
     (dict(student=[1.0]), TypeError, "student must be a tensor, got list"),
     (dict(student=X.long()), TypeError, "student must be float64, float32, bfloat16 or float16 logits, got torch.int64"),
     (dict(teacher=X.to(torch.complex64)), TypeError, "teacher must be"),
-    (dict(teacher=torch.zeros(4, 7)), ValueError, "student has 6 classes in dim=-1 and teacher 7"),
+    (dict(teacher=torch.zeros(4, 7)), ValueError, "student and teacher must have the same classes in dim=-1, got 6 and 7"),
     (dict(teacher=torch.zeros(5, 6)), ValueError, r"student and teacher must have the same shape, got \(4, 6\) and \(5, 6\)"),
     (dict(teacher=torch.zeros(4, 6, 1)), ValueError, "same shape"),
     (dict(student=torch.zeros(4, 0), teacher=torch.zeros(4, 0)), ValueError, "at least one class"),
@@ -290,7 +290,7 @@ ERRORS = [
     (dict(normalizer=0), ValueError, "normalizer must be a finite number > 0"),
     (dict(normalizer=torch.ones(2)), ValueError, "normalizer must have one element"),
     (dict(normalizer=torch.ones((), requires_grad=True)), ValueError, "normalizer is not differentiated"),
-    (dict(normalizer=3.0, reduction="sum"), ValueError, "normalizer takes the place of the count"),
+    (dict(normalizer=3.0, reduction="sum"), ValueError, "normalizer replaces the number of rows"),
 ]
 
 

@@ -66,7 +66,7 @@ def test_compile(svd):
 def test_errors():
     x = torch.ones(2, 5, 3)
     for error, match, xs, k in [
-        (ValueError, "xs must hold at least one", [], 1),
+        (ValueError, "xs must contain at least one", [], 1),
         (TypeError, r"xs\[1\] must be a tensor", [x, None], 1),
         (TypeError, r"xs\[0\] must be float64", [x.int()], 1),
         (ValueError, r"k must be an int in \[0, min\(M, N\)\] = \[0, 2\]", [x, x[:, :2]], 3),

@@ -1,1 +1,1 @@
-"""One module per op: the public function, its checks, fake kernel, transforms, and the hook to its Triton kernels."""
+"""One module per op: public function, argument checks, fake kernel, transforms, launchers."""

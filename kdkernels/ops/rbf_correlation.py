@@ -1,4 +1,8 @@
-"""rbf_correlation and rbf_correlation_loss: how two sets of features lie to one another, and how far a student's are from a teacher's in that."""
+"""rbf_correlation and rbf_correlation_loss.
+
+The first op is the pairwise Gaussian (RBF) correlation of two feature sets. The second is the
+squared distance between the student's and the teacher's correlations.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +23,36 @@ def rbf_correlation(
     y: Tensor,  # [B, N, K]
     beta: float = 8.0,
 ) -> Tensor:  # [B, M, N, K]
-    r"""The Gaussian (RBF) correlation of every number of x with every one of y, column by column: the distilled feature vector of SVD-KD.
+    r"""Gaussian (RBF) correlation of each pair of elements of x and y in the same column.
+
+    This is the distilled feature vector of SVD-KD:
 
     .. math:: D_{b,m,n,k} = \exp\left(-\frac{(x_{b,m,k} - y_{b,n,k})^2}{\beta}\right)
 
     (Lee et al. 2018, equation 4; a Gaussian of :math:`2 \sigma^2 = \beta`.)
 
     Args:
-        x, y: features, float64, float32, bfloat16 or float16 (computed in float32), of any strides. SVD-KD: singular vectors as columns, so M and N
-            are the channels of two layers.
+        x, y: features, float64, float32, bfloat16 or float16 (computed in float32), with any
+            strides. In SVD-KD the columns are singular vectors, so M and N are the numbers of
+            channels of two layers.
         beta: squared width > 0.
 
     Returns:
-        D, contiguous, float64 if x or y is, else float32: unit vectors of 512 channels give values whose distance from 1 is below a unit of
-        half precision.
+        D, contiguous, float64 if x or y is float64, else float32. Half precision would be too
+        coarse: for unit vectors of 512 channels, D differs from 1 by less than its resolution.
 
     Raises:
-        TypeError: features of a wrong type.
-        ValueError: shapes or devices that do not fit, or a beta out of its range.
+        TypeError: features have the wrong type.
+        ValueError: shapes or devices do not match, or beta is out of range.
 
-    The backward computes D again instead of keeping it. Double backward and ``torch.func`` transforms go through
-    :func:`kdkernels.reference.rbf_correlation`. Where only the distance of two correlations is wanted, :func:`rbf_correlation_loss` has it
-    without writing either.
+    The backward pass recomputes D instead of keeping it. Double backward and ``torch.func``
+    transforms use :func:`kdkernels.reference.rbf_correlation`. If you only need the distance
+    between two correlations, :func:`rbf_correlation_loss` computes it without writing them to
+    memory.
 
     References:
-        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
-        https://arxiv.org/abs/1807.06819
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
+        Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     _check_features(x=x, y=y)
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
@@ -62,9 +70,10 @@ def rbf_correlation_loss(
     *,
     reduction: str = "sum",
 ) -> Tensor:
-    r"""Squared distance of a student's correlation from a teacher's, in time linear in M + N where numbers are close to one another.
+    r"""Squared distance between a student's and a teacher's correlations.
 
-    With :math:`S` = :func:`rbf_correlation` of sx and sy, and T of tx and ty,
+    The time is linear in M + N if the elements of a column lie close together. Let :math:`S` be
+    :func:`rbf_correlation` of sx and sy, and :math:`T` that of tx and ty. The loss is
 
     =================  ===============================================================
     ``reduction``      loss
@@ -74,42 +83,49 @@ def rbf_correlation_loss(
     ``"batchmean"``    the sum over B
     =================  ===============================================================
 
-    (Lee et al. 2018, section 3.2. The authors' code takes half of the sum; RepDistiller "batchmean".)
+    (Lee et al. 2018, section 3.2. The authors' code uses half of "sum", RepDistiller "batchmean".)
 
-    Neither S nor T is made. For each column, R terms of :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` leave R x R products of either
-    side, O((M + N) R^2) in double: R follows from the range of the numbers, 5 or 6 for singular vectors. Beyond 24 terms, or where there are
-    few pairs, the pairs are summed. Errors are below 1e-6 relative to the loss of the same inputs in exact arithmetic, also
-    where S and T are nearly equal. docs/rbf_correlation.md derives the terms and their bound.
+    S and T are not written to memory. For each column, R terms of the series
+    :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` reduce each side to R x R products,
+    in O((M + N) R^2) operations in float64. R depends on the range of the elements; it is 5 or 6
+    for singular vectors. If a column needs more than 24 terms, or has few pairs, the loss is summed
+    over all pairs. The relative error is below 1e-6, compared with exact arithmetic on the same
+    inputs, even if S and T are nearly equal. docs/rbf_correlation.md derives the terms and their
+    bound.
 
     Args:
-        sx, sy: the student's features, float64, float32, bfloat16 or float16, of any strides.
-        tx, ty: the teacher's, of the same shapes. Gradients flow to every input that requires one, and to no other.
+        sx, sy: the student's features, float64, float32, bfloat16 or float16, with any strides.
+        tx, ty: the teacher's features, of the same shapes. Only inputs that require a gradient
+            receive one.
         beta: squared width > 0.
-        reduction: see above. A sample whose upstream gradient is 0 ("none") gets 0, whatever it holds.
+        reduction: see above. With "none", a sample whose upstream gradient is 0 has gradient 0,
+            even if its features are not finite.
 
     Returns:
-        A 0-dim tensor, or [B]; float64 if any input is, else float32. A column that holds a NaN or an infinity makes the loss of its sample
-        NaN, and its own gradients, and touches no other.
+        A 0-dim tensor, or [B] for "none"; float64 if any input is float64, else float32. A NaN or
+        an infinity makes the loss of its sample and the gradients of its column NaN, and nothing
+        else.
 
     Raises:
-        TypeError: features of a wrong type.
-        ValueError: shapes or devices that do not fit, or an option out of its range.
+        TypeError: features have the wrong type.
+        ValueError: shapes or devices do not match, or an option is out of range.
 
-    The gradients are written in the forward, and kept: four tensors of the inputs' size at most. Double backward and ``torch.func``
-    transforms go through :func:`kdkernels.reference.rbf_correlation_loss`, which makes S and T.
+    The forward pass computes the gradients and keeps them: at most four tensors of the inputs'
+    sizes. Double backward and ``torch.func`` transforms use
+    :func:`kdkernels.reference.rbf_correlation_loss`, which does write S and T.
 
     References:
-        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
-        https://arxiv.org/abs/1807.06819
+        S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
+        Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     _check_features(sx=sx, sy=sy, tx=tx, ty=ty)
     if sx.shape != tx.shape or sy.shape != ty.shape:
         shapes = f"sx {tuple(sx.shape)}, tx {tuple(tx.shape)}, sy {tuple(sy.shape)}, ty {tuple(ty.shape)}"
-        raise ValueError(f"sx and tx must have the same shape, and sy and ty, got {shapes}")
+        raise ValueError(f"sx and tx must have the same shape, and so must sy and ty, got {shapes}")
     if sx.shape[0] != sy.shape[0] or sx.shape[2] != sy.shape[2]:
         raise ValueError(f"sx [B, M, K] and sy [B, N, K] must agree in B and K, got {tuple(sx.shape)} and {tuple(sy.shape)}")
     checks.positive("beta", beta)
-    return _loss(sx, sy, tx, ty, beta, checks.option("reduction", reduction, without=("mean",)), (False,) * 4)
+    return _loss(sx, sy, tx, ty, beta, checks.option("reduction", reduction, excluded=("mean",)), (False,) * 4)
 
 
 def _check_features(**features: Tensor) -> None:
@@ -117,7 +133,7 @@ def _check_features(**features: Tensor) -> None:
     for name, x in features.items():
         checks.tensor(name, x, "features")
         if x.dim() != 3 or 0 in x.shape[1:]:
-            raise ValueError(f"{name} must have the shape [B, numbers, K] with at least one number and one column, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must have the shape [B, elements, K] with at least one element and one column, got {tuple(x.shape)}")
         if x.device != first.device:
             raise ValueError(f"{' and '.join(features)} must be on one device, got {first.device} and {x.device}")
 
@@ -127,23 +143,26 @@ def _(x, y, beta):
     return x.new_empty((x.shape[0], x.shape[1], y.shape[1], x.shape[2]), dtype=compute_dtype(x, y))
 
 
-def _wanted_like(inputs, wanted, dtype=None):
-    return [torch.empty_like(x, dtype=dtype or x.dtype) if w else x.new_empty(0, dtype=dtype or x.dtype) for x, w in zip(inputs, wanted, strict=True)]
+def _empty_gradients(inputs, wanted, dtype=None):
+    return [
+        torch.empty_like(x, dtype=dtype or x.dtype) if want else x.new_empty(0, dtype=dtype or x.dtype)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
 
 
 @torch.library.register_fake("kdkernels::rbf_correlation_loss")
 def _(sx, sy, tx, ty, beta, reduction, wanted):
     inputs = (sx, sy, tx, ty)
     dtype = compute_dtype(*inputs)
-    return sx.new_empty(sx.shape[:1] if reduction == Reduction.NONE else (), dtype=dtype), *_wanted_like(inputs, wanted, dtype)
+    return sx.new_empty(sx.shape[:1] if reduction == Reduction.NONE else (), dtype=dtype), *_empty_gradients(inputs, wanted, dtype)
 
 
 def _fake_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wanted):
-    return tuple(_wanted_like((sx, sy, tx, ty), wanted))
+    return tuple(_empty_gradients((sx, sy, tx, ty), wanted))
 
 
 def _vmap_loss(info, in_dims, sx, sy, tx, ty, beta, reduction, wanted):
-    """The examples are more samples of one batch, reduced for each example."""
+    """Treat the vmap examples as more samples of one batch, then reduce for each example."""
     features = examples_first(info.batch_size, (sx, sy, tx, ty), in_dims[:4])
     batch = features[0].shape[1]
     loss = _loss(*(v.flatten(0, 1) for v in features), beta, Reduction.NONE.value, (False,) * 4).unflatten(0, (info.batch_size, batch))

@@ -1,4 +1,4 @@
-"""temperature_kl: Kullback-Leibler (forward, reverse) and Jensen-Shannon divergence of softened logits."""
+"""temperature_kl: Kullback-Leibler and Jensen-Shannon divergence of softened logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..options import Reduction
 from ..reference import temperature_kl as reference
 from . import checks
 from .registration import register
-from .transforms import examples_first, is_linearised, is_transformed
+from .transforms import examples_first, is_linearized, is_transformed
 
 
 def temperature_kl(
@@ -28,54 +28,75 @@ def temperature_kl(
     mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Divergence between the softened predictions of a student and a teacher, fused, never negative, accurate near agreement.
+    r"""Divergence between the softened predictions of a student and a teacher, as one fused op.
 
-    With :math:`p_t = \mathrm{softmax}(\text{teacher}/T)`, :math:`p_s = \mathrm{softmax}(\text{student}/T)` over ``dim``, the loss of a row is
+    The divergence is never negative, and accurate even if student and teacher nearly agree.
 
-    ======================  =====================================================================================
+    With :math:`p_t = \mathrm{softmax}(\text{teacher}/T)` and
+    :math:`p_s = \mathrm{softmax}(\text{student}/T)` over ``dim``, the loss of a row is
+
+    ======================  ====================================================================
     ``direction``           loss of a row (times :math:`T^2` if ``scale_by_t2``)
-    ======================  =====================================================================================
-    ``"forward"``           :math:`KL(p_t \| p_s) = \sum_k p_t (\log p_t - \log p_s)`  (Hinton et al. 2015)
+    ======================  ====================================================================
+    ``"forward"``           :math:`KL(p_t \| p_s) = \sum_k p_t (\log p_t - \log p_s)`
+                            (Hinton et al. 2015)
     ``"reverse"``           :math:`KL(p_s \| p_t)`
-    ``"jsd"``               :math:`\beta KL(p_t \| M) + (1-\beta) KL(p_s \| M)`, :math:`M = \beta p_t + (1-\beta) p_s`  (Agarwal et al.
-                            2024, eq. 1); as in TRL and Liger, ``beta=0`` is ``"forward"`` and ``beta=1`` is ``"reverse"``
-    ======================  =====================================================================================
+    ``"jsd"``               :math:`\beta KL(p_t \| M) + (1-\beta) KL(p_s \| M)`,
+                            :math:`M = \beta p_t + (1-\beta) p_s` (Agarwal et al. 2024, eq. 1);
+                            as in TRL and Liger, ``beta=0`` is ``"forward"`` and ``beta=1`` is
+                            ``"reverse"``
+    ======================  ====================================================================
 
     Args:
-        student: logits, float64, float32, bfloat16 or float16, any strides. Classes lie in ``dim``; all other dimensions are rows.
-            ``-inf`` excludes a class; :math:`0 \log 0 = 0`. A row of which every logit is ``-inf``, or any is NaN, gives NaN.
-        teacher: logits of the same shape and device; its dtype may differ. It receives a gradient if, and only if, it requires one.
-        temperature: T > 0, in units of logits; a float, or a tensor that broadcasts to the rows (per sample; ``[B]`` or ``[B, 1]`` for logits
-            ``[B, C]``), differentiable if it requires grad.
-        dim: the dimension of the classes. ``[B, K, H, W]`` with ``dim=1`` is a loss per pixel.
+        student: logits, float64, float32, bfloat16 or float16, with any strides. The classes are
+            in dimension ``dim``; the elements of all other dimensions are rows. ``-inf`` excludes
+            a class; :math:`0 \log 0 = 0`. A row gives NaN if all its logits are ``-inf`` or if any
+            is NaN.
+        teacher: logits of the same shape and device; the dtype may differ. The teacher receives a
+            gradient only if it requires one.
+        temperature: T > 0, by which the logits are divided. A float, or a tensor that broadcasts to
+            the rows (one T per sample: ``[B]`` or ``[B, 1]`` for logits ``[B, C]``). The loss is
+            differentiable with respect to a tensor that requires a gradient.
+        dim: the dimension of the classes. For ``[B, K, H, W]`` and ``dim=1`` each pixel is a row.
         beta: weight of the teacher in the mixture, in [0, 1]; used by ``"jsd"`` only.
-        reduction: ``"batchmean"`` divides the sum by the number of (unmasked) rows, ``"mean"`` by that times C, which is what
-            ``torch.nn.functional.kl_div`` calls ``"mean"``; ``"sum"``; or ``"none"`` for one loss per row.
+        reduction: ``"batchmean"`` divides the sum by the number of (unmasked) rows; ``"mean"``
+            divides it by the number of rows times C, like ``"mean"`` of
+            ``torch.nn.functional.kl_div``; ``"sum"``; or ``"none"`` for one loss per row.
         scale_by_t2: multiply by :math:`T^2`, which keeps the size of the gradient when T changes.
-        include_entropy: ``False`` gives the soft cross-entropy :math:`-\sum p_t \log p_s`: same gradient to the student, another
-            value. Only for ``"forward"``.
-        target_eps: added to every :math:`p_t`, as weight and inside the logarithm, without renormalising (FFL uses 1e-7). Only for ``"forward"``.
-        mask: bool, one per row; ``False`` rows add nothing, whatever they hold, and are not counted.
-        normalizer: float or one-element tensor that takes the place of the number of rows in ``"batchmean"`` and ``"mean"``, so that a
-            loss does not depend on how the batch was split. Not differentiated.
+        include_entropy: ``False`` gives the soft cross-entropy :math:`-\sum p_t \log p_s`. Its
+            gradient with respect to the student is the same, its value is not. Only for
+            ``"forward"``.
+        target_eps: added to every :math:`p_t`, both as the weight and inside the logarithm, without
+            renormalising (FFL uses 1e-7). Only for ``"forward"``.
+        mask: bool, one element per row. Rows with ``False`` contribute nothing to the loss, even if
+            they are not finite, and are not counted.
+        normalizer: float or one-element tensor that replaces the number of rows in ``"batchmean"``
+            and ``"mean"``, so that gradient accumulation gives the same result as one large batch.
+            It is not differentiated.
 
     Returns:
-        A float64 tensor if either input is float64, else float32, also under autocast: 0-dim, or one loss per row for ``"none"``. A batch without
-        (unmasked) rows gives 0.
+        float64 if either input is float64, else float32, also under autocast. A 0-dim tensor, or
+        one loss per row for ``"none"``. A batch without (unmasked) rows gives 0.
 
     Raises:
-        TypeError: logits, temperature or mask of a wrong type.
-        ValueError: shapes or devices that differ, T that is not a finite number > 0, or an option out of its range. (CUDA tensors of temperatures
-            and normalizers are not read back to be checked; T <= 0 gives NaN there.)
+        TypeError: logits, temperature or mask have the wrong type.
+        ValueError: shapes or devices differ, T is not a finite number > 0, or an option is out of
+            range. The values of CUDA tensors for ``temperature`` and ``normalizer`` are not
+            checked, because that would wait for the GPU; T <= 0 gives NaN there.
 
-    The gradient to the student costs no pass of its own: the forward writes it when only the student requires one. The graph then keeps this
-    gradient and the student's logits; of the teacher's logits it keeps nothing for ``"forward"`` without ``target_eps``. A float16 gradient is kept
-    with a power of two for each row and multiplied by the upstream gradient in float32, so a loss scaler's factor meets it before its
-    small numbers underflow. Second derivatives, forward mode and ``torch.func`` go through :func:`kdkernels.reference.temperature_kl`.
+    If only the student requires a gradient, the forward pass also computes this gradient, without
+    an additional pass over the logits. The autograd graph then keeps this gradient and the
+    student's logits, but not the teacher's logits for ``"forward"`` without ``target_eps``. A
+    float16 gradient is stored with a power of two for each row, and multiplied by the upstream
+    gradient in float32. The factor of a loss scaler is therefore applied before small gradients
+    could underflow. Second derivatives, forward mode and ``torch.func`` use
+    :func:`kdkernels.reference.temperature_kl`.
 
     References:
-        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015. https://arxiv.org/abs/1503.02531
-        R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024. https://arxiv.org/abs/2306.13649
+        G. Hinton, O. Vinyals, J. Dean. Distilling the Knowledge in a Neural Network. 2015.
+        https://arxiv.org/abs/1503.02531
+        R. Agarwal et al. On-Policy Distillation of Language Models. ICLR 2024.
+        https://arxiv.org/abs/2306.13649
     """
     _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps, mask, normalizer)
     rows_temperature = None
@@ -86,9 +107,9 @@ def temperature_kl(
     if direction == "jsd" and (beta == 0 or beta == 1):
         direction = "reverse" if beta == 1 else "forward"
     if normalizer is not None and not isinstance(normalizer, Tensor):
-        wide = torch.float64 if student.device.type != "mps" else torch.float32  # Apple's GPUs have no float64
-        normalizer = torch.full((), normalizer, dtype=wide, device=student.device)
-    if not torch.compiler.is_compiling() and is_transformed() and not is_linearised():  # past which the kernel does not check them
+        widest = torch.float64 if student.device.type != "mps" else torch.float32  # MPS devices do not support float64
+        normalizer = torch.full((), normalizer, dtype=widest, device=student.device)
+    if not torch.compiler.is_compiling() and is_transformed() and not is_linearized():  # the reference does not check them
         checks.positive_values("temperature", rows_temperature)
         checks.positive_values("normalizer", normalizer)
     direction, reduction = checks.option("direction", direction), checks.option("reduction", reduction)
@@ -97,7 +118,7 @@ def temperature_kl(
 
 
 def _row_shape(logits: Tensor, dim: int) -> tuple:
-    return (*logits.shape[:dim], *logits.shape[dim:][1:])  # torch.compile of torch 2.10 takes no `del` from a list of symbolic sizes
+    return (*logits.shape[:dim], *logits.shape[dim:][1:])  # no `del`: torch.compile of torch 2.10 cannot delete from a list of symbolic sizes
 
 
 def _rows_temperature(temperature: Tensor, logits: Tensor, dim: int) -> Tensor:
@@ -122,7 +143,7 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
     checks.integer("dim", dim)
     checks.option("direction", direction)
     checks.option("reduction", reduction)
-    checks.share("beta", beta)
+    checks.fraction("beta", beta)
     checks.not_negative("target_eps", target_eps)
     checks.flag("scale_by_t2", scale_by_t2)
     checks.flag("include_entropy", include_entropy)
@@ -134,8 +155,8 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
     if student.shape != teacher.shape:
         if ndim == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
             raise ValueError(
-                f"student has {student.shape[dim]} classes in dim={dim} and teacher {teacher.shape[dim]}; they must be the same classes "
-                "(pad the smaller vocabulary with -inf, or slice both to the classes they share)"
+                f"student and teacher must have the same classes in dim={dim}, got {student.shape[dim]} and {teacher.shape[dim]}: "
+                "pad the smaller vocabulary with -inf, or slice both to the classes that they share"
             )
         raise ValueError(f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
     if student.shape[dim] == 0:
@@ -157,14 +178,14 @@ def _check(student, teacher, dim, direction, beta, reduction, scale_by_t2, inclu
 
 def _check_normalizer(normalizer, student, reduction) -> None:
     if reduction not in ("mean", "batchmean"):
-        raise ValueError(f"normalizer takes the place of the count of reduction='batchmean' or 'mean', got reduction={reduction!r}")
+        raise ValueError(f"normalizer replaces the number of rows in reduction='batchmean' or 'mean', got reduction={reduction!r}")
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element, got shape {tuple(normalizer.shape)}")
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer must be a real number or a tensor of one, got {normalizer.dtype}")
         if normalizer.requires_grad:
-            raise ValueError("normalizer is not differentiated: detach() it")
+            raise ValueError("normalizer is not differentiated and must not require a gradient: pass normalizer.detach()")
         if normalizer.device != student.device:
             raise ValueError(f"normalizer must be on the logits' device {student.device}, got {normalizer.device}")
     else:
@@ -224,22 +245,22 @@ def _reference(
     )
 
 
-def _vmap(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, *rest):
-    """One call over the batch with reduction="none", reduced for each example."""
-    size = info.batch_size
+def _vmap(info, in_dims, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, *other_options):
+    """Call the op once for all vmap examples with reduction="none"; then reduce each example."""
+    examples = info.batch_size
     dim = dim % (student.dim() - (in_dims[0] is not None))
-    given = (student, teacher, row_temperature, mask, normalizer)
-    student, teacher, rows, mask, normalizer = examples_first(size, given, (*in_dims[:2], *in_dims[3:6]))
-    *forms, _save_grad = rest
-    loss = _divergence(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, Reduction.NONE.value, *forms, False)
+    tensors = (student, teacher, row_temperature, mask, normalizer)
+    student, teacher, rows, mask, normalizer = examples_first(examples, tensors, (*in_dims[:2], *in_dims[3:6]))
+    *options, _save_grad = other_options
+    loss = _divergence(student, teacher, temperature, rows, mask, None, dim + 1, direction, beta, Reduction.NONE.value, *options, False)
     if reduction != Reduction.NONE:
         classes = student.shape[dim + 1]
-        kept = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
-        count = max(kept, 1) if normalizer is None and mask is None else kept if normalizer is None else normalizer.reshape(size)
-        loss = loss.reshape(size, loss[0].numel()).sum(1)
+        kept_rows = loss[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
+        count = max(kept_rows, 1) if normalizer is None and mask is None else kept_rows if normalizer is None else normalizer.reshape(examples)
+        loss = loss.reshape(examples, loss[0].numel()).sum(1)
         if reduction != Reduction.SUM:
             loss = loss / (count * classes if reduction == Reduction.MEAN else count)
-    return (loss, student.new_empty(size, 0), student.new_empty(size, 0, dtype=torch.float32)), (0, 0, 0)
+    return (loss, student.new_empty(examples, 0), student.new_empty(examples, 0, dtype=torch.float32)), (0, 0, 0)
 
 
 _divergence = register("temperature_kl", _reference, launchers="temperature_kl", vmap=_vmap, fake_of_backward=_fake_backward)

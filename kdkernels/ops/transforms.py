@@ -1,4 +1,4 @@
-"""Which of torch's transforms is applied to a call of an op, and the derivative of a derivative."""
+"""Detection of torch's function transforms around a call of an op, and second derivatives."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch.autograd import forward_ad
 
 
 def takes_reference(*arguments) -> bool:
-    """Whether this call must go through the reference, because the C++ derivative does not exist for the transform that is applied.
+    """Return whether this call must use the reference instead of the op.
 
-    The answer is yes under ``torch.func.grad``, ``vjp``, ``jvp`` and similar, also if they stand
-    outside of the vmap whose rule asks, and in forward mode if one of the arguments is a tensor with
-    a tangent. Tensors that vmap has wrapped are left to the op's vmap rule, which asks again.
+    The op has no derivative for ``torch.func`` transforms such as ``grad``, ``vjp`` and ``jvp``,
+    and none for forward mode. The result is true if the innermost transform is one of these; if it
+    is vmap and an outer transform tracks the gradient of an argument; and in forward mode if an
+    argument has a tangent. If only vmap is active, the op is called, and its vmap rule calls this
+    function again for the unwrapped tensors.
     """
     if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():  # compiled code cannot ask which transform it is
+        if torch.compiler.is_compiling():  # compiled code cannot find out which transform is active
             return True
         functorch = torch._C._functorch
         if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
@@ -28,7 +30,7 @@ def takes_reference(*arguments) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward mode is active."""
+    """Return whether a ``torch.func`` transform or forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -36,8 +38,8 @@ def _has_tangent(t: Tensor) -> bool:
     return not torch._C._functorch.is_batchedtensor(t) and forward_ad.unpack_dual(t).tangent is not None
 
 
-def is_linearised() -> bool:
-    """Whether ``torch.func.linearize`` traces the derivative in forward mode."""
+def is_linearized() -> bool:
+    """Return whether ``torch.func.linearize`` is tracing the derivative in forward mode."""
     if forward_ad._current_level < 0:
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -46,23 +48,30 @@ def is_linearised() -> bool:
 
 
 def is_batched(t) -> bool:
-    """Whether vmap stands behind a tensor: of ``torch.func``, or the older one of ``is_grads_batched``."""
+    """Return whether ``torch.func.vmap`` or the vmap of ``is_grads_batched`` wraps t."""
     functorch = torch._C._functorch
     return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
 
 
-def usable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in a form that autograd can save: one that was made under ``torch.inference_mode`` is copied."""
-    if torch.compiler.is_compiling():  # compiled code cannot ask, and is run outside of inference mode
+def clone_inference_tensor(tensor: Tensor | None) -> Tensor | None:
+    """Copy a tensor that was created under ``torch.inference_mode``, which autograd cannot save.
+
+    Other tensors, and all tensors while inference mode is active, are returned as they are.
+    """
+    if torch.compiler.is_compiling():  # compiled code cannot query this, and runs outside inference mode
         return tensor
     if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
         return tensor.clone()
     return tensor
 
 
-def _handle(t: Tensor) -> Tensor:
-    """A view of t with a place of its own in the graph: a derivative with respect to it counts the paths through this view and no other path that
-    leads to t (the upstream gradient may depend on t, or a second input may), and still leads back to t."""
+def _independent_view(t: Tensor) -> Tensor:
+    """Return a view of t that is a separate node of the autograd graph.
+
+    A derivative with respect to the view includes only the paths through the view, and no other
+    path to t: the upstream gradient or another input may also depend on t. The view itself stays
+    connected to t.
+    """
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
@@ -71,41 +80,47 @@ def second_derivative(
     inputs: Sequence[Tensor | None],
     upstream: Sequence[Tensor | None],  # one for each result of the reference
     wanted: Sequence[bool],  # the inputs whose gradients the backward returns
-    cotangents: Sequence[Tensor | None],  # of those gradients
+    cotangents: Sequence[Tensor | None],  # with respect to these gradients
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The gradients of ``sum_i <cotangents[i], backward(upstream, inputs)[i]>`` with respect to upstream and to inputs."""
+    """Differentiate ``sum_i <cotangents[i], backward(upstream, inputs)[i]>``.
+
+    Returns:
+        The gradients with respect to ``upstream`` and to ``inputs``; None for those that do not
+        require one.
+    """
     create_graph = torch.is_grad_enabled()
-    chosen = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
+    differentiated = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
     to_upstream, to_inputs = [None] * len(upstream), [None] * len(inputs)
-    if not chosen:
+    if not differentiated:
         return to_upstream, to_inputs
     with torch.enable_grad():
-        given = [None if t is None else _handle(t) if t.requires_grad or i in chosen else t for i, t in enumerate(inputs)]
-        above = [None if g is None else _handle(g) if g.requires_grad else g for g in upstream]
-        results = [(r, g) for r, g in zip(reference(*given), above, strict=True) if g is not None and r.requires_grad]
+        input_views = [None if t is None else _independent_view(t) if t.requires_grad or i in differentiated else t for i, t in enumerate(inputs)]
+        upstream_views = [None if g is None else _independent_view(g) if g.requires_grad else g for g in upstream]
+        results = [(r, g) for r, g in zip(reference(*input_views), upstream_views, strict=True) if g is not None and r.requires_grad]
         if not results:
             return to_upstream, to_inputs
-        first = torch.autograd.grad(
+        first_gradients = torch.autograd.grad(
             [r for r, _ in results],
-            [given[i] for i in chosen],
+            [input_views[i] for i in differentiated],
             [g.to(r.dtype) for r, g in results],
             create_graph=True,
             allow_unused=True,
         )
-        pairs = [(f, cotangents[i]) for f, i in zip(first, chosen, strict=True) if f is not None and f.requires_grad]
-        # What the caller does not differentiate needs no gradient; upstream and inputs share one list for one pass.
-        sources = [(to_upstream, j, g) for j, g in enumerate(above) if g is not None and g.requires_grad]
-        sources += [(to_inputs, i, t) for i, t in enumerate(given) if t is not None and t.requires_grad]
+        pairs = [(f, cotangents[i]) for f, i in zip(first_gradients, differentiated, strict=True) if f is not None and f.requires_grad]
+        # Only tensors that require a gradient get one. One list of upstream gradients and inputs is
+        # enough for a single call of autograd.grad.
+        sources = [(to_upstream, j, g) for j, g in enumerate(upstream_views) if g is not None and g.requires_grad]
+        sources += [(to_inputs, i, t) for i, t in enumerate(input_views) if t is not None and t.requires_grad]
         if not pairs:
             return to_upstream, to_inputs
-        second = torch.autograd.grad(
+        second_gradients = torch.autograd.grad(
             [f for f, _ in pairs], [t for *_, t in sources], [c.to(f.dtype) for f, c in pairs], create_graph=create_graph, allow_unused=True
         )
-    for (to, position, _), gradient in zip(sources, second, strict=True):
-        to[position] = gradient
+    for (target, position, _), gradient in zip(sources, second_gradients, strict=True):
+        target[position] = gradient
     return to_upstream, to_inputs
 
 
 def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
-    """Tensors with the dimension that vmap hides in front; those that have none are expanded."""
+    """Move the vmap dimension of each tensor to the front; expand tensors that have none."""
     return [None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)]

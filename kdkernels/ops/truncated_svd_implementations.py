@@ -1,8 +1,12 @@
-"""Which implementation of truncated_svd and align_singular_vectors runs on a device, or the one that ``kdkernels.testing.implementation`` chose.
+"""Selects the implementation of truncated_svd and align_singular_vectors.
 
-An implementation is a set of ops, ``kdkernels::truncated_svd_<implementation>`` and so on: "cuda"
-(csrc/truncated_svd/kernels.cu; on CPU tensors, in tests, its kernel bodies on the host,
-csrc/testing/truncated_svd_host.cpp), "triton" (kdkernels/triton) and "torch" (the module beside this one).
+By default it is the fastest one for the device; ``kdkernels.testing.implementation`` selects
+another. An implementation is a set of ops, such as ``kdkernels::truncated_svd_<implementation>``:
+
+- "cuda": csrc/truncated_svd/kernels.cu. In tests with CPU tensors the bodies of its kernels run on
+  the CPU (csrc/testing/truncated_svd_host.cpp);
+- "triton": kdkernels/triton;
+- "torch": truncated_svd_torch.py.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from .registration import DEVICES_WITHOUT_KERNELS
 _OPS = ("truncated_svd", "truncated_svd_backward", "align_singular_vectors", "align_singular_vectors_backward")
 
 
-class _Chosen(threading.local):  # torch.compile reads and guards it; it does not know contextvars
+class _Chosen(threading.local):  # not a contextvar: torch.compile cannot trace contextvars
     implementation = int(Implementation.FASTEST)
 
 
@@ -33,9 +37,10 @@ chosen = _Chosen()
 
 
 def fastest(name: str, args: tuple) -> str:
-    """The fastest implementation for these arguments of an op on a GPU.
+    """Return the fastest implementation for these arguments of an op on a GPU.
 
-    CUDA if it was built for this GPU and its memory holds the matrix, else Triton, else plain torch.
+    This is "cuda" if it was built for this GPU and the matrix fits its shared memory, else
+    "triton" if it is installed and supports the size, else "torch".
     """
     if _cuda_runs(args) and (name.startswith("align") or _fits_cuda(*_problem(name, args))):
         return "cuda"
@@ -45,12 +50,12 @@ def fastest(name: str, args: tuple) -> str:
 
 
 def check_available(implementation: Implementation) -> None:
-    """Raises RuntimeError with the cure if an implementation cannot run on any device of this machine."""
+    """Raise RuntimeError if an implementation cannot run on any device of this machine."""
     if implementation == Implementation.TRITON and importlib.util.find_spec("triton") is None:
         raise RuntimeError('the implementation "triton" needs Triton, which is not installed: pip install triton')
     on_host = torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::truncated_svd_cuda", "CPU")
     if implementation == Implementation.CUDA and not HAS_CUDA_KERNELS and not on_host:
-        raise RuntimeError('the implementation "cuda" was not built: kdkernels.show_config() says why, and what to do')
+        raise RuntimeError('the implementation "cuda" was not built: kdkernels.show_config() prints the reason, and what to do')
 
 
 def _cuda_runs(args: Sequence) -> bool:
@@ -58,12 +63,13 @@ def _cuda_runs(args: Sequence) -> bool:
 
 
 def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
+    """Return x and k of a call of truncated_svd or of its backward op."""
     return (args[3], args[5].shape[-1]) if name.endswith("backward") else (args[0], args[1])
 
 
 def _fits_cuda(x: Tensor, k: int) -> bool:
-    memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return torch.ops.kdkernels._truncated_svd_fits_cuda(min(x.shape[-2:]), k, x.dtype == torch.float64, memory)
+    shared_memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return torch.ops.kdkernels._truncated_svd_fits_cuda(min(x.shape[-2:]), k, x.dtype == torch.float64, shared_memory)
 
 
 def _fits_triton(x: Tensor, k: int) -> bool:
@@ -81,12 +87,12 @@ def _triton_kernels(args: tuple):
     return kernels
 
 
-# The implementations in Python check their arguments as those in C++ do (csrc/<op>/<op>.h): an op that
-# is called past its public function must not read memory outside of its tensors.
+# The Python implementations check their arguments, like the C++ implementations (csrc/<op>/<op>.h):
+# an op that is called directly must not read memory outside its tensors.
 
 
-def _expect(fine: bool, message: str) -> None:
-    if not fine:
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(message)
 
 
@@ -144,20 +150,20 @@ def _check_align_singular_vectors(student, teacher, weight, *_options) -> None:
 def _check_align_singular_vectors_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted) -> None:
     _check_align_singular_vectors(student, teacher, weight)
     _check_types(student.device, grad_student=grad_student, grad_teacher=grad_teacher)
-    small = (*teacher.shape[:-2], teacher.shape[-1])
+    per_vector_shape = (*teacher.shape[:-2], teacher.shape[-1])
     for name, t, shape in (
         ("grad_student", grad_student, tuple(teacher.shape)),
         ("grad_teacher", grad_teacher, tuple(teacher.shape)),
-        ("match", match, small),
-        ("flips", flips, small),
+        ("match", match, per_vector_shape),
+        ("flips", flips, per_vector_shape),
     ):
         _check_shape(name, t, shape)
     if match.dtype != torch.int64 or flips.dtype != compute_dtype(student, teacher):
-        raise TypeError("match must be int64 and flips of the computing type")
+        raise TypeError(f"match must be int64 and flips {compute_dtype(student, teacher)}, got {match.dtype} and {flips.dtype}")
     for name, t in (("match", match), ("flips", flips)):
         _expect(t.device == student.device, f"{name} must be on {student.device}, got {t.device}")
-    _expect(weight is not None or not wanted[2], "weight is not there to have a gradient")
-    if match.device.type == "cpu" and match.numel() > 0:  # nothing waits for a GPU, whose kernels take nothing of a vector that is not there
+    _expect(weight is not None or not wanted[2], "wanted[2] must be False if weight is None")
+    if match.device.type == "cpu" and match.numel() > 0:  # not on a GPU, to avoid waiting for it: its kernels ignore indices out of range
         low, high = match.aminmax()
         _expect(low >= 0 and high < student.shape[-1], f"match must lie in [0, {student.shape[-1]}), got {low} to {high}")
 
@@ -165,46 +171,49 @@ def _check_align_singular_vectors_backward(grad_student, grad_teacher, student, 
 def _register(name: str) -> None:
     check = globals()[f"_check_{name}"]
 
-    def in_torch(*args):
+    def call_torch(*args):
         check(*args)
         return getattr(plain, name)(*args)
 
-    def in_triton(*args):
+    def call_triton(*args):
         check(*args)
         return getattr(_triton_kernels(args), name)(*args)
 
-    arguments = len(getattr(torch.ops.kdkernels, name).default._schema.arguments) - 1
+    argument_count = len(getattr(torch.ops.kdkernels, name).default._schema.arguments) - 1
 
-    def by_choice(args, default: str):
-        # The dispatcher leaves out an argument that has its default value.
-        implementation = args[arguments] if len(args) > arguments else Implementation.FASTEST
+    def call_chosen(args, default: str):
+        # The dispatcher omits arguments that have their default value.
+        implementation = args[argument_count] if len(args) > argument_count else Implementation.FASTEST
         _expect(implementation in NAMES["implementation"], f"implementation must be in [0, {len(Implementation) - 1}], got {implementation}")
         suffix = NAMES["implementation"][implementation] if implementation != Implementation.FASTEST else default
-        return getattr(torch.ops.kdkernels, f"{name}_{suffix}")(*args[:arguments])
+        return getattr(torch.ops.kdkernels, f"{name}_{suffix}")(*args[:argument_count])
 
-    def on_gpu(*args):
-        return by_choice(args, fastest(name, args))
+    def call_on_gpu(*args):
+        return call_chosen(args, fastest(name, args))
 
-    def elsewhere(*args):
-        return by_choice(args, "torch")
+    def call_on_other_devices(*args):
+        return call_chosen(args, "torch")
 
-    torch.library.impl(f"kdkernels::{name}_torch", "CompositeExplicitAutograd")(in_torch)
-    torch.library.impl(f"kdkernels::{name}_triton", ("CPU", "CUDA"))(in_triton)
-    torch.library.impl(f"kdkernels::{name}", "CUDA")(on_gpu)
-    torch.library.impl(f"kdkernels::{name}", DEVICES_WITHOUT_KERNELS)(elsewhere)
+    torch.library.impl(f"kdkernels::{name}_torch", "CompositeExplicitAutograd")(call_torch)
+    torch.library.impl(f"kdkernels::{name}_triton", ("CPU", "CUDA"))(call_triton)
+    torch.library.impl(f"kdkernels::{name}", "CUDA")(call_on_gpu)
+    torch.library.impl(f"kdkernels::{name}", DEVICES_WITHOUT_KERNELS)(call_on_other_devices)
 
 
 def _check_lists(count: int, **lists) -> None:
-    for name, given in lists.items():
-        _expect(len(given) == count > 0, f"{name} must have one entry for each x, got {len(given)} for {count}")
+    for name, entries in lists.items():
+        _expect(len(entries) == count > 0, f"{name} must have one entry for each x, got {len(entries)} for {count}")
 
 
 def _group(x, k, sign, return_u, gap_eps, save_state, implementation):
     _check_lists(len(x), gap_eps=gap_eps)
     if _shares_launches(x, k, implementation):
         return torch.ops.kdkernels.truncated_svd_group_cuda(x, k, sign, return_u, gap_eps, save_state)
-    each = [torch.ops.kdkernels.truncated_svd(m, k, sign, return_u, noise, save_state, implementation) for m, noise in zip(x, gap_eps, strict=True)]
-    return tuple(map(list, zip(*each, strict=True)))
+    results = [
+        torch.ops.kdkernels.truncated_svd(matrices, k, sign, return_u, eps, save_state, implementation)
+        for matrices, eps in zip(x, gap_eps, strict=True)
+    ]
+    return tuple(map(list, zip(*results, strict=True)))
 
 
 def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, implementation):
@@ -212,12 +221,23 @@ def _group_backward(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, implemen
     if _shares_launches(x, s[0].shape[-1] if s[0].dim() > 0 else 0, implementation):
         return torch.ops.kdkernels.truncated_svd_group_backward_cuda(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps)
 
-    def given(g: Tensor, like: Tensor) -> Tensor | None:
+    def gradient_or_none(g: Tensor, like: Tensor) -> Tensor | None:
         return g if g.dim() == like.dim() else None
 
     return [
-        torch.ops.kdkernels.truncated_svd_backward(given(gu, m), given(gs, s1), given(gv, m), m, u1, s1, v1, t, noise, implementation)
-        for gu, gs, gv, m, u1, s1, v1, t, noise in zip(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, strict=True)
+        torch.ops.kdkernels.truncated_svd_backward(
+            gradient_or_none(gu, matrices),
+            gradient_or_none(gs, s1),
+            gradient_or_none(gv, matrices),
+            matrices,
+            u1,
+            s1,
+            v1,
+            saved_state,
+            eps,
+            implementation,
+        )
+        for gu, gs, gv, matrices, u1, s1, v1, saved_state, eps in zip(grad_u, grad_s, grad_v, x, u, s, v, state, gap_eps, strict=True)
     ]
 
 

@@ -1,4 +1,7 @@
-"""The ops of truncated_svd in plain PyTorch, for devices without kernels: same schemas, same results, no host round trip."""
+"""The ops of truncated_svd in plain PyTorch, for devices without kernels.
+
+Schemas and results are those of the other implementations. No tensor is read back to the host.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,25 @@ from ..reference.truncated_svd import match_singular_vectors
 
 def truncated_svd(x: Tensor, k: int, sign: int, return_u: bool, gap_eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        # In units in which no square leaves its range.
+        # Scale x so that no square overflows or underflows.
         dtype = compute_dtype(x)
-        first, second = _units(x.to(dtype))
-        u, s, v = svd_reference(x.to(dtype) * first * second, k, sign=NAMES["sign"][sign], return_u=True)
-        s = s / second[..., 0] / first[..., 0]
+        scale_a, scale_b = _scale_factors(x.to(dtype))
+        u, s, v = svd_reference(x.to(dtype) * scale_a * scale_b, k, sign=NAMES["sign"][sign], return_u=True)
+        s = s / scale_b[..., 0] / scale_a[..., 0]
     m, n = x.shape[-2:]
     u = u.mT.contiguous().mT if return_u or m < n else u.new_empty(0)
     return u, s.contiguous(), v.mT.contiguous().mT, s.new_empty(0)
 
 
-def _units(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The power of two that brings the largest number of each matrix near 1, as two factors [..., 1, 1], for it may be out of range itself."""
+def _scale_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the power of two that scales the largest entry of each matrix to about 1.
+
+    It is returned as two factors [..., 1, 1], because the power itself may be out of range.
+    """
     largest = x.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest.isfinite() & (largest > 0), largest, torch.ones_like(largest))
-    first = torch.ldexp(torch.ones_like(largest), -(torch.frexp(largest).exponent // 2))
-    return first, torch.ldexp(torch.ones_like(largest), -torch.frexp(largest * first).exponent)
+    scale_a = torch.ldexp(torch.ones_like(largest), -(torch.frexp(largest).exponent // 2))
+    return scale_a, torch.ldexp(torch.ones_like(largest), -torch.frexp(largest * scale_a).exponent)
 
 
 def truncated_svd_backward(
@@ -43,8 +49,10 @@ def truncated_svd_backward(
     state: Tensor,
     gap_eps: float,
 ) -> Tensor:
-    """The formula of csrc/truncated_svd/derivative.h, in float64 if the device has it, with all
-    eigenvectors of the smaller Gram matrix for its solve."""
+    """Compute the formula of csrc/truncated_svd/derivative.h, in float64 if the device supports it.
+
+    The linear solve uses all eigenvectors of the smaller Gram matrix.
+    """
     with torch.no_grad():
         return _gradient(grad_u, grad_s, grad_v, x, s, v, u if u.dim() == x.dim() else None, gap_eps)
 
@@ -52,28 +60,29 @@ def truncated_svd_backward(
 def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor | None, gap_eps: float) -> Tensor:
     broken = ~x.isfinite().flatten(-2).all(-1)[..., None, None]
     tall = x.shape[-2] >= x.shape[-1]
-    wide = torch.float64 if x.device.type != "mps" else torch.float32  # Apple's GPUs have no float64
-    m = x.to(wide).masked_fill(broken, 0)
+    solve_dtype = torch.float64 if x.device.type != "mps" else torch.float32  # MPS devices do not support float64
+    m = x.to(solve_dtype).masked_fill(broken, 0)
     m = m.mT if tall else m  # [..., p, q]
-    a = (v if tall else u).to(wide).nan_to_num()
+    a = (v if tall else u).to(solve_dtype).nan_to_num()
     ga, gb = (grad_v, grad_u) if tall else (grad_u, grad_v)
     if u is None or gb is None or gb.dim() != x.dim():
         gb = None
-    # Units in which no square leaves its range. Singular values are measured in them: s may have rounded to a few digits, or to an infinity.
-    units = _units(m)
-    m = m * units[0] * units[1]
+    # Scale m so that no square overflows or underflows. The singular values are recomputed from the
+    # scaled matrix, because s may be subnormal (inaccurate) or infinite.
+    scales = _scale_factors(m)
+    m = m * scales[0] * scales[1]
     sigma = (m.mT @ a).norm(dim=-2, keepdim=True)  # [..., 1, k]
     null = (1e-6 if s.dtype == torch.float32 else 1e-13) * sigma[..., :1]
     inverse = torch.where(sigma > null, 1 / sigma, torch.zeros_like(sigma))
-    mg = m @ gb.to(wide) if gb is not None else torch.zeros_like(a)
-    g = mg * inverse + (ga.to(wide) if ga is not None and ga.dim() == x.dim() else 0)
+    mg = m @ gb.to(solve_dtype) if gb is not None else torch.zeros_like(a)
+    g = mg * inverse + (ga.to(solve_dtype) if ga is not None and ga.dim() == x.dim() else 0)
     mu, q = torch.linalg.eigh(m @ m.mT)
     lam = sigma**2
-    first = sigma[..., :1]
-    floor = torch.maximum(sigma, gap_eps * first)  # [..., 1, k]
+    sigma_1 = sigma[..., :1]
+    floor = torch.maximum(sigma, gap_eps * sigma_1)  # [..., 1, k]
 
-    def lorentzian(gap, own):
-        eps = gap_eps * first * own
+    def lorentzian(gap, sigma_floor):
+        eps = gap_eps * sigma_1 * sigma_floor
         norm = gap**2 + eps**2
         return torch.where(norm > 0, gap / norm, torch.zeros_like(gap))
 
@@ -81,29 +90,37 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         return t - a @ (a.mT @ t)
 
     z = project(q @ (lorentzian(lam - mu.unsqueeze(-1), floor) * (q.mT @ project(g))))
-    turn = lorentzian(lam - lam.mT, torch.maximum(floor, floor.mT))  # [i, j]: of lambda_j - lambda_i
+    inverse_gaps = lorentzian(lam - lam.mT, torch.maximum(floor, floor.mT))  # [i, j]: function of lambda_j - lambda_i
 
     def differences(x, cotangent):
-        """<x_i, g_j> - <x_j, g_i>; that of a function of the span is rounding, which a small gap would blow up."""
+        """Return <x_i, g_j> - <x_j, g_i>, minus rounding errors.
+
+        For a function of the span the exact difference is 0. A small gap would amplify rounding
+        errors.
+        """
         c = x.mT @ cotangent
-        size = cotangent.norm(dim=-2, keepdim=True)
-        noise = (8 * torch.finfo(s.dtype).eps * torch.maximum(size, size.mT)).clamp_min(torch.finfo(c.dtype).tiny)
-        return torch.nn.functional.softshrink((c - c.mT) / noise, 1.0) * noise
+        norms = cotangent.norm(dim=-2, keepdim=True)
+        threshold = (8 * torch.finfo(s.dtype).eps * torch.maximum(norms, norms.mT)).clamp_min(torch.finfo(c.dtype).tiny)
+        return torch.nn.functional.softshrink((c - c.mT) / threshold, 1.0) * threshold
 
     if ga is not None and ga.dim() == x.dim():
-        z = z + a @ (0.5 * differences(a, ga.to(wide)) * turn)
+        z = z + a @ (0.5 * differences(a, ga.to(solve_dtype)) * inverse_gaps)
     w = m.mT @ a
     y = m.mT @ z
     if gb is not None:
-        b = (u if tall else v).to(wide).nan_to_num()
-        y = y + (gb.to(wide) - b @ (b.mT @ gb.to(wide))) * inverse + b @ (sigma.mT * differences(b, gb.to(wide)) * turn).mT
-    gradient = (z @ w.mT + a @ y.mT) * units[0] * units[1]
-    if grad_s is not None:  # the derivative of values knows no unit
-        gradient = gradient + a @ (grad_s.to(wide).unsqueeze(-2) * inverse * w).mT
-    if x.dtype in (torch.float32, torch.float64):  # held at the largest number; half types say with an infinity that they have none
+        b = (u if tall else v).to(solve_dtype).nan_to_num()
+        y = (
+            y
+            + (gb.to(solve_dtype) - b @ (b.mT @ gb.to(solve_dtype))) * inverse
+            + b @ (sigma.mT * differences(b, gb.to(solve_dtype)) * inverse_gaps).mT
+        )
+    gradient = (z @ w.mT + a @ y.mT) * scales[0] * scales[1]
+    if grad_s is not None:  # the gradient of s does not depend on the scale
+        gradient = gradient + a @ (grad_s.to(solve_dtype).unsqueeze(-2) * inverse * w).mT
+    if x.dtype in (torch.float32, torch.float64):  # clamped to finite numbers; half precision may overflow to infinity
         gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
-    unused = broken  # a matrix that holds no numbers was left out of the loss where nothing of its triplets was used
+    unused = broken  # a non-finite matrix gets gradient 0 if all upstream gradients of its triplets are 0
     for g, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
         if g is not None and g.dim() == rank:
             unused = unused & (g == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
@@ -123,23 +140,25 @@ def align_singular_vectors(student: Tensor, teacher: Tensor, weight: Tensor | No
 def align_singular_vectors_backward(grad_student, grad_teacher, student, teacher, weight, match, flips, flip_teacher, wanted):
     with torch.no_grad():
         dtype = flips.dtype
-        to_student, to_teacher = (None if g is None else g.to(dtype) for g in (grad_student, grad_teacher))
+        upstream_student, upstream_teacher = (None if g is None else g.to(dtype) for g in (grad_student, grad_teacher))
         index = match.unsqueeze(-2).expand(*teacher.shape[:-2], teacher.shape[-2], -1)
         sign_s, sign_t = (1.0, flips.unsqueeze(-2)) if flip_teacher else (flips.unsqueeze(-2), 1.0)
-        factor = 1.0 if weight is None else weight.to(dtype).unsqueeze(-2)
+        weight_factor = 1.0 if weight is None else weight.to(dtype).unsqueeze(-2)
         results = [student.new_empty(0)] * 3
         if wanted[0]:
-            full = torch.zeros(student.shape, dtype=dtype, device=student.device)
-            if to_student is not None:
-                full.scatter_add_(-1, index, to_student * sign_s * factor)
-            results[0] = torch.empty_like(student).copy_(full)
+            grad = torch.zeros(student.shape, dtype=dtype, device=student.device)
+            if upstream_student is not None:
+                grad.scatter_add_(-1, index, upstream_student * sign_s * weight_factor)
+            results[0] = torch.empty_like(student).copy_(grad)
         if wanted[1]:
-            results[1] = torch.zeros_like(teacher) if to_teacher is None else torch.empty_like(teacher).copy_(to_teacher * sign_t * factor)
+            results[1] = (
+                torch.zeros_like(teacher) if upstream_teacher is None else torch.empty_like(teacher).copy_(upstream_teacher * sign_t * weight_factor)
+            )
         if wanted[2] and weight is not None:
-            total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-            if to_student is not None:
-                total += (to_student * student.to(dtype).gather(-1, index) * sign_s).sum(-2)
-            if to_teacher is not None:
-                total += (to_teacher * teacher.to(dtype) * sign_t).sum(-2)
-            results[2] = torch.empty_like(weight).copy_(total)
+            grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            if upstream_student is not None:
+                grad_weight += (upstream_student * student.to(dtype).gather(-1, index) * sign_s).sum(-2)
+            if upstream_teacher is not None:
+                grad_weight += (upstream_teacher * teacher.to(dtype) * sign_t).sum(-2)
+            results[2] = torch.empty_like(weight).copy_(grad_weight)
     return tuple(results)

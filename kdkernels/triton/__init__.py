@@ -1,1 +1,1 @@
-"""Triton kernels, one module per op. Imported by an op when it first runs on a GPU, never by ``import kdkernels``."""
+"""Triton kernels, one module per op. Each is imported when its op first runs on a GPU."""

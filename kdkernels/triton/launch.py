@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share."""
+"""Helpers of the launchers of all kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,13 +8,20 @@ from torch import Tensor
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x. In the interpreter there is none."""
+    """Return a context in which Triton launches on the device of x.
+
+    Triton launches on the current device. Tensors on the CPU (the interpreter) need no context.
+    """
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def compile_options(num_warps: int) -> dict[str, int | bool]:
-    """Options of the compiler. ptxas left alone spills a few registers to fit more programs on a processor; these kernels need none to wait on.
-    Products and sums are fused whatever the default of the Triton release is."""
+    """Return options for Triton's compiler.
+
+    ``maxnreg`` allows as many registers as possible. By default, ptxas spills a few registers so
+    that more programs fit on a multiprocessor, which does not make these kernels faster.
+    ``enable_fp_fusion`` fuses products and sums in every Triton release, whatever its default.
+    """
     options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
     if torch.version.hip is None:
         options["maxnreg"] = min(255, 65536 // (32 * num_warps))
@@ -22,12 +29,12 @@ def compile_options(num_warps: int) -> dict[str, int | bool]:
 
 
 def as_tl(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a compute dtype."""
+    """Return the Triton dtype of a compute dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements of x fill one stretch of memory, in whatever order of the dimensions."""
+    """Return whether x fills one contiguous block of memory, with the dimensions in any order."""
     step = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride != step:

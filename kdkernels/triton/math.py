@@ -1,18 +1,25 @@
-"""Elementary functions that keep their digits, the same in float32 and float64 (see csrc/common/simd.h)."""
+"""Accurate elementary functions in float32 and float64, as in csrc/common/simd.h."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def number(value, COMPUTE: tl.constexpr):
-    """A scalar argument of a kernel as COMPUTE. Annotate it tl.float64: Triton passes other floats as float32. In the interpreter it has no .to()."""
+def cast_scalar(value, COMPUTE: tl.constexpr):
+    """Convert a scalar argument of a kernel to the dtype COMPUTE.
+
+    Annotate the argument as tl.float64, because Triton passes other floats as float32. ``.to()``
+    cannot be used, because in the interpreter scalar arguments do not have it.
+    """
     return tl.full([], value, COMPUTE)
 
 
 @triton.jit
 def exp_parts(y):
-    """e^y = scale (1 + r + h), scale a power of two, |r| <= ln2 / 2, h = e^r - 1 - r; scale is 1 and r is y for small y."""
+    """Split e^y = scale (1 + r + h) into scale, r and h.
+
+    scale is a power of two, |r| <= ln2 / 2 and h = e^r - 1 - r. For small y, scale is 1 and r is y.
+    """
     lowest: tl.constexpr = -708.0 if y.dtype == tl.float64 else -87.0
     y = tl.maximum(y, lowest, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(y * 1.4426950408889634 + 0.5)
@@ -31,8 +38,12 @@ def exp_parts(y):
 
 
 @triton.jit
-def exp_falling(y):
-    """e^y for y <= 0, or NaN; to the last digits, where the hardware's exponential loses them with growing |y|."""
+def exp_nonpositive(y):
+    """Compute e^y for y <= 0 or NaN.
+
+    The result is accurate to the last digits. The hardware's exponential is less accurate for large
+    |y|.
+    """
     lowest: tl.constexpr = -708.0 if y.dtype == tl.float64 else -87.0
     scale, r, h = exp_parts(y)
     return tl.where(y < lowest, 0.0, scale + scale * (r + h))
@@ -40,7 +51,10 @@ def exp_falling(y):
 
 @triton.jit
 def log(u):
-    """log(u); in float32 relative to the result also near 1, where the hardware's logarithm is accurate only absolutely."""
+    """Compute log(u) with a small relative error, also near u = 1.
+
+    In float32 the hardware's logarithm has only a small absolute error there.
+    """
     if u.dtype == tl.float64:
         return tl.log(u)
     else:
@@ -56,15 +70,18 @@ def log(u):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x); the rounding of 1 + x is given back to first order."""
+    """Compute log(1 + x), correcting the rounding of 1 + x to first order."""
     u = 1.0 + x
-    lost = tl.where((u > 0.0) & (u < float("inf")), ((u - 1.0) - x) / u, 0.0)
-    return log(u) - lost
+    correction = tl.where((u > 0.0) & (u < float("inf")), ((u - 1.0) - x) / u, 0.0)
+    return log(u) - correction
 
 
 @triton.jit
 def centred_kl(convex, drift, w):
-    """drift + log(1 + w) with w = convex - drift, from the series of w - log(1 + w) where w is small."""
+    """Compute drift + log(1 + w) for w = convex - drift.
+
+    For small w the series of w - log(1 + w) is used.
+    """
     series = tl.full(w.shape, 1.0 / 12, w.dtype)
     for k in tl.static_range(10):
         series = 1.0 / (11 - k) - w * series

@@ -1,7 +1,9 @@
-"""Stages of truncated_svd for one matrix a program: what csrc/truncated_svd/cta/ does in phases of threads, in tensors of Triton.
+"""Stages of truncated_svd, for programs that process one matrix each.
 
-A program keeps vectors in registers and matrices in its part of a workspace. Threads see one another's stores after a barrier; a loop that reads and
-writes vectors of lanes writes another array than it reads, because lanes that are fewer than threads are held by several of them.
+The stages are those of csrc/truncated_svd/cta/ (CTA: cooperative thread array, a block of threads).
+A program keeps vectors in registers and matrices in its part of a workspace. Threads see the stores
+of other threads only after a barrier. If a vector has fewer elements than the program has threads,
+several threads hold the same element. A loop must therefore not store to the array that it reads.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(x_ptr, rows, columns, stride_p, stride_q, p, q, scale, T: tl.constexpr):
-    """scale M[rows, columns], 0 outside."""
+    """Load scale * M[rows, columns], with 0 outside the matrix."""
     inside = (rows < p)[:, None] & (columns < q)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_p + columns.to(tl.int64)[None, :] * stride_q, inside, other=0.0)
     return x.to(T) * scale
@@ -23,7 +25,11 @@ def gram_block(
     x_ptr, stride_p, stride_q, p, q, scale, known_ptr, count, i0, j0,
     T: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Block (i0, j0) of M M^T; of what is left of scale M without its parts along `count` vectors, [count, p], if RESIDUAL."""
+    """Compute block (i0, j0) of the Gram matrix M M^T.
+
+    If RESIDUAL, M is replaced by scale * M minus its projections onto `count` known vectors
+    [count, p].
+    """
     i, j, lane = i0 + tl.arange(0, BP), j0 + tl.arange(0, BP), tl.arange(0, BQ)
     total = tl.zeros([BP, BP], T)
     for first in range(0, q, BQ):
@@ -32,20 +38,20 @@ def gram_block(
         right = tile_of(x_ptr, j, c, stride_p, stride_q, p, q, scale, T)
         if RESIDUAL:
             for v in range(0, count):
-                along = tl.zeros([BQ], T)
+                projection = tl.zeros([BQ], T)
                 for r0 in range(0, p, BP):
                     r = r0 + tl.arange(0, BP)
-                    own = tl.load(known_ptr + v * p + r, r < p, other=0.0)
-                    along += tl.sum(tile_of(x_ptr, r, c, stride_p, stride_q, p, q, scale, T) * own[:, None], 0)
-                left -= tl.load(known_ptr + v * p + i, i < p, other=0.0)[:, None] * along[None, :]
-                right -= tl.load(known_ptr + v * p + j, j < p, other=0.0)[:, None] * along[None, :]
+                    known = tl.load(known_ptr + v * p + r, r < p, other=0.0)
+                    projection += tl.sum(tile_of(x_ptr, r, c, stride_p, stride_q, p, q, scale, T) * known[:, None], 0)
+                left -= tl.load(known_ptr + v * p + i, i < p, other=0.0)[:, None] * projection[None, :]
+                right -= tl.load(known_ptr + v * p + j, j < p, other=0.0)[:, None] * projection[None, :]
         total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION, out_dtype=T)
     return total
 
 
 @triton.jit
 def store_block(matrix_ptr, p, i0, j0, block, BP: tl.constexpr):
-    """A block of the lower triangle, and its mirror image."""
+    """Store a block of the lower triangle, and its transpose in the upper triangle."""
     i, j = i0 + tl.arange(0, BP), j0 + tl.arange(0, BP)
     inside = (i < p)[:, None] & (j < p)[None, :]
     tl.store(matrix_ptr + i[:, None] * p + j[None, :], block, inside & (j[None, :] <= i[:, None]))
@@ -72,32 +78,35 @@ def trace(matrix_ptr, p, PB: tl.constexpr):
 
 @triton.jit
 def multiply(matrix_ptr, p, factor, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr):
-    """matrix *= factor; a factor of 0 clears it, whatever it holds."""
+    """Compute matrix *= factor. A factor of 0 sets all entries to 0, even NaN and infinity."""
     c = tl.arange(0, PB)
     for r0 in range(0, p, RB):
         r = r0 + tl.arange(0, RB)
-        place = matrix_ptr + r[:, None] * p + c[None, :]
+        block_ptr = matrix_ptr + r[:, None] * p + c[None, :]
         inside = (r < p)[:, None] & (c < p)[None, :]
-        block = tl.load(place, inside, other=0.0)
-        tl.store(place, tl.where(factor == 0.0, 0.0, block * factor).to(T), inside)
+        block = tl.load(block_ptr, inside, other=0.0)
+        tl.store(block_ptr, tl.where(factor == 0.0, 0.0, block * factor).to(T), inside)
     tl.debug_barrier()
 
 
 @triton.jit
 def power_of_two(exponent):
-    """2^exponent as float64, for a normal number."""
+    """Return 2^exponent as float64, if it is a normal number."""
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def exponent_of(x):
-    """floor(log2 x) of a normal float64 > 0."""
+    """Return floor(log2 x) for a normal float64 > 0."""
     return (((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023).to(tl.int32)
 
 
 @triton.jit
 def unit_for(x, T: tl.constexpr):
-    """The power of two that brings x > 0 into [1/2, 1), or as near as a power of two of T is one."""
+    """Return the power of two that scales x > 0 into [1/2, 1).
+
+    The exponent is limited to the range of T.
+    """
     most: tl.constexpr = 1022 if tl.float64 == T else 126
     exponent = tl.where(x < 2.2250738585072014e-308, most, -exponent_of(x) - 1)
     return power_of_two(tl.minimum(tl.maximum(exponent, -most), most))
@@ -107,11 +116,15 @@ def unit_for(x, T: tl.constexpr):
 def tridiagonalize(
     matrix_ptr, reflectors_ptr, tau_ptr, d_ptr, e_ptr, work_ptr, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr
 ):  # fmt: skip
-    """G = Q T Q^T, see csrc/truncated_svd/tridiagonal.h. reflectors: a packed triangle, whose row i is the reflection of row i. work: 3 PB."""
+    """Compute the tridiagonal form G = Q T Q^T, see csrc/truncated_svd/tridiagonal.h.
+
+    reflectors is a packed triangle; its row i is the Householder vector of row i. work has 3 PB
+    elements.
+    """
     negligible: tl.constexpr = 2.4308653429145085e-63 if tl.float64 == T else 2.0194839173657902e-28  # eps^4
     v_ptr, w_ptr, y_ptr = work_ptr, work_ptr + PB, work_ptr + 2 * PB
     c = tl.arange(0, PB)
-    v, w = tl.zeros([PB], T), tl.zeros([PB], T)  # the update A -= v w^T + w v^T that is owed
+    v, w = tl.zeros([PB], T), tl.zeros([PB], T)  # vectors of the pending update A -= v w^T + w v^T
     tl.store(v_ptr + c, v)
     tl.store(w_ptr + c, w)
     tl.debug_barrier()
@@ -124,27 +137,27 @@ def tridiagonalize(
         squares = tl.sum(tl.where(c < i - 1, row * row, 0.0), 0)
         reflect = squares > negligible
         norm = tl.sqrt(squares + last * last)
-        kept = tl.where(last > 0.0, -norm, norm)
-        pivot = last - kept
+        off_diagonal = tl.where(last > 0.0, -norm, norm)
+        pivot = last - off_diagonal
         tau = tl.where(reflect, 2.0 / tl.where(reflect, squares + pivot * pivot, 1.0), 0.0).to(T)
         x = tl.where(i >= 2, tl.where(c == i - 1, pivot, tl.where(c < i - 1, row, 0.0)), 0.0).to(T)
         tl.store(d_ptr + i, tl.sum(tl.where(c == i, row, 0.0), 0))
-        tl.store(e_ptr + i - 1, tl.where(reflect, kept, last), i >= 1)
+        tl.store(e_ptr + i - 1, tl.where(reflect, off_diagonal, last), i >= 1)
         tl.store(tau_ptr + i, tau)
         tl.store(reflectors_ptr + i * (i + 1) // 2 + c, x, c < i)
         for r0 in range(0, i, RB):
             r = r0 + tl.arange(0, RB)
-            place = matrix_ptr + r[:, None] * p + c[None, :]
+            block_ptr = matrix_ptr + r[:, None] * p + c[None, :]
             inside = (r < i)[:, None] & (c < i)[None, :]
-            block = tl.load(place, inside, other=0.0)
+            block = tl.load(block_ptr, inside, other=0.0)
             block -= tl.load(v_ptr + r)[:, None] * w[None, :] + tl.load(w_ptr + r)[:, None] * v[None, :]
             block = tl.where(inside, block, 0.0)
-            tl.store(place, block, inside)
+            tl.store(block_ptr, block, inside)
             tl.store(y_ptr + r, tl.sum(block * x[None, :], 1))
         tl.debug_barrier()
         y = tl.load(y_ptr + c, c < i, other=0.0)
-        along = tau * (tau * (0.5 * tl.sum(x * y, 0)))  # in this order: tau is large where v is small
-        v, w = x, tl.where(c < i, tau * y - along * x, 0.0).to(T)
+        half_product = tau * (tau * (0.5 * tl.sum(x * y, 0)))  # multiply in this order, because tau is large if v is small
+        v, w = x, tl.where(c < i, tau * y - half_product * x, 0.0).to(T)
         tl.store(v_ptr + c, v)
         tl.store(w_ptr + c, w)
         tl.debug_barrier()
@@ -154,33 +167,36 @@ def tridiagonalize(
 
 @triton.jit
 def apply_q(z, reflectors_ptr, tau_ptr, p, PB: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Q z, or Q^T z, of vectors [PB, k]."""
+    """Compute Q z, or Q^T z if TRANSPOSED, for vectors z [PB, k]."""
     c = tl.arange(0, PB)
     for step in range(2, p):
         i = p + 1 - step if TRANSPOSED else step
         v = tl.load(reflectors_ptr + i * (i + 1) // 2 + c, c < i, other=0.0)
-        along = tl.load(tau_ptr + i) * tl.sum(v[:, None] * z, 0)
-        z -= v[:, None] * along[None, :]
+        product = tl.load(tau_ptr + i) * tl.sum(v[:, None] * z, 0)
+        z -= v[:, None] * product[None, :]
     return z
 
 
 @triton.jit
-def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, WAYS: tl.constexpr, ROUNDS: tl.constexpr):
-    """The KB largest of the tridiagonal matrix, descending, as float64: each interval is divided WAYS times at once (Sturm counts)."""
+def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr):
+    """Compute the KB largest eigenvalues of the tridiagonal matrix, descending, as float64.
+
+    Each round evaluates Sturm counts at PARTS points of each interval and keeps one part.
+    """
     tiny: tl.constexpr = 1e-200 if tl.float64 == T else 1e-30
     eps: tl.constexpr = 2.220446049250313e-16 if tl.float64 == T else 1.1920929e-7
     c = tl.arange(0, PB)
     before = tl.load(e_ptr + c - 1, (c > 0) & (c < p), other=0.0)
     radius = tl.abs(before) + tl.abs(tl.load(e_ptr + c, c < p, other=0.0))
-    top = tl.max(tl.where(c < p, tl.load(d_ptr + c, c < p, other=0.0) + radius, 0.0), 0)  # Gershgorin
-    j, way = tl.arange(0, KB), tl.arange(0, WAYS)
+    bound = tl.max(tl.where(c < p, tl.load(d_ptr + c, c < p, other=0.0) + radius, 0.0), 0)  # Gershgorin
+    j, part = tl.arange(0, KB), tl.arange(0, PARTS)
     low = tl.zeros([KB], T)
-    high = tl.zeros([KB], T) + tl.maximum(top, 0.0) * (1 + 4 * eps)
+    high = tl.zeros([KB], T) + tl.maximum(bound, 0.0) * (1 + 4 * eps)
     for _ in range(0, ROUNDS):
-        step = (high - low) * (1.0 / (WAYS + 1))
-        x = low[:, None] + step[:, None] * (way + 1).to(T)[None, :]
-        pivot = tl.full([KB, WAYS], 1.0, T)
-        count = tl.zeros([KB, WAYS], tl.int32)
+        step = (high - low) * (1.0 / (PARTS + 1))
+        x = low[:, None] + step[:, None] * (part + 1).to(T)[None, :]
+        pivot = tl.full([KB, PARTS], 1.0, T)
+        count = tl.zeros([KB, PARTS], tl.int32)
         square = tl.sum(low * 0.0, 0)
         for i in range(0, p):
             pivot = tl.load(d_ptr + i) - x - square / pivot
@@ -188,9 +204,9 @@ def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: 
             count += (pivot > 0.0).to(tl.int32)
             e = tl.load(e_ptr + i)
             square = e * e
-        above = tl.sum((count > j[:, None]).to(tl.int32), 1)
-        high = tl.where(above < WAYS, low + step * (above + 1).to(T), high)
-        low = low + step * above.to(T)
+        parts_below = tl.sum((count > j[:, None]).to(tl.int32), 1)
+        high = tl.where(parts_below < PARTS, low + step * (parts_below + 1).to(T), high)
+        low = low + step * parts_below.to(T)
     return 0.5 * (low.to(tl.float64) + high.to(tl.float64))
 
 
@@ -200,71 +216,81 @@ def _reciprocal(pivot):
 
 
 @triton.jit
-def _remove_others(own, x_ptr, step, apart, count, p, PB: tl.constexpr):
+def _subtract_projections(vector, x_ptr, entry_stride, vector_stride, count, p, PB: tl.constexpr):
     c = tl.arange(0, PB)
-    for other in range(0, count):
-        base = tl.load(x_ptr + other * apart + c * step, c < p, other=0.0).to(tl.float64)
-        own -= base * tl.sum(base * own, 0)
-    return own
+    for index in range(0, count):
+        other_vector = tl.load(x_ptr + index * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
+        vector -= other_vector * tl.sum(other_vector * vector, 0)
+    return vector
 
 
 @triton.jit
-def orthonormalize(x_ptr, step, apart, begin, end, p, PB: tl.constexpr):
-    """Vectors [begin, end) of x, whose entries lie `step` apart and which lie `apart` from one another, made orthonormal to one another and to those
-    before; the unit vector with the largest part of its own takes the place of one that has none."""
+def orthonormalize(x_ptr, entry_stride, vector_stride, begin, end, p, PB: tl.constexpr):
+    """Orthonormalize vectors [begin, end) of x, also against the vectors before them.
+
+    entry_stride and vector_stride are the strides of x. A vector that depends linearly on the
+    vectors before it is replaced: by the unit vector with the largest component orthogonal to them.
+    """
     c = tl.arange(0, PB)
     for column in range(begin, end):
-        own = tl.load(x_ptr + column * apart + c * step, c < p, other=0.0).to(tl.float64)
-        longest = tl.max(tl.abs(own), 0)  # it may be as long as 1e16
-        own = own / tl.where(longest > 0.0, longest, 1.0)
-        norm = tl.sqrt(tl.sum(own * own, 0))
-        own = own / tl.where(norm > 0.0, norm, 1.0)
-        left = tl.where(norm > 0.0, 1.0, 0.0).to(tl.float64)
+        vector = tl.load(x_ptr + column * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
+        longest = tl.max(tl.abs(vector), 0)  # the norm may be as large as 1e16
+        vector = vector / tl.where(longest > 0.0, longest, 1.0)
+        norm = tl.sqrt(tl.sum(vector * vector, 0))
+        vector = vector / tl.where(norm > 0.0, norm, 1.0)
+        remaining_norm = tl.where(norm > 0.0, 1.0, 0.0).to(tl.float64)
         for _ in range(0, 3):
-            own = _remove_others(own, x_ptr, step, apart, column, p, PB)
-            norm = tl.sqrt(tl.sum(own * own, 0))
-            left *= norm
-            own = own / tl.where(norm > 0.0, norm, 1.0)
-        if left < 1e-4:
-            free = tl.where(c < p, 1.0, -1.0).to(tl.float64)
+            vector = _subtract_projections(vector, x_ptr, entry_stride, vector_stride, column, p, PB)
+            norm = tl.sqrt(tl.sum(vector * vector, 0))
+            remaining_norm *= norm
+            vector = vector / tl.where(norm > 0.0, norm, 1.0)
+        if remaining_norm < 1e-4:
+            orthogonal_parts = tl.where(c < p, 1.0, -1.0).to(tl.float64)
             for other in range(0, column):
-                base = tl.load(x_ptr + other * apart + c * step, c < p, other=0.0).to(tl.float64)
-                free -= base * base
-            own = (c == tl.argmax(free, 0)).to(tl.float64)
+                other_vector = tl.load(x_ptr + other * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
+                orthogonal_parts -= other_vector * other_vector
+            vector = (c == tl.argmax(orthogonal_parts, 0)).to(tl.float64)
             for _ in range(0, 2):
-                own = _remove_others(own, x_ptr, step, apart, column, p, PB)
-                own = own / tl.sqrt(tl.sum(own * own, 0))
+                vector = _subtract_projections(vector, x_ptr, entry_stride, vector_stride, column, p, PB)
+                vector = vector / tl.sqrt(tl.sum(vector * vector, 0))
         tl.debug_barrier()
-        tl.store(x_ptr + column * apart + c * step, own.to(x_ptr.dtype.element_ty), c < p)
+        tl.store(x_ptr + column * vector_stride + c * entry_stride, vector.to(x_ptr.dtype.element_ty), c < p)
         tl.debug_barrier()
 
 
 @triton.jit
 def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB: tl.constexpr):
-    """Orthonormal eigenvectors of the tridiagonal matrix, to array 5 of rows, and their Rayleigh quotients, by inverse iteration in float64, see
-    csrc/truncated_svd/spectrum.h. rows: 7 arrays [p, KB]."""
+    """Compute orthonormal eigenvectors of the tridiagonal matrix by inverse iteration in float64.
+
+    See csrc/truncated_svd/spectrum.h. rows has 7 arrays [p, KB]; the eigenvectors are stored in
+    array 5.
+
+    Returns:
+        The Rayleigh quotients of the eigenvectors.
+    """
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     size = p * KB
     inverse_ptr, first_ptr, second_ptr = rows_ptr + j, rows_ptr + size + j, rows_ptr + 2 * size + j
     multiplier_ptr, swapped_ptr, x_ptr, y_ptr = rows_ptr + 3 * size + j, rows_ptr + 4 * size + j, rows_ptr + 5 * size, rows_ptr + 6 * size
-    # A little off: exactly at a multiple eigenvalue the solution is the same vector, whatever the start.
+    # Shift the values slightly. At exactly a multiple eigenvalue, all starting vectors would give
+    # the same solution.
     shift = values + tl.where(j > 0, 1e-15, 0.0)
     diagonal = tl.load(d_ptr).to(tl.float64) - shift
     upper = tl.load(e_ptr).to(tl.float64) + tl.zeros([KB], tl.float64)
     for i in range(0, p - 1):
-        below, following = tl.load(e_ptr + i).to(tl.float64), tl.load(d_ptr + i + 1).to(tl.float64) - shift
-        far = tl.load(e_ptr + i + 1).to(tl.float64)  # e[p - 1] is 0
-        swap = tl.abs(below) > tl.abs(diagonal)
-        inverse = _reciprocal(tl.where(swap, below, diagonal))
-        first, second = tl.where(swap, following, upper), tl.where(swap, far, 0.0)
-        multiplier = tl.where(swap, diagonal, below) * inverse
+        lower, next_value = tl.load(e_ptr + i).to(tl.float64), tl.load(d_ptr + i + 1).to(tl.float64) - shift
+        second_upper = tl.load(e_ptr + i + 1).to(tl.float64)  # e[p - 1] is 0
+        swap = tl.abs(lower) > tl.abs(diagonal)
+        inverse = _reciprocal(tl.where(swap, lower, diagonal))
+        first, second = tl.where(swap, next_value, upper), tl.where(swap, second_upper, 0.0)
+        multiplier = tl.where(swap, diagonal, lower) * inverse
         tl.store(inverse_ptr + i * KB, inverse)
         tl.store(first_ptr + i * KB, first)
         tl.store(second_ptr + i * KB, second)
         tl.store(multiplier_ptr + i * KB, multiplier)
         tl.store(swapped_ptr + i * KB, swap.to(tl.float64))
-        diagonal = tl.where(swap, upper, following) - multiplier * first
-        upper = tl.where(swap, 0.0, far) - multiplier * second
+        diagonal = tl.where(swap, upper, next_value) - multiplier * first
+        upper = tl.where(swap, 0.0, second_upper) - multiplier * second
     tl.store(inverse_ptr + (p - 1) * KB, _reciprocal(diagonal))
     start = 2.0 * tl.rand(1, c[:, None] * KB + j[None, :]).to(tl.float64) - 1.0
     tl.store(x_ptr + c[:, None] * KB + j[None, :], start, (c < p)[:, None])
@@ -272,33 +298,36 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
     for _ in range(0, 3):
         current = tl.load(x_ptr + j)
         for i in range(0, p - 1):
-            swap, following = tl.load(swapped_ptr + i * KB) != 0.0, tl.load(x_ptr + (i + 1) * KB + j)
-            value = tl.where(swap, following, current)
+            swap, next_value = tl.load(swapped_ptr + i * KB) != 0.0, tl.load(x_ptr + (i + 1) * KB + j)
+            value = tl.where(swap, next_value, current)
             tl.store(y_ptr + i * KB + j, value)
-            current = tl.where(swap, current, following) - tl.load(multiplier_ptr + i * KB) * value
+            current = tl.where(swap, current, next_value) - tl.load(multiplier_ptr + i * KB) * value
         tl.debug_barrier()
-        one, two = current * tl.load(inverse_ptr + (p - 1) * KB), tl.zeros([KB], tl.float64)
-        tl.store(x_ptr + (p - 1) * KB + j, one)
+        value_1, value_2 = current * tl.load(inverse_ptr + (p - 1) * KB), tl.zeros([KB], tl.float64)
+        tl.store(x_ptr + (p - 1) * KB + j, value_1)
         for step in range(1, p):
             i = p - 1 - step
-            rest = tl.load(y_ptr + i * KB + j) - tl.load(first_ptr + i * KB) * one - tl.load(second_ptr + i * KB) * two
-            two = one
-            one = rest * tl.load(inverse_ptr + i * KB)
-            tl.store(x_ptr + i * KB + j, one)
+            rest = tl.load(y_ptr + i * KB + j) - tl.load(first_ptr + i * KB) * value_1 - tl.load(second_ptr + i * KB) * value_2
+            value_2 = value_1
+            value_1 = rest * tl.load(inverse_ptr + i * KB)
+            tl.store(x_ptr + i * KB + j, value_1)
         tl.debug_barrier()
         orthonormalize(x_ptr, KB, 1, 0, wanted, p, PB)
     d, e = tl.load(d_ptr + c, c < p, other=0.0).to(tl.float64), tl.load(e_ptr + c, c + 1 < p, other=0.0).to(tl.float64)
     quotients = tl.zeros([KB], tl.float64)
     for column in range(0, wanted):
-        own = tl.load(x_ptr + c * KB + column, c < p, other=0.0)
-        below = tl.load(x_ptr + (c + 1) * KB + column, c + 1 < p, other=0.0)
-        quotients = tl.where(j == column, tl.sum(own * (d * own + 2.0 * e * below), 0), quotients)
+        vector = tl.load(x_ptr + c * KB + column, c < p, other=0.0)
+        lower = tl.load(x_ptr + (c + 1) * KB + column, c + 1 < p, other=0.0)
+        quotients = tl.where(j == column, tl.sum(vector * (d * vector + 2.0 * e * lower), 0), quotients)
     return quotients
 
 
 @triton.jit
 def resolvent(r, d_ptr, e_ptr, values, eps, rows_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr):
-    """Re[(lambda + i eps - T)^-1] r of vectors [PB, KB], see csrc/truncated_svd/spectrum.h. rows: 8 arrays [p, KB]."""
+    """Compute Re[(lambda + i eps - T)^-1] r for vectors r [PB, KB].
+
+    See csrc/truncated_svd/spectrum.h. rows has 8 arrays [p, KB].
+    """
     c, j = tl.arange(0, PB), tl.arange(0, KB)
     size = p * KB
     inside = (c < p)[:, None]
@@ -310,19 +339,19 @@ def resolvent(r, d_ptr, e_ptr, values, eps, rows_ptr, p, T: tl.constexpr, PB: tl
     u_re, u_im = zero - tl.load(e_ptr).to(tl.float64), zero
     r_re, r_im = tl.load(in_ptr + j), zero
     for i in range(0, p - 1):
-        below = zero - tl.load(e_ptr + i).to(tl.float64)
+        lower = zero - tl.load(e_ptr + i).to(tl.float64)
         next_re = values - tl.load(d_ptr + i + 1).to(tl.float64)
-        far = zero - tl.load(e_ptr + i + 1).to(tl.float64)
+        second_upper = zero - tl.load(e_ptr + i + 1).to(tl.float64)
         right = tl.load(in_ptr + (i + 1) * KB + j)
-        swap = tl.abs(below) > tl.abs(d_re) + tl.abs(d_im)
-        p_re, p_im = tl.where(swap, below, d_re), tl.where(swap, 0.0, d_im)
+        swap = tl.abs(lower) > tl.abs(d_re) + tl.abs(d_im)
+        p_re, p_im = tl.where(swap, lower, d_re), tl.where(swap, 0.0, d_im)
         norm = p_re * p_re + p_im * p_im
         factor = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
         i_re, i_im = p_re * factor, -p_im * factor
         f_re, f_im = tl.where(swap, next_re, u_re), tl.where(swap, eps, u_im)
-        second = tl.where(swap, far, 0.0)
+        second = tl.where(swap, second_upper, 0.0)
         s_re, s_im = tl.where(swap, right, r_re), tl.where(swap, 0.0, r_im)
-        o_re, o_im = tl.where(swap, d_re, below), tl.where(swap, d_im, 0.0)
+        o_re, o_im = tl.where(swap, d_re, lower), tl.where(swap, d_im, 0.0)
         m_re, m_im = o_re * i_re - o_im * i_im, o_re * i_im + o_im * i_re
         row_ptr = rows_ptr + i * KB + j
         tl.store(row_ptr, i_re)
@@ -333,23 +362,23 @@ def resolvent(r, d_ptr, e_ptr, values, eps, rows_ptr, p, T: tl.constexpr, PB: tl
         tl.store(row_ptr + 5 * size, s_re)
         tl.store(row_ptr + 6 * size, s_im)
         d_re, d_im = tl.where(swap, u_re, next_re) - (m_re * f_re - m_im * f_im), tl.where(swap, u_im, eps) - (m_re * f_im + m_im * f_re)
-        u_re, u_im = tl.where(swap, 0.0, far) - m_re * second, zero - m_im * second
+        u_re, u_im = tl.where(swap, 0.0, second_upper) - m_re * second, zero - m_im * second
         r_re, r_im = tl.where(swap, r_re, right) - (m_re * s_re - m_im * s_im), tl.where(swap, r_im, 0.0) - (m_re * s_im + m_im * s_re)
     tl.debug_barrier()
     norm = d_re * d_re + d_im * d_im
     factor = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
-    one_re, one_im = (r_re * d_re + r_im * d_im) * factor, (r_im * d_re - r_re * d_im) * factor
-    two_re, two_im = zero, zero
-    tl.store(in_ptr + (p - 1) * KB + j, one_re)
+    x1_re, x1_im = (r_re * d_re + r_im * d_im) * factor, (r_im * d_re - r_re * d_im) * factor
+    x2_re, x2_im = zero, zero
+    tl.store(in_ptr + (p - 1) * KB + j, x1_re)
     for step in range(1, p):
         i = p - 1 - step
         row_ptr = rows_ptr + i * KB + j
         i_re, i_im, f_re, f_im = tl.load(row_ptr), tl.load(row_ptr + size), tl.load(row_ptr + 2 * size), tl.load(row_ptr + 3 * size)
         second = tl.load(row_ptr + 4 * size)
-        t_re = tl.load(row_ptr + 5 * size) - (f_re * one_re - f_im * one_im) - second * two_re
-        t_im = tl.load(row_ptr + 6 * size) - (f_re * one_im + f_im * one_re) - second * two_im
-        two_re, two_im = one_re, one_im
-        one_re, one_im = t_re * i_re - t_im * i_im, t_re * i_im + t_im * i_re
-        tl.store(in_ptr + i * KB + j, one_re)
+        t_re = tl.load(row_ptr + 5 * size) - (f_re * x1_re - f_im * x1_im) - second * x2_re
+        t_im = tl.load(row_ptr + 6 * size) - (f_re * x1_im + f_im * x1_re) - second * x2_im
+        x2_re, x2_im = x1_re, x1_im
+        x1_re, x1_im = t_re * i_re - t_im * i_im, t_re * i_im + t_im * i_re
+        tl.store(in_ptr + i * KB + j, x1_re)
     tl.debug_barrier()
     return tl.load(in_ptr + c[:, None] * KB + j[None, :], inside, other=0.0).to(T)

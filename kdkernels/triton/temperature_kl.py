@@ -1,7 +1,9 @@
-"""Triton kernel of temperature_kl and its launchers: the ops of csrc/temperature_kl.cpp on a GPU. The mathematics is in docs/temperature_kl.md.
+"""Triton kernel of temperature_kl and its launchers: the GPU version of csrc/temperature_kl.cpp.
 
-temperature_kl_rows.py reads and writes rows, temperature_kl_divergence.py computes the statistics of a row, temperature_kl_forms.py makes values and
-gradients of them, and temperature_kl_rescale.py applies the upstream gradient to a gradient that the forward saved.
+docs/temperature_kl.md derives the formulas. temperature_kl_rows.py reads and writes rows,
+temperature_kl_divergence.py computes the statistics of a row, temperature_kl_forms.py computes
+values and gradients from the statistics, and temperature_kl_rescale.py multiplies a gradient that
+the forward pass saved by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Direction, Reduction
 from .launch import as_tl, compile_options, device_of
-from .math import number
+from .math import cast_scalar
 from .temperature_kl_checks import check_operands
 from .temperature_kl_divergence import divergence
 from .temperature_kl_forms import SUM_UNIT, jsd_gradients, jsd_means, kl_gradients, kl_means
@@ -26,32 +28,35 @@ from .temperature_kl_rows import Tile, as_rows, block_logits, columns, powers_of
 
 @triton.jit
 def _block_gradients(
-    tile, held, start, d, means, beta, eps, gradient_scale,
+    tile, held, start, stats, means, beta, eps, gradient_scale,
     JSD: tl.constexpr, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the loss to the base and to the other logits of a block, and the rows' sums of logits times gradients, times SUM_UNIT."""
+    """Compute the gradients with respect to the base and the other logits of a block.
+
+    Also returns the sums over each row of logits times gradients, multiplied by SUM_UNIT.
+    """
     base, other, in_row = block_logits(tile, held, start, COMPUTE, ONE_BLOCK, BLOCK)
     if JSD:
-        to_base, to_other = jsd_gradients(base, other, in_row, tile, d, means, beta)
+        grad_base, grad_other = jsd_gradients(base, other, in_row, tile, stats, means, beta)
     else:
-        to_base, to_other = kl_gradients(base, other, in_row, tile, d, means, eps, HAS_EPS, ENTROPY)
-    to_base, to_other = tl.where(in_row, to_base, 0.0), tl.where(in_row, to_other, 0.0)
-    by_base = tl.where(to_base == 0.0, 0.0, to_base * SUM_UNIT * ((base - d.base_max) * tile.inverse_t))
-    by_other = tl.where(to_other == 0.0, 0.0, to_other * SUM_UNIT * (other - d.other_max))
-    products = tl.sum(by_other, 1, keep_dims=True), tl.sum(by_base, 1, keep_dims=True)
-    return to_base * (gradient_scale * tile.inverse_t), to_other * gradient_scale, products
+        grad_base, grad_other = kl_gradients(base, other, in_row, tile, stats, means, eps, HAS_EPS, ENTROPY)
+    grad_base, grad_other = tl.where(in_row, grad_base, 0.0), tl.where(in_row, grad_other, 0.0)
+    base_products = tl.where(grad_base == 0.0, 0.0, grad_base * SUM_UNIT * ((base - stats.base_max) * tile.inverse_t))
+    other_products = tl.where(grad_other == 0.0, 0.0, grad_other * SUM_UNIT * (other - stats.other_max))
+    products = tl.sum(other_products, 1, keep_dims=True), tl.sum(base_products, 1, keep_dims=True)
+    return grad_base * (gradient_scale * tile.inverse_t), grad_other * gradient_scale, products
 
 
 @triton.jit
 def _kl_kernel(
     base,  # Rows of logits [rows, C]: the teacher's in "forward" and "jsd", the student's in "reverse"
-    other,  # Rows of logits [rows, C]: the other net's
-    to_base,  # Rows, or None for a gradient that is not wanted
-    to_other,
+    other,  # Rows of logits [rows, C]: the other network's
+    grad_base,  # Rows, or None if this gradient is not wanted
+    grad_other,
     row_scale_ptr,  # [rows] float32, or None: the powers of two by which the rows of one gradient are divided
     loss_ptr,  # [rows], or None
-    to_temperature_ptr,  # [rows], or None
-    temperature_ptr,  # [rows], or None: `temperature` holds for all rows
+    grad_temperature_ptr,  # [rows], or None
+    temperature_ptr,  # [rows], or None: all rows use `temperature`
     mask_ptr,  # [rows], or None
     weight_ptr,  # [], or None: a factor of `weight`
     upstream_ptr,  # [] or [rows] (see upstream_stride), or None: gradient of the loss
@@ -67,19 +72,19 @@ def _kl_kernel(
     HAS_EPS: tl.constexpr,
     ENTROPY: tl.constexpr,
     T_SQUARED: tl.constexpr,
-    SCALE_BASE: tl.constexpr,  # row_scale is that of the gradient to the base, not to the other net
+    SCALE_BASE: tl.constexpr,  # row_scale belongs to the gradient of the base network, not to that of the other
     COMPUTE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of rows, and their gradients to the logits of both nets and to the temperature."""
+    """Compute the losses of rows, and the gradients of the logits of both networks and of T."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = row < rows
     kept = in_batch
     if mask_ptr is not None:
         kept = in_batch & tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)
-    t = tl.full([ROWS], 1.0, COMPUTE) * number(temperature, COMPUTE)
+    t = tl.full([ROWS], 1.0, COMPUTE) * cast_scalar(temperature, COMPUTE)
     if temperature_ptr is not None:
         t = tl.load(temperature_ptr + row, mask=in_batch, other=1.0).to(COMPUTE)
     quarter_t = (t * 0.25)[:, None]
@@ -88,13 +93,13 @@ def _kl_kernel(
         other_stride=other.class_stride, kept=kept[:, None], classes=classes, quarter_t=quarter_t, inverse_t=1.0 / quarter_t,
     )  # fmt: skip
     held = read_logits(tile, 0, COMPUTE, BLOCK) if ONE_BLOCK else None
-    d = divergence(tile, held, JSD, COMPUTE, ONE_BLOCK, BLOCK)
-    eps = number(eps, COMPUTE)
-    GRADIENTS: tl.constexpr = to_base is not None or to_other is not None or to_temperature_ptr is not None
+    stats = divergence(tile, held, JSD, COMPUTE, ONE_BLOCK, BLOCK)
+    eps = cast_scalar(eps, COMPUTE)
+    GRADIENTS: tl.constexpr = grad_base is not None or grad_other is not None or grad_temperature_ptr is not None
     if JSD:
-        means = jsd_means(tile, held, d, beta, GRADIENTS, COMPUTE, ONE_BLOCK, BLOCK)
+        means = jsd_means(tile, held, stats, beta, GRADIENTS, COMPUTE, ONE_BLOCK, BLOCK)
     else:
-        means = kl_means(tile, held, d, eps, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK)
+        means = kl_means(tile, held, stats, eps, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK)
 
     # V is value / T, and dV / dT is -products / T.
     row_value = tl.sum(means.value, 1)
@@ -102,52 +107,55 @@ def _kl_kernel(
         loss = (row_value * t if T_SQUARED else row_value / t) * (4.0 / SUM_UNIT)
         tl.store(loss_ptr + row, tl.where(kept, loss, 0.0), mask=in_batch)
     if GRADIENTS:
-        row_weight = tl.full([ROWS], 1.0, COMPUTE) * number(weight, COMPUTE)
+        row_weight = tl.full([ROWS], 1.0, COMPUTE) * cast_scalar(weight, COMPUTE)
         if weight_ptr is not None:
             row_weight = row_weight * tl.load(weight_ptr).to(COMPUTE)
         if upstream_ptr is not None:
             row_weight = row_weight * tl.load(upstream_ptr + row * upstream_stride, mask=in_batch, other=0.0).to(COMPUTE)
         gradient_scale = (row_weight * t if T_SQUARED else row_weight / t)[:, None]
-        down = tl.full([ROWS, 1], 1.0, COMPUTE)
-        if row_scale_ptr is not None:  # the gradient is computed twice: its largest magnitude is needed first
+        gradient_factor = tl.full([ROWS, 1], 1.0, COMPUTE)
+        if row_scale_ptr is not None:  # compute the gradient twice, because its largest magnitude is needed first
             largest = tl.zeros([ROWS, 1], COMPUTE)
             for start in range(0, classes, BLOCK):
                 g_base, g_other, products = _block_gradients(
-                    tile, held, start, d, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
+                    tile, held, start, stats, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
                 )
                 scaled = g_base if SCALE_BASE else g_other
                 largest = tl.maximum(largest, tl.max(tl.where(tile.kept, tl.abs(scaled), 0.0), 1, keep_dims=True))
-            up, down = powers_of_two(largest)
-            tl.store(row_scale_ptr + row, tl.sum(up, 1), mask=in_batch)
+            powers, gradient_factor = powers_of_two(largest)
+            tl.store(row_scale_ptr + row, tl.sum(powers, 1), mask=in_batch)
         total = tl.zeros([ROWS, 1], COMPUTE)
         for start in range(0, classes, BLOCK):
             g_base, g_other, products = _block_gradients(
-                tile, held, start, d, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
+                tile, held, start, stats, means, beta, eps, gradient_scale, JSD, HAS_EPS, ENTROPY, COMPUTE, ONE_BLOCK, BLOCK
             )
-            if to_temperature_ptr is not None:
+            if grad_temperature_ptr is not None:
                 total = total + products[0] + products[1]
             column = columns(start, BLOCK)
             written = in_batch[:, None] & (column < classes)
-            if to_base is not None:
-                store_gradient(to_base, row, inner_size, column, g_base * down if SCALE_BASE else g_base, tile.kept, written)
-            if to_other is not None:
-                store_gradient(to_other, row, inner_size, column, g_other if SCALE_BASE else g_other * down, tile.kept, written)
-        if to_temperature_ptr is not None:
+            if grad_base is not None:
+                store_gradient(grad_base, row, inner_size, column, g_base * gradient_factor if SCALE_BASE else g_base, tile.kept, written)
+            if grad_other is not None:
+                store_gradient(grad_other, row, inner_size, column, g_other if SCALE_BASE else g_other * gradient_factor, tile.kept, written)
+        if grad_temperature_ptr is not None:
             row_products = tl.sum(total, 1)
-            to_temperature = 2.0 * row_value - row_products if T_SQUARED else -row_products / t / t
-            to_temperature = (to_temperature * row_weight) * (4.0 / SUM_UNIT)
-            tl.store(to_temperature_ptr + row, tl.where(kept, to_temperature, 0.0).to(to_temperature_ptr.dtype.element_ty), mask=in_batch)
+            grad_temperature = 2.0 * row_value - row_products if T_SQUARED else -row_products / t / t
+            grad_temperature = (grad_temperature * row_weight) * (4.0 / SUM_UNIT)
+            tl.store(grad_temperature_ptr + row, tl.where(kept, grad_temperature, 0.0).to(grad_temperature_ptr.dtype.element_ty), mask=in_batch)
 
 
 def block_sizes(classes: int, class_stride: int, double: bool = False) -> dict[str, int | bool]:
-    """ROWS, BLOCK and ONE_BLOCK of the tiles, and options of the compiler: 4 logits per thread (2 in double) keep every variant in registers."""
+    """Return ROWS, BLOCK and ONE_BLOCK of the tiles, and the compiler options.
+
+    With 4 logits per thread (2 in float64), every variant of the kernel fits the registers.
+    """
     block = max(16, triton.next_power_of_2(classes))
-    tile, longest = (256, 256) if double else (512, 2048)
+    tile, max_block = (256, 256) if double else (512, 2048)
     if class_stride == 1:
-        one_block = block <= longest
-        block = min(block, longest)
+        one_block = block <= max_block
+        block = min(block, max_block)
         rows = max(1, tile // block)
-    else:  # neighbours in memory are rows: whole sectors of them
+    else:  # rows are adjacent in memory: read whole memory sectors
         rows = 16 if double else 32
         one_block = block * rows <= tile
         block = min(block, tile // rows)
@@ -156,11 +164,11 @@ def block_sizes(classes: int, class_stride: int, double: bool = False) -> dict[s
 
 
 class _Arguments(NamedTuple):
-    """The arguments that forward and backward share, in the order of their schemas."""
+    """The arguments of both the forward and the backward op, in the order of their schemas."""
 
     student: Tensor
     teacher: Tensor
-    temperature: float  # of all rows, unless row_temperature is given
+    temperature: float  # for all rows, unless row_temperature is given
     row_temperature: Tensor | None
     mask: Tensor | None
     normalizer: Tensor | None
@@ -173,7 +181,10 @@ class _Arguments(NamedTuple):
     target_eps: float
 
     def row_weight(self) -> tuple[float, Tensor | None]:
-        """The weight of a row in the loss as a number times a tensor (or None), computed without reading the tensor back."""
+        """Return the weight of a row in the loss, as a float and a tensor (or None) to multiply.
+
+        The tensor is not read back to the host.
+        """
         if self.reduction in (Reduction.NONE, Reduction.SUM):
             return 1.0, None
         classes = self.student.shape[self.dim]
@@ -186,33 +197,37 @@ class _Arguments(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What a launch writes; None is not wanted."""
+    """The results that a launch writes; None if a result is not wanted."""
 
     loss: Tensor | None = None
-    to_student: Tensor | None = None
-    to_teacher: Tensor | None = None
-    to_temperature: Tensor | None = None
-    row_scale: Tensor | None = None  # of to_student
+    grad_student: Tensor | None = None
+    grad_teacher: Tensor | None = None
+    grad_temperature: Tensor | None = None
+    row_scale: Tensor | None = None  # of grad_student
 
 
 def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tensor: Tensor | None, upstream: Tensor | None = None) -> None:
-    """Runs the kernel. The weight of a row is weight times weight_tensor; upstream is the gradient of the loss."""
+    """Run the kernel.
+
+    The weight of a row is weight times weight_tensor. upstream is the gradient with respect to the
+    loss.
+    """
     a, r = arguments, results
     if a.student.numel() == 0:
         return
-    operands = [a.student, a.teacher, r.to_student, r.to_teacher]
+    operands = [a.student, a.teacher, r.grad_student, r.grad_teacher]
     layout = as_rows(operands, a.dim)
-    if layout is None:  # the rows need three strides or more: work on copies with the classes last
+    if layout is None:  # rows with three strides or more: work on copies with the classes last
         copies = [None if x is None else x.movedim(a.dim, -1).contiguous() for x in operands]
         moved = a._replace(student=copies[0], teacher=copies[1], dim=-1)
-        _launch(moved, r._replace(to_student=copies[2], to_teacher=copies[3]), weight, weight_tensor, upstream)
+        _launch(moved, r._replace(grad_student=copies[2], grad_teacher=copies[3]), weight, weight_tensor, upstream)
         for x, copy in zip(operands[2:], copies[2:], strict=True):
             if x is not None:
                 x.copy_(copy.movedim(-1, a.dim))
         return
-    inner_size, (student, teacher, to_student, to_teacher) = layout
+    inner_size, (student, teacher, grad_student, grad_teacher) = layout
     reverse = a.direction == Direction.REVERSE
-    base, other, to_base, to_other = (student, teacher, to_student, to_teacher) if reverse else (teacher, student, to_teacher, to_student)
+    base, other, grad_base, grad_other = (student, teacher, grad_student, grad_teacher) if reverse else (teacher, student, grad_teacher, grad_student)
     row_temperature, mask, upstream = (None if x is None else x.contiguous() for x in (a.row_temperature, a.mask, upstream))
     classes = a.student.shape[a.dim]
     rows = a.student.numel() // classes
@@ -220,7 +235,7 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     sizes = block_sizes(classes, student.class_stride, compute == torch.float64)
     with device_of(a.student):
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
-            base, other, to_base, to_other, r.row_scale, r.loss, r.to_temperature, row_temperature,
+            base, other, grad_base, grad_other, r.row_scale, r.loss, r.grad_temperature, row_temperature,
             None if mask is None else mask.view(torch.uint8), weight_tensor, upstream, int(upstream is not None and upstream.dim() > 0),
             a.temperature, weight, a.beta, a.target_eps, rows, classes, inner_size,
             JSD=a.direction == Direction.JSD, HAS_EPS=a.target_eps > 0, ENTROPY=a.include_entropy, T_SQUARED=a.scale_by_t2, SCALE_BASE=reverse,
@@ -240,7 +255,7 @@ def temperature_kl(student, teacher, temperature, row_temperature, mask, normali
     scaled = save_grad and student.dtype == torch.float16
     row_scale = student.new_empty(shape if scaled else 0, dtype=torch.float32)
     weight, weight_tensor = arguments.row_weight()
-    results = _Results(row_loss, to_student=grad if save_grad else None, row_scale=row_scale if scaled else None)
+    results = _Results(row_loss, grad_student=grad if save_grad else None, row_scale=row_scale if scaled else None)
     _launch(arguments, results, weight, weight_tensor)
     if reduction == Reduction.NONE:
         return row_loss, grad, row_scale
@@ -254,9 +269,9 @@ def temperature_kl_backward(grad_loss, student, teacher, temperature, row_temper
     check_operands(student, teacher, row_temperature, mask, normalizer, dim, grad_loss, reduction)
     arguments = _Arguments(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
                            include_entropy, target_eps)  # fmt: skip
-    to_student = torch.empty_like(student) if wanted[0] else None
-    to_teacher = torch.empty_like(teacher) if wanted[1] else None
+    grad_student = torch.empty_like(student) if wanted[0] else None
+    grad_teacher = torch.empty_like(teacher) if wanted[1] else None
     dtype = compute_dtype(student, teacher) if row_temperature is None else row_temperature.dtype
-    to_temperature = torch.empty(row_shape(student, dim), dtype=dtype, device=student.device) if wanted[2] else None
-    _launch(arguments, _Results(None, to_student, to_teacher, to_temperature), *arguments.row_weight(), grad_loss)
-    return tuple(student.new_empty(0) if x is None else x for x in (to_student, to_teacher, to_temperature))
+    grad_temperature = torch.empty(row_shape(student, dim), dtype=dtype, device=student.device) if wanted[2] else None
+    _launch(arguments, _Results(None, grad_student, grad_teacher, grad_temperature), *arguments.row_weight(), grad_loss)
+    return tuple(student.new_empty(0) if x is None else x for x in (grad_student, grad_teacher, grad_temperature))

@@ -9,9 +9,13 @@ from .temperature_kl_rows import row_shape
 
 
 def check_operands(student, teacher, row_temperature, mask, normalizer, dim, upstream=None, reduction=Reduction.NONE) -> None:
-    """Checks what guards the memory, because the ops can be called without their public function.
+    """Check dtypes, shapes and devices, so that the kernels do not read memory outside the tensors.
 
-    Raises TypeError for a dtype, and ValueError for a dimension, shape or device that the kernels cannot read.
+    The public function has checked them too, but the ops can be called directly.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: a dimension, shape or device does not match.
     """
     for name, x in (("student", student), ("teacher", teacher), ("temperature", row_temperature), ("grad_loss", upstream)):
         if x is not None and x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

@@ -1,12 +1,13 @@
-"""Values and gradients of temperature_kl from the divergence of a tile of rows: KL with its forms, and Jensen-Shannon.
+"""Values and gradients of temperature_kl, from the divergence of a tile of rows.
 
-p and q are the probabilities of the base and the other net; value and gradients are those of docs/temperature_kl.md and csrc/temperature_kl/forms.h:
+p and q are the probabilities of the base and the other network. docs/temperature_kl.md and
+csrc/temperature_kl/forms.h explain the values and gradients:
     KL                    V = KL(p || q)
     with eps              V = sum (p + eps) (log(p + eps) - log q)
     without entropy       V = -sum (p + eps) log q
     Jensen-Shannon        V = beta KL(p || M) + (1 - beta) KL(q || M),  M = beta p + (1 - beta) q
-Gradients are dV / d(other / T), and T times dV / d(base / T), which is a mean of differences of logits. The latter and T V are in quarters of the
-units of the logits, like all that divergence() keeps in them.
+The gradients are dV / d(other / T), and T times dV / d(base / T), which is a mean of differences of
+logits. The latter, and T V, are divided by 4, like the logits in divergence().
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import exp_falling, exp_parts, log, log1p
+from .math import exp_nonpositive, exp_parts, log, log1p
 from .temperature_kl_divergence import excess
 from .temperature_kl_rows import block_logits
 
-# Values, and sums of logits that are multiplied by gradients, are kept times this: logits near the end of the range have room in them.
+# Values, and sums of logits times gradients, are stored multiplied by this factor, so that they do
+# not overflow if logits are close to the largest finite number.
 SUM_UNIT = tl.constexpr(2.0**-12)
 
 
 class KLMeans(NamedTuple):
-    """What the value and the gradient to the base logits need of a row, [ROWS, 1]."""
+    """The value of a row and the means for the gradient of the base logits, [ROWS, 1]."""
 
     value: tl.tensor  # T V times SUM_UNIT
     base: tl.tensor  # E_p[base - max]
@@ -33,19 +35,20 @@ class KLMeans(NamedTuple):
 
 
 class JSDMeans(NamedTuple):
-    """What the value and the gradients of the Jensen-Shannon divergence need of a row, [ROWS, 1]."""
+    """The value of a row and the means for the gradients of the JSD, [ROWS, 1]."""
 
     value: tl.tensor  # T V times SUM_UNIT
     log_p_ratio: tl.tensor  # E_p[log(p / M)]
     log_q_ratio: tl.tensor  # E_q[log(q / M)]
-    # The gradients of all classes but the one that has more than half of a probability, which gets the negative of their sum: the mean that would
-    # be subtracted from its own term is nearly that term.
+    # The sums of the gradients of all classes except one with a probability above 1/2. The gradient
+    # of that class is the negative of the sum. Direct computation would be inaccurate, because the
+    # mean that is subtracted from its term is nearly equal to this term.
     minority_base: tl.tensor
     minority_other: tl.tensor
 
 
 class JSDTerms(NamedTuple):
-    """Of each class [ROWS, BLOCK]."""
+    """The terms of each class, [ROWS, BLOCK]."""
 
     p: tl.tensor
     q: tl.tensor
@@ -57,7 +60,7 @@ class JSDTerms(NamedTuple):
 
 @triton.jit
 def _probability(base, in_row, d, inverse_t):
-    return tl.where(in_row, exp_falling((base - d.base_max) * inverse_t), 0.0) * d.inverse_sum
+    return tl.where(in_row, exp_nonpositive((base - d.base_max) * inverse_t), 0.0) * d.inverse_sum
 
 
 @triton.jit
@@ -67,7 +70,7 @@ def _sum_rows(terms, in_row):
 
 @triton.jit
 def _log_1_plus_eps_over(p, log_weight, d, eps):
-    """log(1 + eps / p), from whichever side does not cancel. log_weight = (base - max) / T."""
+    """Compute log(1 + eps / p) without cancellation. log_weight = (base - max) / T."""
     return tl.where(p > eps, log1p(eps / p), log(p + eps) - (log_weight - d.log_base_sum))
 
 
@@ -75,7 +78,7 @@ def _log_1_plus_eps_over(p, log_weight, d, eps):
 def kl_means(
     tile, held, d, eps, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The value of KL and its forms: that of the divergence plus terms that are added without cancellation."""
+    """Compute the value: that of the divergence, plus the terms of eps and of the entropy."""
     mean_base, mean_eps_term = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
     added = tl.zeros(d.kl.shape, COMPUTE)
     value = d.kl * SUM_UNIT
@@ -100,25 +103,28 @@ def kl_means(
 
 @triton.jit
 def kl_gradients(base, other, in_row, tile, d, means, eps, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr):
-    """Gradients of a block to the base and to the other logits."""
+    """Compute the gradients of a block with respect to the base and the other logits."""
     terms = excess(base, other, in_row, d, tile.inverse_t)
     p, relative = terms.weight * d.inverse_sum, base - d.base_max
     far_q = tl.exp((other - d.other_max) * tile.inverse_t) / d.other_sum
     growth = tl.where(d.far_apart, far_q * d.base_sum - terms.weight, terms.growth)
-    to_other = (growth - d.w * terms.weight) * d.inverse_sum / (1.0 + d.w)  # q - p
+    grad_other = (growth - d.w * terms.weight) * d.inverse_sum / (1.0 + d.w)  # q - p
     if HAS_EPS:
-        to_other += eps * (tile.classes * (p + to_other) - 1.0)
+        grad_other += eps * (tile.classes * (p + grad_other) - 1.0)
     log_ratio = (terms.difference - d.mean) - d.drift * tile.quarter_t
     if not ENTROPY:
         log_ratio = log_ratio - (relative - means.base)
     elif HAS_EPS:
         log_ratio = log_ratio + _log_1_plus_eps_over(p, relative * tile.inverse_t, d, eps) * tile.quarter_t - means.eps_term
-    return tl.where(p == 0.0, 0.0, p * log_ratio), to_other
+    return tl.where(p == 0.0, 0.0, p * log_ratio), grad_other
 
 
 @triton.jit
 def _log_and_psi(x, one_plus_x):
-    """log(1 + x), psi(x) = x - log(1 + x), and whether psi is from the series; the caller knows 1 + x better where x is close to -1."""
+    """Compute log(1 + x), psi(x) = x - log(1 + x), and whether psi is computed from the series.
+
+    The argument one_plus_x is used if x is close to -1, where 1 + x would be inaccurate.
+    """
     one = tl.where(x > -0.25, 1.0 + x, one_plus_x)
     near = tl.abs(x) < 0.29
     small_x = tl.where(near, x, 0.0)
@@ -135,7 +141,10 @@ def _log_and_psi(x, one_plus_x):
 
 @triton.jit
 def _jsd_terms(base, other, in_row, tile, d, beta):
-    """See csrc/temperature_kl/jsd.h: u = q / p - 1, v = p / q - 1, a = 1 - beta."""
+    """Compute the terms of a block, as in csrc/temperature_kl/jsd.h.
+
+    u = q / p - 1, v = p / q - 1, a = 1 - beta and b = beta.
+    """
     tiny: tl.constexpr = 2.3e-308 if base.dtype == tl.float64 else 1.2e-38
     limit: tl.constexpr = 708.0 if base.dtype == tl.float64 else 87.0
     a, b = tl.maximum(tl.full([], 1.0 - beta, base.dtype), tiny), tl.maximum(tl.full([], beta, base.dtype), tiny)
@@ -146,7 +155,8 @@ def _jsd_terms(base, other, in_row, tile, d, beta):
     ratio = scale * (r + h) + scale
     inverse = 1.0 / ratio
     v = -u * inverse
-    # q is p times the ratio, or from the exponent where p is too small for this; from the other's log-sum-exp where the nets are far apart.
+    # q is p times the ratio. If p is too small for this, q is computed from the exponent; if the
+    # networks are far apart, from the log-sum-exp of the other network.
     near_log_q = ((other - d.other_center) + (d.base_center - d.base_max)) * tile.inverse_t + (d.shift - d.log_base_sum)
     exponent = tl.where(d.far_apart, (other - d.other_max) * tile.inverse_t, near_log_q)
     q_from_exponent = tl.exp(tl.minimum(exponent, limit, propagate_nan=tl.PropagateNan.ALL)) * tl.where(d.far_apart, 1.0 / d.other_sum, 1.0)
@@ -162,23 +172,23 @@ def _jsd_terms(base, other, in_row, tile, d, beta):
 
 @triton.jit
 def _jsd_minority(tile, held, d, beta, mean_p, mean_q, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of the gradients to the base and to the other logits over the classes that have at most half of the probability."""
-    to_base, to_other = tl.zeros(mean_p.shape, COMPUTE), tl.zeros(mean_p.shape, COMPUTE)
+    """Sum the gradients of the base and the other logits over classes of probability <= 1/2."""
+    grad_base, grad_other = tl.zeros(mean_p.shape, COMPUTE), tl.zeros(mean_p.shape, COMPUTE)
     a, b = tl.full([], 1.0 - beta, COMPUTE), tl.full([], beta, COMPUTE)
     for start in range(0, tile.classes, BLOCK):
         base, other, in_row = block_logits(tile, held, start, COMPUTE, ONE_BLOCK, BLOCK)
         terms = _jsd_terms(base, other, in_row, tile, d, beta)
         p, q = terms.p, terms.q
-        to_other += _sum_rows(a * q * (terms.log_q_ratio - mean_q), in_row & (q <= 0.5) & (q > 0.0))
-        to_base += _sum_rows(b * p * (terms.log_p_ratio - mean_p), in_row & (p <= 0.5) & (p > 0.0))
-    return to_base, to_other
+        grad_other += _sum_rows(a * q * (terms.log_q_ratio - mean_q), in_row & (q <= 0.5) & (q > 0.0))
+        grad_base += _sum_rows(b * p * (terms.log_p_ratio - mean_p), in_row & (p <= 0.5) & (p > 0.0))
+    return grad_base, grad_other
 
 
 @triton.jit
 def jsd_means(
     tile, held, d, beta, GRADIENTS: tl.constexpr, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The value of the Jensen-Shannon divergence, and with GRADIENTS what these need."""
+    """Compute the value of the JSD and, with GRADIENTS, the means for the gradients."""
     mean_p, mean_q = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
     largest_probability = tl.zeros(d.kl.shape, COMPUTE)
     for start in range(0, tile.classes, BLOCK):
@@ -191,7 +201,7 @@ def jsd_means(
     a, b = tl.full([], 1.0 - beta, COMPUTE), tl.full([], beta, COMPUTE)
     value = (b * mean_p + a * mean_q) * (tile.quarter_t * SUM_UNIT)
     minority_base, minority_other = tl.zeros(d.kl.shape, COMPUTE), tl.zeros(d.kl.shape, COMPUTE)
-    if GRADIENTS:  # noqa: SIM102 - decided when compiled
+    if GRADIENTS:  # noqa: SIM102 - evaluated at compile time
         if tl.max(tl.max(largest_probability, 1), 0) > 0.5:
             minority_base, minority_other = _jsd_minority(tile, held, d, beta, mean_p, mean_q, COMPUTE, ONE_BLOCK, BLOCK)
     return JSDMeans(value, mean_p, mean_q, minority_base, minority_other)
@@ -199,11 +209,11 @@ def jsd_means(
 
 @triton.jit
 def jsd_gradients(base, other, in_row, tile, d, means, beta):
-    """Gradients of a block to the base and to the other logits."""
+    """Compute the gradients of a block with respect to the base and the other logits."""
     terms = _jsd_terms(base, other, in_row, tile, d, beta)
     a, b = tl.full([], 1.0 - beta, base.dtype), tl.full([], beta, base.dtype)
     p, q = terms.p, terms.q
-    to_base = tl.where(p == 0.0, 0.0, b * p * (terms.log_p_ratio - means.log_p_ratio))
-    to_other = tl.where(q == 0.0, 0.0, a * q * (terms.log_q_ratio - means.log_q_ratio))
-    to_base = tl.where(p > 0.5, -means.minority_base, to_base) * tile.quarter_t
-    return to_base, tl.where(q > 0.5, -means.minority_other, to_other)
+    grad_base = tl.where(p == 0.0, 0.0, b * p * (terms.log_p_ratio - means.log_p_ratio))
+    grad_other = tl.where(q == 0.0, 0.0, a * q * (terms.log_q_ratio - means.log_q_ratio))
+    grad_base = tl.where(p > 0.5, -means.minority_base, grad_base) * tile.quarter_t
+    return grad_base, tl.where(q > 0.5, -means.minority_other, grad_other)

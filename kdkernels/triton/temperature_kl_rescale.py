@@ -1,6 +1,7 @@
-"""Kernels that multiply a gradient which the forward of temperature_kl saved by the upstream gradient, and their launchers.
+"""Kernels that multiply a saved gradient of temperature_kl by the upstream gradient; launchers.
 
-A gradient of float16 logits is saved with a power of two for each row (row_scale), by which it is multiplied here too.
+The forward pass has saved the gradient. A gradient of float16 logits was saved with a power of two
+for each row (row_scale), by which it is also multiplied here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .temperature_kl_rows import as_rows, row_pointers, row_shape, store_gradien
 
 @triton.jit
 def _rescale_kernel(grad_ptr, scale_ptr, count, BLOCK: tl.constexpr):
-    """grad *= scale in place; the unit scale of a plain .backward() leaves at once."""
+    """Compute grad *= scale in place. Return at once if scale is 1, as in a plain .backward()."""
     scale = tl.load(scale_ptr)
     if scale != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -38,12 +39,12 @@ def _rescale_rows_kernel(
     rows,
     classes,
     inner_size,
-    SKIP_ONE: tl.constexpr,  # out is gradients, and the upstream gradient one number: if it is 1, nothing has to be written
+    SKIP_ONE: tl.constexpr,  # out is gradients and upstream is one number: do nothing if it is 1
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = gradients * row_scale * upstream, rounded once."""
+    """Compute out = gradients * row_scale * upstream, rounded once."""
     if SKIP_ONE:
         rows = tl.where(tl.load(upstream_ptr) == 1.0, 0, rows)
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(classes, BLOCK)
@@ -69,7 +70,10 @@ def _check_rescale(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, mask: Ten
 
 
 def rescale_sizes(classes: int, class_stride: int) -> dict[str, int]:
-    """ROWS and BLOCK of the tiles of _rescale_rows_kernel: 1024 numbers, along the dimension that is adjacent in memory."""
+    """Return ROWS and BLOCK of the tiles of _rescale_rows_kernel.
+
+    A tile has 1024 elements, along the dimension that is contiguous in memory.
+    """
     block = triton.next_power_of_2(classes)
     return {"ROWS": max(1, 1024 // block), "BLOCK": min(block, 1024)} if class_stride == 1 else {"ROWS": 32, "BLOCK": min(block, 32)}
 
@@ -78,7 +82,7 @@ def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, ma
     if grad.numel() == 0:
         return
     layout = as_rows([grad, out], dim)
-    if layout is None:  # the rows need three strides or more: work on a copy with the classes last
+    if layout is None:  # rows with three strides or more: work on a copy with the classes last
         moved = grad.movedim(dim, -1).contiguous()
         _rescale(moved, moved, row_scale, grad_loss, mask, -1)
         out.copy_(moved.movedim(-1, dim))

@@ -1,7 +1,8 @@
-"""How the kernels of temperature_kl read and write rows of logits.
+"""Reading and writing rows of logits, for the kernels of temperature_kl.
 
-A program works on a tile of rows and walks over their classes block by block. Row i of a tensor starts at (i // inner_size) * outer_stride +
-(i % inner_size) * inner_stride, so that classes may lie in any dimension. A row that fits one block is read once and then held in registers.
+A program processes a tile of rows, block by block along their classes. Row i of a tensor starts at
+(i // inner_size) * outer_stride + (i % inner_size) * inner_stride, so the classes may be in any
+dimension. A row that fits one block is read once and kept in registers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """A tensor seen as rows of classes [rows, C]: an argument of the kernels."""
+    """A tensor viewed as rows of classes [rows, C], as an argument of the kernels."""
 
     pointer: tl.tensor
     outer_stride: tl.tensor
@@ -24,13 +25,13 @@ class Rows(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The rows of one program in the base and the other net."""
+    """The rows of one program, of the base and the other network."""
 
     base: tl.tensor  # [ROWS, 1] pointers to the first class
     other: tl.tensor
     base_stride: tl.tensor  # from one class to the next
     other_stride: tl.tensor
-    kept: tl.tensor  # [ROWS, 1] false for rows that are masked out or past the end, which are read as zeros in both nets
+    kept: tl.tensor  # [ROWS, 1] false for rows that are masked out or past the end; they are read as zeros
     classes: tl.tensor
     quarter_t: tl.tensor  # [ROWS, 1] T / 4: see read_logits
     inverse_t: tl.tensor  # [ROWS, 1] 4 / T
@@ -38,21 +39,22 @@ class Tile(NamedTuple):
 
 @triton.jit
 def row_pointers(rows, row, inner_size):
-    """Pointers [ROWS, 1] to the first class of rows [ROWS]."""
+    """Return pointers [ROWS, 1] to the first class of rows [ROWS]."""
     return rows.pointer + (row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride)[:, None]
 
 
 @triton.jit
 def columns(start, BLOCK: tl.constexpr):
-    """The classes [1, BLOCK] of the block that begins at `start`."""
+    """Return the class indices [1, BLOCK] of the block that begins at `start`."""
     return start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
 
 
 @triton.jit
 def read_logits(tile, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """A quarter of the logits [ROWS, BLOCK] of both nets, from memory.
+    """Read the logits [ROWS, BLOCK] of both networks, divided by 4.
 
-    The difference of two differences of finite numbers may be four times the largest number; quarters of them leave it in range.
+    The difference of two differences of finite logits may be four times the largest finite number.
+    With quarters of the logits it stays in range.
     """
     column = columns(start, BLOCK)
     present = tile.kept & (column < tile.classes)
@@ -63,7 +65,10 @@ def read_logits(tile, start, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def block_logits(tile, held, start, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """A quarter of the logits of both nets in a block, and which of its columns are classes. `held` are those of a row of one block."""
+    """Return a quarter of the logits of both networks in a block, and which columns are classes.
+
+    If a row has one block, `held` contains its logits, and nothing is read.
+    """
     if ONE_BLOCK:
         base, other = held
     else:
@@ -73,14 +78,17 @@ def block_logits(tile, held, start, COMPUTE: tl.constexpr, ONE_BLOCK: tl.constex
 
 @triton.jit
 def store_gradient(gradients, row, inner_size, column, gradient, kept, written):
-    """Writes a gradient [ROWS, BLOCK]: zeros in rows that are masked out."""
+    """Write a gradient [ROWS, BLOCK], with zeros for rows that are masked out."""
     pointer = row_pointers(gradients, row, inner_size) + column * gradients.class_stride
     tl.store(pointer, tl.where(kept, gradient, 0.0).to(gradients.pointer.dtype.element_ty), mask=written)
 
 
 @triton.jit
 def powers_of_two(largest):
-    """2^n in float32 and 2^-n, so that largest * 2^-n lies in [2^14, 2^15), high in the range of float16; n = 0 for 0, inf and NaN."""
+    """Return 2^n in float32, and 2^-n, such that largest * 2^-n lies in [2^14, 2^15).
+
+    This is close to the upper end of the range of float16. n is 0 for 0, infinity and NaN.
+    """
     bits = largest.to(tl.float32).to(tl.int32, bitcast=True)
     n = tl.minimum(tl.maximum(((bits >> 23) & 0xFF) - (127 + 14), -126), 126)
     n = tl.where((largest > 0.0) & (largest < float("inf")), n, 0)
@@ -88,19 +96,22 @@ def powers_of_two(largest):
 
 
 def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
-    """The shape of one number per row: that of x without dimension `dim`."""
+    """Return the shape of a tensor with one element per row: that of x without dimension `dim`."""
     dim %= x.dim()
     return tuple(x.shape[:dim] + x.shape[dim + 1 :])
 
 
 def as_rows(tensors: list[Tensor | None], dim: int) -> tuple[int, list[Rows | None]] | None:
-    """Tensors of one shape as Rows with the same inner size, classes in dimension `dim`: (inner size, rows); None where two strides do not do.
+    """View tensors of one shape as Rows, with the classes in dimension `dim` and one inner size.
 
-    Dimensions beside `dim` are joined where they lie one after another in the memory of every tensor.
+    The other dimensions are merged if their strides allow it in every tensor.
+
+    Returns:
+        (inner size, rows), or None if the rows of a tensor need more than two strides.
     """
     present = [x for x in tensors if x is not None]
     shape, dim = present[0].shape, dim % present[0].dim()
-    groups: list[list[int]] = []  # dimensions that are joined, from the outermost
+    groups: list[list[int]] = []  # merged dimensions, from the outermost
     for d in (d for d in range(len(shape)) if d != dim and shape[d] != 1):
         if groups and all(x.stride(groups[-1][-1]) == x.stride(d) * x.shape[d] for x in present):
             groups[-1].append(d)

@@ -1,9 +1,17 @@
-"""Triton kernels of truncated_svd: the portable route for GPUs. The stages are in svd_stages.py, the mathematics in docs/truncated_svd.md.
+"""Triton kernels of truncated_svd, the portable implementation for GPUs.
 
-Forward: Gram matrices block by block, one program each; a program per matrix for its eigenvectors, which squares again what is left of a matrix
-whose kept values span orders of magnitude (no host asks which those are); and for vectors of the larger side a product with M and a program per
-matrix that brings them to length 1. Backward: a program per matrix for the projected solve, then one pass over M. The state is that of the CUDA
-kernels: the reflectors of Q in a packed triangle, tau, the diagonals of T, lambda in two parts, scale.
+docs/truncated_svd.md describes the algorithm; svd_stages.py contains its stages.
+
+1. _gram_kernel computes the Gram matrices, with one program per block.
+2. _decompose_kernel computes eigenvectors, with one program per matrix. If the kept singular values
+   span orders of magnitude, it repeats the computation for the residual: M without its projections
+   onto the vectors found so far. The program decides this itself, so the host does not wait.
+3. If the vectors of the larger side are needed, _project_kernel multiplies M by the eigenvectors,
+   and _finish_kernel normalises the products, with one program per matrix.
+
+svd_backward.py contains the backward kernels. The state that the forward pass saves is that of the
+CUDA kernels: the reflectors of Q in a packed triangle, tau, the two diagonals of T, lambda in two
+parts, and scale.
 """
 
 from __future__ import annotations
@@ -66,13 +74,16 @@ def _gram_kernel(
 
 
 @triton.jit
-def _normalize(matrix_ptr, total, own, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr):
-    """matrix times the square of the power of two that is returned: its trace comes into [1/4, 1), or as near as leaves own times that power a
-    normal number of T."""
-    most: tl.constexpr = 1022 if tl.float64 == T else 126
-    exponent, held = exponent_of(total) + 1, exponent_of(own)
+def _normalize(matrix_ptr, total, scale_so_far, p, T: tl.constexpr, PB: tl.constexpr, RB: tl.constexpr):
+    """Multiply matrix by the square of a power of two, and return this power.
+
+    The trace of the matrix is scaled into [1/4, 1). The power is limited so that its product with
+    scale_so_far is a normal number of T.
+    """
+    max_exponent: tl.constexpr = 1022 if tl.float64 == T else 126
+    exponent, exponent_so_far = exponent_of(total) + 1, exponent_of(scale_so_far)
     half = tl.where(exponent > 0, (exponent + 1) // 2, -((-exponent) // 2))
-    half = tl.minimum(tl.maximum(half, held - most), held + most)
+    half = tl.minimum(tl.maximum(half, exponent_so_far - max_exponent), exponent_so_far + max_exponent)
     multiply(matrix_ptr, p, power_of_two(-2 * half).to(T), T, PB, RB)
     return power_of_two(-half)
 
@@ -82,11 +93,14 @@ def _decompose_kernel(
     x_ptr, matrix_ptr, a_ptr, s_ptr, sigma_ptr, scale_ptr, state_ptr, residual_ptr, work_ptr, rows_ptr,
     x_batch, x_p, x_q, state_size, p, q, k,
     FIX_SIGN: tl.constexpr, WRITE_S: tl.constexpr, T: tl.constexpr, PB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, BP: tl.constexpr,
-    BQ: tl.constexpr, PRECISION: tl.constexpr, WAYS: tl.constexpr, ROUNDS: tl.constexpr,
+    BQ: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """a [B, k, p], and s where no larger side is wanted, which otherwise takes sigma [B, k] in units of 1 / scale [B]: 0 for a broken matrix."""
-    low: tl.constexpr = 1e-200 if tl.float64 == T else 1e-24
-    high: tl.constexpr = 1e290 if tl.float64 == T else 1e34
+    """Compute a [B, k, p], scale [B] and sigma [B, k], the singular values of scale * M.
+
+    s is written here if WRITE_S, else by _finish_kernel. scale is 0 for a non-finite matrix.
+    """
+    min_trace: tl.constexpr = 1e-200 if tl.float64 == T else 1e-24
+    max_trace: tl.constexpr = 1e290 if tl.float64 == T else 1e34
     eps: tl.constexpr = 2.220446049250313e-16 if tl.float64 == T else 1.1920929e-7
     b = tl.program_id(0).to(tl.int64)
     x_ptr += b * x_batch
@@ -101,23 +115,24 @@ def _decompose_kernel(
     rows_ptr += b * 8 * p * KB
     c, j = tl.arange(0, PB), tl.arange(0, KB)
 
-    # G of scale M. Squares may leave their range, then M is scaled first; a matrix that holds no numbers is told by its largest.
+    # Compute the Gram matrix G of scale * M. If squares are out of range, find the largest entry of
+    # M, scale M and compute G again. NaN and infinity are detected in the same pass.
     scale = tl.full([], 1.0, tl.float64)
     total = trace(matrix_ptr, p, PB)
     finite = total == total
-    if (total > low) & (total < high):
+    if (total > min_trace) & (total < max_trace):
         scale *= _normalize(matrix_ptr, total, scale, p, T, PB, RB)
     else:
         largest = tl.full([], 0.0, T)
-        broken = 0
+        not_finite_count = 0
         lane = tl.arange(0, BQ)
         for r0 in range(0, p, BP):
             for first in range(0, q, BQ):
                 m = tile_of(x_ptr, r0 + tl.arange(0, BP), first + lane, x_p, x_q, p, q, tl.full([], 1.0, T), T)
-                off = (m - m) != 0.0
-                broken += tl.sum(tl.sum(off.to(tl.int32), 1), 0)
-                largest = tl.maximum(largest, tl.max(tl.max(tl.where(off, 0.0, tl.abs(m)), 1), 0))
-        finite = broken == 0
+                not_finite = (m - m) != 0.0
+                not_finite_count += tl.sum(tl.sum(not_finite.to(tl.int32), 1), 0)
+                largest = tl.maximum(largest, tl.max(tl.max(tl.where(not_finite, 0.0, tl.abs(m)), 1), 0))
+        finite = not_finite_count == 0
         if (largest > 0.0) & finite:
             scale = unit_for(largest.to(tl.float64), T)
             residual_gram(matrix_ptr, x_ptr, x_p, x_q, p, q, scale.to(T), a_ptr, 0, T, BP, BQ, PRECISION)
@@ -126,46 +141,48 @@ def _decompose_kernel(
         else:
             multiply(matrix_ptr, p, tl.full([], 0.0, T), T, PB, RB)
 
-    found, unit = 0, tl.full([], 1.0, tl.float64)
+    found, residual_scale = 0, tl.full([], 1.0, tl.float64)
     while found < k:
         wanted = k - found
-        if found > 0:  # what is left of M without the vectors that were found
+        if found > 0:  # continue with M minus its projections onto the vectors found so far
             residual_gram(matrix_ptr, x_ptr, x_p, x_q, p, q, scale.to(T), a_ptr, found, T, BP, BQ, PRECISION)
             total = trace(matrix_ptr, p, PB)
-            if total > low:
-                unit = _normalize(matrix_ptr, total, tl.full([], 1.0, tl.float64), p, T, PB, RB)
+            if total > min_trace:
+                residual_scale = _normalize(matrix_ptr, total, tl.full([], 1.0, tl.float64), p, T, PB, RB)
             else:
-                unit = tl.full([], 1.0, tl.float64)
+                residual_scale = tl.full([], 1.0, tl.float64)
                 multiply(matrix_ptr, p, tl.full([], 0.0, T), T, PB, RB)
-        # The first round's form of G is what the backward takes; later ones have a place of their own.
-        own_ptr = reflectors_ptr
+        # The backward pass uses the tridiagonal form of the first round. Later rounds store theirs
+        # elsewhere.
+        form_ptr = reflectors_ptr
         if found > 0:
-            own_ptr = residual_ptr
-        tau = own_ptr + p * (p + 1) // 2
-        tridiagonalize(matrix_ptr, own_ptr, tau, tau + p, tau + 2 * p, work_ptr, p, T, PB, RB)
-        values = largest_eigenvalues(tau + p, tau + 2 * p, p, T, PB, KB, WAYS, ROUNDS)
+            form_ptr = residual_ptr
+        tau = form_ptr + p * (p + 1) // 2
+        tridiagonalize(matrix_ptr, form_ptr, tau, tau + p, tau + 2 * p, work_ptr, p, T, PB, RB)
+        values = largest_eigenvalues(tau + p, tau + 2 * p, p, T, PB, KB, PARTS, ROUNDS)
         values = eigenvectors(tau + p, tau + 2 * p, values, rows_ptr, p, wanted, PB, KB)
         values = tl.where(j < wanted, tl.maximum(values, 0.0), -1.0)
-        # Rayleigh quotients of equal eigenvalues may come out of order by a rounding.
-        ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (j[None, :] < j[:, None]))
-        rank = tl.sum(ahead.to(tl.int32), 1)
+        # The Rayleigh quotients of equal eigenvalues may be out of order because of rounding.
+        comes_before = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (j[None, :] < j[:, None]))
+        rank = tl.sum(comes_before.to(tl.int32), 1)
         if found == 0:
-            main = values.to(T)
-            tl.store(lambda_ptr + rank, main, j < k)
-            tl.store(lambda_ptr + k + rank, (values - main.to(tl.float64)).to(T), j < k)
+            rounded = values.to(T)
+            tl.store(lambda_ptr + rank, rounded, j < k)
+            tl.store(lambda_ptr + k + rank, (values - rounded.to(tl.float64)).to(T), j < k)
             tl.store(lambda_ptr + 2 * k, scale.to(T))
         vectors = tl.load(rows_ptr + 5 * p * KB + c[:, None] * KB + j[None, :], (c < p)[:, None] & (j < wanted)[None, :], other=0.0).to(T)
-        vectors = apply_q(vectors, own_ptr, tau, p, PB, False)
-        own = found + rank
-        tl.store(a_ptr + own[None, :] * p + c[:, None], vectors, (c < p)[:, None] & (j < wanted)[None, :])
+        vectors = apply_q(vectors, form_ptr, tau, p, PB, False)
+        index = found + rank
+        tl.store(a_ptr + index[None, :] * p + c[:, None], vectors, (c < p)[:, None] & (j < wanted)[None, :])
         tl.debug_barrier()
         orthonormalize(a_ptr, 1, p, found, k, p, PB)
-        tl.store(sigma_ptr + own, tl.sqrt(tl.maximum(values, 0.0)) / unit, j < wanted)
+        tl.store(sigma_ptr + index, tl.sqrt(tl.maximum(values, 0.0)) / residual_scale, j < wanted)
         tl.debug_barrier()
-        # Values near the round's largest are exact, or all where that is a rounding of the first.
-        first, all_first = tl.sqrt(tl.maximum(tl.max(values, 0), 0.0)), tl.load(sigma_ptr)
+        # Accept the values that are close to the largest value of this round. Accept all if it is
+        # only a rounding error of the first value.
+        first, sigma_1 = tl.sqrt(tl.maximum(tl.max(values, 0), 0.0)), tl.load(sigma_ptr)
         exact = tl.sum(((j < wanted) & (tl.sqrt(tl.maximum(values, 0.0)) >= first * ILL_CONDITIONED)).to(tl.int32), 0)
-        done = (first == 0.0) | ((found > 0) & (first / unit <= 4 * eps * all_first))
+        done = (first == 0.0) | ((found > 0) & (first / residual_scale <= 4 * eps * sigma_1))
         found += tl.where(done, wanted, exact)
     tl.store(scale_ptr + b, tl.where(finite, scale, 0.0))
     if finite:
@@ -179,51 +196,55 @@ def _decompose_kernel(
 
 @triton.jit
 def _write_s(s_ptr, sigma_ptr, scale, k, KB: tl.constexpr):
-    """s, descending: rounds and norms may leave equal ones out of order by a rounding."""
+    """Write s in descending order. Equal values may be out of order because of rounding."""
     j = tl.arange(0, KB)
     sigma = tl.load(sigma_ptr + j, j < k, other=-1.0)
-    ahead = (sigma[None, :] > sigma[:, None]) | ((sigma[None, :] == sigma[:, None]) & (j[None, :] < j[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), 1)
+    comes_before = (sigma[None, :] > sigma[:, None]) | ((sigma[None, :] == sigma[:, None]) & (j[None, :] < j[:, None]))
+    rank = tl.sum(comes_before.to(tl.int32), 1)
     s = tl.where(scale > 0.0, sigma / tl.where(scale > 0.0, scale, 1.0), float("nan"))
     tl.store(s_ptr + tl.where(scale > 0.0, rank, j), s.to(s_ptr.dtype.element_ty), j < k)
 
 
 @triton.jit
-def _fix_signs(own_ptr, other_ptr, n, others, k, BOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The entry of largest magnitude of every vector of `own`, the first of equals (see kSignTies), is made positive."""
+def _fix_signs(vector_ptr, other_ptr, n, other_n, k, BOTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Make the entry of largest magnitude of every vector positive.
+
+    Of several entries that count as equal (see kSignTies), the first is used. If BOTH, the vector
+    of `other` with the same index changes its sign too.
+    """
     lane = tl.arange(0, BLOCK)
-    n, others = tl.cast(n, tl.int64), tl.cast(others, tl.int64)  # k of them may exceed 32 bits; both, for their loops share a counter
+    n, other_n = tl.cast(n, tl.int64), tl.cast(other_n, tl.int64)  # k n may exceed 32 bits; both in 64 bits, because their loops share a counter
     for j in range(0, k):
-        best = tl.full([], 0.0, own_ptr.dtype.element_ty)
+        best = tl.full([], 0.0, vector_ptr.dtype.element_ty)
         for first in range(0, n, BLOCK):
-            best = tl.maximum(best, tl.max(tl.abs(tl.load(own_ptr + j * n + first + lane, first + lane < n, other=0.0)), 0))
-        value, found = tl.full([], 0.0, own_ptr.dtype.element_ty), 0
+            best = tl.maximum(best, tl.max(tl.abs(tl.load(vector_ptr + j * n + first + lane, first + lane < n, other=0.0)), 0))
+        value, found = tl.full([], 0.0, vector_ptr.dtype.element_ty), 0
         for first in range(0, n, BLOCK):
             inside = first + lane < n
-            x = tl.load(own_ptr + j * n + first + lane, inside, other=0.0)
-            place = tl.min(tl.where(inside & (tl.abs(x) >= best * (1 - SIGN_TIES)), lane, BLOCK), 0)
-            value = tl.where(found == 0, tl.sum(tl.where(lane == place, x, 0.0), 0), value)
-            found += (place < BLOCK).to(tl.int32)
+            x = tl.load(vector_ptr + j * n + first + lane, inside, other=0.0)
+            lane_of_best = tl.min(tl.where(inside & (tl.abs(x) >= best * (1 - SIGN_TIES)), lane, BLOCK), 0)
+            value = tl.where(found == 0, tl.sum(tl.where(lane == lane_of_best, x, 0.0), 0), value)
+            found += (lane_of_best < BLOCK).to(tl.int32)
         tl.debug_barrier()
         if value < 0.0:
             for first in range(0, n, BLOCK):
                 inside = first + lane < n
-                x = tl.load(own_ptr + j * n + first + lane, inside, other=0.0)
+                x = tl.load(vector_ptr + j * n + first + lane, inside, other=0.0)
                 tl.debug_barrier()
-                tl.store(own_ptr + j * n + first + lane, -x, inside)
+                tl.store(vector_ptr + j * n + first + lane, -x, inside)
             if BOTH:
-                for first in range(0, others, BLOCK):
-                    inside = first + lane < others
-                    x = tl.load(other_ptr + j * others + first + lane, inside, other=0.0)
+                for first in range(0, other_n, BLOCK):
+                    inside = first + lane < other_n
+                    x = tl.load(other_ptr + j * other_n + first + lane, inside, other=0.0)
                     tl.debug_barrier()
-                    tl.store(other_ptr + j * others + first + lane, -x, inside)
+                    tl.store(other_ptr + j * other_n + first + lane, -x, inside)
 
 
 @triton.jit
 def _project_kernel(
     x_ptr, a_ptr, b_ptr, scale_ptr, x_batch, x_p, x_q, p, q, k, T: tl.constexpr, PB: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
-    """b = (scale M)^T a, columns shared out over programs."""
+    """Compute b = (scale M)^T a. The columns are divided among the programs."""
     blocks = tl.cdiv(q, BQ)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     c, i = (tl.program_id(0) % blocks) * BQ + tl.arange(0, BQ), tl.arange(0, PB)
@@ -244,7 +265,7 @@ def _squares(x_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_to_one(x_ptr, norm, n, BLOCK: tl.constexpr):
+def _divide(x_ptr, norm, n, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     for first in range(0, n, BLOCK):
         inside = first + lane < n
@@ -255,23 +276,23 @@ def _scale_to_one(x_ptr, norm, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _remove_before(b_ptr, j, q, BLOCK: tl.constexpr):
-    """Vector j minus its parts along those before, one after another, and its length then."""
+def _orthogonalize(b_ptr, j, q, BLOCK: tl.constexpr):
+    """Subtract from vector j its projections onto the vectors before it; return its new length."""
     lane = tl.arange(0, BLOCK)
-    for before in range(0, j):
+    for earlier in range(0, j):
         total = tl.zeros([BLOCK], tl.float64)
         for first in range(0, q, BLOCK):
             inside = first + lane < q
-            own = tl.load(b_ptr + j * q + first + lane, inside, other=0.0).to(tl.float64)
-            total += own * tl.load(b_ptr + before * q + first + lane, inside, other=0.0).to(tl.float64)
-        along = tl.sum(total, 0)
+            block = tl.load(b_ptr + j * q + first + lane, inside, other=0.0).to(tl.float64)
+            total += block * tl.load(b_ptr + earlier * q + first + lane, inside, other=0.0).to(tl.float64)
+        projection = tl.sum(total, 0)
         tl.debug_barrier()
         for first in range(0, q, BLOCK):
             inside = first + lane < q
-            own = tl.load(b_ptr + j * q + first + lane, inside, other=0.0).to(tl.float64)
-            own -= along * tl.load(b_ptr + before * q + first + lane, inside, other=0.0).to(tl.float64)
+            block = tl.load(b_ptr + j * q + first + lane, inside, other=0.0).to(tl.float64)
+            block -= projection * tl.load(b_ptr + earlier * q + first + lane, inside, other=0.0).to(tl.float64)
             tl.debug_barrier()
-            tl.store(b_ptr + j * q + first + lane, own.to(b_ptr.dtype.element_ty), inside)
+            tl.store(b_ptr + j * q + first + lane, block.to(b_ptr.dtype.element_ty), inside)
         tl.debug_barrier()
     return tl.sqrt(_squares(b_ptr + j * q, q, BLOCK))
 
@@ -281,8 +302,12 @@ def _finish_kernel(
     a_ptr, b_ptr, s_ptr, sigma_ptr, scale_ptr, p, q, k, SIGN: tl.constexpr, SIGN_ON_A: tl.constexpr, T: tl.constexpr, KB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """b_j and sigma_j from W_j = M^T a_j. Where sigma_j is small, roundings of sigma_1 spoil the angles to the vectors before: those are made right
-    again, and a vector of which little is left becomes the first unit vector that has a part of its own."""
+    """Compute b_j and sigma_j from W_j = M^T a_j.
+
+    If sigma_j is small, W_j contains rounding errors of the size of sigma_1, and is not orthogonal
+    to the vectors before it. It is then orthogonalized. If little of it remains, it is replaced by
+    the first unit vector with a large enough component orthogonal to the vectors before it.
+    """
     tiny: tl.constexpr = 2.2250738585072014e-305 if tl.float64 == T else 1.1754944e-35
     b = tl.program_id(0).to(tl.int64)
     a_ptr += b * k * p
@@ -297,23 +322,23 @@ def _finish_kernel(
             sigma = tl.sqrt(_squares(b_ptr + j * wide_q, q, BLOCK))
             tl.store(sigma_ptr + j, sigma)
             largest = tl.where(j == 0, sigma, largest)
-            exact = ((sigma > 0.5 * largest) & (sigma > tiny)).to(tl.int32)
+            is_done = ((sigma > 0.5 * largest) & (sigma > tiny)).to(tl.int32)
             if sigma > tiny:
-                _scale_to_one(b_ptr + j * wide_q, sigma, q, BLOCK)
-            place = -1
-            while exact == 0:
-                if place >= 0:
+                _divide(b_ptr + j * wide_q, sigma, q, BLOCK)
+            unit_vector = -1
+            while is_done == 0:
+                if unit_vector >= 0:
                     for first in range(0, q, BLOCK):
-                        tl.store(b_ptr + j * wide_q + first + lane, (first + lane == place).to(T), first + lane < q)
+                        tl.store(b_ptr + j * wide_q + first + lane, (first + lane == unit_vector).to(T), first + lane < q)
                     tl.debug_barrier()
-                left = tl.full([], 1.0, tl.float64)
+                remaining_norm = tl.full([], 1.0, tl.float64)
                 for _ in range(0, 3):
-                    norm = _remove_before(b_ptr, j, wide_q, BLOCK)
-                    left *= norm
-                    _scale_to_one(b_ptr + j * wide_q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
-                enough = tl.where(place < 0, 1e-4, 0.5 / tl.sqrt(tl.cast(q, tl.float64)))
-                place += 1
-                exact = ((left > enough) | (place >= q)).to(tl.int32)
+                    norm = _orthogonalize(b_ptr, j, wide_q, BLOCK)
+                    remaining_norm *= norm
+                    _divide(b_ptr + j * wide_q, tl.where(norm > 0.0, norm, 1.0), q, BLOCK)
+                threshold = tl.where(unit_vector < 0, 1e-4, 0.5 / tl.sqrt(tl.cast(q, tl.float64)))
+                unit_vector += 1
+                is_done = ((remaining_norm > threshold) | (unit_vector >= q)).to(tl.int32)
         tl.debug_barrier()
         if SIGN:
             if SIGN_ON_A:
