@@ -258,7 +258,7 @@ def test_fsp_refuses_what_cannot_match(data, tmp_path):
         FSP(TinyCNN(4), TinyCNN(4), BLOCKS[:1], BLOCKS[:1])
     with pytest.raises(ValueError, match="variant must be one of"):
         fsp_loss([(F1, F2)], [(F1, F2)], variant="mean")
-    with pytest.raises(ValueError, match="pair 0: FSP needs as many channels"):
+    with pytest.raises(ValueError, match="pair 0: student and teacher must have the same numbers of channels"):
         fsp_loss([(F1, F2)], [(F1, F1)])
     with pytest.raises(ValueError, match="pooling must be"):
         fsp_matrix(F1, F2, pooling="min")

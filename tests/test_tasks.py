@@ -403,10 +403,10 @@ def test_methods_that_need_labels_say_so():
     blocks = ["block1", "block2"]
     for method, message in {
         Supervised(make()): "Supervised trains on labels alone, and the training data have none",
-        KD(make(), make(), alpha=0.0): "without labels KD trains on T\\^2 KL alone: give alpha > 0",
-        AttentionTransfer(make(), make(), blocks, blocks): "without labels AttentionTransfer would train the tapped layers alone",
-        FSP(make(), make(), blocks, blocks): "without labels FSP would train the tapped layers alone",
-        GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer differentiates the loss on the labels",
+        KD(make(), make(), alpha=0.0): "without labels, KD trains on T\\^2 KL alone: set alpha",
+        AttentionTransfer(make(), make(), blocks, blocks): "without labels, AttentionTransfer would train only the layers up to the last tap",
+        FSP(make(), make(), blocks, blocks): "without labels, FSP would train only the layers up to the last tap",
+        GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer needs labels, because it differentiates the loss on the labels",
     }.items():
         with pytest.raises(ValueError, match=message):
             _fit(method, data)
