@@ -290,7 +290,7 @@ def test_fsdp_trains_the_same_and_its_checkpoint_loads_unsharded(one_process, tm
     for name in ("GradientAttentionTransfer", "SVDKD"):
         refused = train_processes.METHODS[name]({})
         refused._device_mesh = object()
-        with pytest.raises(ValueError, match=f"{name} differentiates twice, and FSDP"):
+        with pytest.raises(ValueError, match=f"{name} needs two backward passes, and FSDP"):
             refused.configure_model()
     for method in methods:
         expected, _ = _load(one_process, method)

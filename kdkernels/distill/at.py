@@ -77,7 +77,7 @@ class AttentionTransfer(Distiller):
     def check_unlabelled(self) -> None:
         if not self.alpha:
             raise ValueError(
-                "without labels, AttentionTransfer would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to more than 0"
+                "without labels, AttentionTransfer would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
             )
 
 

@@ -65,4 +65,4 @@ class KD(Distiller):
 
     def check_unlabelled(self) -> None:
         if not self.alpha:
-            raise ValueError("without labels, KD trains on T^2 KL alone: set alpha, its weight, to more than 0")
+            raise ValueError("without labels, KD trains on T^2 KL alone: set alpha, its weight, to > 0")

@@ -13,7 +13,7 @@ from .base import Distiller
 
 
 class Supervised(Distiller):
-    """Train on the labels alone, for example a teacher, or a student to compare distilled ones with.
+    """Train on the labels alone, for example a teacher, or a student as a baseline.
 
     Args:
         student, student_weights, optimizer, scheduler, check_finite, task: see :class:`Distiller`.

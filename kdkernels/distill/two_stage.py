@@ -49,7 +49,7 @@ class TwoStage(Distiller):
     def check_unlabelled(self) -> None:
         if not self.alpha:
             raise ValueError(
-                f"without labels, {type(self).__name__} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to more than 0"
+                f"without labels, {type(self).__name__} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
