@@ -323,7 +323,7 @@ def test_a_full_disk_fails_before_training(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, \d+ MiB are free") as error:
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, but cannot be written: No space left on device, \d+ MiB are free") as error:
         _run(tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
@@ -331,7 +331,7 @@ def test_a_full_disk_fails_before_training(tmp_path, monkeypatch):
 
 def test_a_disk_with_too_little_room_fails_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
-    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, 1 MiB are free"):
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, but cannot be written: No space left on device, 1 MiB are free"):
         _run(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_a_limit_on_files_fails_before_training(tmp_path):
 
 def test_an_unwritable_folder_fails_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, and cannot be written: Not a directory"):
+    with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, but cannot be written: Not a directory"):
         _run(tmp_path / "file" / "run")
     OutputCheck.check(tmp_path / "new" / "folder", 2**20)
     assert not list((tmp_path / "new" / "folder").iterdir())

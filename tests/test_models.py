@@ -231,7 +231,7 @@ def test_from_checkpoint(tmp_path):
     image = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(image), network.eval()(image))
     torch.save({"state_dict": state, CHECKPOINT_KEY: {"student": None}}, tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="does not say how its student is made"):
+    with pytest.raises(ValueError, match="does not contain the configuration of its student"):
         from_checkpoint(tmp_path / "b.ckpt")
     torch.save({"state_dict": state}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="is not a checkpoint of this package"):

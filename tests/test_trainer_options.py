@@ -114,7 +114,7 @@ def test_numbers_that_nobody_logs_are_refused_before_training(watcher, tmp_path)
     student = Small()
     before = copy.deepcopy(student.state_dict())
     for name in ("val_loss", "val_acc"):
-        with pytest.raises(ValueError, match=rf"{watcher.__name__} watches '{name}', which is not logged: there are val/accuracy, val/cross_entropy"):
+        with pytest.raises(ValueError, match=rf"{watcher.__name__} watches '{name}', which is not logged: use val/accuracy, val/cross_entropy"):
             _fit(KD(student, Small()), callbacks=[watcher(monitor=name)], enable_checkpointing=True, default_root_dir=tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
@@ -284,8 +284,8 @@ class Broken(Small):
     ("student", "message"),
     [
         (Hidden, r"in training mode the student \(Hidden\) must return logits .* it returned a dict of 'scores': \[2, 3\], 'loss': NoneType"),
-        (Gray, r"the student \(Gray\) cannot take images \[2, 3, 8, 8\]: .*expected input"),
-        (Broken, r"in training mode the student \(Broken\) cannot take images \[2, 3, 8, 8\]: 'switch'"),
+        (Gray, r"the student \(Gray\) cannot process images \[2, 3, 8, 8\]: .*expected input"),
+        (Broken, r"in training mode the student \(Broken\) cannot process images \[2, 3, 8, 8\]: 'switch'"),
     ],
 )
 @pytest.mark.parametrize("loader", [False, True])
@@ -356,7 +356,7 @@ def test_soft_labels_train():
 
 def test_a_teacher_that_knows_nothing_is_noticed(caplog):
     data = Digits(batch_size=200)
-    with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) is right for .* no better than chance: was it given its weights"):
+    with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) classifies .* no better than chance with 10 classes: check that its weights"):
         _fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
 
 
@@ -546,7 +546,7 @@ class Detached(Small):
 
 def test_students_that_cannot_learn_are_refused():
     for student in (Small().requires_grad_(False), Detached()):
-        with pytest.raises(ValueError, match="do not depend on a parameter that is trained"):
+        with pytest.raises(ValueError, match="do not depend on any trainable parameter"):
             _fit(Supervised(student))
     for temperature in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be > 0 and finite"):

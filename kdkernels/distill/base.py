@@ -275,7 +275,7 @@ class Distiller(L.LightningModule):
         return sum(self.checked_losses(batch, batch_idx).values()) * batch.get("share", 1.0)
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        """Compute the :meth:`losses` of a training step, check labels and losses, log the losses."""
+        """Compute, check and log the :meth:`losses` of a training step."""
         self._check_labels(batch, self._num_classes, "training")
         logits, losses = self.losses(batch)
         total = sum(losses.values())
@@ -385,7 +385,7 @@ class Distiller(L.LightningModule):
             self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
-        """Raise ValueError if a resumed run has another optimizer or schedule than its checkpoint."""
+        """Raise ValueError if a resumed run uses another optimizer or schedule than before."""
         # Without this check, the states of some other optimizers would be loaded without an error.
         self._stepped_by = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
         previous, states = self._resumed
