@@ -56,9 +56,7 @@ class TrainerCheck(L.Callback):
             raise ValueError(f"{watcher} watches {name!r}, which is not logged: use {', '.join(logged)}, {training}, or another value of training")
         validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
         if name.startswith("val/") and not validated and not trainer.fast_dev_run:
-            raise ValueError(
-                f"{watcher} watches {name!r}, but there is no validation: limit_val_batches is 0, or the data have no validation images"
-            )
+            raise ValueError(f"{watcher} watches {name!r}, but there is no validation: limit_val_batches is 0, or the data have no validation images")
 
 
 def _logged_in_validation(module: L.LightningModule) -> list[str]:

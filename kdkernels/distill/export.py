@@ -80,14 +80,14 @@ def export_student(
             difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")
-            os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only the owner can read
+            os.chmod(temporary, 0o666 & ~umask())  # safetensors' files are private to the owner
             os.replace(temporary, target)
         differences[name] = difference
     return differences
 
 
 class LogitsOnly(nn.Module):
-    """Wrap a network that returns logits in a tuple, a dict or an object; return only the logits."""
+    """Wrapper of a network with logits in a tuple, a dict or an object; returns only the logits."""
 
     def __init__(self, network: nn.Module):
         super().__init__()

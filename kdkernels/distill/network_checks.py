@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def check_networks(method: Distiller, image: Tensor, classes: int | None) -> int:
-    """Run student and teachers once on two images, in the modes that training uses, and check their outputs.
+    """Run student and teachers once on two images, and check their outputs.
+
+    The teachers run in eval mode, the student in eval mode and in training mode.
 
     Args:
         method: the method whose networks, task and taps are checked.
@@ -123,7 +125,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError if the networks share parameters or buffers, which would be frozen in both."""
+    """Raise ValueError if the networks share parameters or buffers, which would then be frozen."""
     student_names = {_storage_id(tensor): name for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
     shared = [student_names[_storage_id(tensor)] for tensor in [*teacher.parameters(), *teacher.buffers()] if _storage_id(tensor) in student_names]
     if shared:

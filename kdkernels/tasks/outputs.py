@@ -33,7 +33,7 @@ def find_logits(output: object) -> Tensor:
 
 
 def describe_output(output: object) -> str:
-    """Describe a network's output for an error message: a tensor's shape, else type and contents."""
+    """Describe a network's output for an error message: a tensor's shape, or type and contents."""
     if isinstance(output, Tensor):
         return str(list(output.shape))
     kind = type(output).__name__
