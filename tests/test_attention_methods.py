@@ -252,7 +252,7 @@ def test_fsp_in_one_stage(data):
 
 
 def test_fsp_refuses_what_cannot_match(data, tmp_path):
-    with pytest.raises(ValueError, match=r"need as many channels, got 4 and 6"):
+    with pytest.raises(ValueError, match=r"must have the same number of channels, got 4 and 6"):
         _fit(FSP(TinyCNN(4), TinyCNN(6), BLOCKS, BLOCKS), data, tmp_path)
     with pytest.raises(ValueError, match="at least two layers each"):
         FSP(TinyCNN(4), TinyCNN(4), BLOCKS[:1], BLOCKS[:1])

@@ -151,7 +151,7 @@ class Hint(KD):
 
 
 def test_taps_that_cannot_match(data, tmp_path):
-    with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] cannot match"):
+    with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] do not match"):
         _trainer(tmp_path).fit(Hint(TinyCNN(2), TinyCNN(4), student_taps=["block1"], teacher_taps=["block1"]), data)
     trainer = _trainer(tmp_path)
     trainer.fit(Hint(TinyCNN(2), TinyCNN(1), student_taps=["block1"], teacher_taps=["block2"], optimizer=torch.optim.AdamW), data)

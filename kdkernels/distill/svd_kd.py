@@ -23,7 +23,7 @@ __all__ = ["SVDKD", "clip_transfer", "svd_kd_loss"]
 def clip_transfer(
     main: Sequence[Tensor], transfer: Sequence[Tensor], epoch: float, *, rule: Literal["authors", "poster"] = "authors"
 ) -> list[Tensor]:
-    r"""Clip the gradient of the transfer loss against that of the main loss, parameter by parameter.
+    r"""Clip the gradient of the transfer loss against that of the main loss, per parameter.
 
     The sum of the main gradient m and the clipped transfer gradient t is the gradient of a step.
     With :math:`\tau = \|m\|_2 / \|t\|_2`:
@@ -72,8 +72,8 @@ class SVDKD(TwoStage):
     CE + alpha T^2 KL`` and the optimizer's weight decay, and that of the transfer loss,
     :func:`svd_kd_loss`. The second is clipped against the first, parameter by parameter
     (:func:`clip_transfer`), and added to it. Both gradients are those of the whole step: they are
-    combined after the sums over micro-batches and processes, and before the factor of a loss scaler
-    is removed.
+    combined after the micro-batches have been accumulated and the processes reduced, and before the
+    factor of a loss scaler is removed.
 
     Two-stage training (the paper's first table) trains ``first_stage_epochs`` epochs on the
     transfer loss alone, without clipping, and then on the main loss alone.
@@ -141,8 +141,8 @@ class SVDKD(TwoStage):
         maps = [x.flatten(2) for x in self.student_taps(image)[1].values()]
         if self.terms["grad"] == "authors" and all(x.shape[2] >= x.shape[1] for x in maps):
             raise ValueError(
-                "grad='authors' trains no tapped layer: only maps with fewer spatial positions than channels get a gradient, and the student's layers "
-                f"{self.student_taps.names} have {[x.shape[2] for x in maps]} positions and {[x.shape[1] for x in maps]} channels. Use another grad"
+                "grad='authors' trains no tapped layer: only maps with fewer spatial positions than channels get a gradient, and the layers "
+                f"{self.student_taps.names} have {[x.shape[2] for x in maps]} positions and {[x.shape[1] for x in maps]} channels: use another grad"
             )
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
