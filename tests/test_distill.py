@@ -125,7 +125,7 @@ def test_wrong_number_of_classes(data, tmp_path):
     loader = torch.utils.data.DataLoader(pairs, batch_size=4)  # data that do not say how many classes they have
     with pytest.raises(ValueError, match=r"student and teacher must have the same number of classes, got 10 and 12"):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; a training batch has 10 to 10"):
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the classes of the networks; a training batch has 10 to 10"):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), loader)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\]"):  # already where validation is tried out
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, [])), loader)

@@ -130,9 +130,9 @@ def test_label_maps_that_do_not_fit_are_refused():
     task.check_labels(torch.full_like(LABEL, 255), image, 3, "training")
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], .*, or be ignore_index \(255\); a training batch has 0 to 2"):
         task.check_labels(LABEL, image, 2, "training")
-    with pytest.raises(ValueError, match=r"labels must be label maps \[2, 2, 3\] of class numbers; a test batch has integers of shape \[2\]"):
+    with pytest.raises(ValueError, match=r"labels must be label maps \[2, 2, 3\] of class indices; a test batch has integers of shape \[2\]"):
         task.check_labels(torch.zeros(2, dtype=torch.int64), image, 3, "test")
-    with pytest.raises(ValueError, match="label maps need the task Segmentation"):
+    with pytest.raises(ValueError, match="for label maps, use the task Segmentation"):
         Classification().check_labels(LABEL, image, 3, "training")
     with pytest.raises(TypeError, match="ignore_index must be an integer"):
         Segmentation(ignore_index=None)

@@ -510,8 +510,8 @@ def test_labels_of_plain_loaders():
     for good in (labels[:, None], labels.int(), labels.to(torch.uint8), torch.eye(3)[labels]):
         assert _fit(Supervised(Small()), _loader(images, good)).callback_metrics["train/loss"] > 0
     for bad, message in (
-        (torch.eye(3)[labels] * 5 - 2, "must not be negative, and have a sum of 1"),
-        (torch.eye(3).long()[labels], r"must be class numbers \[B\], or probabilities \[B, K\] as floats"),
+        (torch.eye(3)[labels] * 5 - 2, "must be >= 0 and have the sum 1 for each image"),
+        (torch.eye(3).long()[labels], r"must be class indices \[B\], or probabilities \[B, K\] of a floating-point dtype"),
         (torch.eye(4)[labels], r"must have the shape \[B, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
