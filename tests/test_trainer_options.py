@@ -105,7 +105,7 @@ def test_a_schedule_that_watches_validation(mode, every):
     config = trainer.lr_scheduler_configs[0]
     assert config.monitor == {"max": "val/accuracy", "min": "val/cross_entropy"}[mode]
     assert config.scheduler.last_epoch == 4 // every
-    with pytest.raises(ValueError, match=r"watches 'val/.*there is no validation"):
+    with pytest.raises(ValueError, match=r"monitors 'val/.*there is no validation"):
         _fit(method, limit_val_batches=0)
 
 
@@ -114,7 +114,7 @@ def test_numbers_that_nobody_logs_are_refused_before_training(watcher, tmp_path)
     student = Small()
     before = copy.deepcopy(student.state_dict())
     for name in ("val_loss", "val_acc"):
-        with pytest.raises(ValueError, match=rf"{watcher.__name__} watches '{name}', which is not logged: use val/accuracy, val/cross_entropy"):
+        with pytest.raises(ValueError, match=rf"{watcher.__name__} monitors '{name}', which is not logged: use val/accuracy, val/cross_entropy"):
             _fit(KD(student, Small()), callbacks=[watcher(monitor=name)], enable_checkpointing=True, default_root_dir=tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
@@ -562,5 +562,5 @@ def test_memory_shared_with_the_teacher_is_refused():
 
 @pytest.mark.parametrize("name", ["val/acc", "val/loss", "lr"])
 def test_other_names_are_refused_too(name):
-    with pytest.raises(ValueError, match=f"EarlyStopping watches '{name}', which is not logged"):
+    with pytest.raises(ValueError, match=f"EarlyStopping monitors '{name}', which is not logged"):
         _fit(Supervised(Small()), callbacks=[EarlyStopping(monitor=name)])

@@ -30,7 +30,7 @@ def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimiz
 
 
 class Distiller(L.LightningModule):
-    """Trains ``student`` with the losses that a subclass returns from :meth:`losses`.
+    """Base class of methods: trains ``student`` with the :meth:`losses` of a subclass.
 
     Teachers are frozen: in eval mode, without gradients, in neither the checkpoint nor the
     optimizer. They move with the module, and several methods can share one. A batch is a dict with
@@ -65,7 +65,7 @@ class Distiller(L.LightningModule):
         student: nn.Module,
         teacher: nn.Module | list[nn.Module] | None = None,
         student_weights: str | os.PathLike | None = None,
-        # The list comes first: jsonargparse uses the first type that fits, and a list fits a str.
+        # The list type comes first: otherwise jsonargparse would convert a list to a str.
         teacher_weights: list[str | None] | str | os.PathLike | None = None,
         student_taps: Iterable[str] = (),
         teacher_taps: Iterable[str] = (),
@@ -91,7 +91,7 @@ class Distiller(L.LightningModule):
             if weights is not None:
                 load_weights(network, weights)
         check_sizes("student", student)
-        # In a list, nn.Module does not register the teachers: they would be saved and optimized.
+        # In a list, because nn.Module would register a teacher, and then save and optimize it.
         self._teachers: list[nn.Module] = teachers
         for name, network in self.teachers_by_name().items():
             check_sizes(name, network)
@@ -107,7 +107,7 @@ class Distiller(L.LightningModule):
         self.image_shape: list[int] | None = None
         self.preprocessing: dict | None = None  # see kdkernels.data.ImageData.preprocessing
         self._seed: int | None = None
-        self._stepped_by: list[str] | None = None  # class names of the optimizer and the schedule
+        self._optimizer_and_schedule: list[str] | None = None  # class names
         # From the checkpoint of a resumed run: the same class names, and the optimizers' states.
         self._resumed: tuple[list[str] | None, list | None] = None, None
         self._networks_checked = False
@@ -374,7 +374,7 @@ class Distiller(L.LightningModule):
             "task": type(self.task).__name__.lower(),
             "preprocessing": self.preprocessing,
             "seed": self._seed,
-            "stepped_by": self._stepped_by,
+            "stepped_by": self._optimizer_and_schedule,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -387,15 +387,15 @@ class Distiller(L.LightningModule):
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
         """Raise ValueError if a resumed run uses another optimizer or schedule than before."""
         # Without this check, the states of some other optimizers would be loaded without an error.
-        self._stepped_by = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
+        self._optimizer_and_schedule = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
         previous, states = self._resumed
-        differs = previous is not None and previous != self._stepped_by
+        differs = previous is not None and previous != self._optimizer_and_schedule
         if previous is None and states:  # a checkpoint of an old version, without the class names
             previous = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
             differs = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
         if differs:
             raise ValueError(
-                f"the checkpoint was trained with {' and '.join(previous)}, and cannot be resumed with {' and '.join(self._stepped_by)}: "
+                f"the checkpoint was trained with {' and '.join(previous)}, and cannot be resumed with {' and '.join(self._optimizer_and_schedule)}: "
                 "use the same optimizer and schedule, or start a new run from its weights (student_weights)"
             )
 

@@ -47,7 +47,7 @@ def check_networks(method: Distiller, image: Tensor, classes: int | None) -> int
                 logits, features = _outputs(method, "student", image, mode)
             if with_gradients and not logits.requires_grad:
                 raise ValueError(
-                    f"the logits of the student ({_kind(method, 'student')}) do not depend on any trainable parameter: "
+                    f"the logits of the student ({_class_name(method, 'student')}) do not depend on any trainable parameter: "
                     "check that its parameters are not frozen, and that its forward uses neither detach nor no_grad"
                 )
             _check_classes(method, {"student": logits} | {name: outputs[0] for name, outputs in teacher_outputs.items()}, classes)
@@ -59,14 +59,14 @@ def check_networks(method: Distiller, image: Tensor, classes: int | None) -> int
     return logits.shape[1]
 
 
-def _kind(method: Distiller, name: str) -> str:
+def _class_name(method: Distiller, name: str) -> str:
     return type(method.student if name == "student" else method.teachers_by_name()[name]).__name__
 
 
 def _check_classes(method: Distiller, logits: dict[str, Tensor], classes: int | None) -> None:
     for name, values in logits.items():
         if classes is not None and values.shape[1] != classes:
-            raise ValueError(f"the data have {classes} classes, but the {name} ({_kind(method, name)}) has {values.shape[1]}")
+            raise ValueError(f"the data have {classes} classes, but the {name} ({_class_name(method, name)}) has {values.shape[1]}")
     student = logits["student"]
     for name, values in logits.items():
         if values.shape[1] != student.shape[1]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class FeatureTaps:
-    """Returns the outputs of the layers ``names`` together with the output of ``module``.
+    """Wrapper of ``module`` that returns its output and the outputs of the layers ``names``.
 
     The module itself is not changed.
 
