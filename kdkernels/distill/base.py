@@ -39,7 +39,7 @@ class Distiller(L.LightningModule):
     Args:
         student: maps images [B, C, H, W] to logits in the shape of ``task``. They may be in a
             tuple, a dict or an object (:func:`kdkernels.tasks.find_logits`).
-        teacher: like ``student``; ``None`` for methods without a teacher, a list for several.
+        teacher: network like ``student``, a list of several, or ``None`` for methods without one.
         student_weights: initial weights, a file for :func:`kdkernels.models.load_weights`.
         teacher_weights: file with the teacher's weights: a state dict, ``.safetensors``, or a
             checkpoint of this package, whose student becomes the teacher. For a list of teachers,
