@@ -256,13 +256,13 @@ def test_fsp_trains_in_one_stage(data):
 
 
 def test_fsp_raises_for_features_that_do_not_match(data, tmp_path):
-    with pytest.raises(ValueError, match=r"need as many channels, got 4 and 6"):
+    with pytest.raises(ValueError, match=r"must have the same number of channels, got 4 and 6"):
         _fit(FSP(TinyCNN(4), TinyCNN(6), BLOCKS, BLOCKS), data, tmp_path)
     with pytest.raises(ValueError, match="at least two layers each"):
         FSP(TinyCNN(4), TinyCNN(4), BLOCKS[:1], BLOCKS[:1])
     with pytest.raises(ValueError, match="variant must be one of"):
         fsp_loss([(F1, F2)], [(F1, F2)], variant="mean")
-    with pytest.raises(ValueError, match="pair 0: FSP needs as many channels"):
+    with pytest.raises(ValueError, match="pair 0: student and teacher must have the same numbers of channels"):
         fsp_loss([(F1, F2)], [(F1, F1)])
     with pytest.raises(ValueError, match="pooling must be"):
         fsp_matrix(F1, F2, pooling="min")

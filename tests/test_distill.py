@@ -123,9 +123,9 @@ def test_wrong_number_of_classes_raises(data, tmp_path):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), data)
     pairs = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.full((8,), 10))
     loader = torch.utils.data.DataLoader(pairs, batch_size=4)  # data without the number of classes
-    with pytest.raises(ValueError, match=r"student and teacher must have the same classes, they have 10 and 12"):
+    with pytest.raises(ValueError, match=r"student and teacher must have the same number of classes, got 10 and 12"):
         _trainer(tmp_path).fit(KD(TinyCNN(2), TinyCNN(2, num_classes=12)), loader)
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the networks' classes; a training batch has 10 to 10"):
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\], the classes of the networks; a training batch has 10 to 10"):
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), loader)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\]"):  # already where validation is tried out
         _trainer(tmp_path).fit(Supervised(TinyCNN(2)), torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, [])), loader)
@@ -151,7 +151,7 @@ class Hint(KD):
 
 
 def test_taps_that_do_not_match_raise(data, tmp_path):
-    with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] cannot match"):
+    with pytest.raises(ValueError, match=r"student tap 'block1' \[2, 2, 16, 16\] and teacher tap 'block1' \[2, 4, 16, 16\] do not match"):
         _trainer(tmp_path).fit(Hint(TinyCNN(2), TinyCNN(4), student_taps=["block1"], teacher_taps=["block1"]), data)
     trainer = _trainer(tmp_path)
     trainer.fit(Hint(TinyCNN(2), TinyCNN(1), student_taps=["block1"], teacher_taps=["block2"], optimizer=torch.optim.AdamW), data)

@@ -296,7 +296,7 @@ def test_fsdp_gives_the_same_weights_and_unsharded_checkpoints(one_process, tmp_
     for name in ("GradientAttentionTransfer", "SVDKD"):
         method_without_fsdp = train_processes.METHODS[name]({})
         method_without_fsdp._device_mesh = object()
-        with pytest.raises(ValueError, match=f"{name} differentiates twice, and FSDP"):
+        with pytest.raises(ValueError, match=f"{name} needs two backward passes, and FSDP"):
             method_without_fsdp.configure_model()
     for method in methods:
         expected, _ = _load(one_process, method)
@@ -329,7 +329,7 @@ def test_full_disk_raises_before_training(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", fail_with_full_disk)
-    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, \d+ MiB are free") as error:
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, but cannot be written: No space left on device, \d+ MiB are free") as error:
         _run(tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
@@ -337,7 +337,7 @@ def test_full_disk_raises_before_training(tmp_path, monkeypatch):
 
 def test_disk_with_too_little_space_raises_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
-    with pytest.raises(OSError, match=r"need \d+ MiB in .*, and cannot be written: No space left on device, 1 MiB are free"):
+    with pytest.raises(OSError, match=r"need \d+ MiB in .*, but cannot be written: No space left on device, 1 MiB are free"):
         _run(tmp_path)
 
 
@@ -354,7 +354,7 @@ def test_file_size_limit_is_an_error_before_training(tmp_path):
 
 def test_unwritable_folder_raises_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, and cannot be written: Not a directory"):
+    with pytest.raises(OSError, match=r"checkpoints and logs need .* in .*/file/run, but cannot be written: Not a directory"):
         _run(tmp_path / "file" / "run")
     OutputCheck.check(tmp_path / "new" / "folder", 2**20)
     assert not list((tmp_path / "new" / "folder").iterdir())

@@ -168,5 +168,5 @@ def test_student_that_returns_a_dict_can_be_exported(tmp_path):
     image = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "t.pt2").module()(image), network(image)["out"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="must be a student for classification, its task is segmentation"):
+    with pytest.raises(ValueError, match="must be a student for classification, but its task is segmentation"):
         predict_module.load_model(tmp_path / "t.pt2")

@@ -480,7 +480,8 @@ def test_error_of_differing_channels_names_the_tap():
     student, teacher = _network(6), _network(8)
     method = SVDKD(student, teacher, ["1", "3"], ["1", "3"])
     with pytest.raises(
-        ValueError, match=r"student tap '1' \[2, 6, 15, 15\] and teacher tap '1' \[2, 8, 15, 15\] cannot match: they need as many channels"
+        ValueError,
+        match=r"student tap '1' \[2, 6, 15, 15\] and teacher tap '1' \[2, 8, 15, 15\] do not match: they must have the same number of channels",
     ):
         _fit(method, _data(), precision="32-true")
 

@@ -136,9 +136,9 @@ def test_invalid_label_maps_raise():
     task.check_labels(torch.full_like(LABEL, 255), image, 3, "training")
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], .*, or be ignore_index \(255\); a training batch has 0 to 2"):
         task.check_labels(LABEL, image, 2, "training")
-    with pytest.raises(ValueError, match=r"labels must be label maps \[2, 2, 3\] of class numbers; a test batch has integers of shape \[2\]"):
+    with pytest.raises(ValueError, match=r"labels must be label maps \[2, 2, 3\] of class indices; a test batch has integers of shape \[2\]"):
         task.check_labels(torch.zeros(2, dtype=torch.int64), image, 3, "test")
-    with pytest.raises(ValueError, match="label maps need the task Segmentation"):
+    with pytest.raises(ValueError, match="for label maps, use the task Segmentation"):
         Classification().check_labels(LABEL, image, 3, "training")
     with pytest.raises(TypeError, match="ignore_index must be an integer"):
         Segmentation(ignore_index=None)
@@ -409,10 +409,10 @@ def test_methods_that_need_labels_raise_without_them():
     blocks = ["block1", "block2"]
     for method, message in {
         Supervised(make()): "Supervised trains on labels alone, and the training data have none",
-        KD(make(), make(), alpha=0.0): "without labels KD trains on T\\^2 KL alone: give alpha > 0",
-        AttentionTransfer(make(), make(), blocks, blocks): "without labels AttentionTransfer would train the tapped layers alone",
-        FSP(make(), make(), blocks, blocks): "without labels FSP would train the tapped layers alone",
-        GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer differentiates the loss on the labels",
+        KD(make(), make(), alpha=0.0): "without labels, KD trains on T\\^2 KL alone: set alpha",
+        AttentionTransfer(make(), make(), blocks, blocks): "without labels, AttentionTransfer would train only the layers up to the last tap",
+        FSP(make(), make(), blocks, blocks): "without labels, FSP would train only the layers up to the last tap",
+        GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer needs labels, because it differentiates the loss on the labels",
     }.items():
         with pytest.raises(ValueError, match=message):
             _fit(method, data)

@@ -175,7 +175,7 @@ def test_data_that_cannot_be_cached_raise(tmp_path):
     counting_teacher = CountingTeacher()
     with pytest.raises(ValueError, match="teacher_cache cannot be used with mixup or cutmix"):
         _open(tmp_path, counting_teacher, _data(augment=Augment(mixup=0.2)))
-    with pytest.raises(ValueError, match=r"teacher_cache needs data of kdkernels\.data"):
+    with pytest.raises(ValueError, match=r"teacher_cache needs a data module of kdkernels\.data"):
         _open(tmp_path, counting_teacher, L.LightningDataModule())
     with pytest.raises(ValueError, match='dtype must be "float16" or "float32"'):
         TeacherCache(tmp_path, dtype="int8")

@@ -91,7 +91,7 @@ def test_resuming_with_another_optimizer_raises(tmp_path):
     for name, other in others.items():
         for file in ("last.ckpt", "old.ckpt") if name == "optimizer" else ("last.ckpt",):
             trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-            with pytest.raises(ValueError, match=r"the checkpoint was trained by .* and is to go on with .*(AdamW|MultiStepLR).*student_weights"):
+            with pytest.raises(ValueError, match=r"the checkpoint was trained with .*cannot be resumed with .*(AdamW|MultiStepLR).*student_weights"):
                 trainer.fit(KD(Small(), Small(), **{name: other}), _data(), ckpt_path=tmp_path / file, weights_only=True)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(KD(Small(), Small()), _data(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
@@ -109,7 +109,7 @@ def test_plateau_schedule_monitors_a_validation_metric(mode, every):
     config = trainer.lr_scheduler_configs[0]
     assert config.monitor == {"max": "val/accuracy", "min": "val/cross_entropy"}[mode]
     assert config.scheduler.last_epoch == 4 // every
-    with pytest.raises(ValueError, match=r"watches 'val/.*there is no validation"):
+    with pytest.raises(ValueError, match=r"monitors 'val/.*there is no validation"):
         _fit(method, limit_val_batches=0)
 
 
@@ -118,7 +118,7 @@ def test_monitoring_a_metric_that_is_not_logged_raises_before_training(watcher, 
     student = Small()
     before = copy.deepcopy(student.state_dict())
     for name in ("val_loss", "val_acc"):
-        with pytest.raises(ValueError, match=rf"{watcher.__name__} watches '{name}', which is not logged: there are val/accuracy, val/cross_entropy"):
+        with pytest.raises(ValueError, match=rf"{watcher.__name__} monitors '{name}', which is not logged: use val/accuracy, val/cross_entropy"):
             _fit(KD(student, Small()), callbacks=[watcher(monitor=name)], enable_checkpointing=True, default_root_dir=tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
@@ -291,8 +291,8 @@ class Broken(Small):
     ("student", "message"),
     [
         (Hidden, r"in training mode the student \(Hidden\) must return logits .* it returned a dict of 'scores': \[2, 3\], 'loss': NoneType"),
-        (Gray, r"the student \(Gray\) cannot take images \[2, 3, 8, 8\]: .*expected input"),
-        (Broken, r"in training mode the student \(Broken\) cannot take images \[2, 3, 8, 8\]: 'switch'"),
+        (Gray, r"the student \(Gray\) cannot process images \[2, 3, 8, 8\]: .*expected input"),
+        (Broken, r"in training mode the student \(Broken\) cannot process images \[2, 3, 8, 8\]: 'switch'"),
     ],
 )
 @pytest.mark.parametrize("loader", [False, True])
@@ -365,7 +365,7 @@ def test_soft_labels_train():
 
 def test_teacher_no_better_than_chance_causes_a_warning(caplog):
     data = Digits(batch_size=200)
-    with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) is right for .* no better than chance: was it given its weights"):
+    with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) classifies .* no better than chance with 10 classes: check that its weights"):
         _fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
 
 
@@ -521,8 +521,8 @@ def test_label_formats_of_plain_data_loaders():
     for good in (labels[:, None], labels.int(), labels.to(torch.uint8), torch.eye(3)[labels]):
         assert _fit(Supervised(Small()), _loader(images, good)).callback_metrics["train/loss"] > 0
     for bad, message in (
-        (torch.eye(3)[labels] * 5 - 2, "must not be negative, and have a sum of 1"),
-        (torch.eye(3).long()[labels], r"must be class numbers \[B\], or probabilities \[B, K\] as floats"),
+        (torch.eye(3)[labels] * 5 - 2, "must be >= 0 and have the sum 1 for each image"),
+        (torch.eye(3).long()[labels], r"must be class indices \[B\], or probabilities \[B, K\] of a floating-point dtype"),
         (torch.eye(4)[labels], r"must have the shape \[B, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -536,7 +536,7 @@ def test_label_formats_of_plain_data_loaders():
 
 def test_validation_checks_the_number_of_classes():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"the data have 4 classes, but the student \(Small\) returned \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"the data have 4 classes, but the student \(Small\) returned logits \[4, 3\]"):
         trainer.validate(Supervised(Small()), FromDatasets(IMAGES, IMAGES, num_classes=4, batch_size=4))
 
 
@@ -557,7 +557,7 @@ class Detached(Small):
 
 def test_students_without_trainable_outputs_and_invalid_temperatures_raise():
     for student in (Small().requires_grad_(False), Detached()):
-        with pytest.raises(ValueError, match="do not depend on a parameter that is trained"):
+        with pytest.raises(ValueError, match="do not depend on any trainable parameter"):
             _fit(Supervised(student))
     for temperature in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be > 0 and finite"):
@@ -573,5 +573,5 @@ def test_tensor_memory_shared_with_the_teacher_raises():
 
 @pytest.mark.parametrize("name", ["val/acc", "val/loss", "lr"])
 def test_early_stopping_on_other_metrics_that_are_not_logged_raises(name):
-    with pytest.raises(ValueError, match=f"EarlyStopping watches '{name}', which is not logged"):
+    with pytest.raises(ValueError, match=f"EarlyStopping monitors '{name}', which is not logged"):
         _fit(Supervised(Small()), callbacks=[EarlyStopping(monitor=name)])

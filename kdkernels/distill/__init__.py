@@ -1,4 +1,7 @@
-"""Distillation methods. A method is a pure loss function and a small LightningModule. The modules need the extra ``train``."""
+"""Distillation methods. A method is a pure loss function and a small LightningModule.
+
+The modules need the optional dependencies of ``kdkernels[train]``.
+"""
 
 from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention_loss, input_gradient
 from .base import Distiller

@@ -1,4 +1,4 @@
-"""Attention transfer (Zagoruyko, Komodakis, ICLR 2017): of activations, and of gradients."""
+"""Attention transfer of activations and of gradients (Zagoruyko, Komodakis, ICLR 2017)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
-from ..nn import attention_transfer_losses  # the loss itself needs no trainer
+from ..nn import attention_transfer_losses  # in kdkernels.nn, because it does not need Lightning
 from ..tasks import Classification, Task
 from .base import Distiller
 
@@ -17,20 +17,24 @@ __all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer
 
 
 class AttentionTransfer(Distiller):
-    """Matches the attention maps of student and teacher at pairs of layers, with the labels and, if asked for, KD.
+    """Match the attention maps of student and teacher at pairs of layers.
 
-    The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2 KL``. With ``variant="authors"`` and
-    ``beta=1000`` that is the authors' code; the paper's ``beta / 2`` on norms is ``variant="paper"`` with about 0.1.
+    The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2
+    KL``, where j runs over the pairs of layers. With ``variant="authors"`` and ``beta=1000`` it is
+    the loss of the authors' code. For the paper's loss, which multiplies norms by ``beta / 2``, use
+    ``variant="paper"`` with ``beta`` about 0.1.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits [B, K].
-        student_taps, teacher_taps: names of layers, pair by pair; their maps [B, C, *spatial] may have other channels and extents.
-        p: exponent of each pair, or one for all.
-        reduce: "mean", "sum" or "max" over channels, for each pair or all.
-        variant: "authors" (mean square of the difference of normalised maps) or "paper" (its norm).
+        student, teacher: networks that map images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, pair by pair. The feature maps [B, C, *spatial]
+            of a pair may differ in their channels and spatial sizes.
+        p: exponent, one for all pairs or one for each.
+        reduce: "mean", "sum" or "max" over channels, one for all pairs or one for each.
+        variant: "authors" (mean square of the difference of the normalised maps) or "paper" (norm
+            of the difference).
         beta: weight of the attention losses.
         gamma: weight of the cross-entropy.
-        alpha: weight of T^2 KL; 0 for none (AT + KD: 0.9 with gamma 0.1).
+        alpha: weight of T^2 KL; 0 omits it (AT + KD: 0.9 with gamma 0.1).
         temperature: T.
         **options: the other arguments of :class:`Distiller`.
     """
@@ -72,18 +76,23 @@ class AttentionTransfer(Distiller):
 
     def check_unlabelled(self) -> None:
         if not self.alpha:
-            raise ValueError("without labels AttentionTransfer would train the tapped layers alone: give alpha > 0, the weight of T^2 KL")
+            raise ValueError(
+                "without labels, AttentionTransfer would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
+            )
 
 
 class GradientAttentionTransfer(Distiller):
-    """Matches where the loss of student and teacher is sensitive to the image: double backpropagation through the student.
+    """Match the gradients of the losses of student and teacher with respect to the image.
 
-    The loss is ``CE + beta gradient_attention_loss``. Every operation of the student must be twice differentiable; one that is not is named.
+    The loss is ``CE + beta gradient_attention_loss``. It is differentiated through the student's
+    gradient, so every operation of the student must be twice differentiable. If one is not, an
+    error before training lists the student's operations.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits [B, K].
-        beta: weight; the paper's beta, whose half multiplies the squared distance.
-        symmetry: instead of a teacher's, match the student's own gradient at the mirrored image, mirrored back (section 3.2 of the paper).
+        student, teacher: networks that map images [B, C, H, W] to logits [B, K].
+        beta: weight, the paper's beta: the squared distance is multiplied by ``beta / 2``.
+        symmetry: compare the student's gradient with its gradient for the mirrored image, mirrored
+            back, instead of with the teacher's gradient (section 3.2 of the paper).
         **options: the other arguments of :class:`Distiller`.
     """
 
@@ -92,7 +101,7 @@ class GradientAttentionTransfer(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, beta: float = 1.0, symmetry: bool = False, **options):
         super().__init__(student, teacher, **options)
         if not symmetry and teacher is None:
-            raise ValueError("GradientAttentionTransfer needs a teacher, or symmetry=True")
+            raise ValueError("GradientAttentionTransfer needs a teacher, or symmetry=True; got neither")
         self.beta, self.symmetry = beta, symmetry
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,42 +116,44 @@ class GradientAttentionTransfer(Distiller):
         return logits, self.label_losses(logits, batch) | {"gradient": self.beta * attention}
 
     def check_unlabelled(self) -> None:
-        raise ValueError("GradientAttentionTransfer differentiates the loss on the labels, and the training data have none")
+        raise ValueError("GradientAttentionTransfer needs labels, because it differentiates the loss on the labels; the training data have none")
 
     def check_method(self, image: Tensor) -> None:
-        """Differentiates the student twice, once, before training."""
-        shape = [size for i, size in enumerate(self(image).shape) if i != 1]  # of the rows
+        """Check that the student can be differentiated twice."""
+        shape = [size for i, size in enumerate(self(image).shape) if i != 1]  # without classes
         label = torch.zeros(shape, dtype=torch.int64, device=image.device)
         try:
             gradient, _ = input_gradient(self.student, image, label, create_graph=True, task=self.task)
-            if any(name.endswith(("Error", "NotImplemented")) for name in _operations(gradient)):  # raise only in a backward through them
+            # These nodes raise an error only if the backward pass reaches them.
+            if any(name.endswith(("Error", "NotImplemented")) for name in _operations(gradient)):
                 raise RuntimeError("an operation is marked as once differentiable")
             torch.autograd.grad(gradient.square().sum(), list(self.student.parameters()), allow_unused=True)
         except RuntimeError as error:
             operations = ", ".join(_operations(self(image.detach().requires_grad_())))
             raise RuntimeError(
-                f"{type(self.student).__name__} cannot be differentiated twice: {error}. One of its operations has no double backward: {operations}"
+                f"{type(self.student).__name__} cannot be differentiated twice: {error}. One of these operations has no double backward: {operations}"
             ) from error
 
 
 def input_gradient(
     network: nn.Module, image: Tensor, label: Tensor, *, create_graph: bool = False, task: Task | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of each sample's loss with respect to its image, and the logits.
+    """Compute the gradient of each sample's loss with respect to its image, and the logits.
 
     Args:
-        network: from images to logits. Batch norm in training mode makes a sample's loss depend on the other images; their share is
-            in the gradient.
+        network: maps images to logits. Batch norm in training mode makes the loss of a sample
+            depend on the other images; the gradient includes these contributions.
         image: [B, C, *spatial].
-        label: [B], or what the task's labels are.
-        create_graph: for a loss of the gradient.
-        task: says what the loss is; by default :class:`kdkernels.tasks.Classification`, the cross-entropy.
+        label: [B], or labels in the format of the task.
+        create_graph: whether the gradient can be differentiated.
+        task: defines the loss; by default :class:`kdkernels.tasks.Classification`, whose loss is
+            the cross-entropy.
 
     Returns:
-        J [B, C, *spatial], and the logits.
+        The gradient J [B, C, *spatial], and the logits.
 
     Raises:
-        RuntimeError: an operation of the network cannot be differentiated twice.
+        RuntimeError: ``create_graph`` is true, and the network cannot be differentiated twice.
     """
     with torch.enable_grad():
         task = Classification() if task is None else task
@@ -151,19 +162,22 @@ def input_gradient(
         loss = task.label_loss(logits, {"image": image, "label": label}, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, image, create_graph=create_graph)
         if create_graph and not gradient.requires_grad:
-            raise RuntimeError(f"{type(network).__name__} gives no gradient of its gradient: an operation in it has no double backward")
+            raise RuntimeError(f"{type(network).__name__} cannot be differentiated twice: one of its operations has no double backward")
     return gradient if create_graph else gradient.detach(), logits
 
 
 def gradient_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Half of the squared distance of two input gradients, mean over the samples: :math:`\frac{1}{2B} \sum_b \|J_s - J_t\|_2^2`
-    (Zagoruyko, Komodakis 2017, equation 4, without its beta).
+    r"""Half of the squared distance between two input gradients, as a mean over the samples.
+
+    :math:`\frac{1}{2B} \sum_b \|J_s - J_t\|_2^2` (Zagoruyko, Komodakis 2017, equation 4, without
+    its beta).
 
     Args:
-        student, teacher: gradients [B, C, *spatial] of each sample's own loss, see :func:`input_gradient`.
+        student, teacher: gradients [B, C, *spatial] of the loss of each sample, see
+            :func:`input_gradient`.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: the shapes differ.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
@@ -171,7 +185,7 @@ def gradient_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _operations(output: Tensor) -> list[str]:
-    """Names of the backward nodes behind a tensor, each once."""
+    """Return the names of the nodes in the autograd graph of a tensor, without duplicates."""
     names, seen, queue = {}, set(), [output.grad_fn]
     while queue:
         node = queue.pop()
@@ -179,5 +193,5 @@ def _operations(output: Tensor) -> list[str]:
             continue
         seen.add(node)
         names[node.name()] = None
-        queue += [following for following, _ in node.next_functions]
+        queue += [next_node for next_node, _ in node.next_functions]
     return list(names)

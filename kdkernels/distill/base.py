@@ -1,4 +1,4 @@
-"""The base of all distillation methods: the student that is trained, frozen teachers, and what is logged."""
+"""The base class of all distillation methods: trains the student, freezes teachers, logs values."""
 
 from __future__ import annotations
 
@@ -25,32 +25,36 @@ from .teacher_cache import TeacherCache
 
 
 def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The function behind the lambda in the signatures below: jsonargparse can read a lambda's source, but pickle cannot store a lambda."""
+    """The lambda below as a function: jsonargparse needs the lambda, but pickle cannot store it."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 class Distiller(L.LightningModule):
-    """Trains ``student`` with the losses that a subclass returns from :meth:`losses`.
+    """Base class of methods: trains ``student`` with the :meth:`losses` of a subclass.
 
-    A teacher is frozen: in eval mode, without gradients, moved with the module, and in neither the checkpoint nor the optimizer. One teacher
-    can serve several methods. A batch is a dict with ``image`` and, if the data have labels, ``label``; or images alone, or a pair of them.
+    Teachers are frozen: in eval mode, without gradients, in neither the checkpoint nor the
+    optimizer. They move with the module, and several methods can share one. A batch is a dict with
+    ``image`` and, if the data have labels, ``label``; or images alone; or a pair (image, label).
 
     Args:
-        student: maps images [B, C, H, W] to logits, of the shape that ``task`` says. It may return them in a tuple, a dict or an object
-            (:func:`kdkernels.tasks.find_logits`); other outputs are ignored.
-        teacher: likewise; ``None`` for methods that need none; a list for methods that take several.
-        student_weights: file that the student starts from, see :func:`kdkernels.models.load_weights`.
-        teacher_weights: file with the teacher's weights: a state dict, ``.safetensors``, or a checkpoint of this package, whose student
-            becomes the teacher. For a list of teachers a list of files, with ``None`` for teachers that have their weights already.
-        student_taps, teacher_taps: names of layers whose outputs :meth:`losses` wants.
-        teacher_cache: keeps the teacher's outputs for the training images on disk.
-        optimizer: makes the optimizer from the student's parameters.
-        scheduler: makes the schedule from the optimizer, one step an epoch; ``ReduceLROnPlateau`` one after each validation, by its ``monitor``
-            where it has one (as Lightning's has), else the task's main metric (``val/accuracy``) in mode "max" and ``val/cross_entropy``
-            in mode "min". By default the learning rate warms up over the first fifth of the steps, then decays to zero along a cosine.
-        check_finite: stop before the update if the loss is NaN or infinite, and keep the batch (see :meth:`replay`). It waits for the loss
-            each step; on a GPU that costs a little.
-        task: what the labels mean, a class of :mod:`kdkernels.tasks`; by default :class:`kdkernels.tasks.Classification`.
+        student: maps images [B, C, H, W] to logits in the shape of ``task``. They may be in a
+            tuple, a dict or an object (:func:`kdkernels.tasks.find_logits`).
+        teacher: network like ``student``, a list of several, or ``None`` for methods without one.
+        student_weights: initial weights, a file for :func:`kdkernels.models.load_weights`.
+        teacher_weights: file with the teacher's weights: a state dict, ``.safetensors``, or a
+            checkpoint of this package, whose student becomes the teacher. For a list of teachers,
+            a list of files, with ``None`` for teachers that already have their weights.
+        student_taps, teacher_taps: names of layers whose outputs :meth:`losses` uses.
+        teacher_cache: stores the teacher's outputs for the training images on disk.
+        optimizer: function that returns the optimizer for the student's parameters.
+        scheduler: function that returns the schedule for the optimizer; it makes one step per
+            epoch. ``ReduceLROnPlateau`` makes one step per validation and uses its attribute
+            ``monitor`` (Lightning's has one), or else the task's main metric (``val/accuracy``) in
+            mode "max" and ``val/cross_entropy`` in mode "min". By default the learning rate warms
+            up over the first fifth of the steps, then decays to zero along a cosine.
+        check_finite: raise an error before the update if the loss is NaN or infinite, and save the
+            batch for :meth:`replay`. Every step then waits for the loss, a small cost on a GPU.
+        task: defines the labels and their loss; :class:`kdkernels.tasks.Classification` by default.
     """
 
     can_be_sharded = True
@@ -61,7 +65,7 @@ class Distiller(L.LightningModule):
         student: nn.Module,
         teacher: nn.Module | list[nn.Module] | None = None,
         student_weights: str | os.PathLike | None = None,
-        # The list comes first: jsonargparse takes the first type that fits, and turns a list into text for a str.
+        # The list type comes first: otherwise jsonargparse would convert a list to a str.
         teacher_weights: list[str | None] | str | os.PathLike | None = None,
         student_taps: Iterable[str] = (),
         teacher_taps: Iterable[str] = (),
@@ -87,7 +91,7 @@ class Distiller(L.LightningModule):
             if weights is not None:
                 load_weights(network, weights)
         check_sizes("student", student)
-        # Kept in a list so that nn.Module does not register them: registered teachers would be saved in checkpoints and optimized.
+        # In a list, because nn.Module would register a teacher, and then save and optimize it.
         self._teachers: list[nn.Module] = teachers
         for name, network in self.teachers_by_name().items():
             check_sizes(name, network)
@@ -98,17 +102,18 @@ class Distiller(L.LightningModule):
         is_default = str(getattr(optimizer, "__module__", None)).startswith("kdkernels.distill.")
         self.make_optimizer = default_optimizer if is_default else optimizer
         self.make_scheduler, self.check_finite = scheduler, check_finite
-        self.student_spec: dict | None = None  # the configuration from which the command line built the student
-        self.run_config: dict | None = None  # and the method and its data
+        self.student_spec: dict | None = None  # from which the command line built the student
+        self.run_config: dict | None = None  # from which it built the method and the data
         self.image_shape: list[int] | None = None
-        self.preprocessing: dict | None = None  # of the data, see kdkernels.data.ImageData.preprocessing
+        self.preprocessing: dict | None = None  # see kdkernels.data.ImageData.preprocessing
         self._seed: int | None = None
-        self._stepped_by: list[str] | None = None  # class names of the optimizer and the schedule
-        self._resumed: tuple[list[str] | None, list | None] = None, None  # the same of a checkpoint, and the states of its optimizers
+        self._optimizer_and_schedule: list[str] | None = None  # class names
+        # From the checkpoint of a resumed run: the same class names, and the optimizers' states.
+        self._resumed: tuple[list[str] | None, list | None] = None, None
         self._networks_checked = False
-        self._classes = 0  # of the networks, once they have been checked
-        self._labels_checked: set[str] = set()  # stages
-        self.stage_metrics = nn.ModuleDict()  # torchmetrics by stage and loader
+        self._num_classes = 0  # of the networks; known after they have been checked
+        self._label_stages_checked: set[str] = set()
+        self.stage_metrics = nn.ModuleDict()  # torchmetrics by stage and data loader
 
     def _checked_teachers(self, teacher: nn.Module | list[nn.Module] | None, teacher_cache: TeacherCache | None) -> list[nn.Module]:
         teachers = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
@@ -130,11 +135,11 @@ class Distiller(L.LightningModule):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The only teacher, or the first; ``None`` if there is none."""
+        """The first teacher, or ``None`` without teachers."""
         return self._teachers[0] if self._teachers else None
 
     def teachers_by_name(self) -> dict[str, nn.Module]:
-        """Teachers by the name that messages give them: "teacher", or "teacher 1", "teacher 2", ..."""
+        """Teachers by their names in messages: "teacher", or "teacher 1", "teacher 2", ..."""
         if len(self._teachers) == 1:
             return {"teacher": self._teachers[0]}
         return {f"teacher {i}": teacher for i, teacher in enumerate(self._teachers, 1)}
@@ -150,71 +155,71 @@ class Distiller(L.LightningModule):
         return self
 
     def hold_teachers(self) -> None:
-        """Put the teachers into eval mode, whatever has been done to them since: dropout and batch norm would change their outputs."""
+        """Put the teachers into eval mode again, in case the caller has changed their mode."""
         for teacher in self._teachers:
             if any(module.training for module in teacher.modules()):
                 teacher.eval()
 
-    # What a method writes, and what it writes it with.
+    # For subclasses: methods to override, then methods to call.
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits, and the named losses, each a mean over the batch, whose sum is minimised."""
+        """Return the student's logits and the named loss terms, each a mean over the batch."""
         raise NotImplementedError
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
-        """Raises ValueError where a method cannot compare the tapped features (:func:`kdkernels.models.pair_features`); called once."""
+        """Raise ValueError if the tapped features cannot be compared; called before training."""
 
     def check_method(self, image: Tensor) -> None:
-        """Raises where a method cannot be used with these networks; called once before training, with two images."""
+        """Raise an error if the networks do not suit the method; called once, with two images."""
 
     def check_unlabelled(self) -> None:
-        """Raises ValueError if the method cannot train without labels; called before the first step on data that have none."""
+        """Raise ValueError if the method needs labels; called before training without labels."""
 
     def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and tapped features of the student."""
+        """Return logits and tapped features of the student."""
         output, features = self.student_taps(batch["image"])
         return self.task.logits(output), features
 
     @torch.no_grad()
     def teacher_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and tapped features of the only teacher; from the cache where they are there."""
+        """Return logits and tapped features of the only teacher, from the cache if it has them."""
         if len(self._teachers) != 1:
-            raise ValueError(f"{type(self).__name__} needs {'one' if self._teachers else 'a'} teacher")
+            raise ValueError(f"{type(self).__name__} needs one teacher, got {len(self._teachers)}")
         self.hold_teachers()
         if self.teacher_cache is not None and "view" in batch:
-            return self.teacher_cache.outputs(batch, self._ask_teacher)
-        return self._ask_teacher(batch["image"])
+            return self.teacher_cache.outputs(batch, self._run_teacher)
+        return self._run_teacher(batch["image"])
 
-    def _ask_teacher(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run_teacher(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         output, features = self.teacher_taps(image)
         return self.task.logits(output), features
 
     @torch.no_grad()
     def teacher_logits(self, batch: dict) -> list[Tensor]:
-        """Logits of each teacher."""
+        """Return the logits of each teacher."""
         if len(self._teachers) == 1:
             return [self.teacher_outputs(batch)[0]]
         self.hold_teachers()
         return [self.task.logits(teacher(batch["image"])) for teacher in self._teachers]
 
     def label_losses(self, logits: Tensor, batch: dict, weight: float = 1.0) -> dict[str, Tensor]:
-        """``{"cross_entropy": weight * loss}`` with the task's loss on the labels; empty for a batch without labels."""
+        """Return ``{"cross_entropy": weight * task's loss}``; empty for a batch without labels."""
         return {"cross_entropy": weight * self.task.label_loss(logits, batch)} if "label" in batch else {}
 
     def forward(self, image: Tensor) -> Tensor:
         return self.task.logits(self.student(image))
 
-    # What Lightning calls.
+    # Hooks that Lightning calls.
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [OutputCheck(), TrainerCheck(), TeacherAccuracy()]
 
     def configure_model(self) -> None:
-        """Under ModelParallelStrategy: the student's children and the student are sharded (FSDP2)."""
+        """Shard the student's children and the student (FSDP2) under ModelParallelStrategy."""
         if self.device_mesh is None:
             return
         if not self.can_be_sharded:
-            raise ValueError(f"{type(self).__name__} differentiates twice, and FSDP gives up the weights after the first time: use DDP")
+            raise ValueError(f"{type(self).__name__} needs two backward passes, and FSDP frees the weights after the first one: use DDP")
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if not isinstance(self.student, FSDPModule):
@@ -225,12 +230,13 @@ class Distiller(L.LightningModule):
             fully_shard(self.student, mesh=mesh)
 
     def setup(self, stage: str) -> None:
-        self.stage_metrics.clear()  # a state made under inference mode cannot be updated outside of it
+        self.stage_metrics.clear()  # metrics made in inference mode cannot be updated outside of it
         if self._seed is None:
             self._seed = torch.initial_seed() & 0x7FFFFFFFFFFFFFFF
 
     def on_fit_start(self) -> None:
-        if not any(module.training for module in self.student.modules()):  # handed over from use; a part in eval mode is meant to be
+        # If only some layers are in eval mode, this is intentional, and their mode is kept.
+        if not any(module.training for module in self.student.modules()):
             self.student.train()
         data = self.trainer.datamodule
         self.preprocessing = data.preprocessing() if hasattr(data, "preprocessing") else None
@@ -240,42 +246,41 @@ class Distiller(L.LightningModule):
             self.teacher_cache.open(self.teacher, self.teacher_taps.names, data, str(self.trainer.precision))
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        # Dropout and the like: what is drawn depends on the run's seed, the process and the step, not on what was drawn before.
+        # Random numbers, for example of dropout, depend only on the seed, the process and the step.
         torch.manual_seed(int(bits(self._seed, self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
         if self.image_shape is None:
             batch = as_batch(batch)
             self.image_shape = list(batch["image"].shape[1:])
             if "label" not in batch:
                 self.check_unlabelled()
-            if not self._networks_checked:  # data that do not say what their images are
+            if not self._networks_checked:  # the data module does not give the shape of its images
                 image = batch["image"].to(self.dtype)
-                self._check_networks(torch.cat([image, image])[:2], None)  # of two: batch norm has no variance of one
+                self._check_networks(torch.cat([image, image])[:2], None)  # batch norm needs two
 
     def _check_networks(self, image: Tensor, classes: int | None) -> None:
-        self._classes = check_networks(self, image, classes)
+        self._num_classes = check_networks(self, image, classes)
         self._networks_checked = True
 
     def _check_labels(self, batch: dict, classes: int, stage: str) -> None:
-        """Check every batch on the CPU, and the first of each stage on a GPU, where reading the values waits for the device.
-        A GPU's own error would name neither labels nor classes."""
         if "label" not in batch:
             return
         label = batch["label"]
-        values = label.device.type == "cpu" or stage not in self._labels_checked
+        # On a GPU, only the first batch of a stage: reading the values waits for the device.
+        values = label.device.type == "cpu" or stage not in self._label_stages_checked
         self.task.check_labels(label, batch["image"], classes, stage, values=values)
-        self._labels_checked.add(stage)
+        self._label_stages_checked.add(stage)
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         return sum(self.checked_losses(batch, batch_idx).values()) * batch.get("share", 1.0)
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        """:meth:`losses` of a training step, after labels and losses were checked and the losses logged."""
-        self._check_labels(batch, self._classes, "training")
+        """Compute, check and log the :meth:`losses` of a training step."""
+        self._check_labels(batch, self._num_classes, "training")
         logits, losses = self.losses(batch)
         total = sum(losses.values())
         if self.check_finite and not torch.isfinite(total):
-            self._stop_for(batch, batch_idx, losses)
+            self._raise_not_finite(batch, batch_idx, losses)
         values = {f"train/loss_{name}": value.detach() for name, value in losses.items()} | {"train/loss": total.detach()}
         if "label" in batch:
             values["train/cross_entropy"] = self.task.label_loss(logits.detach(), batch)
@@ -291,10 +296,10 @@ class Distiller(L.LightningModule):
         for name, metric in self.stage_metrics[key].items():
             metric.update(prediction, target)
             shown = name == self.task.main_metric and stage != "train"
-            place = f"stage_metrics.{key}.{name}"
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits), metric_attribute=place)
+            attribute = f"stage_metrics.{key}.{name}"
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits), metric_attribute=attribute)
 
-    def _stop_for(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:
+    def _raise_not_finite(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:
         folder = Path(self.trainer.default_root_dir)
         path = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.pt"
         folder.mkdir(parents=True, exist_ok=True)
@@ -303,11 +308,11 @@ class Distiller(L.LightningModule):
         raise FloatingPointError(
             f"the loss is not finite at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}): "
             + ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
-            + f". The batch and the student before the step are in {path}; replay() of this method computes its losses again"
+            + f". The batch and the student's weights before the step are saved in {path}; replay(path) of the method computes the losses again"
         )
 
     def replay(self, path: str | os.PathLike) -> dict[str, Tensor]:
-        """The losses of a step that was stopped because they were not finite, with the student as it was. ``path`` is in the error."""
+        """Compute non-finite losses again, from the file ``path`` that the error named."""
         stored = torch.load(path, map_location=self.device, weights_only=True)
         self.student.load_state_dict(stored["student"])
         return self.losses(stored["batch"])[1]
@@ -319,25 +324,25 @@ class Distiller(L.LightningModule):
         self._evaluate("test", as_batch(batch), dataloader_idx)
 
     def predict_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Logits of the student, and ``index`` [B], the images' places in their split, where the data say them."""
+        """Return the ``logits`` and, if the batch has it, ``index`` [B], positions in the split."""
         batch = as_batch(batch)
         return {"logits": self(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
 
     def _evaluate(self, stage: str, batch: dict, loader: int) -> None:
-        if "label" not in batch:  # there is nothing to compare the student with
+        if "label" not in batch:
             return
         logits = self(batch["image"])
         classes = getattr(self.trainer.datamodule, "num_classes", None)
         if classes is not None and logits.shape[1] != classes:
             kind = type(self.student).__name__
-            raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned {list(logits.shape)}")
+            raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
         self._update_metrics(stage, logits, batch, loader)
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
     @property
     def uses_default_schedule(self) -> bool:
-        """Whether the learning rate follows the default schedule, which needs to know the number of steps."""
+        """Whether the default schedule is used, which needs the total number of training steps."""
         return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
 
     def configure_optimizers(self):
@@ -352,8 +357,9 @@ class Distiller(L.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": monitor, "frequency": every}}
 
         def factor(step: int) -> float:
-            # The number of steps is not asked for here and now: that makes the loader, before a resumed run has restored its place.
-            return _rise_and_fall(step / total_steps(self.trainer) if step else 0.0)
+            # Not for step 0: total_steps makes the data loader, but a resumed run must first
+            # restore its position.
+            return _warm_up_and_decay(step / total_steps(self.trainer) if step else 0.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._check_resumed(optimizer, schedule)
@@ -368,34 +374,34 @@ class Distiller(L.LightningModule):
             "task": type(self.task).__name__.lower(),
             "preprocessing": self.preprocessing,
             "seed": self._seed,
-            "stepped_by": self._stepped_by,
+            "stepped_by": self._optimizer_and_schedule,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        own = checkpoint.get(CHECKPOINT_KEY, {})
-        self._seed = own.get("seed", self._seed)
-        self._resumed = own.get("stepped_by"), checkpoint.get("optimizer_states")
-        if self._trainer is not None and self._trainer.optimizers:  # strategies that load after the optimizers are made
+        stored = checkpoint.get(CHECKPOINT_KEY, {})
+        self._seed = stored.get("seed", self._seed)
+        self._resumed = stored.get("stepped_by"), checkpoint.get("optimizer_states")
+        if self._trainer is not None and self._trainer.optimizers:  # if made before loading
             self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
-        """Whether a checkpoint that is gone on with was trained by such an optimizer and schedule: the states of others do not fit, and some
-        would be taken without a word."""
-        self._stepped_by = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
-        before, states = self._resumed
-        other = before is not None and before != self._stepped_by
-        if before is None and states:  # of a version that did not say
-            before = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
-            other = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
-        if other:
+        """Raise ValueError if a resumed run uses another optimizer or schedule than before."""
+        # Without this check, the states of some other optimizers would be loaded without an error.
+        self._optimizer_and_schedule = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
+        previous, states = self._resumed
+        differs = previous is not None and previous != self._optimizer_and_schedule
+        if previous is None and states:  # a checkpoint of an old version, without the class names
+            previous = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
+            differs = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
+        if differs:
             raise ValueError(
-                f"the checkpoint was trained by {' and '.join(before)}, and is to go on with {' and '.join(self._stepped_by)}, whose state it does "
-                "not have: take the same, or start anew from its weights (student_weights)"
+                f"the checkpoint was trained with {' and '.join(previous)}, and cannot be resumed with {' and '.join(self._optimizer_and_schedule)}: "
+                "use the same optimizer and schedule, or start a new run from its weights (student_weights)"
             )
 
 
 def _weights_by_teacher(weights: object, teacher: nn.Module | Sequence[nn.Module] | None) -> list:
-    """The weights' file of each teacher, or ``None``."""
+    """Return the weights' file of each teacher, or ``None``."""
     count = 0 if teacher is None else len(teacher) if isinstance(teacher, (list, tuple)) else 1
     if weights is None:
         return [None] * count
@@ -405,8 +411,8 @@ def _weights_by_teacher(weights: object, teacher: nn.Module | Sequence[nn.Module
     return files
 
 
-def _rise_and_fall(progress: float) -> float:
-    """Factor on the rate: from 1/25 to 1 in the first fifth, then to 0, both by half a cosine."""
+def _warm_up_and_decay(progress: float) -> float:
+    """Learning rate factor: from 1/25 to 1 in the first fifth, then to 0, both along a cosine."""
     if progress < 0.2:
         return 1 - 0.96 * (0.5 + 0.5 * math.cos(math.pi * progress / 0.2))
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8))

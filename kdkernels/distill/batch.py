@@ -1,4 +1,4 @@
-"""Batches as dicts, whatever a loader gives."""
+"""Convert the batches of any data loader to dicts."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 
 def as_batch(batch: object) -> dict:
-    """The batch as a dict with ``image`` and, if it has labels, ``label``.
+    """Return the batch as a dict with ``image`` and, if it has labels, ``label``.
 
     Args:
-        batch: such a dict; images alone; or a tuple or list of images, or of images and labels. Labels [B, 1] become [B], and integers
-            become int64.
+        batch: a dict with these keys; images alone; or a tuple or list (images,) or (images,
+            labels). Labels [B, 1] become [B], and integer labels become int64.
 
     Raises:
-        TypeError: anything else, or images that are not floating point.
+        TypeError: the batch has another type, or images are not floating point.
     """
     if isinstance(batch, Tensor):
         batch = {"image": batch}
     elif isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
         batch = dict(zip(("image", "label"), batch, strict=False))
     if not isinstance(batch, dict) or "image" not in batch:
-        raise TypeError(f'a batch must be images, (image, label) or a dict with "image" and perhaps "label", got {type(batch).__name__}')
+        raise TypeError(f'a batch must be images, (image, label), or a dict with "image" and optionally "label"; got {type(batch).__name__}')
     if batch.get("label", batch) is None:
         batch = {name: value for name, value in batch.items() if name != "label"}
     for name in ("image", "label"):
         if name in batch and not isinstance(batch[name], Tensor):
-            raise TypeError(f"{name} of a batch must be a tensor, got {type(batch[name]).__name__}")
+            raise TypeError(f"the {name} of a batch must be a tensor, got {type(batch[name]).__name__}")
     image, label = batch["image"], batch.get("label")
     if not image.is_floating_point():
-        raise TypeError(f"images must be floating point, got {image.dtype}: scale them in the dataset, or give it to kdkernels.data.FromDatasets")
+        raise TypeError(f"images must be floating point, got {image.dtype}: convert them in the dataset, or use kdkernels.data.FromDatasets")
     if label is None:
         return batch
     if label.dim() == 2 and label.shape[1] == 1:

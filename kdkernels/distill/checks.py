@@ -13,7 +13,10 @@ from .batch import as_batch
 
 
 def total_steps(trainer: L.Trainer) -> float:
-    """Steps of the optimizer in the whole run, also where a callback changes the accumulation of gradients; infinite if there is no end."""
+    """Return the number of optimizer steps in the whole run, or infinity if the run has no end.
+
+    The number is also right if a callback changes the gradient accumulation during training.
+    """
     schedules = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
     steps = trainer.estimated_stepping_batches
     if schedules and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
@@ -24,7 +27,11 @@ def total_steps(trainer: L.Trainer) -> float:
 
 
 class TrainerCheck(L.Callback):
-    """Refuses before training what would stop it later: numbers to watch that nobody logs, and a schedule without an end."""
+    """Check options that would otherwise fail only later during training.
+
+    Raises ValueError for a monitored value that is not logged, and for the default schedule in a
+    run without an end.
+    """
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -37,19 +44,21 @@ class TrainerCheck(L.Callback):
             self._check_monitor(trainer, module, type(config.scheduler).__name__, config.monitor)
         if getattr(module, "uses_default_schedule", False) and not math.isfinite(total_steps(trainer)):
             raise ValueError(
-                "the default schedule falls to zero at the end of training, and there is none: give max_epochs or max_steps, or a scheduler"
+                "the default schedule decays to zero at the end of training, but this run has no end: give max_epochs or max_steps, or a scheduler"
             )
 
-    def _check_monitor(self, trainer: L.Trainer, module: L.LightningModule, who: str, name: str | None) -> None:
+    def _check_monitor(self, trainer: L.Trainer, module: L.LightningModule, watcher: str, name: str | None) -> None:
         if name is None:
             return
-        ours = type(module).__module__.startswith("kdkernels.")  # methods of others may log what they like
-        if ours and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module)):
-            main = f"train/{module.task.main_metric}"
-            raise ValueError(f"{who} watches {name!r}, which is not logged: there are {', '.join(logged)}, {main}, train/loss, and so on")
+        is_builtin = type(module).__module__.startswith("kdkernels.")  # others may log any value
+        if is_builtin and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module)):
+            training = f"train/{module.task.main_metric}, train/loss"
+            raise ValueError(f"{watcher} monitors {name!r}, which is not logged: use {', '.join(logged)}, {training}, or another value of training")
         validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
         if name.startswith("val/") and not validated and not trainer.fast_dev_run:
-            raise ValueError(f"{who} watches {name!r}, and there is no validation: limit_val_batches is 0, or the data have no images for it")
+            raise ValueError(
+                f"{watcher} monitors {name!r}, but there is no validation: limit_val_batches is 0, or the data have no validation images"
+            )
 
 
 def _logged_in_validation(module: L.LightningModule) -> list[str]:
@@ -57,15 +66,15 @@ def _logged_in_validation(module: L.LightningModule) -> list[str]:
 
 
 class TeacherAccuracy(L.Callback):
-    """Reports once the share of validation images (or pixels) that each teacher classifies correctly.
+    """Report once the accuracy of each teacher on the validation images (or pixels).
 
-    Warns about a teacher that is no better than chance: its weights were probably forgotten.
+    Warn about a teacher that is no better than chance: probably its weights were not loaded.
     """
 
     def __init__(self):
         self._reported = self._warned = False
-        self._correct: list[float] = []  # by teacher
-        self._count, self._classes = 0, 1
+        self._correct: list[float] = []  # correctly classified rows, by teacher
+        self._count, self._num_classes = 0, 1
 
     def _is_due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         return bool(module.teachers) and not self._reported and trainer.state.fn == "fit"
@@ -81,7 +90,7 @@ class TeacherAccuracy(L.Callback):
             correct, count = module.task.count_correct(logits, batch)
             self._correct[i] += correct
         self._count += count
-        self._classes = logits.shape[1]
+        self._num_classes = logits.shape[1]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self._is_due(trainer, module):
@@ -92,18 +101,19 @@ class TeacherAccuracy(L.Callback):
         self._correct, self._count = [], 0
         if not count:
             return
-        for (name, teacher), right in zip(module.teachers_by_name().items(), correct, strict=True):
-            self._report(f"the {name}", type(teacher).__name__, module.task.rows, right / count, count, trainer.sanity_checking)
+        for (name, teacher), teacher_correct in zip(module.teachers_by_name().items(), correct, strict=True):
+            self._report(f"the {name}", type(teacher).__name__, module.task.rows, teacher_correct / count, count, trainer.sanity_checking)
         self._reported = not trainer.sanity_checking
 
-    def _report(self, name: str, kind: str, rows: str, share: float, count: float, sanity_checking: bool) -> None:
-        chance = 1 / self._classes
-        margin = min(2 * math.sqrt(chance * (1 - chance) / count), 0.3 * (1 - chance))  # two standard deviations; less where there are few images
-        if not self._warned and count >= self._classes and share <= chance + margin:
+    def _report(self, name: str, kind: str, rows: str, accuracy: float, count: float, sanity_checking: bool) -> None:
+        chance = 1 / self._num_classes
+        # Two standard deviations; less if there are few images.
+        margin = min(2 * math.sqrt(chance * (1 - chance) / count), 0.3 * (1 - chance))
+        if not self._warned and count >= self._num_classes and accuracy <= chance + margin:
             self._warned = True
             rank_zero_warn(
-                f"{name} ({kind}) is right for {share:.1%} of {count:.0f} {rows} of {self._classes} classes, "
-                "no better than chance: was it given its weights (teacher_weights)?"
+                f"{name} ({kind}) classifies {accuracy:.1%} of {count:.0f} {rows} correctly, "
+                f"no better than chance with {self._num_classes} classes: check that its weights are loaded (teacher_weights)"
             )
         if not sanity_checking:
-            rank_zero_info(f"{name}'s accuracy on the {count:.0f} validation {rows}: {share:.4f}")
+            rank_zero_info(f"{name}'s accuracy on the {count:.0f} validation {rows}: {accuracy:.4f}")

@@ -1,4 +1,4 @@
-"""What Lightning's engine lacks for runs that must survive: checkpoints that are whole or not there, and a look at the disk before the work."""
+"""Additions to Lightning's training loop: atomic checkpoints, and a check of the disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it to the disk, then puts it in its place: what is there is whole at every moment.
+    """Write checkpoints atomically: a checkpoint file is complete at every moment.
 
-    Lightning's own goes by way of the folder for temporary files, from which a file on another disk is copied, not renamed.
+    The checkpoint is written to a temporary file in the same folder, flushed to disk, and renamed.
+    Lightning's own implementation writes to the system's folder for temporary files; from there, a
+    file is copied and not renamed if its destination is on another disk.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
@@ -43,10 +45,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: int | None = None) -> list[ModelCheckpoint]:
-    """Callbacks that keep ``last.ckpt`` after each epoch, and after every ``every`` steps; and ``best.ckpt``, of the highest ``monitor``.
+    """Return callbacks that write ``last.ckpt`` and ``best.ckpt`` to ``folder``.
 
-    Not ``save_last=True``: Lightning then writes the last checkpoint only where another one is written too (seen in 2.6.6). Nor is it left to
-    Lightning when an epoch counts as done: that would be when it has been validated.
+    ``last.ckpt`` is written after each epoch, and after every ``every`` steps. ``best.ckpt`` is the
+    checkpoint with the highest ``monitor``.
+
+    This does not use ``save_last=True``: Lightning then writes the last checkpoint only when it
+    writes another one too (seen in 2.6.6). ``save_on_train_epoch_end=True`` is given, because by
+    default Lightning writes the checkpoint only after validation.
     """
     options = {"enable_version_counter": False}
     callbacks = [LastCheckpoint(folder, "last", save_on_train_epoch_end=True, **options)]
@@ -58,12 +64,16 @@ def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: in
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Also where a run ends within an epoch (max_steps, max_time): after the batch, as long as the rest of the epoch counts as not done."""
+    """Write the checkpoint also if a run ends within an epoch (max_steps, max_time).
+
+    It is written right after the last batch, while Lightning still counts the epoch as incomplete,
+    so that a resumed run trains the rest of the epoch.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        ends = trainer.should_stop or trainer.global_step >= trainer.max_steps != -1
-        if ends and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        run_ends = trainer.should_stop or trainer.global_step >= trainer.max_steps != -1
+        if run_ends and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -75,7 +85,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoint of the highest metric; none where the validation images have no labels, so that there is no metric."""
+    """Keep the checkpoint with the highest metric. Without labels in validation, there is none."""
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict) -> None:
         if self.monitor in monitor_candidates:
@@ -83,34 +93,37 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class EpochLines(L.Callback):
-    """A line for each epoch, where there is no progress bar."""
+    """Print one line per epoch, for runs without a progress bar."""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         names = ("train/loss", f"val/{module.task.main_metric}")
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
-        print(f"epoch {trainer.current_epoch + 1}{of}{shown}  {time.monotonic() - self._began:.0f} s", flush=True)
+        total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        values = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+        print(f"epoch {trainer.current_epoch + 1}{total}{values}  {time.monotonic() - self._start_time:.0f} s", flush=True)
 
 
 class OutputCheck(L.Callback):
-    """Fails before training where a folder for checkpoints or logs cannot be made or written to, or its disk has no room for them."""
+    """Check before training that the folders for checkpoints and logs can be written to.
+
+    Raises OSError if a folder cannot be created or written to, or has too little free disk space.
+    """
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-        checkpoint = 3 * weights + 2**20  # with two moments per weight, as of Adam
+        checkpoint = 3 * weights + 2**20  # the optimizer may store two moments per weight, as Adam
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 folder = callback.dirpath or trainer.default_root_dir
                 kept = callback.save_top_k if callback.save_top_k >= 0 else 1
-                # the ones that are there already are written beside, then over
+                # One more, because a checkpoint is written before the old one is deleted.
                 self.check(folder, (kept + bool(callback.save_last) + 1) * checkpoint)
         for logger in trainer.loggers:
             if logger.save_dir is not None:
@@ -118,10 +131,12 @@ class OutputCheck(L.Callback):
 
     @staticmethod
     def check(folder: str | os.PathLike, size: int) -> None:
-        """Whether ``folder`` is there, or can be made, and has room for ``size`` bytes, some of which are written and given back.
+        """Check that ``folder`` exists or can be created, and has space for ``size`` bytes.
+
+        Up to 64 MiB are allocated as a test, in a temporary file that is then deleted.
 
         Raises:
-            OSError: that cannot be done; names the folder, the reason and the room there is.
+            OSError: the check failed; names the folder, the reason and the free disk space.
         """
         folder = Path(folder)
         if "://" in str(folder) or ":/" in str(folder):
@@ -133,13 +148,14 @@ class OutputCheck(L.Callback):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".room.")
             try:
-                reserve(handle, min(size, 2**26))  # quotas and limits do not show in what is free
+                # The free disk space does not include quotas and limits on file sizes.
+                reserve(handle, min(size, 2**26))
             finally:
                 os.close(handle)
         except OSError as error:
-            room = f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free" if folder.is_dir() else ""
+            free = f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free" if folder.is_dir() else ""
             raise OSError(
-                error.errno, f"checkpoints and logs need {size / 2**20:.0f} MiB in {folder}, and cannot be written: {error.strerror}{room}"
+                error.errno, f"checkpoints and logs need {size / 2**20:.0f} MiB in {folder}, but cannot be written: {error.strerror}{free}"
             ) from error
         finally:
             if temporary is not None:
@@ -147,7 +163,7 @@ class OutputCheck(L.Callback):
 
 
 def reserve(handle: int, size: int) -> None:
-    """Takes the room for a file's first ``size`` bytes: a full disk is an error here, and not later while writing."""
+    """Allocate the first ``size`` bytes of a file, so that a full disk raises OSError here."""
     if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(handle, 0, size)
     elif os.fstat(handle).st_size < size:
@@ -155,14 +171,14 @@ def reserve(handle: int, size: int) -> None:
 
 
 def umask() -> int:
-    """The process's, which can only be read by setting it."""
+    """Return the umask of the process, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def silence_lightning() -> None:
-    """Silences Lightning's tips, and warnings about settings that are intentional."""
+    """Silence Lightning's tips, and warnings about settings that are intentional."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     for message in (
         ".*does not have many workers.*",

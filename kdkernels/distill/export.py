@@ -1,4 +1,4 @@
-"""The student of a checkpoint, alone, in formats that others read: safetensors, torch.export and ONNX."""
+"""Export the student of a checkpoint to safetensors, torch.export or ONNX."""
 
 from __future__ import annotations
 
@@ -22,41 +22,47 @@ from .engine import umask
 
 __all__ = ["export_student"]
 
-METADATA_KEY = "kdkernels"  # under which exported files carry what is needed to use them
+METADATA_KEY = "kdkernels"  # the key of the metadata in exported files
 
-# Largest difference of a logit, relative to the largest logit: float32 in another order of summation through a deep network.
+# Largest difference of a logit, relative to the largest logit. It allows for float32 sums in
+# another order in a deep network.
 TOLERANCE = 1e-4
 
 
 def export_student(
     ckpt: str | os.PathLike, targets: dict[str, str], spec: dict | None = None, image_shape: list[int] | None = None
 ) -> dict[str, float]:
-    """Writes the student of a checkpoint.
+    """Write the student of a checkpoint to files of one or several formats.
+
+    Each file contains metadata that is needed to use the student (see :func:`metadata_of`), as
+    JSON: ONNX under the key "kdkernels" of ``metadata_props``, safetensors under the same key of
+    its header, and torch.export in the extra file "kdkernels.json".
 
     Args:
         ckpt: checkpoint of a :class:`kdkernels.distill.Distiller`.
         targets: files by format: "safetensors", "torch_export", "onnx".
-        spec: ``{"class_path", "init_args"}`` of the student, where the checkpoint does not say.
-        image_shape: [C, H, W], where the checkpoint does not say.
-
-    Each file carries, under the key "kdkernels", what is needed to use the student, as JSON (see :func:`metadata_of`): in ONNX's
-    ``metadata_props``, in the header of safetensors, in the extra file "kdkernels.json" of torch.export.
+        spec: ``{"class_path", "init_args"}`` of the student; needed if the checkpoint does not
+            contain it.
+        image_shape: [C, H, W]; needed if the checkpoint does not contain it.
 
     Returns:
-        For each format the largest difference of a logit from the student's own, relative to the largest logit. A file that differs by more
-        than 1e-4 is not left there.
+        For each format the largest difference between a logit of the exported student and of the
+        student, relative to the largest logit. A file that differs by more than 1e-4 is not
+        written.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or it says too little; a file that does not give the same logits.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the checkpoint contains no ``spec`` or ``image_shape`` and none is given, or an
+            exported file gives other logits.
     """
     description = describe(ckpt)
     spec, image_shape = spec or description["student"], image_shape or description["image_shape"]
     if spec is None:
         raise ValueError(
-            f"{ckpt} does not say how its student is made (its training was started from Python): give --student CLASS --student.ARGUMENT"
+            f"{ckpt} does not contain the configuration of its student (it was trained from Python): give --student CLASS --student.ARGUMENT"
         )
     if image_shape is None:
-        raise ValueError(f"{ckpt} does not say the shape of the images: give --image_shape '[3, 32, 32]'")
+        raise ValueError(f"{ckpt} does not contain the shape of the images: give it, for example --image_shape '[3, 32, 32]'")
     student = load_weights(build(spec), ckpt).eval()
     image = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -74,14 +80,14 @@ def export_student(
             difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")
-            os.chmod(temporary, 0o666 & ~umask())  # safetensors' own is private
+            os.chmod(temporary, 0o666 & ~umask())  # safetensors' files are private to the owner
             os.replace(temporary, target)
         differences[name] = difference
     return differences
 
 
 class LogitsOnly(nn.Module):
-    """A network that returns its logits in a tuple, a dict or an object, as one that returns them alone."""
+    """Wrapper of a network with logits in a tuple, a dict or an object; returns only the logits."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -92,12 +98,15 @@ class LogitsOnly(nn.Module):
 
 
 def metadata_of(description: dict, spec: dict | None, image_shape: list[int]) -> dict:
-    """What is needed to use a student: ``task``, ``classes``, ``image_shape``, ``resize``, ``mean``, ``std``, and ``student``, how it is built.
+    """Return the metadata that is needed to use a student.
 
-    Values that the checkpoint does not hold are ``None``: its training had no data module of :mod:`kdkernels.data`.
+    The keys are ``version``, ``task``, ``classes``, ``resize``, ``mean``, ``std``, ``image_shape``
+    and ``student``. Values that the checkpoint does not contain, because the training used no data
+    module of :mod:`kdkernels.data`, are ``None``.
 
     Args:
-        description: of the checkpoint, from :func:`kdkernels.models.weights.describe`.
+        description: description of the checkpoint, from
+            :func:`kdkernels.models.weights.describe`.
         spec: ``{"class_path", "init_args"}`` of the student.
         image_shape: [C, H, W].
     """
@@ -106,14 +115,14 @@ def metadata_of(description: dict, spec: dict | None, image_shape: list[int]) ->
     return {"version": __version__, "task": description.get("task"), **values, "image_shape": list(image_shape), "student": spec}
 
 
-# Each writes the student to a file, and returns the logits that the file gives.
+# Each of these functions writes the student to a file, reads the file, and returns its logits.
 
 
 def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
     from safetensors.torch import save_file
 
     student = student.network if isinstance(student, LogitsOnly) else student
-    # A copy of each: the format has no place for tied weights.
+    # Copies, because the format does not support tied weights.
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}
     save_file(weights, path, {METADATA_KEY: metadata})
     with torch.no_grad():
@@ -153,7 +162,7 @@ _FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict, str], Tensor]] = {
 
 @contextlib.contextmanager
 def _silence():
-    """The exporter reports its progress on stdout."""
+    """Suppress the warnings of the ONNX exporter, and the progress that it prints to stdout."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""FSP: the flow of the solution procedure (Yim, Joo, Bae, Kim, CVPR 2017)."""
+"""FSP, the flow of the solution procedure (Yim, Joo, Bae, Kim, CVPR 2017)."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ def fsp_matrix(
     *,
     pooling: Literal["max", "avg"] = "max",
 ) -> Tensor:  # [B, C1, C2]
-    r"""Inner products over the places of the channels of two layers, :math:`G_{ij} = \frac{1}{hw} \sum_{s} F^1_{i,s} F^2_{j,s}`
-    (equation 1 of the paper). Where extents differ, the larger map is pooled to the smaller ones first: by maximum in the paper, by mean
-    in RepDistiller.
+    r"""Inner products of the channels of two layers, as a mean over the spatial positions.
+
+    :math:`G_{ij} = \frac{1}{hw} \sum_{s} F^1_{i,s} F^2_{j,s}` (equation 1 of the paper). If the
+    spatial sizes differ, both maps are first pooled to the smaller size of each dimension: by
+    maximum in the paper, by average in RepDistiller.
 
     Raises:
-        ValueError: batches or numbers of dimensions that differ, or an unknown pooling.
+        ValueError: batch sizes or numbers of dimensions differ, or the pooling is unknown.
     """
     if pooling not in _POOLS:
         raise ValueError(f"pooling must be 'max' or 'avg', got {pooling!r}")
     if first.dim() != second.dim() or first.dim() < 3 or len(first) != len(second):
         raise ValueError(f"first and second must be features [B, C, *spatial] of one batch, got {tuple(first.shape)} and {tuple(second.shape)}")
     if first.shape[2:] != second.shape[2:]:
-        extents = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
-        pool = _POOLS[pooling][len(extents)]
-        first, second = (x if list(x.shape[2:]) == extents else pool(x, extents) for x in (first, second))
-    # In float whatever autocast would make of a product: sums over thousands of places have no room in half precision.
+        sizes = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
+        pool = _POOLS[pooling][len(sizes)]
+        first, second = (x if list(x.shape[2:]) == sizes else pool(x, sizes) for x in (first, second))
+    # At least float32, also under autocast: half precision is too inaccurate for sums over
+    # thousands of spatial positions.
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     first, second = first.flatten(2).to(dtype), second.flatten(2).to(dtype)
     with torch.autocast(first.device.type, enabled=False):
@@ -55,32 +58,40 @@ def fsp_loss(
     *,
     variant: Literal["paper", "repdistiller", "sskd", "torchdistill"] = "paper",
 ) -> Tensor:
-    r"""Distance of the FSP matrices of pairs of layers. The teacher's are detached.
+    r"""Distance between the FSP matrices of student and teacher. The teacher's are detached.
 
-    ================  ========  ===============================================================================================
-    ``variant``       pooling   loss, with :math:`\Delta = G^T - G^S` of shape [B, C1, C2]
-    ================  ========  ===============================================================================================
-    "paper"           max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2` (equation 2, equal weights)
-    "repdistiller"    average   sum over pairs of the mean of :math:`\Delta^2` over B, C1 and C2
-    "sskd"            max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2 / 2`, over the sum of all C1 C2 (SSKD_SVD)
-    "torchdistill"    max       :math:`\frac{1}{B} \sum_b \sum_{pairs} \sum_j \|\Delta_{b,:,j}\|_2`
-    ================  ========  ===============================================================================================
+    With :math:`\Delta = G^T - G^S` of shape [B, C1, C2]:
+
+    ==============  =======  =====================================================================
+    ``variant``     pooling  loss
+    ==============  =======  =====================================================================
+    "paper"         max      :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2` (equation 2,
+                             equal weights)
+    "repdistiller"  average  sum over pairs of the mean of :math:`\Delta^2` over B, C1 and C2
+    "sskd"          max      :math:`\frac{1}{B} \sum_b \sum_{pairs} \|\Delta_b\|_F^2 / 2`, divided
+                             by the sum of C1 C2 over pairs (SSKD_SVD)
+    "torchdistill"  max      :math:`\frac{1}{B} \sum_b \sum_{pairs} \sum_j \|\Delta_{b,:,j}\|_2`
+    ==============  =======  =====================================================================
 
     Args:
-        student, teacher: for each pair the features [B, C1, *spatial] and [B, C2, *spatial] of two layers.
+        student, teacher: for each pair the features [B, C1, *spatial] and [B, C2, *spatial] of two
+            layers.
 
     Raises:
-        ValueError: not as many pairs, channels that differ between student and teacher, or an unknown variant.
+        ValueError: the numbers of pairs differ, the channels of student and teacher differ, or the
+            variant is unknown.
     """
     if variant not in _POOLING:
         raise ValueError(f"variant must be one of {tuple(_POOLING)}, got {variant!r}")
     if len(student) != len(teacher) or not len(student):
-        raise ValueError(f"student and teacher must be lists of as many pairs, at least one, got {len(student)} and {len(teacher)}")
+        raise ValueError(f"student and teacher must have the same number of pairs, at least one, got {len(student)} and {len(teacher)}")
     total, elements = 0.0, 0
-    for i, (own, other) in enumerate(zip(student, teacher, strict=True)):
-        s, t = (fsp_matrix(*pair, pooling=_POOLING[variant]) for pair in (own, other))
+    for i, pairs in enumerate(zip(student, teacher, strict=True)):
+        s, t = (fsp_matrix(*pair, pooling=_POOLING[variant]) for pair in pairs)
         if s.shape != t.shape:
-            raise ValueError(f"pair {i}: FSP needs as many channels in student and teacher, got {tuple(s.shape[1:])} and {tuple(t.shape[1:])}")
+            raise ValueError(
+                f"pair {i}: student and teacher must have the same numbers of channels, got {tuple(s.shape[1:])} and {tuple(t.shape[1:])}"
+            )
         difference = t.detach() - s
         elements += s[0].numel()
         if variant == "torchdistill":
@@ -93,20 +104,22 @@ def fsp_loss(
 
 
 class FSP(TwoStage):
-    """Matches the FSP matrices of student and teacher.
+    """Match the FSP matrices of student and teacher.
 
-    In two stages (the paper): ``first_stage_epochs`` epochs on the FSP loss alone, which trains the layers up to the last tap and leaves the
-    others, also their weight decay and momentum, alone; then the labels, and KD if asked for. In one stage
-    (``first_stage_epochs=0``): all terms at once.
+    With two stages (as in the paper), ``first_stage_epochs`` epochs train on the FSP loss alone.
+    They train the layers up to the last tap; the other layers do not change, not even by weight
+    decay or momentum. The remaining epochs train on the labels, and on KD if ``alpha`` is set. With
+    one stage (``first_stage_epochs=0``), all loss terms are trained at once.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits [B, K].
-        student_taps, teacher_taps: names of layers, in order; each two neighbours are a pair. As many channels in student and teacher.
+        student, teacher: networks that map images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, from first to last. Every two neighbours are a
+            pair. Student and teacher must have the same number of channels at each layer.
         first_stage_epochs: epochs of the first stage.
         variant: see :func:`fsp_loss`.
         beta: weight of the FSP loss.
         gamma: weight of the cross-entropy.
-        alpha: weight of T^2 KL; 0 for none.
+        alpha: weight of T^2 KL; 0 omits it.
         temperature: T.
         **options: the other arguments of :class:`Distiller`.
     """
@@ -137,8 +150,8 @@ class FSP(TwoStage):
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits, teacher_features = self.teacher_outputs(batch)
         logits, features = self.student_outputs(batch)
-        own, other = (list(zip(list(f.values())[:-1], list(f.values())[1:], strict=True)) for f in (features, teacher_features))
+        student_pairs, teacher_pairs = (list(zip(list(f.values())[:-1], list(f.values())[1:], strict=True)) for f in (features, teacher_features))
         losses = {}
         if self.first_stage or not self.first_stage_epochs:
-            losses["fsp"] = self.beta * fsp_loss(own, other, variant=self.variant)
+            losses["fsp"] = self.beta * fsp_loss(student_pairs, teacher_pairs, variant=self.variant)
         return logits, losses | self.main_losses(logits, teacher_logits, batch)

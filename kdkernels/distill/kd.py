@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..nn import kd_loss  # the loss itself needs no trainer
+from ..nn import kd_loss  # in kdkernels.nn, because it does not need Lightning
 from ..tasks.base import Combine, teacher_shares
 from .base import Distiller
 
@@ -15,18 +15,22 @@ __all__ = ["KD", "kd_loss"]
 
 
 class KD(Distiller):
-    """Trains a student on labels and on the softened predictions of one or several teachers.
+    """Train a student on labels and on the softened predictions of one or several teachers.
 
-    For one teacher and classification the loss is that of :func:`kd_loss`. Data without labels train on the teachers alone.
+    For classification with one teacher, the loss is :func:`kd_loss`. On data without labels the
+    student learns from the teachers alone.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits of the shape that the task says; ``teacher`` may be a list of networks.
-        temperature: T of all predictions.
+        student, teacher: networks that map images [B, C, H, W] to logits in the shape of the task.
+            ``teacher`` may be a list of networks.
+        temperature: T for all predictions.
         gamma: weight of the loss on the labels.
         alpha: weight of T^2 KL.
-        combine: what several teachers teach: "probabilities", the mean of their softened probabilities; "divergences", the weighted mean of
-            the divergences from each of them.
-        combine_weights: weights of the teachers in ``combine``; by default all are equal. Only their ratios matter.
+        combine: the loss for several teachers: "probabilities" is the divergence from the mean of
+            their softened probabilities, "divergences" the mean of the divergences from each of
+            them. Both means are weighted with ``combine_weights``.
+        combine_weights: weights of the teachers, of which only the ratios matter; by default all
+            are equal.
         **options: the other arguments of :class:`Distiller`.
     """
 
@@ -61,4 +65,4 @@ class KD(Distiller):
 
     def check_unlabelled(self) -> None:
         if not self.alpha:
-            raise ValueError("without labels KD trains on T^2 KL alone: give alpha > 0, its weight")
+            raise ValueError("without labels, KD trains on T^2 KL alone: set alpha, its weight, to > 0")

@@ -1,4 +1,4 @@
-"""Predictions of a student for a folder of images, as a CSV file."""
+"""Write the predictions of a student for a folder of images to a CSV file."""
 
 from __future__ import annotations
 
@@ -34,25 +34,30 @@ def predict_images(
     batch_size: int = 64,
     on_error: Literal["fail", "skip"] = "fail",
 ) -> int:
-    """Write the most probable classes of each image to a CSV file, which is written whole or not at all.
+    """Write the most probable classes of each image to a CSV file.
 
-    The columns are ``file`` (relative to the folder), ``class``, ``probability``, and with ``top_k`` > 1 also ``class_2``, ``probability_2``,
-    and so on. Images are read as :class:`kdkernels.data.ImageFolder` reads them: the square in the middle, resized to the student's size.
+    The columns are ``file`` (relative to the folder), ``class``, ``probability``, and with
+    ``top_k`` > 1 also ``class_2``, ``probability_2``, and so on. If an error occurs, ``out`` is not
+    changed. Images are prepared as by :class:`kdkernels.data.ImageFolder`: the square in the
+    middle, resized to the image size of the student.
 
     Args:
-        model: a file of ``kdkernels export`` (.onnx, .pt2, .safetensors), or a checkpoint of a student.
-        images: the folder; it is searched to any depth.
+        model: a file that ``kdkernels export`` wrote (.onnx, .pt2, .safetensors), or a checkpoint
+            of a student.
+        images: the folder of the images, including its subfolders.
         out: the CSV file.
-        top_k: how many classes of each image, the most probable first.
-        batch_size: images at a time.
-        on_error: "fail" stops at a file that cannot be read as an image and names it; "skip" leaves it out and names it on stderr.
+        top_k: number of classes per image, the most probable first.
+        batch_size: number of images per batch.
+        on_error: "fail" raises ValueError for a file that cannot be read as an image; "skip" omits
+            the file, and names it on stderr.
 
     Returns:
-        The number of images in the file.
+        The number of images in the CSV file.
 
     Raises:
         FileNotFoundError: there is no such model or folder.
-        ValueError: no image, an image that cannot be read, a model that does not say how images are prepared, or options out of range.
+        ValueError: there is no image, an image cannot be read, the model does not contain the
+            metadata that are needed to prepare images, or an option is out of range.
     """
     for name, value in {"top_k": top_k, "batch_size": batch_size}.items():
         if value < 1:
@@ -66,22 +71,25 @@ def predict_images(
 
     def rows() -> Iterator[list]:
         for paths, pixels in _batches(files, metadata, batch_size, on_error, left_out):
-            probable = _probable(network(prepare(pixels, metadata)), metadata, top_k)
-            for path, cells in zip(paths, probable, strict=True):
+            top_classes = _top_classes(network(prepare(pixels, metadata)), metadata, top_k)
+            for path, cells in zip(paths, top_classes, strict=True):
                 yield [path.relative_to(folder).as_posix(), *cells]
 
-    count = _write_whole(Path(out), columns, rows())
+    count = _write_csv(Path(out), columns, rows())
     if left_out:
         print(left_out, file=sys.stderr)
     return count
 
 
 def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
-    """The function from images to logits in a file, and its metadata (:func:`kdkernels.distill.export.metadata_of`).
+    """Load a model as a function from images to logits, and its metadata.
+
+    :func:`kdkernels.distill.export.metadata_of` describes the metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of the four formats, or does not carry metadata.
+        ValueError: the file has none of the four formats, or contains no metadata; or the student
+            is not for classification, or not for square images of 1 or 3 channels.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,11 +99,11 @@ def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
         raise ValueError(f"model: {str(path)!r} must end in one of {', '.join(loaders)}")
     network, metadata = loaders[path.suffix](path)
     if metadata.get("task") != "classification":
-        raise ValueError(f"model: {str(path)!r} must be a student for classification, its task is {metadata.get('task')}")
+        raise ValueError(f"model: {str(path)!r} must be a student for classification, but its task is {metadata.get('task')}")
     channels, height, width = metadata["image_shape"]
     if height != width or channels not in (1, 3):
         raise ValueError(
-            f"model: {str(path)!r} takes images [{channels}, {height}, {width}], and only square images of 1 or 3 channels can be prepared"
+            f"model: {str(path)!r} must be a student for square images of 1 or 3 channels, but its images are [{channels}, {height}, {width}]"
         )
     return network, metadata
 
@@ -131,12 +139,12 @@ def _load_checkpoint(path: Path) -> tuple[Logits, dict]:
 
 def _metadata(path: Path, text: str | bytes | None) -> dict:
     if not text:
-        raise ValueError(f"model: {str(path)!r} does not say its classes and how images are prepared: export the checkpoint again")
+        raise ValueError(f"model: {str(path)!r} does not contain the metadata of `kdkernels export`: export the checkpoint again")
     return json.loads(text)
 
 
 def prepare(pixels: Tensor, metadata: dict) -> Tensor:  # [B, C, H, W] uint8 -> [B, C, H, W] float32
-    """Images normalised as the student's training images were."""
+    """Normalise images like the student's training images."""
     image = pixels.float() / 255
     if metadata["mean"] is None:
         return image
@@ -159,18 +167,18 @@ def _batches(files: list[Path], metadata: dict, batch_size: int, on_error: str, 
             yield list(read), torch.stack(list(read.values()))
 
 
-def _probable(logits: Tensor, metadata: dict, top_k: int) -> list[list]:
-    """For each image its most probable classes and their probabilities, one after the other."""
+def _top_classes(logits: Tensor, metadata: dict, top_k: int) -> list[list]:
+    """For each image, list the most probable classes, each followed by its probability."""
     classes = metadata["classes"] or [str(i) for i in range(logits.shape[1])]
     if top_k > logits.shape[1]:
         raise ValueError(f"top_k must be at most {logits.shape[1]}, the number of classes, got {top_k}")
-    found = logits.double().softmax(1).topk(top_k)
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    top = logits.double().softmax(1).topk(top_k)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [[cell for i, p in zip(*pair, strict=True) for cell in (classes[i], f"{p:.6f}")] for pair in pairs]
 
 
-def _write_whole(path: Path, header: list[str], rows: Iterator[list]) -> int:
-    """Write a CSV file beside its place, and move it there once it is whole; returns the number of rows."""
+def _write_csv(path: Path, header: list[str], rows: Iterator[list]) -> int:
+    """Write a CSV file to a temporary file and rename it; return the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

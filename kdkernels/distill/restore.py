@@ -1,4 +1,4 @@
-"""A method and its data, made again from a config or from a checkpoint of ``kdkernels fit``."""
+"""Construct a method and its data from a config or from a checkpoint of ``kdkernels fit``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["instantiate", "restore"]
 
 
 def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
-    """The method with its trained student, and its data, set up for validation.
+    """Return the method with its trained student, and its data, set up for validation.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of this package, or does not say how its method and data are made.
+        ValueError: the file is not a checkpoint of this package, or does not contain the config of
+            its run.
     """
     config = describe(ckpt).get("config")
     if config is None:
-        raise ValueError(f"{os.fspath(ckpt)!r} does not say how its method and data are made: it was not trained by `kdkernels fit`")
+        raise ValueError(f"{os.fspath(ckpt)!r} does not contain the config of its run: give a checkpoint that `kdkernels fit` wrote")
     method, data = instantiate(config)
     load_weights(method.student, ckpt)
     data.setup("validate")
@@ -31,7 +32,7 @@ def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
 
 
 def instantiate(config: dict) -> tuple[Distiller, L.LightningDataModule]:
-    """Method and data from the ``model`` and ``data`` sections of a config."""
+    """Return the method and the data of the sections ``model`` and ``data`` of a config."""
     silence_lightning()
     cli = LightningCLI(
         Distiller,

@@ -13,7 +13,7 @@ from .base import Distiller
 
 
 class Supervised(Distiller):
-    """The loss on the labels alone: how teachers are trained, and what a distilled student is compared with.
+    """Train on the labels alone, for example a teacher, or a student as a baseline.
 
     Args:
         student, student_weights, optimizer, scheduler, check_finite, task: see :class:`Distiller`.
@@ -35,4 +35,4 @@ class Supervised(Distiller):
         return logits, self.label_losses(logits, batch)
 
     def check_unlabelled(self) -> None:
-        raise ValueError("Supervised trains on labels alone, and the training data have none; KD can train without labels")
+        raise ValueError("Supervised trains on labels alone, and the training data have none: give labels, or use KD, which can train without them")

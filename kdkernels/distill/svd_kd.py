@@ -1,4 +1,7 @@
-"""SVD-KD: self-supervised knowledge distillation by singular value decomposition (Lee, Kim, Song, ECCV 2018)."""
+"""SVD-KD, self-supervised knowledge distillation by singular value decomposition.
+
+S. H. Lee, D. H. Kim, B. C. Song, ECCV 2018.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
-from ..nn import svd_kd_loss, svd_kd_terms  # the loss itself needs no trainer
+from ..nn import svd_kd_loss, svd_kd_terms  # in kdkernels.nn, because they do not need Lightning
 from .batch import as_batch
 from .two_stage import TwoStage
 
@@ -20,26 +23,35 @@ __all__ = ["SVDKD", "clip_transfer", "svd_kd_loss"]
 def clip_transfer(
     main: Sequence[Tensor], transfer: Sequence[Tensor], epoch: float, *, rule: Literal["authors", "poster"] = "authors"
 ) -> list[Tensor]:
-    r"""The gradients of the transfer loss as they are added to those of the main one, for each parameter on its own.
+    r"""Clip the gradient of the transfer loss against that of the main loss, per parameter.
 
-    =============  =============================================================================================================
-    ``rule``       :math:`t` becomes, with :math:`\tau = \|m\|_2 / \|t\|_2`
-    =============  =============================================================================================================
-    "authors"      :math:`t \min(1, \tau \,\mathrm{sigmoid}(epoch))`: no longer than the main gradient, half of that at first
-    "poster"       :math:`t \,\mathrm{sigmoid}(\tau - epoch)` where :math:`\tau > 1`, else :math:`t`
-    =============  =============================================================================================================
+    The sum of the main gradient m and the clipped transfer gradient t is the gradient of a step.
+    With :math:`\tau = \|m\|_2 / \|t\|_2`:
 
-    "authors" is the released code, which lets the transfer in more and more; "poster" is the paper's formula, which fades it out.
+    =========  ==================================================================================
+    ``rule``   clipped transfer gradient
+    =========  ==================================================================================
+    "authors"  :math:`t \min(1, \tau \,\mathrm{sigmoid}(epoch))`
+    "poster"   :math:`t \,\mathrm{sigmoid}(\tau - epoch)` if :math:`\tau > 1`, else :math:`t`
+    =========  ==================================================================================
+
+    "authors" is the rule of the released code: the transfer gradient is at most half as long as the
+    main gradient at first, and later at most as long. "poster" is the formula of the paper, with
+    which the transfer gradient fades out over the epochs.
 
     Args:
-        main, transfer: gradients m and t of the same parameters, in the same unit: a common factor (a loss scaler's) goes through.
+        main, transfer: gradients m and t of the same parameters. If both contain a common factor,
+            for example of a loss scaler, the result contains it too.
         epoch: counted from 0.
 
+    Returns:
+        The clipped gradients of the transfer loss.
+
     Raises:
-        ValueError: lists of different lengths, or an unknown rule.
+        ValueError: the lists have different lengths, or the rule is unknown.
     """
     if len(main) != len(transfer):
-        raise ValueError(f"main and transfer must be gradients of the same parameters, got {len(main)} and {len(transfer)}")
+        raise ValueError(f"main and transfer must be gradients of the same parameters, got {len(main)} and {len(transfer)} gradients")
     if rule not in ("authors", "poster"):
         raise ValueError(f"rule must be 'authors' or 'poster', got {rule!r}")
     if not transfer:
@@ -54,31 +66,36 @@ def clip_transfer(
 
 
 class SVDKD(TwoStage):
-    """Trains on labels and, beside them, on the distilled feature vectors of a teacher (:func:`svd_kd_loss`).
+    """Train on the labels and on the main singular vectors of a teacher's feature maps.
 
-    Multitask (the default): a step has two gradients, that of the main loss, ``gamma CE + alpha T^2 KL`` and the optimizer's weight decay, and that
-    of the transfer; the second is clipped parameter by parameter against the first (:func:`clip_transfer`) and added. Micro-batches are
-    accumulated, processes averaged and a loss scaler's factor kept on both before they meet: what is clipped is the gradient of the whole step.
+    Multitask training (the default) computes two gradients per step: that of the main loss, ``gamma
+    CE + alpha T^2 KL`` and the optimizer's weight decay, and that of the transfer loss,
+    :func:`svd_kd_loss`. The second is clipped against the first, parameter by parameter
+    (:func:`clip_transfer`), and added to it. Both gradients are those of the whole step: they are
+    combined after the micro-batches have been accumulated and the processes reduced, and before the
+    factor of a loss scaler is removed.
 
-    In two stages (the paper's first table): ``first_stage_epochs`` epochs of the transfer alone, unclipped, then the main loss alone.
+    Two-stage training (the paper's first table) trains ``first_stage_epochs`` epochs on the
+    transfer loss alone, without clipping, and then on the main loss alone.
+
+    The number of samples of an epoch with a feature map that has no singular vectors (all zeros,
+    NaN or infinity) is logged as ``train/left_out``.
 
     Args:
-        student, teacher: networks from images [B, C, H, W] to logits [B, K].
-        student_taps, teacher_taps: names of layers, from the front to the back; each two neighbours are a pair. As many channels in student and
-            teacher.
-        k, align, grad, weighting, loss, extra: see :func:`svd_kd_loss`. "authors" sums over the whole batch of a step, over processes and
-            micro-batches.
+        student, teacher: networks that map images [B, C, H, W] to logits [B, K].
+        student_taps, teacher_taps: names of layers, from first to last. Every two neighbours are a
+            pair. Student and teacher must have the same number of channels at each layer.
+        k, align, grad, weighting, loss, extra: see :func:`svd_kd_loss`. With ``loss="authors"`` the
+            sum is over the whole batch of a step, including all processes and micro-batches.
         first_stage_epochs: epochs of the first of two stages; 0 for multitask training.
         rule: see :func:`clip_transfer`.
-        decay_in_norm: count the optimizer's (coupled) weight decay to the main gradient that the transfer is clipped against, as the authors
-            do; KD_methods does not.
-        beta: weight of the transfer loss, before it is clipped.
+        decay_in_norm: include the optimizer's (coupled) weight decay in the main gradient against
+            which the transfer gradient is clipped, as the authors do; KD_methods does not.
+        beta: weight of the transfer loss, applied before clipping.
         gamma: weight of the cross-entropy.
-        alpha: weight of T^2 KL; 0 for none.
+        alpha: weight of T^2 KL; 0 omits it.
         temperature: T.
         **options: the other arguments of :class:`Distiller`.
-
-    Logged besides the losses: ``train/left_out``, how many samples of an epoch had a pair of maps without a direction (all zeros, NaN, infinity).
     """
 
     can_be_sharded = False
@@ -107,13 +124,15 @@ class SVDKD(TwoStage):
         super().__init__(student, teacher, first_stage_epochs, student_taps=student_taps, teacher_taps=teacher_taps, **options)
         if len(self.student_taps.names) < 2:
             raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
-        clip_transfer([], [], 0, rule=rule)
         self.terms = {"k": k, "align": align, "grad": grad, "weighting": weighting, "loss": loss, "extra": extra}
-        svd_kd_loss([torch.ones(1, 1, 1)] * 2, [torch.ones(1, 1, 1)] * 2, **self.terms)  # refuses here what cannot be
+        # Validate the options now rather than at the first batch.
+        clip_transfer([], [], 0, rule=rule)
+        svd_kd_loss([torch.ones(1, 1, 1)] * 2, [torch.ones(1, 1, 1)] * 2, **self.terms)
         self.rule, self.decay_in_norm = rule, decay_in_norm
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
         self._left_out: Tensor | None = None
-        self._transfer: list[Tensor | None] | None = None  # gradients of the step's micro-batches so far
+        # Transfer gradient of the current step, summed over its micro-batches so far.
+        self._transfer: list[Tensor | None] | None = None
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         pair_features(student, teacher, channels=True)
@@ -122,8 +141,8 @@ class SVDKD(TwoStage):
         maps = [x.flatten(2) for x in self.student_taps(image)[1].values()]
         if self.terms["grad"] == "authors" and all(x.shape[2] >= x.shape[1] for x in maps):
             raise ValueError(
-                "grad='authors' trains no tapped layer: it gives a gradient only to maps with fewer places than channels, and the student's "
-                f"layers {self.student_taps.names} have {[x.shape[2] for x in maps]} places and {[x.shape[1] for x in maps]} channels"
+                "grad='authors' trains no tapped layer: only maps with fewer spatial positions than channels get a gradient, and the layers "
+                f"{self.student_taps.names} have {[x.shape[2] for x in maps]} positions and {[x.shape[1] for x in maps]} channels: use another grad"
             )
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,30 +162,36 @@ class SVDKD(TwoStage):
         share = batch.get("share", 1.0)
         if "svd" in losses:
             self.log("train/left_out", self._left_out.float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
-            # A mean over the samples of all micro-batches and processes, as the other losses; or a sum over them.
+            # "mean" is a mean over the samples of all micro-batches and processes, like the other
+            # losses; "authors" is a sum over them.
             parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
             self._accumulate(losses.pop("svd") * (share / parts if self.terms["loss"] == "mean" else 1.0))
         return sum(losses.values()) * share
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def _accumulate(self, transfer: Tensor) -> None:
-        if not transfer.requires_grad:  # no sample of the batch had a direction
+        """Add the gradient of a micro-batch's transfer loss to that of the current step."""
+        if not transfer.requires_grad:  # no feature map of the batch has singular vectors
             return
-        own = torch.autograd.grad(transfer * self._scale(transfer), self._trained(), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(transfer * self._scale(transfer), self._trainable_parameters(), retain_graph=True, allow_unused=True)
         if self._transfer is None:
-            self._transfer = list(own)
+            self._transfer = list(gradients)
         else:
-            self._transfer = [b if a is None else a if b is None else a + b for a, b in zip(self._transfer, own, strict=True)]
+            self._transfer = [b if a is None else a if b is None else a + b for a, b in zip(self._transfer, gradients, strict=True)]
 
     def _scale(self, like: Tensor) -> Tensor | float:
-        """Of the loss scaler of half precision, if there is one."""
+        """Return the factor of the loss scaler, or 1 if training uses none."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.scale(torch.ones_like(like))
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        """After the backward of the step's last micro-batch, and before the loss scaler's factor is taken off the gradients."""
+        """Add the transfer gradient to the main gradient before the optimizer's step.
+
+        This happens after the backward pass of the step's last micro-batch, and before the loss
+        scaler's factor is removed from the gradients.
+        """
 
         def closure():
             loss = optimizer_closure()
@@ -177,26 +202,26 @@ class SVDKD(TwoStage):
 
     @torch.no_grad()
     def _add_transfer(self, optimizer: torch.optim.Optimizer) -> None:
-        everything, self._transfer = self._transfer, None
-        if everything is None and self.trainer.world_size == 1:
+        gradients, self._transfer = self._transfer, None
+        if gradients is None and self.trainer.world_size == 1:
             return
-        parameters = self._trained()
-        everything = everything or [None] * len(parameters)
-        if self.trainer.world_size > 1:  # a process may lack what others have
-            flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, everything, strict=True)])
+        parameters = self._trainable_parameters()
+        gradients = gradients or [None] * len(parameters)
+        if self.trainer.world_size > 1:  # a gradient may be None in some of the processes
+            flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)])
             flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
-            everything = [g.view_as(p) for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)]
-        parameters, transfer = zip(*((p, g) for p, g in zip(parameters, everything, strict=True) if g is not None), strict=True)
+            gradients = [g.view_as(p) for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)]
+        parameters, transfer = zip(*((p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None), strict=True)
         if not self.first_stage:
-            decay = self._decay(optimizer)
+            decay = self._weight_decay(optimizer)
             main = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             main = [g + decay[p] * self._scale(g.new_empty(())) * p if decay.get(p) else g for p, g in zip(parameters, main, strict=True)]
             transfer = clip_transfer(main, transfer, self.current_epoch, rule=self.rule)
         for p, g in zip(parameters, transfer, strict=True):
             p.grad = g if p.grad is None else p.grad + g
 
-    def _decay(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:
-        """The weight decay that the optimizer adds to a parameter's gradient."""
+    def _weight_decay(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:
+        """Return the weight decay that the optimizer adds to the gradient of each parameter."""
         if not self.decay_in_norm or isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW):
             return {}
         groups = [group for group in optimizer.param_groups if not group.get("decoupled_weight_decay")]

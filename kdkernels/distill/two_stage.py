@@ -1,4 +1,4 @@
-"""Training in two stages: features first, then labels."""
+"""Training in two stages: first on the features alone, then on the labels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from .base import Distiller
 
 
 class TwoStage(Distiller):
-    """A first stage of ``first_stage_epochs`` epochs trains features alone: the layers up to the last tap. What lies behind gets no step, not even
-    one of weight decay or momentum. A subclass takes its other losses from
-    :meth:`main_losses`, and has the attributes ``gamma``, ``alpha`` and ``temperature``.
+    """Base class of methods that train in two stages: on features alone, then on the labels.
+
+    The first stage lasts ``first_stage_epochs`` epochs and trains the layers up to the last tap.
+    The layers behind the last tap do not change, not even by weight decay or momentum. A subclass
+    gets the losses of the second stage from :meth:`main_losses`, and has the attributes ``gamma``,
+    ``alpha`` and ``temperature``.
 
     Args:
-        first_stage_epochs: epochs of the first stage; 0 for one stage.
+        first_stage_epochs: epochs of the first stage; 0 trains in one stage.
         **options: the other arguments of :class:`Distiller`.
     """
 
@@ -23,15 +26,19 @@ class TwoStage(Distiller):
         if first_stage_epochs < 0:
             raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
         self.first_stage_epochs = first_stage_epochs
-        self._idle: list[nn.Parameter] | None = None  # parameters that the first stage has not trained so far, once it has begun
+        # Parameters that the first stage has not trained so far; None before its first step.
+        self._untrained: list[nn.Parameter] | None = None
 
     @property
     def first_stage(self) -> bool:
         return self.current_epoch < self.first_stage_epochs
 
     def main_losses(self, logits: Tensor, teacher_logits: Tensor, batch: dict) -> dict[str, Tensor]:
-        """The loss on the labels with the weight ``gamma``, and ``alpha`` T^2 KL. In the first stage their weight is 0: DDP waits for a
-        gradient of every parameter."""
+        """Return the loss on the labels, multiplied by ``gamma``, and ``alpha`` T^2 KL.
+
+        In the first stage the losses have the weight 0. They are not omitted, because DDP waits for
+        a gradient of every parameter.
+        """
         losses = self.label_losses(logits, batch, 0.0 if self.first_stage else self.gamma)
         if self.first_stage:
             return losses or {"cross_entropy": 0.0 * logits.sum()}
@@ -41,14 +48,19 @@ class TwoStage(Distiller):
 
     def check_unlabelled(self) -> None:
         if not self.alpha:
-            raise ValueError(f"without labels {type(self).__name__} would train the tapped layers alone: give alpha > 0, the weight of T^2 KL")
+            raise ValueError(
+                f"without labels, {type(self).__name__} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.first_stage:
             return
-        if self._idle is None:
-            self._idle = [p for p in self.student.parameters() if p.grad is not None]
-        # Behind the last tap the losses of weight 0 leave zeros, always. Before it a layer may begin with them: a branch whose last scale is zero.
-        self._idle = [p for p in self._idle if p.grad is None or not bool(p.grad.any())]
-        for parameter in self._idle:
+        if self._untrained is None:
+            self._untrained = [p for p in self.student.parameters() if p.grad is not None]
+        # Behind the last tap, the losses of weight 0 give zero gradients in every step. Before it,
+        # the gradient of a layer can be zero in the first steps, for example in a residual branch
+        # whose last scale is initialised with zeros. Such a layer is removed from the list as soon
+        # as its gradient is not zero.
+        self._untrained = [p for p in self._untrained if p.grad is None or not bool(p.grad.any())]
+        for parameter in self._untrained:
             parameter.grad = None

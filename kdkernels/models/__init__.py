@@ -32,7 +32,7 @@ from .vgg import VGG, vgg8, vgg11, vgg13
 from .weights import from_checkpoint, load_weights
 from .wrn import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
-# The layers whose outputs methods compare, from the first to the last, by family. docs/models.md has their shapes.
+# The usual taps of each family, from the first to the last layer. Their shapes: docs/models.md.
 TAPS: dict[type, tuple[str, ...]] = {
     ResNet: ("relu", "layer1", "layer2", "layer3"),
     WideResNet: ("conv1", "block1", "block2", "block3"),

@@ -1,24 +1,26 @@
-"""MobileNetV2 (Sandler et al. 2018) for images of 32x32 pixels, half as wide, as distillation papers use it."""
+"""MobileNetV2 (Sandler et al. 2018) for images of 32x32 pixels, as used in distillation papers."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-# channels before the width factor, blocks, stride of the first; the expansion is 1 in the first stage
+# For each stage: channels before the factor ``width``, number of blocks, stride of the first block.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 
 
 class MobileNetV2(nn.Module):
-    """A stem of stride 2, seven stages of inverted residuals, a 1x1 convolution to 1280 channels, global mean, classifier.
+    """A stem, seven stages of inverted residuals, 1x1 convolution, average pooling, classifier.
 
-    Parameters are named as in RepDistiller's networks, so that files of weights trained with those load.
+    The stem has stride 2. The 1x1 convolution has 1280 output channels. Parameters are named as in
+    RepDistiller's networks, so weights that were trained with RepDistiller can be loaded.
 
-    Taps: ``conv1`` (the stem), ``blocks.0`` to ``blocks.6``, ``conv2``; resolution 1/2; 1/2, 1/2, 1/4, 1/8, 1/8, 1/16, 1/16; 1/16.
+    Taps: ``conv1`` (the stem), ``blocks.0`` to ``blocks.6``, ``conv2``. Their resolutions, relative
+    to the image, are 1/2; 1/2, 1/2, 1/4, 1/8, 1/8, 1/16, 1/16; 1/16.
 
     Args:
-        width: factor on the channels.
-        expansion: of the inverted residuals, from the second stage.
-        num_classes: classes.
+        width: factor for the numbers of channels.
+        expansion: expansion of the inverted residuals, except in the first stage, where it is 1.
+        num_classes: number of classes.
     """
 
     def __init__(self, width: float = 0.5, expansion: int = 6, num_classes: int = 100):
@@ -48,15 +50,18 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Widen by a 1x1 convolution, filter each channel by 3x3, narrow by a 1x1 without ReLU; a shortcut where the shape stays."""
+    """1x1 convolution to more channels, depthwise 3x3, 1x1 to fewer channels without ReLU.
+
+    The input is added if it has the shape of the output.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
-        wide = inputs * expansion
+        expanded = inputs * expansion
         self.conv = nn.Sequential(
-            *_conv_bn_relu(inputs, wide, 1),
-            *_conv_bn_relu(wide, wide, 3, stride, groups=wide),
-            nn.Conv2d(wide, outputs, 1, bias=False),
+            *_conv_bn_relu(inputs, expanded, 1),
+            *_conv_bn_relu(expanded, expanded, 3, stride, groups=expanded),
+            nn.Conv2d(expanded, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
         self.shortcut = stride == 1 and inputs == outputs
@@ -71,5 +76,5 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, group
 
 
 def mobilenet_v2(num_classes: int = 100) -> MobileNetV2:
-    """Half as wide, expansion 6."""
+    """MobileNetV2 with half of the channels (``width=0.5``) and expansion 6."""
     return MobileNetV2(num_classes=num_classes)

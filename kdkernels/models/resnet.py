@@ -1,4 +1,7 @@
-"""Residual networks for images of 32x32 pixels (He, Zhang, Ren, Sun 2016, section 4.2), in the sizes that distillation papers compare."""
+"""Residual networks for images of 32x32 pixels, in the sizes that distillation papers compare.
+
+He, Zhang, Ren, Sun 2016, section 4.2.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,25 @@ from torch import Tensor, nn
 
 
 class ResNet(nn.Module):
-    """A 3x3 stem and three stages of basic blocks (widths w1, w2, w3; the map halves at the second and the third), global mean, classifier.
+    """A 3x3 stem, three stages of basic blocks, global average pooling, and a linear classifier.
 
-    A shortcut that changes shape is a 1x1 convolution with batch norm. Works for any image of at least 4x4 pixels.
-    Parameters are named as in RepDistiller's networks, so that files of weights trained with those load.
+    The second and the third stage halve the resolution. A shortcut that changes the shape is a 1x1
+    convolution with batch norm. Images must have at least 4x4 pixels. Parameters are named as in
+    RepDistiller's networks, so weights that were trained with RepDistiller can be loaded.
 
-    Taps: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``: maps after the ReLU; widths ``widths``, resolution 1, 1, 1/2, 1/4.
+    Taps, each after its ReLU: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``. They have
+    ``widths`` channels and the resolutions 1, 1, 1/2, 1/4, relative to the image.
 
     Args:
-        depth: 6 n + 2 layers, n blocks per stage.
-        widths: channels of the stem and of the three stages.
-        num_classes: classes.
+        depth: number of layers, 6 n + 2 with n blocks per stage.
+        widths: numbers of channels of the stem and of the three stages.
+        num_classes: number of classes.
     """
 
     def __init__(self, depth: int = 20, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 100):
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
+        blocks, remainder = divmod(depth - 2, 6)
+        if remainder or blocks < 1:
             raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
         stem, *stages = widths
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
@@ -96,10 +101,10 @@ def resnet110(num_classes: int = 100) -> ResNet:
 
 
 def resnet8x4(num_classes: int = 100) -> ResNet:
-    """Four times as wide as resnet8 (the stem twice)."""
+    """resnet8 with four times the channels (two times in the stem)."""
     return ResNet(8, _WIDE, num_classes)
 
 
 def resnet32x4(num_classes: int = 100) -> ResNet:
-    """Four times as wide as resnet32 (the stem twice)."""
+    """resnet32 with four times the channels (two times in the stem)."""
     return ResNet(32, _WIDE, num_classes)

@@ -1,4 +1,4 @@
-"""ShuffleNetV1 (Zhang et al. 2018) and ShuffleNetV2 (Ma et al. 2018) for images of 32x32 pixels, as distillation papers use them."""
+"""ShuffleNetV1 (Zhang et al. 2018) and ShuffleNetV2 (Ma et al. 2018) for images of 32x32 pixels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import Tensor, nn
 
 
 class ShuffleNetV1(nn.Module):
-    """A 1x1 stem of 24 channels, three stages of grouped bottlenecks, global mean, classifier.
+    """A 1x1 stem, three stages of grouped bottlenecks, global average pooling, linear classifier.
 
-    Parameters are named as in RepDistiller's networks, so that files of weights trained with those load.
+    The stem has 24 channels. Parameters are named as in RepDistiller's networks, so weights that
+    were trained with RepDistiller can be loaded.
 
-    Taps: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``; resolution 1, 1/2, 1/4, 1/8.
+    Taps: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``; their resolutions, relative to
+    the image, are 1, 1/2, 1/4, 1/8.
 
     Args:
-        widths: channels of the stages.
-        blocks: of each stage.
-        groups: of the 1x1 convolutions.
-        num_classes: classes.
+        widths: number of channels of each stage.
+        blocks: number of blocks of each stage.
+        groups: number of groups of the 1x1 convolutions.
+        num_classes: number of classes.
     """
 
     def __init__(
@@ -47,19 +49,23 @@ class ShuffleNetV1(nn.Module):
 
 
 class GroupedBottleneck(nn.Module):
-    """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; added to its input, or, at stride 2, beside the input's local means."""
+    """Grouped 1x1 convolution, channel shuffle, depthwise 3x3 convolution, grouped 1x1 convolution.
+
+    With stride 1, the input is added. With stride 2, the average-pooled input is concatenated.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int, first_groups: int):
         super().__init__()
-        own = outputs - inputs if stride == 2 else outputs  # the rest are the input's
-        middle = own // 4
+        # With stride 2, the other output channels are those of the input.
+        convolved = outputs - inputs if stride == 2 else outputs
+        middle = convolved // 4
         self.stride, self.groups = stride, first_groups
         self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first_groups, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = nn.Conv2d(middle, own, 1, groups=groups, bias=False)
-        self.bn3 = nn.BatchNorm2d(own)
+        self.conv3 = nn.Conv2d(middle, convolved, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(convolved)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -71,16 +77,18 @@ class GroupedBottleneck(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """A 1x1 stem of 24 channels, three stages of split blocks, a 1x1 convolution, global mean, classifier.
+    """A 1x1 stem, three stages of split blocks, a 1x1 convolution, average pooling, classifier.
 
-    Parameters are named as in RepDistiller's networks, so that files of weights trained with those load.
+    The stem has 24 channels. Parameters are named as in RepDistiller's networks, so weights that
+    were trained with RepDistiller can be loaded.
 
-    Taps: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``; resolution 1, 1/2, 1/4, 1/8.
+    Taps: ``relu`` (the stem), ``layer1``, ``layer2``, ``layer3``; their resolutions, relative to
+    the image, are 1, 1/2, 1/4, 1/8.
 
     Args:
-        widths: channels of the stages and of the last convolution.
-        blocks: of each stage after the one that halves the map.
-        num_classes: classes.
+        widths: numbers of channels of the stages and of the last convolution.
+        blocks: number of blocks of each stage, without the first one, which halves the resolution.
+        num_classes: number of classes.
     """
 
     def __init__(
@@ -109,7 +117,10 @@ class ShuffleNetV2(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """Half of the channels pass; the other half goes through 1x1, 3x3 per channel, 1x1; then the halves are shuffled."""
+    """1x1, depthwise 3x3, 1x1 convolution of half of the channels, then a shuffle of both halves.
+
+    The other half of the channels is not changed.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -122,15 +133,15 @@ class SplitBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        passed, out = x.chunk(2, 1)
+        unchanged, out = x.chunk(2, 1)
         out = F.relu(self.bn1(self.conv1(out)))
         out = self.bn2(self.conv2(out))
         out = F.relu(self.bn3(self.conv3(out)))
-        return shuffle(torch.cat([passed, out], 1), 2)
+        return shuffle(torch.cat([unchanged, out], 1), 2)
 
 
 class DownBlock(nn.Module):
-    """Halves the map: both branches see all channels, each gives half of the outputs."""
+    """Two branches with stride 2, each from all input channels to half of the output channels."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -154,7 +165,7 @@ class DownBlock(nn.Module):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """[B, g*n, H, W] with the channels of the g groups interleaved."""
+    """Interleave the channels of the groups: [B, groups * n, H, W] -> [B, groups * n, H, W]."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 

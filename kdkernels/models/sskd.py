@@ -1,5 +1,8 @@
-"""The networks of SVD-KD's experiments (Lee, Kim, Song, ECCV 2018, section 4) for images of 32x32 pixels: three pairs of a student and a deeper
-teacher with as many channels at each tap."""
+"""The networks of SVD-KD's experiments, for images of 32x32 pixels.
+
+Lee, Kim, Song, ECCV 2018, section 4. They are three pairs of a student and a deeper teacher, which
+have the same number of channels at each tap.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,19 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class PlainVGG(nn.Module):
-    """Four stages of 3x3 convolutions with ReLU and no batch norm, a max pool after each, then wide linear layers and dropout.
+    """Four stages of 3x3 convolutions with ReLU and without batch norm, linear layers, dropout.
 
-    Taps: ``pool0`` to ``pool3``, 64, 128, 256 and 512 channels, resolution 1/2 to 1/16.
+    Each stage ends with max pooling.
+
+    Taps: ``pool0`` to ``pool3``, with 64, 128, 256 and 512 channels and the resolutions 1/2, 1/4,
+    1/8 and 1/16, relative to the image.
 
     Args:
-        convolutions: of each stage.
-        hidden: linear layers of 1024 before the classifier.
-        num_classes: classes.
-        image_size: side of the images, for which the first linear layer is made; a multiple of 16.
+        convolutions: number of convolutions of each stage.
+        hidden: number of linear layers with 1024 outputs before the classifier.
+        num_classes: number of classes.
+        image_size: height and width of the images, a multiple of 16. The size of the first linear
+            layer depends on it.
     """
 
     def __init__(self, convolutions: tuple[int, ...] = (1, 1, 1, 1), hidden: int = 1, num_classes: int = 100, image_size: int = 32):
@@ -51,13 +58,17 @@ class PlainVGG(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """A stem and four stages of depthwise separable convolutions (Howard et al. 2017), global mean, classifier.
+    """A stem, four stages of depthwise separable convolutions, global average pooling, classifier.
 
-    Taps: ``stage0`` to ``stage3``, 64, 128, 256 and 512 channels after batch norm and ReLU, resolution 1, 1/2, 1/4, 1/8.
+    Howard et al. 2017.
+
+    Taps: ``stage0`` to ``stage3``, after batch norm and ReLU, with 64, 128, 256 and 512 channels
+    and the resolutions 1, 1/2, 1/4, 1/8, relative to the image.
 
     Args:
-        blocks: of each stage; the first of each but the first stage has stride 2.
-        num_classes: classes.
+        blocks: number of blocks of each stage. From the second stage on, the first block of a stage
+            has stride 2.
+        num_classes: number of classes.
     """
 
     def __init__(self, blocks: tuple[int, ...] = (1, 1, 1, 3), num_classes: int = 100):
@@ -83,14 +94,18 @@ class MobileNet(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """A stem and three stages of residual bottlenecks with grouped convolutions (Xie et al. 2017), global mean, classifier.
+    """A stem, three stages of grouped residual bottlenecks, global average pooling, classifier.
 
-    Taps: ``stem``, ``stage0`` to ``stage2``, 64, 64, 128 and 256 channels after ReLU, resolution 1, 1, 1/2, 1/4.
+    Xie et al. 2017.
+
+    Taps: ``stem``, ``stage0`` to ``stage2``, after the ReLU, with 64, 64, 128 and 256 channels and
+    the resolutions 1, 1, 1/2, 1/4, relative to the image.
 
     Args:
-        blocks: of each stage.
-        groups: of the 3x3 convolutions, which are half as wide as the stage.
-        num_classes: classes.
+        blocks: number of blocks of each stage.
+        groups: number of groups of the 3x3 convolutions, which have half of the channels of the
+            stage.
+        num_classes: number of classes.
     """
 
     def __init__(self, blocks: int = 3, groups: int = 8, num_classes: int = 100):
@@ -116,7 +131,10 @@ class ResNeXt(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """Narrow by a 1x1 convolution, filter in groups by 3x3, widen by a 1x1; a shortcut, averaged and filled with zeros where the shape changes."""
+    """1x1 convolution to half of the channels, grouped 3x3, 1x1 to all channels, and a shortcut.
+
+    If the shape changes, the shortcut is average-pooled, and zero channels are appended.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int):
         super().__init__()
@@ -127,12 +145,12 @@ class _Bottleneck(nn.Module):
             nn.Conv2d(inner, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.stride, self.missing = stride, outputs - inputs
+        self.stride, self.added_channels = stride, outputs - inputs
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.stride == 1 else F.avg_pool2d(x, self.stride)
-        return self.relu(F.pad(shortcut, (0, 0, 0, 0, 0, self.missing)) + self.residual(x))
+        return self.relu(F.pad(shortcut, (0, 0, 0, 0, 0, self.added_channels)) + self.residual(x))
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -149,30 +167,30 @@ def _initialize(network: nn.Module) -> None:
 
 
 def sskd_vgg_student(num_classes: int = 100, image_size: int = 32) -> PlainVGG:
-    """One convolution a stage, one hidden layer."""
+    """PlainVGG with one convolution per stage and one hidden layer."""
     return PlainVGG((1, 1, 1, 1), 1, num_classes, image_size)
 
 
 def sskd_vgg_teacher(num_classes: int = 100, image_size: int = 32) -> PlainVGG:
-    """2, 2, 3 and 3 convolutions, two hidden layers."""
+    """PlainVGG with 2, 2, 3 and 3 convolutions per stage and two hidden layers."""
     return PlainVGG((2, 2, 3, 3), 2, num_classes, image_size)
 
 
 def sskd_mobilenet_student(num_classes: int = 100) -> MobileNet:
-    """1, 1, 1 and 3 blocks."""
+    """MobileNet with 1, 1, 1 and 3 blocks per stage."""
     return MobileNet((1, 1, 1, 3), num_classes)
 
 
 def sskd_mobilenet_teacher(num_classes: int = 100) -> MobileNet:
-    """1, 2, 2 and 8 blocks."""
+    """MobileNet with 1, 2, 2 and 8 blocks per stage."""
     return MobileNet((1, 2, 2, 8), num_classes)
 
 
 def sskd_resnext_student(num_classes: int = 100) -> ResNeXt:
-    """Three blocks a stage."""
+    """ResNeXt with three blocks per stage."""
     return ResNeXt(3, num_classes=num_classes)
 
 
 def sskd_resnext_teacher(num_classes: int = 100) -> ResNeXt:
-    """Six blocks a stage."""
+    """ResNeXt with six blocks per stage."""
     return ResNeXt(6, num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""A small plain CNN, the student and the teacher of the demo."""
+"""A small plain CNN, used for the student and the teacher of the demo."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from torch import Tensor, nn
 
 
 class TinyCNN(nn.Module):
-    """Three blocks of 3x3 convolutions, each followed by batch norm, ReLU and a halving of the map; global mean; a linear classifier.
+    """Three blocks of 3x3 convolutions, global average pooling, and a linear classifier.
 
-    Taps: ``block1`` (width channels, 1/2 of the resolution), ``block2`` (2 width, 1/4), ``block3`` (4 width, 1/8).
+    Each convolution is followed by batch norm and ReLU, and each block by max pooling.
+
+    Taps: ``block1`` (width channels, 1/2 of the image's resolution), ``block2`` (2 width, 1/4),
+    ``block3`` (4 width, 1/8).
 
     Args:
-        width: channels of the first block.
-        depth: convolutions per block.
-        num_classes: classes.
+        width: number of channels of the first block.
+        depth: number of convolutions per block.
+        num_classes: number of classes.
     """
 
     def __init__(self, width: int = 32, depth: int = 1, num_classes: int = 10):
@@ -31,7 +34,10 @@ class TinyCNN(nn.Module):
 
 
 def conv_block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
-    """``depth`` times a 3x3 convolution, batch norm and ReLU; then the map is halved by maximum: [B, inputs, H, W] -> [B, outputs, H/2, W/2]."""
+    """``depth`` times 3x3 convolution, batch norm and ReLU, then 2x2 max pooling.
+
+    Maps [B, inputs, H, W] to [B, outputs, H/2, W/2].
+    """
     layers: list[nn.Module] = []
     for i in range(depth):
         layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

@@ -9,16 +9,19 @@ from .tiny_cnn import conv_block
 
 
 class TinyFCN(nn.Module):
-    """The three blocks of :class:`kdkernels.models.TinyCNN`, and class scores of each of them, added from coarse to fine.
+    """A stem and the blocks of :class:`kdkernels.models.TinyCNN`, with class scores from each.
 
-    The scores of a map are enlarged by 2 (bilinear) and added to those of the map before it, as in Long, Shelhamer, Darrell (CVPR 2015);
-    a first convolution at full resolution gives the last ones. Taps: ``block1`` (width channels, 1/2 of the resolution), ``block2``
-    (2 width, 1/4), ``block3`` (4 width, 1/8).
+    The scores are added from the coarsest resolution to the finest: the scores of a block are
+    enlarged by 2 (bilinear interpolation) and added to those of the layer before it, as in Long,
+    Shelhamer, Darrell (CVPR 2015). The stem is a 3x3 convolution at full resolution.
+
+    Taps: ``block1`` (width channels, 1/2 of the image's resolution), ``block2`` (2 width, 1/4),
+    ``block3`` (4 width, 1/8).
 
     Args:
-        width: channels of the first block.
-        depth: convolutions per block.
-        num_classes: classes.
+        width: number of channels of the stem and of the first block.
+        depth: number of convolutions per block.
+        num_classes: number of classes.
     """
 
     def __init__(self, width: int = 16, depth: int = 1, num_classes: int = 11):

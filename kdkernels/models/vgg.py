@@ -1,4 +1,7 @@
-"""VGG networks with batch norm (Simonyan, Zisserman 2015), cut to images of 32x32 pixels as distillation papers use them."""
+"""VGG networks with batch norm (Simonyan, Zisserman 2015) for images of 32x32 pixels.
+
+These are the variants that distillation papers use.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,25 @@ from torch import Tensor, nn
 
 
 class VGG(nn.Module):
-    """Five blocks of 3x3 convolutions with batch norm, a max pool after each of the first three, global mean, classifier.
+    """Five blocks of 3x3 convolutions with batch norm, global average pooling, linear classifier.
 
-    Images of 64x64 pixels get a fourth max pool. Parameters are named as in RepDistiller's networks, so that files of weights trained with
-    those load.
+    Max pooling follows each of the first three blocks, and also the fourth if images are at least
+    64 pixels high. Parameters are named as in RepDistiller's networks, so weights that were trained
+    with RepDistiller can be loaded.
 
-    Taps: ``relu0`` to ``relu4``, the blocks' outputs after the ReLU (widths as given, resolution 1, 1/2, 1/4, 1/8, 1/8), and ``block0`` to
-    ``block4``, the same before it.
+    Taps: ``relu0`` to ``relu4``, the outputs of the blocks after the ReLU, and ``block0`` to
+    ``block4``, the same outputs before the ReLU. For images of 32x32 pixels their resolutions,
+    relative to the image, are 1, 1/2, 1/4, 1/8, 1/8.
 
     Args:
-        widths: channels of each convolution, block by block.
-        num_classes: classes.
+        widths: for each block, the number of channels of each convolution.
+        num_classes: number of classes.
     """
 
     def __init__(self, widths: tuple[tuple[int, ...], ...] = ((64,), (128,), (256,), (512,), (512,)), num_classes: int = 100):
         super().__init__()
         if len(widths) != 5 or not all(widths):
-            raise ValueError(f"widths must hold five blocks of at least one convolution each, got {widths}")
+            raise ValueError(f"widths must contain five blocks of at least one convolution each, got {widths}")
         inputs = 3
         for i, block in enumerate(widths):
             layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""Weights and whole networks from files."""
+"""Load weights, or whole networks, from files."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-CHECKPOINT_KEY = "kdkernels"  # of what a Distiller adds to Lightning's checkpoint
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "student")  # under which training scripts save one
-_HOLDERS = {"module", "model", "net", "network"}  # parts that hold the network in another: DataParallel, DDP, LightningModules
-# What torch.compile, FSDP, activation checkpoints and DeepSpeed put into names, at any depth.
+CHECKPOINT_KEY = "kdkernels"  # key of the data that a Distiller adds to Lightning's checkpoint
+# Keys under which training scripts save a state dict.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "student")
+# Attribute names under which DataParallel, DDP and LightningModules hold a network.
+_PARENT_ATTRIBUTES = {"module", "model", "net", "network"}
+# Names that torch.compile, FSDP, activation checkpointing and DeepSpeed insert at any depth.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict of a file, names as they are there: ``.safetensors``; a state dict saved by torch, bare or under a key such as
-    "state_dict", "model" or "net"; or a checkpoint of this package. Nothing but tensors and plain values is unpickled (also those in an
-    ``argparse.Namespace``, and numpy's numbers).
+    """Read the state dict of a file, without changes to its names.
+
+    The file is ``.safetensors``; or a state dict that torch saved, alone or under a key such as
+    "state_dict", "model" or "net"; or a checkpoint of this package. Only tensors and plain values
+    are unpickled, including those in an ``argparse.Namespace`` and numpy's numbers.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no state dict, or more than one, or cannot be read without running code of its own.
+        ValueError: the file contains no state dict or more than one, or cannot be read without
+            running code from the file.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"weights: there is no file {path!r}")
     if os.path.isdir(path):
-        raise ValueError(f"weights: {path!r} is a folder, a file is needed")
+        raise ValueError(f"weights: {path!r} is a folder, expected a file")
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -40,18 +45,18 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"weights: {path!r} is not whole, or no .safetensors file: {error}") from error
+            raise ValueError(f"weights: {path!r} is incomplete, or not a .safetensors file: {error}") from error
     stored = _load(path)
-    inside = next((stored[key] for key in _STATE_DICT_KEYS if isinstance(stored, dict) and _is_state_dict(stored.get(key))), stored)
-    if not _is_state_dict(inside) and isinstance(stored, dict):
-        found = [key for key, value in stored.items() if _is_state_dict(value)]
-        if len(found) > 1:
-            raise ValueError(f"weights: {path!r} holds several state dicts, under {found}: save the one that is meant alone, by torch.save")
-        inside = stored[found[0]] if found else stored
-    if not _is_state_dict(inside):
-        what = f"a dict of {', '.join(map(repr, list(stored)[:8]))}" if isinstance(stored, dict) else type(stored).__name__
-        raise ValueError(f"weights: {path!r} holds no state dict (names and tensors), but {what}")
-    return inside
+    state_dict = next((stored[key] for key in _STATE_DICT_KEYS if isinstance(stored, dict) and _is_state_dict(stored.get(key))), stored)
+    if not _is_state_dict(state_dict) and isinstance(stored, dict):
+        keys = [key for key, value in stored.items() if _is_state_dict(value)]
+        if len(keys) > 1:
+            raise ValueError(f"weights: {path!r} contains several state dicts, under {keys}: save the right one alone with torch.save")
+        state_dict = stored[keys[0]] if keys else stored
+    if not _is_state_dict(state_dict):
+        contents = f"a dict of {', '.join(map(repr, list(stored)[:8]))}" if isinstance(stored, dict) else type(stored).__name__
+        raise ValueError(f"weights: {path!r} contains no state dict (names and tensors), but {contents}")
+    return state_dict
 
 
 def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
@@ -59,43 +64,45 @@ def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def load_weights(module: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """``module``, with the weights of the file (see :func:`read_weights`). Nothing is changed if they do not fit.
+    """Load the weights of a file (see :func:`read_weights`) into ``module``, and return ``module``.
 
-    What wrappers add to names is left out: ``module.`` of DataParallel and DDP, ``_orig_mod.`` of ``torch.compile``, and ``model.``, ``net.`` or
-    ``network.`` where all names share it. Of a file in which a student and a teacher lie side by side (``student.``, ``module.student.``) the
-    student is taken.
-    ``num_batches_tracked``, which old files lack, stays as it is.
+    If the weights do not fit, the module is not changed. Prefixes that wrappers add to names are
+    removed: ``module.`` of DataParallel and DDP, ``_orig_mod.`` of ``torch.compile``, and
+    ``model.``, ``net.`` or ``network.`` if all names have it. If a file contains a student and a
+    teacher (``student.``, ``module.student.``), the student is loaded. ``num_batches_tracked``,
+    which old files do not contain, may be missing.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: names or shapes differ; the first of the file's are listed beside the network's.
+        ValueError: names, shapes or dtypes differ; lists the first differences.
     """
     stored = read_weights(path)
     weights = {_without_wrappers(name): value for name, value in stored.items()}
     if len(weights) < len(stored):
-        twice = next(name for name in stored if _without_wrappers(name) != name and _without_wrappers(name) in stored)
-        raise ValueError(f"weights: {os.fspath(path)!r} holds two tensors for {_without_wrappers(twice)}: {_without_wrappers(twice)!r} and {twice!r}")
-    own = {_without_wrappers(name): (name, value) for name, value in module.state_dict().items()}
-    prefix = _prefix(weights, own)
+        wrapped = next(name for name in stored if _without_wrappers(name) != name and _without_wrappers(name) in stored)
+        name = _without_wrappers(wrapped)
+        raise ValueError(f"weights: {os.fspath(path)!r} contains two tensors for {name}: {name!r} and {wrapped!r}")
+    expected = {_without_wrappers(name): (name, value) for name, value in module.state_dict().items()}
+    prefix = _prefix(weights, expected)
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
-    extra = [name for name in weights if name not in own]
-    reshaped = [
-        f"{n} is {list(w.shape)}, the network's {list(own[n][1].shape)}"
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    extra = [name for name in weights if name not in expected]
+    differences = [
+        f"{n} is {list(w.shape)} in the file and {list(expected[n][1].shape)} in the network"
         for n, w in weights.items()
-        if n in own and not is_lazy(own[n][1]) and w.shape != own[n][1].shape
+        if n in expected and not is_lazy(expected[n][1]) and w.shape != expected[n][1].shape
     ]
     for n, w in weights.items():
         if w.layout != torch.strided or w.is_meta or w.is_quantized:
-            reshaped.append(f"{n} is no dense tensor")
-        elif n in own and not is_lazy(own[n][1]) and w.is_floating_point() != own[n][1].is_floating_point():
-            reshaped.append(f"{n} is {w.dtype}, the network's {own[n][1].dtype}")
-    problems = reshaped[:4] + [f"and {len(reshaped) - 4} more shapes"] * (len(reshaped) > 4)
+            differences.append(f"{n} is not a dense tensor")
+        elif n in expected and not is_lazy(expected[n][1]) and w.is_floating_point() != expected[n][1].is_floating_point():
+            differences.append(f"{n} is {w.dtype} in the file and {expected[n][1].dtype} in the network")
+    problems = differences[:4] + [f"and {len(differences) - 4} more differences"] * (len(differences) > 4)
     if missing or extra:
-        problems.insert(0, f"the file has {_some(extra) or 'nothing else'} where the network has {_some(missing) or 'nothing'}")
+        problems.insert(0, f"only in the file: {_first_names(extra) or 'nothing'}; only in the network: {_first_names(missing) or 'nothing'}")
     if problems:
         raise ValueError(f"weights: {os.fspath(path)!r} does not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict({own[name][0]: value for name, value in weights.items()}, strict=False)
+    module.load_state_dict({expected[name][0]: value for name, value in weights.items()}, strict=False)
     return module
 
 
@@ -103,49 +110,65 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _prefix(weights: dict[str, Tensor], own: dict[str, tuple]) -> str:
-    """What stands before the network's names in the file: of all that complete them, none, or the student's, or what all names share."""
-    names = [name for name in own if not name.endswith("num_batches_tracked")]
+def _prefix(weights: dict[str, Tensor], expected: dict[str, tuple]) -> str:
+    """Return the prefix that the network's names have in the file.
+
+    A prefix fits if the file contains all names of the network with this prefix. Among the prefixes
+    that fit, the empty one is preferred, then that of a student, then one that all names of the
+    file have. If none fits and the file contains a student, this is the student's prefix, so that
+    the error compares the names without it.
+    """
+    names = [name for name in expected if not name.endswith("num_batches_tracked")]
     first = names[0] if names else ""
-    found = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
-    found = [prefix for prefix in found if all(prefix + name in weights for name in names)]
-    parts = {prefix: prefix.split(".")[:-1] for prefix in sorted(found, key=len)}
-    student = lambda p: p[-1] == "student" and _HOLDERS.issuperset(p[:-1])  # noqa: E731
-    for good in (lambda p: not p, student, lambda p: _HOLDERS.issuperset(p) and all(n.startswith(".".join(p)) for n in weights)):
-        for prefix, path in parts.items():
-            if good(path):
+    prefixes = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
+    prefixes = [prefix for prefix in prefixes if all(prefix + name in weights for name in names)]
+    attributes = {prefix: prefix.split(".")[:-1] for prefix in sorted(prefixes, key=len)}
+    is_student = lambda p: p[-1] == "student" and _PARENT_ATTRIBUTES.issuperset(p[:-1])  # noqa: E731
+    is_shared = lambda p: _PARENT_ATTRIBUTES.issuperset(p) and all(n.startswith(".".join(p)) for n in weights)  # noqa: E731
+    for is_accepted in (lambda p: not p, is_student, is_shared):
+        for prefix, path in attributes.items():
+            if is_accepted(path):
                 return prefix
-    held = [name[: name.index("student.") + len("student.")] for name in weights if name.startswith(("student.", "module.student."))]
-    return held[0] if held and not any(name.startswith("student.") for name in own) else ""
+    of_student = [name[: name.index("student.") + len("student.")] for name in weights if name.startswith(("student.", "module.student."))]
+    return of_student[0] if of_student and not any(name.startswith("student.") for name in expected) else ""
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def from_checkpoint(path: str | os.PathLike) -> nn.Module:
-    """The student of a checkpoint that ``kdkernels fit`` wrote, as a network with its weights.
+    """Return the student of a checkpoint that ``kdkernels fit`` wrote, with its weights.
 
     >>> teacher = from_checkpoint("runs/teacher/best.ckpt")
 
-    In a config: ``teacher: {class_path: kdkernels.models.from_checkpoint, init_args: {path: runs/teacher/best.ckpt}}``.
+    In a config: ``teacher: {class_path: kdkernels.models.from_checkpoint, init_args: {path:
+    runs/teacher/best.ckpt}}``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such checkpoint, or does not say how the student is made (its training was started from Python).
+        ValueError: the file is not such a checkpoint, or does not contain the configuration of its
+            student (it was trained from Python).
     """
     description = describe(path)
     if description.get("student") is None:
         raise ValueError(
-            f"{os.fspath(path)!r} does not say how its student is made: it was not trained by `kdkernels fit`. Make the network yourself, "
-            "and use load_weights(network, path)"
+            f"{os.fspath(path)!r} does not contain the configuration of its student: it was not trained by `kdkernels fit`. "
+            "Construct the network yourself, and use load_weights(network, path)"
         )
     return load_weights(build(description["student"]), path)
 
 
 def describe(path: str | os.PathLike) -> dict:
-    """What a checkpoint of this package says of itself: ``student`` (class_path and init_args, or None), ``image_shape``, ``version``,
-    ``epoch`` (the last one that was trained, from 0)."""
+    """Return the data that a Distiller added to a checkpoint.
+
+    They include ``student`` (class_path and init_args, or None), ``image_shape`` and ``version``.
+    ``epoch`` is the last trained epoch, counted from 0.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint of this package.
+    """
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     stored = _load(os.fspath(path))
@@ -155,7 +178,7 @@ def describe(path: str | os.PathLike) -> dict:
 
 
 def build(spec: dict) -> nn.Module:
-    """A network from ``{"class_path": ..., "init_args": {...}}``."""
+    """Construct a network from ``{"class_path": ..., "init_args": {...}}``."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -167,27 +190,28 @@ def _load(path: str) -> object:
     try:
         with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of a damaged file raises what it likes
-        classes = _foreign_classes(path, str(error))
+    except Exception as error:  # reading a damaged file can raise any exception
+        classes = _forbidden_classes(path, str(error))
         if classes:
             raise ValueError(
-                f"{path!r} cannot be read as weights: it holds objects of {', '.join(classes)}, and reading those could run any code. Where you "
-                'trust the file: torch.save(torch.load(path, weights_only=False)["model"], "weights.pth"), or whatever the key of its weights is'
+                f"{path!r} cannot be read as weights: it contains objects of {', '.join(classes)}, and loading them could run arbitrary code. If you "
+                'trust the file, save its weights alone: torch.save(torch.load(path, weights_only=False)["model"], "weights.pth"), with the right key'
             ) from error
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ValueError(f"{path!r} cannot be read as weights (tensors and plain values; nothing else is unpickled): {reason}") from error
 
 
 def _plain_types() -> list:
-    """What training scripts save beside the weights, and what is no more than the plain values in it."""
-    scalar = np.float64(0).__reduce__()[0]  # wherever this numpy has it
-    named = [(scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
-    return [argparse.Namespace, np.dtype, *named, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdg")]
+    """Return safe types that training scripts save beside the weights."""
+    scalar = np.float64(0).__reduce__()[0]  # its module depends on the release of numpy
+    scalars = [(scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
+    return [argparse.Namespace, np.dtype, *scalars, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdg")]
 
 
-def _foreign_classes(path: str, message: str) -> list[str]:
+def _forbidden_classes(path: str, message: str) -> list[str]:
+    """List the classes in the file that ``weights_only`` does not allow."""
     try:
         with torch.serialization.safe_globals(_plain_types()):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # of the format before torch 1.6, or no pickle at all
+    except Exception:  # the file has the format before torch 1.6, or is not a pickle
         return re.findall(r"GLOBAL (\S+) was not an allowed global", message)

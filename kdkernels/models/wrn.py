@@ -1,4 +1,7 @@
-"""Wide residual networks (Zagoruyko, Komodakis 2016): blocks with batch norm and ReLU before each convolution."""
+"""Wide residual networks: batch norm and ReLU before each convolution.
+
+Zagoruyko, Komodakis 2016.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,28 @@ from torch import Tensor, nn
 
 
 class WideResNet(nn.Module):
-    """A 3x3 stem of 16 channels and three stages of widths 16 w, 32 w, 64 w; a last batch norm and ReLU; global mean, classifier.
+    """A 3x3 stem, three stages of residual blocks, global average pooling, and a linear classifier.
 
-    Parameters are named as in RepDistiller's networks, so that files of weights trained with those load.
+    The stem has 16 channels, the stages have 16 w, 32 w and 64 w channels. Batch norm and ReLU
+    follow the last stage. Parameters are named as in RepDistiller's networks, so weights that were
+    trained with RepDistiller can be loaded.
 
-    Taps: ``conv1`` (the stem), ``block1``, ``block2``, ``block3``: sums of residuals, before batch norm and ReLU; resolution 1, 1, 1/2, 1/4.
-    ``relu`` is the last map after its ReLU.
+    Taps: ``conv1`` (the stem), ``block1``, ``block2``, ``block3``; their resolutions, relative to
+    the image, are 1, 1, 1/2, 1/4. The outputs of ``block1`` to ``block3`` are sums of residuals,
+    before batch norm and ReLU.
+    ``relu`` is the output of the last stage after batch norm and ReLU.
 
     Args:
-        depth: 6 n + 4 layers, n blocks per stage.
+        depth: number of layers, 6 n + 4 with n blocks per stage.
         width: the factor w.
-        dropout: probability, between the two convolutions of a block.
-        num_classes: classes.
+        dropout: dropout probability between the two convolutions of a block.
+        num_classes: number of classes.
     """
 
     def __init__(self, depth: int = 16, width: int = 2, dropout: float = 0.0, num_classes: int = 100):
         super().__init__()
-        blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1:
+        blocks, remainder = divmod(depth - 4, 6)
+        if remainder or blocks < 1:
             raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, ...), got {depth}")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = Stage(16, 16 * width, blocks, 1, dropout)

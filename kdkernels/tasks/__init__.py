@@ -1,4 +1,7 @@
-"""Tasks: what labels mean, apart from how one distils. Metrics need the extra ``train``."""
+"""Tasks define labels, their loss and metrics, independently of the distillation method.
+
+Metrics need the optional dependencies of ``kdkernels[train]``.
+"""
 
 from .base import Task
 from .classification import Classification

@@ -19,19 +19,24 @@ Combine = Literal["probabilities", "divergences"]
 
 
 class Task:
-    """What the labels of a data set mean. Methods of :mod:`kdkernels.distill` ask their task, so each method works on every task.
+    """Base class of tasks: the meaning of the labels of a data set.
 
-    Classes lie in dimension 1 of the logits; every other position is a row: one prediction of a class distribution (an image, a pixel).
-    A batch is a dict with ``image`` and, if the data have labels, ``label``.
+    The methods of :mod:`kdkernels.distill` use the functions of their task, so every method works
+    on every task.
 
-    Losses are means over the samples of a batch, and within a sample over all its rows, whether they have a label or not. So every
-    labelled row has the same weight, and the loss does not depend on how a batch is split into micro-batches and processes. The mean
-    over the labelled rows of a batch would depend on it.
+    Classes are in dimension 1 of the logits. A row is one position in all other dimensions, that
+    is, one prediction of a class distribution (for an image or a pixel). A batch is a dict with
+    ``image`` and, if the data have labels, ``label``.
+
+    Losses are means over the samples of a batch, and over all rows of a sample, including rows
+    without a label. Thus every labelled row has the same weight, and the loss does not depend on
+    how a batch is split into micro-batches and processes. A mean over the labelled rows of a batch
+    would depend on the split.
 
     Attributes:
-        main_metric: the metric, among the keys of :meth:`metrics`, by which the best checkpoint is chosen; higher is better.
-        rows: what a row is, for messages.
-        logits_shape: the shape of the logits, for messages.
+        main_metric: key of :meth:`metrics` that selects the best checkpoint; higher is better.
+        rows: name of the rows in messages, for example "images".
+        logits_shape: shape of the logits in messages.
     """
 
     main_metric: str
@@ -39,7 +44,7 @@ class Task:
     logits_shape: str
 
     def logits(self, output: object) -> Tensor:
-        """The logits in what a network returned (:func:`find_logits`).
+        """Return the logits in the output of a network (:func:`find_logits`).
 
         Raises:
             TypeError: no logits were found; lists what the network returned.
@@ -47,29 +52,38 @@ class Task:
         return find_logits(output)
 
     def check_logits(self, logits: Tensor, image: Tensor) -> bool:
-        """Returns whether logits of this shape fit these images."""
+        """Return whether logits of this shape fit these images."""
         raise NotImplementedError
 
     def check_labels(self, label: Tensor, image: Tensor, num_classes: int, stage: str, values: bool = True) -> None:
-        """Check the labels of a batch against its images and the networks' classes.
+        """Check that the labels of a batch fit its images and the networks' classes.
 
         Args:
-            label, image: of the batch.
-            num_classes: K of the networks.
-            stage: what the batch is for ("training", "validation"), for the message.
-            values: whether to check the values too, not only the shape. On a GPU this waits for the device.
+            label, image: labels and images of the batch.
+            num_classes: number of classes K of the networks.
+            stage: name of the stage in messages, such as "training" or "validation".
+            values: whether to check the values in addition to the shape. On a GPU, this waits for
+                the device.
 
         Raises:
-            ValueError: labels of another shape, or outside the classes.
+            ValueError: the labels have another shape, or values that are not classes.
         """
         raise NotImplementedError
 
     def label_loss(self, logits: Tensor, batch: dict, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """The loss on the labels: the mean over the samples of the batch, or the sum of the samples' losses. 0-dim, float32 or float64."""
+        """Compute the loss on the labels: the mean, or the sum, of the losses of the samples.
+
+        Returns:
+            0-dim, float32 or float64.
+        """
         raise NotImplementedError
 
     def mask(self, batch: dict) -> Tensor | None:
-        """bool, the shape of the logits without dimension 1: rows that count in :meth:`divergence`. ``None``: all."""
+        """Return the rows that :meth:`divergence` includes, or ``None`` for all.
+
+        Returns:
+            bool, in the shape of the logits without dimension 1.
+        """
         return None
 
     def divergence(
@@ -82,22 +96,27 @@ class Task:
         combine: Combine = "probabilities",
         weights: Sequence[float] | None = None,
     ) -> Tensor:
-        r"""T^2 KL of the softened predictions of teacher and student (:func:`kdkernels.temperature_kl`), without ignored rows.
+        r"""T^2 KL between the softened predictions of teacher and student, without ignored rows.
+
+        See :func:`kdkernels.temperature_kl`.
 
         Args:
             student: logits.
-            teacher: logits, or those of several teachers. Not differentiated where there are several.
+            teacher: logits, or a list of the logits of several teachers.
             temperature: T > 0.
-            batch: holds the labels, which say which rows are ignored; a batch without labels ignores none.
-            combine: "probabilities" compares the student with the mean of the teachers' softened probabilities, ``sum_i w_i p_i``;
-                "divergences" is the mean of the divergences from each teacher, ``sum_i w_i KL_i``.
-            weights: w_i of the teachers, positive; their sum is scaled to 1. By default all are equal.
+            batch: its labels determine the ignored rows. Without labels, no row is ignored.
+            combine: "probabilities" compares the student with the mean of the teachers' softened
+                probabilities, ``sum_i w_i p_i``; "divergences" is the mean of the divergences from
+                each teacher, ``sum_i w_i KL_i``.
+            weights: positive weights w_i of the teachers, which are scaled so that their sum is 1.
+                By default all are equal.
 
         Returns:
-            0-dim: the sum over the rows that count, divided by the number of all rows.
+            0-dim: the sum over the rows that are not ignored, divided by the number of all rows.
 
         Raises:
-            ValueError: shapes that differ, an unknown ``combine``, or weights that do not fit the teachers.
+            ValueError: shapes differ, ``combine`` is unknown, or the weights do not fit the
+                teachers.
         """
         mask = self.mask(batch)
         options = {"dim": 1, "mask": mask, "normalizer": None if mask is None else float(mask.numel())}
@@ -113,15 +132,15 @@ class Task:
         raise ValueError(f"combine must be 'probabilities' or 'divergences', got {combine!r}")
 
     def metrics(self, num_classes: int) -> dict[str, Metric]:
-        """New torchmetrics by name; each is updated with what :meth:`metric_inputs` returns."""
+        """Return new torchmetrics by name; :meth:`metric_inputs` returns their inputs."""
         raise NotImplementedError
 
     def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """Predicted and labelled classes, both int64 of the shape of the rows."""
+        """Return the predicted classes and the labels, both int64 in the shape of the rows."""
         raise NotImplementedError
 
     def count_correct(self, logits: Tensor, batch: dict) -> tuple[float, int]:
-        """The number of labelled rows whose predicted class is the label's, and the number of labelled rows."""
+        """Count the labelled rows that are predicted correctly, and all labelled rows."""
         prediction, target = self.metric_inputs(logits, batch)
         mask = self.mask(batch)
         correct = prediction == target
@@ -130,15 +149,15 @@ class Task:
         return float((correct & mask).sum()), int(mask.sum())
 
     def mirrored_label(self, label: Tensor) -> Tensor:
-        """The label of an image that was mirrored left to right."""
+        """Return the label of the image mirrored left to right."""
         return label
 
 
 def teacher_shares(count: int, weights: Sequence[float] | None) -> list[float]:
-    """The weights of ``count`` teachers, scaled so that their sum is 1.
+    """Return the weights of ``count`` teachers, scaled so that their sum is 1.
 
     Raises:
-        ValueError: another number of weights, or one that is not positive and finite.
+        ValueError: the number of weights is not ``count``, or a weight is not positive and finite.
     """
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
@@ -153,7 +172,10 @@ def mean_teacher(
     temperature: float,
     shares: Sequence[float],  # sum 1
 ) -> Tensor:  # [B, K, ...]
-    r"""Logits whose softened probabilities are the mean of the teachers': :math:`T \log \sum_i w_i \mathrm{softmax}(t_i / T)`."""
+    r"""Return logits whose softened probabilities are the mean of those of the teachers.
+
+    :math:`T \log \sum_i w_i \mathrm{softmax}(t_i / T)`
+    """
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in teachers) else torch.float32
     weighted = [torch.log_softmax(t.to(dtype) / temperature, 1) + math.log(share) for t, share in zip(teachers, shares, strict=True)]
     return torch.stack(weighted).logsumexp(0) * temperature

@@ -1,4 +1,4 @@
-"""One class for each image."""
+"""The task with one class per image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """One class for each image: logits [B, K], labels [B] int64, or probabilities [B, K] float.
+    """One class per image: logits [B, K], and labels [B] int64 or probabilities [B, K] float.
 
-    The loss on the labels is the cross-entropy. Images that mixup or cutmix mixed have two labels: ``label`` with the weight ``mix`` [B]
-    and ``mixed_label`` with the rest. The metric is ``accuracy``: the share of images whose likeliest class is the label (of
-    probabilities, their likeliest class).
+    The loss on the labels is the cross-entropy. Images that mixup or cutmix has mixed have two
+    labels: ``label`` with the weight ``mix`` [B], and ``mixed_label`` with the weight 1 - ``mix``.
+    The metric is ``accuracy``, the fraction of images whose most probable class is the label. If
+    labels are probabilities, it compares with their most probable class.
     """
 
     main_metric = "accuracy"
@@ -33,19 +34,22 @@ class Classification(Task):
         if label.is_floating_point():
             if label.shape[1:] != (num_classes,):
                 raise ValueError(
-                    f"labels that are probabilities must have the shape [B, {num_classes}], the networks' classes; got {list(label.shape)}"
+                    f"labels that are probabilities must have the shape [B, {num_classes}], for the classes of the networks; got {list(label.shape)}"
                 )
             if values and not bool(((label >= 0).all(1) & ((label.sum(1) - 1).abs() <= 1e-2)).all()):
-                raise ValueError(f"labels that are probabilities must not be negative, and have a sum of 1; a {stage} batch has others")
+                raise ValueError(f"labels that are probabilities must be >= 0 and have the sum 1 for each image; those of a {stage} batch do not")
             return
         if label.dim() != 1:
-            hint = "; label maps need the task Segmentation" if label.dim() == 3 else ""
-            raise ValueError(f"labels must be class numbers [B], or probabilities [B, K] as floats; a {stage} batch has {list(label.shape)}{hint}")
+            hint = "; for label maps, use the task Segmentation" if label.dim() == 3 else ""
+            raise ValueError(
+                f"labels must be class indices [B], or probabilities [B, K] of a floating-point dtype; a {stage} batch has the shape "
+                f"{list(label.shape)}{hint}"
+            )
         if not values:
             return
         low, high = int(label.min()), int(label.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must lie in [0, {num_classes - 1}], the networks' classes; a {stage} batch has {low} to {high}")
+            raise ValueError(f"labels must lie in [0, {num_classes - 1}], the classes of the networks; a {stage} batch has {low} to {high}")
 
     def label_loss(self, logits: Tensor, batch: dict, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()

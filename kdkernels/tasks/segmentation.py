@@ -1,4 +1,4 @@
-"""One class for each pixel."""
+"""The task with one class per pixel."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 class Segmentation(Task):
-    """One class for each pixel: logits [B, K, H, W] of the images' height and width, label maps [B, H, W] of class numbers.
+    """One class per pixel: logits [B, K, H, W], and label maps [B, H, W] of class indices.
 
-    Pixels labelled ``ignore_index`` add nothing to the cross-entropy, to the divergence from the teacher or to the metrics. Both losses
-    are sums over the other pixels, divided by the number of all pixels (see :class:`Task`). The metrics are
+    H and W are height and width of the images. Pixels with the label ``ignore_index`` contribute
+    nothing to the cross-entropy, the divergence from the teacher and the metrics. Both losses are
+    sums over the other pixels, divided by the number of all pixels (see :class:`Task`). The metrics
+    are
 
-    - ``mean_iou``: the intersection of predicted and labelled pixels over their union, for each class over all images of an epoch, and
-      then the mean over the classes that occur in a label or in a prediction;
-    - ``pixel_accuracy``: the share of pixels whose predicted class is the label.
+    - ``mean_iou``: for each class, the intersection of predicted and labelled pixels divided by
+      their union, both counted over all images of an epoch; then the mean over the classes that
+      occur in a label or in a prediction;
+    - ``pixel_accuracy``: the fraction of labelled pixels whose predicted class is the label.
 
     Args:
-        ignore_index: the label of pixels without a class. Pixels that augmentation brings in from outside of an image have the label 255.
+        ignore_index: the label of pixels without a class. Augmentation gives the label 255 to
+            pixels from outside the image.
     """
 
     main_metric = "mean_iou"
@@ -44,16 +48,16 @@ class Segmentation(Task):
         expected = [len(image), *image.shape[2:]]
         if label.is_floating_point() or list(label.shape) != expected:
             kind = "floating point" if label.is_floating_point() else "integers"
-            raise ValueError(f"labels must be label maps {expected} of class numbers; a {stage} batch has {kind} of shape {list(label.shape)}")
+            raise ValueError(f"labels must be label maps {expected} of class indices; a {stage} batch has {kind} of shape {list(label.shape)}")
         if not values:
             return
-        known = label[label != self.ignore_index]
-        if not known.numel():
+        classes = label[label != self.ignore_index]
+        if not classes.numel():
             return
-        low, high = int(known.min()), int(known.max())
+        low, high = int(classes.min()), int(classes.max())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"labels must lie in [0, {num_classes - 1}], the networks' classes, or be ignore_index ({self.ignore_index}); "
+                f"labels must lie in [0, {num_classes - 1}], the classes of the networks, or be ignore_index ({self.ignore_index}); "
                 f"a {stage} batch has {low} to {high}"
             )
 
