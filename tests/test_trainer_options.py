@@ -172,7 +172,7 @@ def test_every_sample_of_a_step_weighs_the_same(options, count):
 def test_no_process_is_left_with_one_sample(world):
     for size in range(2 * world, 40):
         for batch_size in (2, 5, 7):
-            batches = [list(Batches(size, batch_size, True, least=2, rank=r, world=world)) for r in range(world)]
+            batches = [list(Batches(size, batch_size, True, min_samples=2, rank=r, world=world)) for r in range(world)]
             counts = [len(draw.index) for own in batches for draw in own]
             assert min(counts) >= 2
             assert sorted(i for own in batches for draw in own for i in draw.index) == list(range(size))
@@ -446,7 +446,7 @@ def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, options):
 def test_going_on_within_an_epoch_in_another_order_is_refused(tmp_path, options):
     _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot go on there with 12 samples"):
+    with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot be resumed within it with 12 samples"):
         trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # at the end of one it may
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -481,11 +481,11 @@ def test_validation_draws_other_random_numbers_than_training():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "images must have one dtype"),
-        (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that a batch has for itself"),
+        (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "all images must have the same dtype"),
+        (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that are reserved in a batch"),
         (lambda i, image, label: {"image": image, "label": label, "name": "x"}, r"field 'name' of sample \d+ must be a number, .*, got str"),
         (lambda i, image, label: (image, None), r"field 'label' of sample \d+ must be a number, .*, got NoneType"),
-        (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "samples must have the same fields"),
+        (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "all samples must have the same fields"),
         (lambda i, image, label: next(iter(())), r"the dataset raised StopIteration for sample \d+"),
     ],
 )
