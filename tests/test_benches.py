@@ -432,14 +432,14 @@ ERRORS = [
     (["--op", "softmax"], "invalid choice: 'softmax'"),
     (["--results", "absent.json"], "--results: "),
     (["--smoke", "--quick"], "not allowed with argument"),
-    (["--smoke", "--select", "no such row", "--out", "empty"], "no row's name holds what --select and --op ask for"),
-    (["--quick", "--select", "no such row", "--out", "empty"], "no row's name holds what --select and --op ask for"),
-    (["--out", "file.txt"], "--out: cannot make the folder file.txt"),
-    (["--out", "other"], "holds results of a smoke run"),
+    (["--smoke", "--select", "no such row", "--out", "empty"], "no row's name matches --select and --op"),
+    (["--quick", "--select", "no such row", "--out", "empty"], "no row's name matches --select and --op"),
+    (["--out", "file.txt"], "--out: cannot create the folder file.txt"),
+    (["--out", "other"], "has results of a smoke run"),
     (["--out", "broken"], "is not a file of results"),
 ]
 if not torch.cuda.is_available():
-    ERRORS.append((["--device", "cuda"], "--device cuda: torch sees no GPU here"))
+    ERRORS.append((["--device", "cuda"], "--device cuda: torch finds no GPU on this machine"))
 
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(a) for a, _ in ERRORS])

@@ -56,7 +56,7 @@ def test_demo_refuses_a_folder_it_cannot_make(tmp_path):
     command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
     run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert run.returncode == 2
-    assert "--out: cannot make the folder" in run.stderr
+    assert "--out: cannot create the folder" in run.stderr
 
 
 def test_fit_from_the_configs(tmp_path):

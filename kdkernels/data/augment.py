@@ -25,10 +25,11 @@ class Augment:
         flip: mirror left and right with probability 1/2.
         cutout: side in pixels of a square that is set to the mean colour and centred anywhere in
             the image (DeVries, Taylor 2017).
-        mixup: alpha of the Beta distribution of the weights of pairs of images (Zhang et al. 2018);
-            0 disables mixup.
-        cutmix: alpha of the Beta distribution for pasting a box of one image into another (Yun et
-            al. 2019); 0 disables cutmix. With both mixup and cutmix, each image gets one of them.
+        mixup: alpha of the Beta distribution of the weights of pairs of images; 0 disables mixup
+            (Zhang et al. 2018).
+        cutmix: alpha of the Beta distribution for pasting a box of one image into another; 0
+            disables cutmix (Yun et al. 2019). With both mixup and cutmix, each image gets one of
+            them.
         rotate: largest angle in degrees by which an image is rotated about its centre, in either
             direction. Pixels are taken from the nearest neighbour; those from outside are black.
         views: number of different augmentations of a sample; epoch e shows view ``e % views``.
