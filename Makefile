@@ -1,6 +1,6 @@
 # The first target that runs creates .venv and installs the dependencies and the package into it.
-# PYTHON=/path/to/python uses that interpreter instead. Only the package is then installed; torch and,
-# for the tests, pytest and hypothesis must be installed already.
+# PYTHON=/path/to/python uses that interpreter instead. Only the package is then installed; torch
+# and, for the tests, pytest and hypothesis must be installed already.
 TEST_FLAGS ?=
 # Run two tests in parallel if pytest-xdist is installed.
 WORKERS = $(shell $(PY) -c "import xdist; print('-n 2 --dist=worksteal')" 2>/dev/null)
@@ -33,8 +33,8 @@ test: $(BUILT)
 # Run the tests with another release of torch and its Triton, in a separate virtual environment:
 # make test-torch VERSION=2.10.0. The package is built in a copy of the working tree, because the
 # extension modules in the tree are built for another torch. It is built without CUDA, and only for
-# the best instruction set of this CPU. The interpreter of Triton 3.6, which torch 2.10 and 2.11 use,
-# needs NumPy < 2.4.
+# the best instruction set of this CPU. The interpreter of Triton 3.6, which torch 2.10 and 2.11
+# use, needs NumPy < 2.4.
 TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
 FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
@@ -52,8 +52,8 @@ test-torch:
 bench: $(BUILT)
 	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
 
-# Run the main rows and compare their ratios with the committed results of this class of machine. The
-# comparison never fails the target.
+# Run the main rows and compare their ratios with the committed results of this class of machine.
+# The comparison never fails the target.
 bench-quick: $(BUILT)
 	$(PY) -m kdkernels bench --quick --out runs/bench_quick $(BENCH_FLAGS)
 	$(PY) -m kdkernels bench --compare runs/bench_quick/bench.json
@@ -109,8 +109,8 @@ clean:
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
 	touch $@ .venv/.fresh
 
-# The rule for .venv/.dependencies also builds the package and creates .venv/.fresh; in this case the
-# package is not built again.
+# The rule for .venv/.dependencies also builds the package and creates .venv/.fresh; in this case
+# the package is not built again.
 $(BUILT): $(DEPENDENCIES) setup.py cuda_toolkit.py pyproject.toml $(shell find csrc -type f)
 	@if [ -e .venv/.fresh ]; then rm .venv/.fresh; else $(PY) -m pip install -q --no-build-isolation --no-deps -e .; fi
 	mkdir -p $(dir $@)

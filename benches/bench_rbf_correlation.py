@@ -14,10 +14,10 @@ RANK = 6  # number of terms of the series that columns of norm 1 need
 
 
 def linear_in_torch(sx, sy, tx, ty):
-    """Compute the loss in linear time in plain torch: terms of the series and their products in
-    float64.
+    """Compute the loss in linear time in plain torch.
 
-    Unlike the fused op, it takes no further measures for accuracy.
+    The terms of the series and their products are float64. Unlike the fused op, this function takes
+    no further measures for accuracy.
     """
     r = torch.arange(RANK, dtype=torch.float64, device=sx.device)
     scale = ((2 / BETA) ** r / torch.exp(torch.lgamma(r + 1))).sqrt()

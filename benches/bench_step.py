@@ -43,9 +43,7 @@ STEPS = [
 
 @contextlib.contextmanager
 def references():
-    """Replace the fused ops by the references in the losses and the methods, and restore them on
-    exit.
-    """
+    """Replace the fused ops by the references in losses and methods, and restore them on exit."""
     modules = [m for name, m in sys.modules.items() if name == "kdkernels.nn" or name.startswith("kdkernels.distill")]
     imported_ops = [(m, name) for m in modules for name in REPLACEMENTS if getattr(m, name, None) is getattr(kdkernels, name)]
     for module, name in imported_ops:
@@ -77,9 +75,7 @@ class Clock:
 
 
 class Step:
-    """A training step of a method on one batch, as in :meth:`Distiller.training_step`, timed in
-    parts.
-    """
+    """A training step on one batch, as in :meth:`Distiller.training_step`, timed in parts."""
 
     def __init__(self, method: Distiller, batch: dict):
         self.method, self.batch = method, batch
@@ -127,8 +123,7 @@ class Step:
             clock.add("loss")
 
     def _differentiate_inputs(self, clock: Clock) -> None:
-        """Run forward and backward of GradientAttentionTransfer, which differentiates the student
-        twice.
+        """Run forward and backward of a method that differentiates the student twice.
 
         The last backward pass, of loss and student together, is counted as part of the student.
         """

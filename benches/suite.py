@@ -115,9 +115,7 @@ def limit_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 
 class Measured:
-    """A cell whose problem is built and whose errors are measured; used for the rows of all
-    directions.
-    """
+    """A cell whose problem is built and whose errors are measured, for the rows of all directions."""
 
     def __init__(self, cell: Cell):
         torch.manual_seed(0)
@@ -131,7 +129,10 @@ class Measured:
         self._for_each_contender(lambda name: (self.call(name, "forward")(), self.call(name, "forward + backward")()))
 
     def _for_each_contender(self, action: Callable[[str], object]) -> None:
-        """Run the action for each contender; record the errors of contenders and remove them."""
+        """Run the action for each contender.
+
+        A contender that fails is removed and its error recorded; an error of the fused op is raised.
+        """
         for name in list(self.problem.functions):
             try:
                 action(name)
@@ -144,10 +145,10 @@ class Measured:
                     x.grad = None
 
     def _copy_inputs(self) -> list[tuple[Tensor, ...]]:
-        """Return the inputs and, on a GPU, copies of them, so that each call reads its inputs from
-        memory.
+        """Return the inputs and, on a GPU, copies of them.
 
-        The copies together exceed twice the size of the L2 cache; there are at most 32.
+        With the copies, each call reads its inputs from memory and not from the L2 cache. Together
+        they exceed twice the size of the cache; there are at most 32.
         """
         inputs = self.problem.inputs
         if DEVICE != "cuda":
@@ -156,7 +157,7 @@ class Measured:
         return copies_of(inputs, min(32, 1 + 2 * cache // max(1, sum(x.nbytes for x in inputs))))
 
     def _measure_errors(self) -> dict[str, dict[str, float]]:
-        """Measure the error of each contender, relative to the largest entry of the exact result."""
+        """Measure the errors of each contender, relative to the largest entry of exact results."""
         problem = self.problem
         if problem.errors is not None:
             found: dict[str, dict[str, float]] = {}
@@ -185,9 +186,7 @@ class Measured:
         return found
 
     def _upstream(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Return the gradients of the outputs for the samples in ``inputs``, which are the first
-        ones.
-        """
+        """Return the gradients of the outputs for ``inputs``, the first samples of the problem."""
         if self.problem.upstream is None:
             return None
         return tuple(g[: len(inputs[0])] for g in self.problem.upstream)
@@ -246,8 +245,7 @@ class Measured:
         return row
 
     def _replayed(self, direction: str) -> dict[str, float | str]:
-        """Time the replay of a CUDA graph of the calls, which shows their cost without kernel
-        launches.
+        """Time the replay of a CUDA graph of the calls: their cost without kernel launches.
 
         Returns the seconds per call, or the error if a contender cannot be captured.
         """

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Curve(Callback):
-    """Records the validation accuracy after each epoch, and keeps it in the checkpoint."""
+    """Callback that records the validation accuracy of each epoch and saves it in checkpoints."""
 
     def __init__(self):
         self.accuracy: list[float] = []

@@ -66,8 +66,8 @@ def _find_cause(error: BaseException) -> BaseException:
 
 
 def _rewrite_parser_message(text: str) -> str:
-    place = re.search(r'Parser key "([^"]*)"', text)
-    key = f"--{place.group(1)}: " if place else ""
+    parser_key = re.search(r'Parser key "([^"]*)"', text)
+    key = f"--{parser_key.group(1)}: " if parser_key else ""
     option = re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", text)
     owner = (re.findall(r"class_path '([^']+)'", text) or [None])[-1]
     if option:

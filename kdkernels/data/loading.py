@@ -113,7 +113,7 @@ class Loader(DataLoader):
 
     def __init__(self, dataset: Dataset, sampler: Batches, num_workers: int = 0, shuffle: bool = False, batch_sampler: None = None):
         super().__init__(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
-        self.given, self._resume = 0, None
+        self.returned, self._resume = 0, None  # number of batches returned in this epoch; state to resume from
 
     def __iter__(self) -> Iterator[dict]:
         # As this method is a generator, it runs when the first batch is requested, after the epoch
@@ -125,14 +125,14 @@ class Loader(DataLoader):
                 f"the run was stopped within an epoch of {state['order']}, and cannot be resumed within it with {self._order()}: use the same data "
                 "options, or resume from a checkpoint written at the end of an epoch"
             )
-        self.given = state["given"] if state and state["epoch"] == epoch and state["given"] < len(self) else 0
-        self.sampler.start = self.given
+        self.returned = state["given"] if state and state["epoch"] == epoch and state["given"] < len(self) else 0
+        self.sampler.start = self.returned
         for batch in super().__iter__():
-            self.given += 1
+            self.returned += 1
             yield batch
 
     def state_dict(self) -> dict:
-        return {"epoch": self.sampler.epoch, "given": self.given, "of": len(self), "order": self._order()}
+        return {"epoch": self.sampler.epoch, "given": self.returned, "of": len(self), "order": self._order()}
 
     def _order(self) -> str:
         """Describe the settings that determine the samples of a joint batch."""
