@@ -42,7 +42,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.2), layout="constrained", squeeze=False, sharex="col")
-    shown: dict[str, object] = {}
+    legend: dict[str, object] = {}
     for column, (name, rows) in enumerate(sweeps.items()):
         time, memory = axes[0, column], axes[1, column]
         at = [row["at"] for row in rows]
@@ -50,7 +50,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
             style = dict(color=COLOURS.get(contender, "#000000"), marker="o", ms=3.5, lw=1.8 if contender == "fused" else 1.1)
             points = [(row["at"], 1e3 * row["seconds"][contender]) for row in rows if contender in row["seconds"]]
             (line,) = time.plot(*zip(*points, strict=True), **style)
-            shown.setdefault(CONTENDER_LABELS.get(contender, contender), line)
+            legend.setdefault(CONTENDER_LABELS.get(contender, contender), line)
             # On a CPU, less than a megabyte cannot be distinguished from zero.
             memory_points = [(row["at"], row["memory"][contender] / 1e6) for row in rows if (row.get("memory", {}).get(contender) or 0) >= 1 << 20]
             if memory_points:
@@ -58,9 +58,9 @@ def draw(sweeps: dict[str, list[dict]], title: str):
         limits = [(row["at"], 1e3 * share[1] * row["seconds"]["fused"]) for row in rows if (share := share_of_limit(row))]
         if limits:
             (line,) = time.plot(*zip(*limits, strict=True), color="black", ls="--", lw=1)
-            shown.setdefault("limit", line)
+            legend.setdefault("limit", line)
         (line,) = memory.plot(at, [row["inputs"] / 1e6 for row in rows], color="black", ls=":", lw=1)
-        shown.setdefault("size of the inputs", line)
+        legend.setdefault("size of the inputs", line)
         for axis in (time, memory):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -70,7 +70,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
         memory.set_xlabel(name)
     axes[0, 0].set_ylabel("forward + backward, ms")
     axes[1, 0].set_ylabel("peak of extra memory, MB")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 4), fontsize=8, frameon=False)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     return figure
 

@@ -115,7 +115,7 @@ def limit_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 
 class Measured:
-    """A cell whose problem is built and whose errors are measured, for the rows of all directions."""
+    """A cell with its problem and the errors of its contenders, for the rows of its directions."""
 
     def __init__(self, cell: Cell):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ class Measured:
     def _for_each_contender(self, action: Callable[[str], object]) -> None:
         """Run the action for each contender.
 
-        A contender that fails is removed and its error recorded; an error of the fused op is raised.
+        A contender that fails is removed and its error recorded; the fused op's errors are raised.
         """
         for name in list(self.problem.functions):
             try:

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_typed(parser: argparse.ArgumentParser, arguments: list[str]):
-    """Parse with a jsonargparse ``ArgumentParser(exit_on_error=False)``; raise :class:`UsageError`."""
+    """Parse with an ``ArgumentParser(exit_on_error=False)``; raise :class:`UsageError`."""
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:

@@ -1,4 +1,4 @@
-"""``kdkernels bench``: time each op, its reference and its peers, and compare with hardware limits."""
+"""``kdkernels bench``: time each op against its reference, its peers and hardware limits."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _other_class(base: dict, changes: dict) -> bool:
 
 
 def options_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the value of each option, given as ``--name value`` or ``--name=value``."""
+    """Yield name and value of each option, given as ``--name value`` or ``--name=value``."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if equals:

@@ -58,7 +58,7 @@ class ImageData(L.LightningDataModule):
 
     @property
     def views(self) -> int | None:
-        """Number of different augmented images per training sample; ``None``: a new one each epoch."""
+        """Number of augmented images per training sample; ``None``: a new one each epoch."""
         return self.augment.views if self.augment is not None else 1
 
     def make_splits(self) -> dict[str, Dataset]:
@@ -90,7 +90,7 @@ class ImageData(L.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def predict_dataloader(self) -> Loader:
-        """Return a loader of the test images or, if there is no test split, the validation images."""
+        """Return a loader of the test split or, if there is none, of the validation split."""
         return self._loader("test" if "test" in self.splits else "val", shuffle=False)
 
     def _loader(self, split: str, **order) -> Loader:
@@ -146,7 +146,7 @@ class ImageData(L.LightningDataModule):
 
 
 class TensorImages(Dataset):
-    """Images in memory: named tensors [N, ...], with ``image`` and, if there are labels, ``label``."""
+    """Images in memory: named tensors [N, ...], ``image`` and, if there are labels, ``label``."""
 
     def __init__(self, **fields: Tensor):
         self.fields = fields

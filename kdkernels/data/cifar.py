@@ -56,7 +56,7 @@ class _CIFAR(ImageData):
         return {**{k: TensorImages(**{f: v[p] for f, v in train.items()}) for k, p in parts.items()}, "test": TensorImages(**test)}
 
     def _reader(self):
-        """Return a function (name, md5) -> verified bytes of a file of the archive or its folder."""
+        """Return a function (name, md5) -> verified bytes of a file, from archive or folder."""
         archive, folder = self.root / self.archive, self.root / self.folder
         if archive.is_file():
             _verify(archive.read_bytes(), self.archive_md5, archive)
@@ -83,7 +83,7 @@ class _CIFAR(ImageData):
 
 
 class CIFAR10(_CIFAR):
-    """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32] of ten classes.
+    """CIFAR-10 with 50,000 training and 10,000 test images [3, 32, 32] of ten classes.
 
     Checksums are verified before any file is parsed. Nothing is downloaded. Only arrays, lists,
     dicts and strings are unpickled.
@@ -117,7 +117,7 @@ class CIFAR10(_CIFAR):
 
 
 class CIFAR100(_CIFAR):
-    """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32] of a hundred (fine) classes.
+    """CIFAR-100 with 50,000 training and 10,000 test images [3, 32, 32] of a hundred (fine) classes.
 
     Checksums are verified before any file is parsed. Nothing is downloaded. Only arrays, lists,
     dicts and strings are unpickled.

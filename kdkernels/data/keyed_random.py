@@ -32,7 +32,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def bits(*key: int | Tensor) -> Tensor:
-    """Return 64 random bits as int64 for each element of the broadcast key (int64 tensors, ints)."""
+    """Return 64 random bits as int64 for each element of the broadcast key (int64 or int)."""
     state = torch.zeros((), dtype=torch.int64, device=next((k.device for k in key if isinstance(k, Tensor)), None))
     for word in key:
         state = _mix((state ^ word) + _GAMMA)

@@ -74,12 +74,12 @@ def _draw(raw: Tensor, batch: dict, outputs: dict, p: float, data: ImageData):
         axes[0, column].set_title(f"{name}\n{layer}, {features[layer].shape[1]} x {features[layer].shape[2]}²", fontsize=9)
         for row in range(rows):
             axes[row, column].imshow(raw[row].mean(0), cmap="gray", vmin=0, vmax=1)
-            shown = axes[row, column].imshow(maps[row] / maps[row].amax().clamp(min=1e-30), cmap="inferno", vmin=0, vmax=1, alpha=0.75)
+            overlay = axes[row, column].imshow(maps[row] / maps[row].amax().clamp(min=1e-30), cmap="inferno", vmin=0, vmax=1, alpha=0.75)
             if i == len(features) - 1:
                 axes[row, column].set_xlabel(f"predicted: {classes[int(logits[row].argmax())]}", fontsize=8)
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
-    bar = figure.colorbar(shown, ax=axes, orientation="horizontal", fraction=0.02, pad=0.02, aspect=60)
+    bar = figure.colorbar(overlay, ax=axes, orientation="horizontal", fraction=0.02, pad=0.02, aspect=60)
     bar.set_label(f"mean over channels of |x|^{p:g}, each map divided by its maximum", fontsize=9)
     return figure

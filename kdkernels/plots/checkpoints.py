@@ -56,7 +56,7 @@ def count_images(data: ImageData) -> int:
 
 
 def batch_of(data: ImageData, images: list[int]) -> tuple[Tensor, dict]:
-    """Return validation images [N, C, H, W] scaled to [0, 1] for display, and the normalised batch."""
+    """Return validation images [N, C, H, W] in [0, 1] for display, and the normalised batch."""
     batch = data.splits["val"][images]
     raw = batch["image"]
     raw = raw / 255 if raw.dtype == torch.uint8 else (raw - raw.amin()) / (raw.amax() - raw.amin()).clamp(min=1e-12)

@@ -11,7 +11,7 @@ COLOURS = ("#4c6ef5", "#868e96", "#e8590c")  # teacher, student alone, distilled
 
 
 def accuracy_curves(curves: dict[str, list[list[float]]]):
-    """Plot the validation accuracy against epochs, with a curve for each stage (by title) and seed."""
+    """Plot the validation accuracy against epochs, with a curve for each stage and seed."""
     figure, axes = subplots(figsize=(8, 4.2))
     for (title, seed_curves), colour in zip(curves.items(), COLOURS, strict=True):
         for i, curve in enumerate(seed_curves):

@@ -122,8 +122,10 @@ def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
         spectrum = axes[row, 0]
         for i, layer in enumerate(layers):
             for values, style in zip(layer.spectra, ("-", "--"), strict=True):
-                shown = values.clamp(min=1e-7)
-                spectrum.semilogy(range(1, len(shown) + 1), shown, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None)
+                clamped = values.clamp(min=1e-7)
+                spectrum.semilogy(
+                    range(1, len(clamped) + 1), clamped, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None
+                )
         spectrum.set_xscale("log")
         spectrum.set_ylim(1e-4, 1.5)
         spectrum.set_ylabel(title, fontsize=8)
@@ -139,12 +141,14 @@ def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
             first = 1 + layer_count + 3 * i
             for j, (x, scale) in enumerate(zip((*pair, pair[0] - pair[1]), ((lowest, 1), (lowest, 1), (-largest, largest)), strict=True)):
                 low, high = scale
-                shown = axes[row, first + j].imshow(x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
+                heat_map = axes[row, first + j].imshow(
+                    x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none"
+                )
                 axes[row, first + j].set_xticks([])
                 axes[row, first + j].set_yticks([])
                 if row == len(rows) - 1 and i == layer_count - 2 and j > 0:
                     bar = figure.colorbar(
-                        shown, ax=axes[row, 1 + layer_count :: 1].tolist(), orientation="horizontal", fraction=0.05, pad=0.03, aspect=60
+                        heat_map, ax=axes[row, 1 + layer_count :: 1].tolist(), orientation="horizontal", fraction=0.05, pad=0.03, aspect=60
                     )
                     bar.ax.tick_params(labelsize=7)
                     bar.set_label("student minus teacher" if j == 2 else "correlation of channels", fontsize=8)
@@ -161,7 +165,7 @@ def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
 
 
 def _correlations(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Return, for consecutive layers, the correlations [C1, C2] of the student and of the teacher."""
+    """Return the correlations [C1, C2] of consecutive layers, of student and of teacher."""
     pairs = []
     for front, back in pairwise(layers):
         vector_pairs = zip(front.vectors, back.vectors, strict=True)

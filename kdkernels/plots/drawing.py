@@ -1,4 +1,4 @@
-"""Helpers for all plots: creation of figures, and files that are written completely or not at all."""
+"""Helpers for all plots: figures, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
