@@ -117,7 +117,7 @@ class CIFAR10(_CIFAR):
 
 
 class CIFAR100(_CIFAR):
-    """CIFAR-100 with 50,000 training and 10,000 test images [3, 32, 32] of a hundred (fine) classes.
+    """CIFAR-100 with 50,000 training and 10,000 test images [3, 32, 32] of 100 (fine) classes.
 
     Checksums are verified before any file is parsed. Nothing is downloaded. Only arrays, lists,
     dicts and strings are unpickled.
