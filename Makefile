@@ -1,7 +1,8 @@
-# Each target does its own set-up in .venv, once. PYTHON=/path/to/python uses that interpreter as it is: no venv, nothing but the package is
-# installed into it (it must have torch, and for the tests pytest and hypothesis).
+# The first target that runs creates .venv and installs the dependencies and the package into it.
+# PYTHON=/path/to/python uses that interpreter instead. Only the package is then installed; torch
+# and, for the tests, pytest and hypothesis must be installed already.
 TEST_FLAGS ?=
-# Two tests at a time, where pytest-xdist is there.
+# Run two tests in parallel if pytest-xdist is installed.
 WORKERS = $(shell $(PY) -c "import xdist; print('-n 2 --dist=worksteal')" 2>/dev/null)
 ifeq ($(origin PYTHON), undefined)
 PY := .venv/bin/python
@@ -13,10 +14,11 @@ DEPENDENCIES :=
 BUILT := build/.built
 endif
 
-# The extension modules that only tests import are built too; a wheel is built without them (KDKERNELS_TESTING=0 below).
+# Also build the extension modules that only tests import. Wheels are built without them
+# (KDKERNELS_TESTING=0 below).
 export KDKERNELS_TESTING ?= 1
 
-# Results of benches: a folder per machine.
+# Folder for the results of the benches, one for each class of machine.
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
@@ -28,15 +30,17 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
 
-# The tests with one release of torch and the Triton that belongs to it, in an environment of its own: make test-torch VERSION=2.10.0. The package is
-# built in a copy of the working tree, whose own extension modules belong to another torch, without CUDA and for this CPU's best instruction set alone.
-# The interpreter of Triton 3.6, which belongs to torch 2.10 and 2.11, needs a NumPy before 2.4.
+# Run the tests with another release of torch and its Triton, in a separate virtual environment:
+# make test-torch VERSION=2.10.0. The package is built in a copy of the working tree, because the
+# extension modules in the tree are built for another torch. It is built without CUDA, and only for
+# the best instruction set of this CPU. The interpreter of Triton 3.6, which torch 2.10 and 2.11
+# use, needs NumPy < 2.4.
 TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
 FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
 
 test-torch:
-	$(if $(VERSION),,$(error say which release of torch: make test-torch VERSION=2.10.0))
+	$(if $(VERSION),,$(error VERSION is missing; give the release of torch: make test-torch VERSION=2.10.0))
 	python3 -m venv $(TORCH_ENVIRONMENT)
 	$(TORCH_ENVIRONMENT)/bin/python -m pip install -q torch==$(VERSION) 'setuptools>=77' ninja pybind11 wheel
 	rm -rf $(TORCH_ENVIRONMENT)/source
@@ -48,7 +52,8 @@ test-torch:
 bench: $(BUILT)
 	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
 
-# The main rows, and what became of their ratios since the committed results of this class of machine: told, not judged.
+# Run the main rows and compare their ratios with the committed results of this class of machine.
+# The comparison never fails the target.
 bench-quick: $(BUILT)
 	$(PY) -m kdkernels bench --quick --out runs/bench_quick $(BENCH_FLAGS)
 	$(PY) -m kdkernels bench --compare runs/bench_quick/bench.json
@@ -57,23 +62,24 @@ bench-smoke: $(BUILT)
 	rm -rf runs/bench_smoke
 	$(PY) -m kdkernels bench --smoke --report --out runs/bench_smoke $(BENCH_FLAGS)
 
-# One go on a machine with a GPU: build, every test on it, the sanitizer's tools over the CUDA kernels, benches with results as JSON in OUT, and
-# the memory bandwidth that the backward reaches, where ncu is there and may count. DEVICE=cpu rehearses all that needs no GPU.
+# Everything that is run on a machine with a GPU: build, all tests, compute-sanitizer on the CUDA
+# kernels, benches with results as JSON in OUT, and the memory bandwidth of the backward if ncu is
+# installed and has access to the counters. DEVICE=cpu runs the parts that need no GPU.
 DEVICE ?= cuda
 SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
 NCU := $(shell command -v ncu 2>/dev/null)
 METRICS := dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum
 
 gpu: $(BUILT)
-	$(PY) -c "import torch; assert '$(DEVICE)' == 'cpu' or torch.cuda.is_available(), 'make gpu needs a GPU that torch sees'"
-	$(PY) -c "import kdkernels; kdkernels.show_config(); from kdkernels.config import HAS_CUDA_KERNELS as built; assert '$(DEVICE)' == 'cpu' or built, 'the CUDA kernels were not built'"
+	$(PY) -c "import torch; assert '$(DEVICE)' == 'cpu' or torch.cuda.is_available(), 'make gpu needs a GPU, and torch finds none'"
+	$(PY) -c "import kdkernels; kdkernels.show_config(); from kdkernels.config import HAS_CUDA_KERNELS as built; assert '$(DEVICE)' == 'cpu' or built, 'the CUDA kernels are not built; see the output of the build'"
 	mkdir -p "$(OUT)"
 	$(PY) -m pytest --durations=15 -o junit_family=xunit2 --junitxml="$(OUT)/tests.xml" $(TEST_FLAGS)
 	$(PY) tests/exercise_cuda.py --device $(DEVICE)
-	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: memcheck was not run")
-	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not there: racecheck was not run")
+	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not installed: memcheck was not run")
+	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not installed: racecheck was not run")
 	$(PY) -m kdkernels bench --device $(DEVICE) --report --out "$(OUT)" $(BENCH_FLAGS)
-	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not there: the backward's bandwidth was not counted")
+	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not installed: the bandwidth of the backward was not measured")
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
@@ -103,7 +109,8 @@ clean:
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
 	touch $@ .venv/.fresh
 
-# The dependencies' rule has built the package too; make had seen by then that it was not built.
+# The rule for .venv/.dependencies also builds the package and creates .venv/.fresh; in this case
+# the package is not built again.
 $(BUILT): $(DEPENDENCIES) setup.py cuda_toolkit.py pyproject.toml $(shell find csrc -type f)
 	@if [ -e .venv/.fresh ]; then rm .venv/.fresh; else $(PY) -m pip install -q --no-build-isolation --no-deps -e .; fi
 	mkdir -p $(dir $@)

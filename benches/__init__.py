@@ -1,1 +1,4 @@
-"""The benchmark suite: every op against its reference, its peers and the limit. Installed as ``kdkernels.benches``; run by ``kdkernels bench``."""
+"""The benchmark suite, which times each op against its reference, its peers and hardware limits.
+
+It is installed as ``kdkernels.benches`` and run by ``kdkernels bench``.
+"""

@@ -1,8 +1,11 @@
-"""Test accuracy of each method on the embedded images, over seeds: python benches/accuracy.py [--seeds 3] [--out FILE.json]
+"""Measure the test accuracy of each method on ClutterDigits, over several seeds.
 
-The student is TinyCNN of width 8 on ClutterDigits, as in the demo, six epochs (two more where there is a first stage). The teacher is of width 32;
-that of FSP and SVD-KD, which need as many channels as the student has, of width 8 and three times as deep. Finished runs are kept in the file
-and not repeated.
+Usage: python benches/accuracy.py [--seeds 3] [--out FILE.json]
+
+The student is a TinyCNN of width 8, as in the demo. It is trained for six epochs, or for eight if
+the method has a first stage of two epochs. The teacher is a TinyCNN of width 32. FSP and SVD-KD
+need a teacher with as many channels as the student; theirs has width 8 and is three times as deep.
+Finished runs are saved in the file and not repeated.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttenti
 from kdkernels.models import TinyCNN, load_weights
 
 BLOCKS = ["block1", "block2", "block3"]
-# name: (epochs, teacher, method of a student and a teacher)
+# name: (epochs, teacher, function that creates the method from a student and a teacher)
 METHODS = {
     "student alone": (6, None, lambda s, t: Supervised(s)),
     "KD": (6, "wide", lambda s, t: KD(s, t)),
@@ -79,7 +82,7 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     data = ClutterDigits()
     for seed in range(options.seeds):
-        for name, (epochs, teacher, make) in METHODS.items():
+        for name, (epochs, teacher, make_method) in METHODS.items():
             if f"{name}/{seed}" in results:
                 continue
             network = None
@@ -93,7 +96,7 @@ def main() -> None:
                     options.out.write_text(json.dumps(results, indent=1))
                 network = load_weights(TEACHERS[teacher](), weights)
             L.seed_everything(seed, verbose=False)
-            results[f"{name}/{seed}"] = train(make(TinyCNN(8), network), data, epochs, seed)
+            results[f"{name}/{seed}"] = train(make_method(TinyCNN(8), network), data, epochs, seed)
             options.out.write_text(json.dumps(results, indent=1))
             print(f"{name:<24}seed {seed}: {results[f'{name}/{seed}']:.2f}", flush=True)
     print()

@@ -1,4 +1,4 @@
-"""attention_transfer_loss and attention_pool against eager PyTorch, Inductor and the copy bandwidth."""
+"""Times of attention_transfer_loss and attention_pool against PyTorch, Inductor and a copy."""
 
 from functools import partial
 
@@ -6,26 +6,27 @@ import torch
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
 
-from .suite import DEVICE, Cell, Problem, at_most, compiled, over
+from .suite import DEVICE, Cell, Problem, compiled, for_cells, limit_shape
 
 
 def problem(shape, p=2.0, dtype=torch.float32, channels_last=False, pool=False, **options) -> Problem:
-    shape = at_most(shape, 9)
+    shape = limit_shape(shape, 9)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     inputs = tuple(torch.randn(shape, device=DEVICE).to(dtype).to(memory_format=layout) for _ in range(1 if pool else 2))
     inputs[0].requires_grad_()
     fused, plain = (attention_pool, reference.attention_pool) if pool else (attention_transfer_loss, reference.attention_transfer_loss)
     eager = partial(plain, p=p, **options)
     functions = {"fused": partial(fused, p=p, **options), "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
-    whole = inputs[0].numel() <= 1 << 21
-    few = inputs if whole else tuple(x[:4].detach().requires_grad_(x.requires_grad) for x in inputs)
-    value = 2.0**-22 * (24 + 16 * p + shape[1] ** 0.5 / 4)  # a sum over channels of powers; normalised, squared, summed
-    gradient = value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # rounded to the features' dtype
+    error_inputs = inputs if inputs[0].numel() <= 1 << 21 else tuple(x[:4].detach().requires_grad_(x.requires_grad) for x in inputs)
+    # Rounding errors of a sum of powers over the channels, which is normalised, squared and summed.
+    value = 2.0**-22 * (24 + 16 * p + shape[1] ** 0.5 / 4)
+    gradient = value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # the gradient is rounded to the dtype of the features
     n = inputs[0].nbytes
     upstream = (torch.randn(shape[0], *shape[2:], device=DEVICE),) if pool else None
-    # Student (and teacher) read, then the student again, and its gradient written.
+    # The forward reads student and teacher (attention_pool: one input). The backward reads the
+    # student again and writes its gradient.
     moved = {"forward": n, "forward + backward": 3 * n} if pool else {"forward": 2 * n, "forward + backward": 4 * n}
-    return Problem(functions, inputs, eager, few, {"value": value, "gradient": 4 * gradient}, upstream, moved)
+    return Problem(functions, inputs, eager, error_inputs, {"value": value, "gradient": 4 * gradient}, upstream, moved)
 
 
 def cell(name, *args, seconds=3.0, main=False, **options) -> Cell:
@@ -51,6 +52,6 @@ CELLS = [
 GPU_CELLS = [cell("128 x 512 x 56 x 56", (128, 512, 56, 56), main=True)]
 
 
-@over(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
+@for_cells(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
 def bench_attention_pool(cell, direction, bench):
     bench(cell, direction)

@@ -1,4 +1,4 @@
-"""rbf_correlation_loss and rbf_correlation against eager PyTorch, Inductor, and the linear form in plain torch."""
+"""Times of rbf_correlation_loss and rbf_correlation against PyTorch, Inductor and a linear form."""
 
 from functools import partial
 
@@ -7,14 +7,18 @@ from torch.nn.functional import normalize
 
 from kdkernels import rbf_correlation, rbf_correlation_loss, reference
 
-from .suite import DEVICE, Cell, Problem, at_most, compiled, over
+from .suite import DEVICE, Cell, Problem, compiled, for_cells, limit_shape
 
 BETA = 8.0
-RANK = 6  # terms that unit columns take
+RANK = 6  # number of terms of the series that columns of norm 1 need
 
 
 def linear_in_torch(sx, sy, tx, ty):
-    """The loss in linear time as plain torch has it: terms and their products in double, without the care for digits."""
+    """Compute the loss in linear time in plain torch.
+
+    The terms of the series and their products are float64. Unlike the fused op, this function takes
+    no further measures for accuracy.
+    """
     r = torch.arange(RANK, dtype=torch.float64, device=sx.device)
     scale = ((2 / BETA) ** r / torch.exp(torch.lgamma(r + 1))).sqrt()
 
@@ -35,40 +39,42 @@ def unit(shape):
 
 
 def columns(batch, n, k, spread=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student's and teacher's, apart by a tenth: unit columns, or numbers over a range of `spread`."""
+    """Return student and teacher columns [B, N, K] that differ by about a tenth of their size.
+
+    The teacher's columns have norm 1 or, if ``spread`` is given, entries in a range of this width.
+    """
     teacher = unit((batch, n, k)) if spread is None else spread * (torch.rand(batch, n, k, device=DEVICE) - 0.5)
     return teacher + 0.1 * teacher.abs().mean() * torch.randn_like(teacher), teacher
 
 
 def loss_problem(shape, spread=None) -> Problem:
-    batch, m, n, k = at_most(shape, 20)
+    batch, m, n, k = limit_shape(shape, 20)
     (sx, tx), (sy, ty) = columns(batch, m, k, spread), columns(batch, n, k, spread)
     inputs = (sx.requires_grad_(), sy.requires_grad_(), tx, ty)
     eager = reference.rbf_correlation_loss
     functions = {"fused": rbf_correlation_loss, "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
     if spread is None:
         functions |= {"linear in torch": linear_in_torch, "Inductor linear": compiled(lambda *x: linear_in_torch(*x))}
-    whole = batch * m * n * k <= 1 << 22
-    few = inputs if whole else tuple(x[:1].detach().requires_grad_(x.requires_grad) for x in inputs)
+    error_inputs = inputs if batch * m * n * k <= 1 << 22 else tuple(x[:1].detach().requires_grad_(x.requires_grad) for x in inputs)
     work = {}
-    if spread is None:  # in double: terms, and their products with one another
+    if spread is None:  # float64 operations of the terms and of the products of terms
         operations = batch * k * (m + n) * (60 + 2 * (2 * RANK) ** 2 / 2)
         work = {"forward": {"GEMM float64": operations}, "forward + backward": {"GEMM float64": 2 * operations}}
     moved = {"forward": 2 * (sx.nbytes + sy.nbytes), "forward + backward": 3 * (sx.nbytes + sy.nbytes)}
-    return Problem(functions, inputs, eager, few, {"value": 1e-6, "gradient": 1e-5}, None, moved, work)
+    return Problem(functions, inputs, eager, error_inputs, {"value": 1e-6, "gradient": 1e-5}, None, moved, work)
 
 
 def correlation_problem(shape) -> Problem:
-    batch, m, n, k = at_most(shape, 20)
+    batch, m, n, k = limit_shape(shape, 20)
     inputs = unit((batch, m, k)).requires_grad_(), unit((batch, n, k)).requires_grad_()
     eager = reference.rbf_correlation
     functions = {"fused": rbf_correlation, "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
-    few = tuple(x[:1].detach().requires_grad_() for x in inputs) if batch * m * n * k > 1 << 22 else inputs
+    error_inputs = tuple(x[:1].detach().requires_grad_() for x in inputs) if batch * m * n * k > 1 << 22 else inputs
     out = batch * m * n * k
-    moved = {"forward": 4 * out, "forward + backward": 8 * out}  # written; its upstream gradient read
+    moved = {"forward": 4 * out, "forward + backward": 8 * out}  # the forward writes the output, the backward reads its gradient
     work = {"forward": {"exp": out}, "forward + backward": {"exp": 2 * out}}
     upstream = (torch.randn(batch, m, n, k, device=DEVICE),)
-    return Problem(functions, inputs, eager, few, {"value": 5e-7, "gradient": 1e-5}, upstream, moved, work)
+    return Problem(functions, inputs, eager, error_inputs, {"value": 5e-7, "gradient": 1e-5}, upstream, moved, work)
 
 
 def cell(name, make, seconds=3.0, main=False) -> Cell:
@@ -90,6 +96,6 @@ CELLS += [
 ]
 
 
-@over(CELLS)
+@for_cells(CELLS)
 def bench_rbf_correlation(cell, direction, bench):
     bench(cell, direction)

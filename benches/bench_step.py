@@ -1,4 +1,7 @@
-"""A whole training step of each method, in parts: teacher, student, loss, optimizer; with the fused ops and with the references in their place."""
+"""Times of a whole training step of each method, in four parts: teacher, student, loss, optimizer.
+
+Each step is timed with the fused ops and with the references in their place.
+"""
 
 import contextlib
 import sys
@@ -27,7 +30,7 @@ REPLACEMENTS = {
     "rbf_correlation_loss": reference.rbf_correlation_loss,
     "truncated_svds": lambda xs, k, **options: [reference.truncated_svd(x, k, **options) for x in xs],
 }
-# name, method of a student and a teacher, networks, batch, seconds
+# name, function that creates the method from a student and a teacher, networks, batch size, seconds
 STEPS = [
     ("KD", lambda s, t: KD(s, t), ("resnet20", "resnet56"), 64, 12),
     ("AT", lambda s, t: AttentionTransfer(s, t, LAYERS, LAYERS), ("resnet20", "resnet56"), 64, 12),
@@ -40,20 +43,20 @@ STEPS = [
 
 @contextlib.contextmanager
 def references():
-    """In the losses and the trainers the references stand where the fused ops do."""
-    places = [m for name, m in sys.modules.items() if name == "kdkernels.nn" or name.startswith("kdkernels.distill")]
-    found = [(m, name) for m in places for name in REPLACEMENTS if getattr(m, name, None) is getattr(kdkernels, name)]
-    for module, name in found:
+    """Replace the fused ops by the references in losses and methods, and restore them on exit."""
+    modules = [m for name, m in sys.modules.items() if name == "kdkernels.nn" or name.startswith("kdkernels.distill")]
+    imported_ops = [(m, name) for m in modules for name in REPLACEMENTS if getattr(m, name, None) is getattr(kdkernels, name)]
+    for module, name in imported_ops:
         setattr(module, name, REPLACEMENTS[name])
     try:
         yield
     finally:
-        for module, name in found:
+        for module, name in imported_ops:
             setattr(module, name, getattr(kdkernels, name))
 
 
 class Clock:
-    """Adds up seconds by part."""
+    """Stopwatch that sums up the seconds of each part."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -72,7 +75,7 @@ class Clock:
 
 
 class Step:
-    """A step of a method on one batch, as :meth:`Distiller.training_step` and Lightning do it, stopping the time between the parts."""
+    """A training step on one batch, as in :meth:`Distiller.training_step`, timed in parts."""
 
     def __init__(self, method: Distiller, batch: dict):
         self.method, self.batch = method, batch
@@ -82,16 +85,20 @@ class Step:
     def __call__(self) -> dict[str, float]:
         clock = Clock()
         if isinstance(self.method, GradientAttentionTransfer):
-            self._of_gradients(clock)
+            self._differentiate_inputs(clock)
         else:
-            self._of_features(clock)
+            self._differentiate_features(clock)
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.add("optimizer")
         return clock.seconds
 
-    def _of_features(self, clock: Clock) -> None:
-        """The loss sees logits and features that are leaves; their gradients then go back through the student."""
+    def _differentiate_features(self, clock: Clock) -> None:
+        """Run forward and backward of a method whose losses depend on logits and features.
+
+        The losses are computed from detached copies of logits and features. The gradients of the
+        copies are then propagated through the student.
+        """
         teacher = self.method.teacher_outputs(self.batch)
         clock.add("teacher")
         logits, features = self.method.student_outputs(self.batch)
@@ -101,29 +108,32 @@ class Step:
         with _outputs(self.method, teacher, (leaves[0], dict(zip(features, leaves[1:], strict=True)))):
             losses = self._losses()
         transfer = losses.pop("svd", None) if isinstance(self.method, SVDKD) else None
-        of_main = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)
-        of_transfer = torch.autograd.grad(transfer, leaves, allow_unused=True) if transfer is not None else None
+        main_gradients = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)
+        transfer_gradients = torch.autograd.grad(transfer, leaves, allow_unused=True) if transfer is not None else None
         clock.add("loss")
-        second = _through(outputs, of_transfer, self.parameters, retain_graph=True) if of_transfer else None
-        for p, g in zip(self.parameters, _through(outputs, of_main, self.parameters), strict=True):
+        second = _backpropagate(outputs, transfer_gradients, self.parameters, retain_graph=True) if transfer_gradients else None
+        for p, g in zip(self.parameters, _backpropagate(outputs, main_gradients, self.parameters), strict=True):
             p.grad = g
         clock.add("student")
         if second is not None:
-            chosen = [(p, g) for p, g in zip(self.parameters, second, strict=True) if g is not None]
-            clipped = clip_transfer([p.grad for p, _ in chosen], [g for _, g in chosen], 0)
-            for (p, _), g in zip(chosen, clipped, strict=True):
+            with_gradient = [(p, g) for p, g in zip(self.parameters, second, strict=True) if g is not None]
+            clipped = clip_transfer([p.grad for p, _ in with_gradient], [g for _, g in with_gradient], 0)
+            for (p, _), g in zip(with_gradient, clipped, strict=True):
                 p.grad = p.grad + g
             clock.add("loss")
 
-    def _of_gradients(self, clock: Clock) -> None:
-        """The student is differentiated twice: its second backward and that of the loss are one, and counted to the student."""
+    def _differentiate_inputs(self, clock: Clock) -> None:
+        """Run forward and backward of a method that differentiates the student twice.
+
+        The last backward pass, of loss and student together, is counted as part of the student.
+        """
         original = at.input_gradient
 
         def timed(network, *args, **options):
             clock.add("loss")
-            found = original(network, *args, **options)
+            gradient = original(network, *args, **options)
             clock.add("teacher" if network is self.method.teacher else "student")
-            return found
+            return gradient
 
         at.input_gradient = timed
         try:
@@ -140,7 +150,7 @@ class Step:
 
 @contextlib.contextmanager
 def _outputs(method: Distiller, teacher: tuple, student: tuple):
-    """Method.losses finds these outputs instead of asking the networks."""
+    """Make ``method.losses`` use these outputs instead of running the networks."""
     method.teacher_outputs, method.student_outputs = (lambda batch: teacher), (lambda batch: student)
     try:
         yield
@@ -148,22 +158,23 @@ def _outputs(method: Distiller, teacher: tuple, student: tuple):
         del method.teacher_outputs, method.student_outputs
 
 
-def _through(outputs: list[Tensor], gradients, parameters, **options) -> tuple[Tensor | None, ...]:
-    there = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None]
-    return torch.autograd.grad([x for x, _ in there], parameters, [g for _, g in there], allow_unused=True, **options)
+def _backpropagate(outputs: list[Tensor], gradients, parameters, **options) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the parameters from those of the outputs, which may be ``None``."""
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None]
+    return torch.autograd.grad([x for x, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True, **options)
 
 
-def in_parts(steps: dict[str, Callable[[], dict[str, float]]], seconds: float) -> dict[str, list[dict[str, float]]]:
-    """Steps of all contenders, one after another, round by round."""
+def time_parts(steps: dict[str, Callable[[], dict[str, float]]], seconds: float) -> dict[str, list[dict[str, float]]]:
+    """Run one step of each contender per round, and return the seconds of its parts by round."""
     for step in steps.values():
         step()
-    found: dict[str, list] = {name: [] for name in steps}
+    times: dict[str, list] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
-    while len(found["fused"]) < 5 or time.perf_counter() < deadline:
-        order = list(steps) if len(found["fused"]) % 2 else list(steps)[::-1]
+    while len(times["fused"]) < 5 or time.perf_counter() < deadline:
+        order = list(steps) if len(times["fused"]) % 2 else list(steps)[::-1]
         for name in order:
-            found[name].append(steps[name]())
-    return found
+            times[name].append(steps[name]())
+    return times
 
 
 @pytest.mark.skipif(MODE == "quick", reason="not one of the main rows")
@@ -184,9 +195,9 @@ def bench_step(name, make, nets, batch, seconds, bench):
         with references():
             return step()
 
-    parts = in_parts({"fused": step, "eager": with_references}, seconds)
+    parts = time_parts({"fused": step, "eager": with_references}, seconds)
     row = row_of(
-        "step", f"{name}, {nets[1]} to {nets[0]}, batch {batch}", "step", {c: [sum(s.values()) for s in found] for c, found in parts.items()}
+        "step", f"{name}, {nets[1]} to {nets[0]}, batch {batch}", "step", {c: [sum(s.values()) for s in rounds] for c, rounds in parts.items()}
     )
-    row["parts"] = {c: {part: sorted(s[part] for s in found)[len(found) // 2] for part in PARTS} for c, found in parts.items()}
+    row["parts"] = {c: {part: sorted(s[part] for s in rounds)[len(rounds) // 2] for part in PARTS} for c, rounds in parts.items()}
     bench(row)

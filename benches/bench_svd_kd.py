@@ -1,4 +1,4 @@
-"""The whole loss of SVD-KD against the same in reference PyTorch, on the taps of the paper's students."""
+"""Times of the whole SVD-KD loss against reference PyTorch, on the taps of the paper's networks."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from kdkernels import models, reference
 from kdkernels.models import TAPS, FeatureTaps
 from kdkernels.nn import svd_kd_loss
 
-from .suite import DEVICE, SMOKE, Cell, Problem, compiled, over
+from .suite import DEVICE, SMOKE, Cell, Problem, compiled, for_cells
 
 
 def problem(pair, batch, k) -> Problem:
@@ -19,16 +19,19 @@ def problem(pair, batch, k) -> Problem:
         student, teacher = (list(FeatureTaps(net, TAPS[type(net)])(image)[1].values()) for net in nets)
     student = [x.requires_grad_() for x in student]
 
-    def of(loss):
+    def on_maps(loss):
         return lambda *maps: loss(maps[: len(maps) // 2], maps[len(maps) // 2 :], k)
 
     inputs = (*student, *teacher)
-    functions = {"fused": of(svd_kd_loss), "eager": of(reference.svd_kd_loss), "Inductor": compiled(of(reference.svd_kd_loss))}
-    few = tuple(x[:2].detach().requires_grad_(x.requires_grad) for x in inputs)
-    own = sum(x.nbytes for x in student)
-    moved = {"forward": 2 * own, "forward + backward": 4 * own}  # both nets' maps; the student's again, and its gradient
-    # Of float32 maps' singular vectors over their gaps, which are small in networks that are not trained.
-    return Problem(functions, inputs, of(reference.svd_kd_loss), few, {"value": 1e-3}, None, moved)
+    functions = {"fused": on_maps(svd_kd_loss), "eager": on_maps(reference.svd_kd_loss), "Inductor": compiled(on_maps(reference.svd_kd_loss))}
+    error_inputs = tuple(x[:2].detach().requires_grad_(x.requires_grad) for x in inputs)
+    # The forward reads the maps of both networks. The backward reads the student's again and writes
+    # their gradient.
+    student_bytes = sum(x.nbytes for x in student)
+    moved = {"forward": 2 * student_bytes, "forward + backward": 4 * student_bytes}
+    # The tolerance is wide because errors of singular vectors grow with the inverse of the gaps
+    # between singular values, and these are small in untrained networks.
+    return Problem(functions, inputs, on_maps(reference.svd_kd_loss), error_inputs, {"value": 1e-3}, None, moved)
 
 
 CELLS = [
@@ -37,6 +40,6 @@ CELLS = [
 ]
 
 
-@over(CELLS)
+@for_cells(CELLS)
 def bench_svd_kd(cell, direction, bench):
     bench(cell, direction)

@@ -1,4 +1,4 @@
-"""How time and memory grow: each op against one size of its inputs at a time, the others fixed."""
+"""Sweeps: time and memory of each op against one size of its inputs, with the other sizes fixed."""
 
 from functools import partial
 
@@ -6,13 +6,13 @@ from . import bench_attention_pool as attention
 from . import bench_rbf_correlation as rbf
 from . import bench_temperature_kl as kl
 from . import bench_truncated_svd as svd
-from .suite import SMOKE, Cell, over
+from .suite import SMOKE, Cell, for_cells
 
 BOTH = ("forward + backward",)
 
 
 def points(op, sweep, make, values) -> list[Cell]:
-    """Cells that differ in one number, make(number)."""
+    """Return the cells of a sweep: for each value, the problem ``make(value)``."""
     values = values[:2] if SMOKE else values
     return [Cell(op, f"{sweep}: {v}", partial(make, v), 0.8, sweep=sweep, at=v) for v in values]
 
@@ -38,6 +38,6 @@ CELLS = [
 ]
 
 
-@over(CELLS, BOTH)
+@for_cells(CELLS, BOTH)
 def bench_sweeps(cell, direction, bench):
     bench(cell, direction)

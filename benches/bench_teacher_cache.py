@@ -1,4 +1,6 @@
-"""A training step of KD with the teacher's logits from the cache on disk, and with the teacher run."""
+"""Times of a KD training step with the teacher's outputs read from the cache, and with them
+computed.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from kdkernels.distill.teacher_cache import TeacherCache
 
 from .suite import DEVICE, MODE, SMOKE, timed_row
 
-# name, teacher, student, batch, layers whose outputs are kept too, seconds
+# name, teacher, student, batch size, layers whose outputs are cached besides the logits, seconds
 STEPS = [
     ("resnet56 to resnet20, batch 64, logits", "resnet56", "resnet20", 64, (), 20),
     ("resnet56 to resnet20, batch 64, logits and three maps", "resnet56", "resnet20", 64, ("layer1", "layer2", "layer3"), 20),
@@ -21,7 +23,7 @@ STEPS = [
 
 
 class Noise(CIFAR100):
-    """Images of CIFAR's size: a cache does not care what they show."""
+    """Random images of the size of CIFAR images."""
 
     def make_splits(self):
         size = 2 * self.batch_size
@@ -42,8 +44,8 @@ def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, bench
     cache.open(method.teacher, method.teacher_taps.names, data)
     optimizer = method.make_optimizer(method.student.parameters())
     batch = data.finish({k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in next(iter(data.train_dataloader())).items()})
-    without = {k: v for k, v in batch.items() if k != "view"}
-    expected, _ = method.teacher_outputs(without)
+    uncached_batch = {k: v for k, v in batch.items() if k != "view"}
+    expected, _ = method.teacher_outputs(uncached_batch)
     method.teacher_outputs(batch)
     torch.testing.assert_close(method.teacher_outputs(batch)[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -52,4 +54,4 @@ def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, bench
         sum(method.losses(batch)[1].values()).backward()
         optimizer.step()
 
-    bench(timed_row("teacher_cache", name, "step", {"fused": lambda: step(batch), "the teacher run": lambda: step(without)}, seconds))
+    bench(timed_row("teacher_cache", name, "step", {"fused": lambda: step(batch), "the teacher run": lambda: step(uncached_batch)}, seconds))

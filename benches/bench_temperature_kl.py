@@ -1,4 +1,4 @@
-"""temperature_kl against eager PyTorch, Inductor, the textbook form, and the copy bandwidth."""
+"""Times of temperature_kl against eager PyTorch, Inductor, the textbook form and a copy."""
 
 from functools import partial
 
@@ -7,19 +7,19 @@ import torch.nn.functional as F
 
 from kdkernels import reference, temperature_kl
 
-from .suite import DEVICE, Cell, Problem, at_most, compiled, over
+from .suite import DEVICE, Cell, Problem, compiled, for_cells, limit_shape
 
 T = 4.0
 
 
 def textbook(student, teacher, dim):
-    """What is written by hand in every distillation script."""
+    """Compute the loss as most distillation scripts do."""
     rows = student.numel() // student.shape[dim]
     return F.kl_div(F.log_softmax(student / T, dim), F.softmax(teacher / T, dim), reduction="sum") * T**2 / rows
 
 
 def problem(shape, dim=1, dtype=torch.float32, both=False, **options) -> Problem:
-    shape = at_most(shape, 16)
+    shape = limit_shape(shape, 16)
     teacher = torch.randn(shape, device=DEVICE)
     student = (teacher + 0.5 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
     teacher = teacher.to(dtype).requires_grad_(both)
@@ -29,17 +29,19 @@ def problem(shape, dim=1, dtype=torch.float32, both=False, **options) -> Problem
     if not options and not both:
         functions["textbook"] = partial(textbook, dim=dim)
         functions["Inductor textbook"] = compiled(lambda s, t: textbook(s, t, dim))
-    few = (student, teacher) if student.numel() <= 1 << 21 else (student[:8].detach().requires_grad_(), teacher[:8].detach().requires_grad_(both))
-    value = 2.0**-24 * (24 + shape[dim] ** 0.5 / 4)  # a sum of so many terms of a few roundings each
-    gradient = 4 * value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # rounded to the logits' dtype
+    error_inputs = (
+        (student, teacher) if student.numel() <= 1 << 21 else (student[:8].detach().requires_grad_(), teacher[:8].detach().requires_grad_(both))
+    )
+    value = 2.0**-24 * (24 + shape[dim] ** 0.5 / 4)  # a sum over the classes, whose terms have a few rounding errors each
+    gradient = 4 * value + (2.0**-8 if dtype == torch.bfloat16 else 0.0)  # the gradient is rounded to the dtype of the logits
     n = student.nbytes
     return Problem(
         functions,
         (student, teacher),
         exact=eager,
-        few=few,
+        error_inputs=error_inputs,
         tolerance={"value": value, "gradient": gradient},
-        moved={"forward": 2 * n, "forward + backward": (4 if both else 3) * n},  # both read, the gradients written
+        moved={"forward": 2 * n, "forward + backward": (4 if both else 3) * n},  # reads both logits, writes the gradients
     )
 
 
@@ -66,6 +68,6 @@ GPU_CELLS = [
 ]
 
 
-@over(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
+@for_cells(CELLS + (GPU_CELLS if DEVICE == "cuda" else []))
 def bench_temperature_kl(cell, direction, bench):
     bench(cell, direction)

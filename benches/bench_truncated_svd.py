@@ -1,4 +1,4 @@
-"""truncated_svd against torch's full decompositions, its randomised one, and power iteration; the errors of all beside the times."""
+"""Times and errors of truncated_svd against torch's full and randomised SVD and power iteration."""
 
 from functools import partial
 
@@ -10,11 +10,11 @@ from kdkernels.config import HAS_CUDA_KERNELS
 from kdkernels.testing import implementation
 
 from .feature_maps import relu_maps, trained_maps
-from .suite import DEVICE, DIRECTIONS, SMOKE, Cell, Problem, compiled, over
+from .suite import DEVICE, DIRECTIONS, SMOKE, Cell, Problem, compiled, for_cells
 
 
 def has_testing_ops() -> bool:
-    """Whether this is a build for tests, in which the implementation "cuda" takes CPU tensors too."""
+    """Whether this is a test build, in which the implementation "cuda" also accepts CPU tensors."""
     try:
         import kdkernels._testing  # noqa: F401
     except ModuleNotFoundError:
@@ -37,7 +37,7 @@ def svd(x, k, driver=None):
 
 
 def eigh(x, k):
-    """The eigenvectors of the smaller Gram matrix."""
+    """Compute the SVD from the eigenvectors of the smaller Gram matrix."""
     tall = x.shape[-2] >= x.shape[-1]
     values, vectors = torch.linalg.eigh(x.mT @ x if tall else x @ x.mT)
     s, vectors = values[..., -k:].flip(-1).clamp_min(0).sqrt(), vectors[..., -k:].flip(-1)
@@ -50,7 +50,7 @@ def svd_lowrank(x, k):
 
 
 def power_iteration(x, k, rounds=8):
-    """For k = 1: the best that plain torch has."""
+    """Compute the first singular value and vector by power iteration (k = 1 only)."""
     tall = x.shape[-2] >= x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
     v = gram.sum(-1, keepdim=True)
@@ -73,8 +73,8 @@ def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, impleme
         matrices["power iteration"] = power_iteration
     if implementations:
         cuda = HAS_CUDA_KERNELS if DEVICE == "cuda" else has_testing_ops()
-        ours = [name for name, there in (("cuda", cuda), ("triton", DEVICE == "cuda"), ("torch", True)) if there]
-        matrices |= {f"implementation {name}": lambda x, k, name=name: implementation(name)(truncated_svd)(x, k)[1:] for name in ours}
+        available = [name for name, is_available in (("cuda", cuda), ("triton", DEVICE == "cuda"), ("torch", True)) if is_available]
+        matrices |= {f"implementation {name}": lambda x, k, name=name: implementation(name)(truncated_svd)(x, k)[1:] for name in available}
         if DEVICE == "cuda":
             matrices |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
     functions = {"fused": lambda f: feature_svd(f, k)[1:]}
@@ -83,20 +83,25 @@ def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, impleme
         functions["Inductor"] = compiled(lambda f: reference.truncated_svd(f.flatten(2).mT, k)[1:])
     p, q = sorted((side * side, channels))
     n = features.nbytes
-    # The Gram matrix, half of it, and its tridiagonal form: what the direct way computes.
+    # Operations of the direct method: half of the Gram matrix, and its tridiagonal form.
     arithmetic = batch * (p * p * q + 4 / 3 * p**3)
     return Problem(
         functions,
         (features,),
         upstream=(torch.ones(batch, k, device=DEVICE), torch.randn(batch, channels, k, device=DEVICE)),
-        moved={"forward": n, "forward + backward": 3 * n},  # read; read again and the gradient written
+        moved={"forward": n, "forward + backward": 3 * n},  # the forward reads the features; the backward reads them again and writes the gradient
         work={"forward": {"GEMM": arithmetic}, "forward + backward": {"GEMM": arithmetic}},
-        errors=Errors(features.detach()[:16], k, functions),
+        errors=SvdErrors(features.detach()[:16], k, functions),
     )
 
 
-class Errors:
-    """Against float64: of s relative to the largest, and the sine of the angle of the worst v. Ours must be small."""
+class SvdErrors:
+    """Errors of a contender against float64.
+
+    The error of s is relative to the largest singular value; the error of v is the sine of the
+    largest angle between a computed and an exact singular vector. AssertionError is raised if an
+    error of the fused op is too large.
+    """
 
     def __init__(self, features, k, functions):
         self.features, self.k, self.functions = features, k, functions
@@ -108,18 +113,21 @@ class Errors:
         self.gaps = torch.minimum(gaps.amin(-1), squares[..., :k])
 
     def __call__(self, name: str) -> dict[str, float]:
-        if name == "Inductor":  # would be compiled for other shapes; its decomposition is eager's
+        # Inductor would be compiled again for these shapes. It calls the same decomposition as
+        # eager.
+        if name == "Inductor":
             return {}
         s, v = self.functions[name](self.features)
-        off = (v.double() - self.v * (v.double() * self.v).sum(-2, keepdim=True)).norm(dim=-2)
+        sine = (v.double() - self.v * (v.double() * self.v).sum(-2, keepdim=True)).norm(dim=-2)
         error = ((s.double() - self.s).abs() / self.s[..., :1]).max().item()
         if name == "fused":
             assert error <= 1e-6, f"the error of s is {error:.2e}"
-            assert (off <= 2e-6 / self.gaps.clamp_min(1e-12) + 2e-6).all(), f"the sine times the gap is {(off * self.gaps).max():.2e}"
-        return {"error": error, "sine": off.max().item()}
+            assert (sine <= 2e-6 / self.gaps.clamp_min(1e-12) + 2e-6).all(), f"the sine times the gap is {(sine * self.gaps).max():.2e}"
+        return {"error": error, "sine": sine.max().item()}
 
 
-# side of the map, channels: matrices [side^2, channels], as the layers of usual networks give
+# (side of the feature map, channels), as in layers of common networks; the matrices are [side^2,
+# channels]
 SHAPES = [(32, 16), (32, 64), (16, 32), (16, 128), (8, 64), (8, 256), (7, 512), (14, 256), (28, 128), (56, 64), (7, 2048)]
 
 
@@ -133,7 +141,8 @@ CELLS = [cell(side, c, k, inductor=k == 4, main=k == 4 and (side, c) in MAIN) fo
 CELLS += [cell(28, 512, k, batch=16) for k in (1, 4)]
 TRAINING_CELLS = [cell(side, c, k, seconds=1.0) for k in (2, 8) for side, c in SHAPES]
 TRAINING_CELLS += [cell(side, c, 4, kind=f"trained {block}") for block, side, c in (("block1", 16, 64), ("block2", 8, 128), ("block3", 4, 256))]
-# The spectra of other maps: noise behind a ReLU, whose gaps are small; noise.
+# Maps with other spectra: noise after a ReLU, which has small gaps between singular values, and
+# noise.
 FORWARD_CELLS = [cell(side, c, 4, kind=kind) for kind in ("relu of noise", "noise") for side, c in ((32, 64), (14, 256), (7, 512))]
 IMPLEMENTATION_CELLS = [
     Cell("truncated_svd_implementations", f"{side * side} x {c}, k = {k}", partial(problem, side, c, 128, k, implementations=True), 1.0)
@@ -142,23 +151,23 @@ IMPLEMENTATION_CELLS = [
 ]
 
 
-@over(CELLS)
+@for_cells(CELLS)
 def bench_truncated_svd(cell, direction, bench):
     bench(cell, direction)
 
 
-@over(TRAINING_CELLS, DIRECTIONS[2:])
+@for_cells(TRAINING_CELLS, DIRECTIONS[2:])
 def bench_training(cell, direction, bench):
     bench(cell, direction)
 
 
-@over(FORWARD_CELLS, DIRECTIONS[:1])
+@for_cells(FORWARD_CELLS, DIRECTIONS[:1])
 def bench_spectra(cell, direction, bench):
     bench(cell, direction)
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and not SMOKE, reason="the implementations for GPUs are timed on GPUs")
-@over(IMPLEMENTATION_CELLS)
+@pytest.mark.skipif(DEVICE == "cpu" and not SMOKE, reason="the GPU implementations are timed only on GPUs")
+@for_cells(IMPLEMENTATION_CELLS)
 def bench_implementations(cell, direction, bench):
-    """On a GPU: every implementation of ours, and every driver that torch has."""
+    """Time each implementation of this package, and each driver of torch.linalg.svd, on a GPU."""
     bench(cell, direction)

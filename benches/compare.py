@@ -1,7 +1,11 @@
-"""Compares two files of results by their ratios: python -m benches.compare OLD.json NEW.json, or python -m benches.compare NEW.json for the baseline.
+"""Compare the ratios of two files of results.
 
-What is compared is not a time but the ratio of a peer's time to the fused op's, both from one run: a slower machine, or a busy one, slows both. A
-cell is lost where the ratio to some peer fell by more than a quarter, and by more than the intervals of both files explain.
+Usage: python -m benches.compare OLD.json NEW.json, or python -m benches.compare NEW.json to compare
+with the committed results.
+
+A ratio is the time of a peer divided by the time of the fused op in the same run. Ratios are
+compared and not times, because a slow or busy machine slows down both. A ratio has regressed if it
+fell by more than a quarter and the intervals of the two files do not overlap.
 """
 
 from __future__ import annotations
@@ -14,12 +18,12 @@ from pathlib import Path
 from .tables import key_of, load, rows_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LOST = 0.75
+REGRESSION_FACTOR = 0.75
 
 
 @dataclass
 class Change:
-    """Of the ratio to one peer in one cell."""
+    """Change of the ratio to one peer in one cell."""
 
     op: str
     cell: str
@@ -33,15 +37,15 @@ class Change:
         return self.new[0] / self.old[0]
 
     @property
-    def lost(self) -> bool:
-        return self.factor < LOST and self.new[2] < self.old[1]
+    def regressed(self) -> bool:
+        return self.factor < REGRESSION_FACTOR and self.new[2] < self.old[1]
 
     def __str__(self) -> str:
         return f"{self.factor:5.2f}  {self.old[0]:8.2f}x -> {self.new[0]:8.2f}x  {self.op}: {self.cell}, {self.direction}, against {self.peer}"
 
 
 def compare(old: dict, new: dict) -> list[Change]:
-    """Changes of all ratios that both files have, the worst first."""
+    """Return the changes of all ratios that are in both files, the worst first."""
     before = {key_of(row): row for row in rows_of(old)}
     changes = []
     for row in rows_of(new):
@@ -54,34 +58,34 @@ def compare(old: dict, new: dict) -> list[Change]:
 
 
 def baseline_of(result: dict) -> Path:
-    """The committed results of the same class of machine."""
+    """Return the path of the committed results of the same class of machine."""
     return RESULTS / rows_of(result)[0]["machine"] / "bench.json"
 
 
 def report(old: dict, new: dict, show: int = 10) -> list[str]:
     changes = compare(old, new)
-    lost = [change for change in changes if change.lost]
+    regressions = [change for change in changes if change.regressed]
     if not changes:
-        return ["no cell is in both files"]
+        return ["the two files have no cell in common"]
     keys = {(c.op, c.cell, c.direction) for c in changes}
-    gone = {key_of(row) for row in rows_of(old)} - {key_of(row) for row in rows_of(new)}
+    missing = {key_of(row) for row in rows_of(old)} - {key_of(row) for row in rows_of(new)}
     lines = [
-        f"{len(changes)} ratios of {len(keys)} cells compared; {len(gone)} cells of the older file were not measured; "
-        f"lost more than 25 %: {len(lost)}"
+        f"{len(changes)} ratios of {len(keys)} cells compared; {len(missing)} cells of the older file were not measured; "
+        f"ratios that fell by more than 25 %: {len(regressions)}"
     ]
-    if lost:
-        lines += ["", "lost:", *map(str, lost)]
-    return [*lines, "", "least and most:", *map(str, changes[:show] if len(changes) <= 2 * show else [*changes[:show], "...", *changes[-3:]])]
+    if regressions:
+        lines += ["", "regressions:", *map(str, regressions)]
+    return [*lines, "", "worst and best changes:", *map(str, changes[:show] if len(changes) <= 2 * show else [*changes[:show], "...", *changes[-3:]])]
 
 
 def compare_files(files: list[str]) -> tuple[list[str], bool]:
-    """Compares OLD and NEW, or NEW alone with the committed results of its class of machine.
+    """Compare OLD and NEW, or NEW with the committed results of its class of machine.
 
     Returns:
-        The lines of the report, and whether a cell was lost.
+        The lines of the report, and whether a ratio has regressed.
 
     Raises:
-        ValueError: more than two files, or one that holds no results.
+        ValueError: there are more than two files, or a file does not contain results.
         OSError: a file cannot be read.
     """
     if len(files) > 2:
@@ -89,24 +93,24 @@ def compare_files(files: list[str]) -> tuple[list[str], bool]:
     new = load(files[-1])
     old_path = Path(files[0]) if len(files) == 2 else baseline_of(new)
     if len(files) == 1 and not old_path.exists():
-        return [f"no committed results of {rows_of(new)[0]['machine']}: nothing to compare with"], False
+        return [f"there are no committed results of {rows_of(new)[0]['machine']} to compare with"], False
     old = load(old_path)
-    return report(old, new), any(change.lost for change in compare(old, new))
+    return report(old, new), any(change.regressed for change in compare(old, new))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.compare", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "files", nargs="+", metavar="FILE.json", help="OLD and NEW; NEW alone is compared with the committed results of its class of machine"
+        "files", nargs="+", metavar="FILE.json", help="OLD and NEW, or only NEW, which is compared with the committed results of its class of machine"
     )
-    parser.add_argument("--fail", action="store_true", help="exit with 1 where a cell was lost; without it that is only reported")
+    parser.add_argument("--fail", action="store_true", help="exit with status 1 if a ratio has regressed (default: only report it)")
     options = parser.parse_args(arguments)
     try:
-        lines, lost = compare_files(options.files)
+        lines, regressed = compare_files(options.files)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(lines))
-    return int(options.fail and lost)
+    return int(options.fail and regressed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How pytest runs the suite: options, the fixture that measures a row, the JSON, and a table at the end. ``kdkernels bench`` calls it."""
+"""pytest configuration of the suite: selection of rows, the fixture that measures a row, the JSON
+file, and the table at the end. ``kdkernels bench`` runs pytest with it.
+"""
 
 import os
 
@@ -6,27 +8,31 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .machine import processor
-from .suite import DEVICE, MODE, Cell, circumstances, measure
+from .suite import DEVICE, MODE, Cell, environment_info, measure
 from .tables import plain
 
 ROWS: list[dict] = []
 
 
-class Replay:
-    """A timer whose rounds take as long as they are told: pytest-benchmark's statistics are those of the interleaved rounds."""
+class ReplayTimer:
+    """Timer for pytest-benchmark that replays given durations.
+
+    pytest-benchmark then computes its statistics of the interleaved rounds, which are measured
+    before.
+    """
 
     def __init__(self):
-        self.now, self.ahead = 0.0, iter(())
+        self.now, self.increments = 0.0, iter(())
 
     def play(self, seconds: list[float]) -> None:
-        self.ahead = iter([0.0, *(step for s in seconds for step in (s, 0.0))])
+        self.increments = iter([0.0, *(step for s in seconds for step in (s, 0.0))])
 
     def __call__(self) -> float:
-        self.now += next(self.ahead, 1e-9)
+        self.now += next(self.increments, 1e-9)
         return self.now
 
 
-REPLAY = Replay()
+TIMER = ReplayTimer()
 
 
 def pytest_configure(config):
@@ -37,21 +43,21 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     ops, texts = (os.environ.get(f"KDKERNELS_BENCH_{name}", "").split("\n") for name in ("OPS", "SELECT"))
 
-    def wanted(item) -> bool:
-        if not isinstance(item.callspec.params.get("cell"), Cell | None):  # what pytest puts where a quick run has no cell
+    def is_selected(item) -> bool:
+        if not isinstance(item.callspec.params.get("cell"), Cell | None):  # pytest's placeholder if a quick run has no cell of this bench
             return False
         op, name = _name(item)
         return (ops == [""] or op in ops) and any(text in name for text in texts)
 
-    dropped = [item for item in items if not wanted(item)]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if item not in dropped]
+    deselected = [item for item in items if not is_selected(item)]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=REPLAY, warmup=False))
+        item.add_marker(pytest.mark.benchmark(timer=TIMER, warmup=False))
 
 
 def _name(item) -> tuple[str, str]:
-    """The op of a row, and the whole name, as comparisons print it."""
+    """Return the op of a row, and the full name of the row as in comparisons."""
     values = item.callspec.params
     cell = values.get("cell")
     op = cell.op.removesuffix("_implementations") if cell is not None else item.path.stem.removeprefix("bench_")
@@ -59,21 +65,24 @@ def _name(item) -> tuple[str, str]:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for key in set(machine_info) - {"machine", "python_version", "cpu"}:  # what a number depends on, not whose machine it is
+    # Keep only the entries on which results depend, and none that identify the machine.
+    for key in set(machine_info) - {"machine", "python_version", "cpu"}:
         del machine_info[key]
     machine_info["cpu"] = {"brand_raw": processor()}
 
 
 @pytest.fixture
 def bench(benchmark: BenchmarkFixture):
-    """bench(cell, direction), or bench(row): a row of the table and of the JSON."""
+    """Function ``bench(cell, direction)`` or ``bench(row)`` that adds a row to the table and the
+    JSON.
+    """
 
-    def run(what: Cell | dict, direction: str | None = None) -> dict:
-        row = measure(what, direction) if isinstance(what, Cell) else what
+    def run(cell_or_row: Cell | dict, direction: str | None = None) -> dict:
+        row = measure(cell_or_row, direction) if isinstance(cell_or_row, Cell) else cell_or_row
         times = row.pop("times")
-        REPLAY.play(times)
+        TIMER.play(times)
         benchmark.pedantic(lambda: None, rounds=len(times))
-        benchmark.extra_info.update(row, **circumstances())
+        benchmark.extra_info.update(row, **environment_info())
         ROWS.append(row)
         return row
 
@@ -82,7 +91,7 @@ def bench(benchmark: BenchmarkFixture):
 
 def pytest_terminal_summary(terminalreporter):
     if ROWS:
-        about = circumstances()
+        about = environment_info()
         smoke = ", smoke run: no timing means anything" if MODE == "smoke" else ""
         terminalreporter.section(f"{about['machine']}, {DEVICE}, commit {about['commit']}{smoke}")
         for line in plain(ROWS):

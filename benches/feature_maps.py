@@ -1,4 +1,4 @@
-"""Feature maps as networks make them, to decompose: [B, C, H, W]."""
+"""Realistic feature maps [B, C, H, W] for the benches of truncated_svd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def natural_images(batch: int, height: int, width: int) -> Tensor:
-    """Noise with the 1/f spectrum of photographs, [batch, 3, height, width]."""
+    """Generate noise [batch, 3, height, width] with a 1/f spectrum, as photographs have."""
     frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.fftfreq(width) ** 2).sqrt()
     frequency[0, 0] = 1 / max(height, width)
     image = torch.fft.ifft2(torch.fft.fft2(torch.randn(batch, 3, height, width)) / frequency).real
@@ -19,7 +19,10 @@ def natural_images(batch: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def relu_maps(batch: int, channels: int, side: int) -> Tensor:
-    """Of a random network: three 3 x 3 convolutions with batch norm and ReLU, on natural images."""
+    """Return the feature maps of a random network on images of :func:`natural_images`.
+
+    The network has three 3 x 3 convolutions with batch norm and ReLU.
+    """
     x = natural_images(batch, side, side)
     for width in (max(16, channels // 4), max(16, channels // 2), channels):
         x = nn.BatchNorm2d(width)(nn.Conv2d(x.shape[1], width, 3, padding=1)(x)).relu()
@@ -29,7 +32,7 @@ def relu_maps(batch: int, channels: int, side: int) -> Tensor:
 @functools.cache
 @torch.enable_grad()
 def trained_network() -> nn.Module:
-    """TinyCNN(width=64) after one pass over 4,000 images of ClutterDigits."""
+    """Train TinyCNN(width=64) for one epoch on 4,000 images of ClutterDigits."""
     from kdkernels.data import ClutterDigits
     from kdkernels.models import TinyCNN
 
@@ -48,7 +51,7 @@ def trained_network() -> nn.Module:
 
 @torch.no_grad()
 def trained_maps(batch: int, block: str) -> Tensor:
-    """Of the trained network, on images it was not trained on. Its data need the extra ``train``."""
+    """Return the feature maps of the trained network on test images. Needs the extra ``train``."""
     for module in ("lightning", "sklearn"):
         pytest.importorskip(module)
     from kdkernels.data import ClutterDigits
@@ -56,9 +59,9 @@ def trained_maps(batch: int, block: str) -> Tensor:
     data = ClutterDigits(train_size=64, val_size=64, test_size=max(64, batch), batch_size=batch)
     data.prepare_data()
     data.setup()
-    found = {}
+    captured = {}
     net = trained_network()
-    handle = net.get_submodule(block).register_forward_hook(lambda *args: found.update(x=args[2]))
+    handle = net.get_submodule(block).register_forward_hook(lambda *args: captured.update(output=args[2]))
     net(data.finish(next(iter(data.test_dataloader())))["image"])
     handle.remove()
-    return found["x"]
+    return captured["output"]

@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the run whose rows are held against it, and how much memory a call takes."""
+"""Hardware limits, measured in the same run as the rows, and the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ import kdkernels
 from .timing import time_interleaved
 
 RATES = ("copy", "GEMM", "GEMM float64", "exp")
-SECONDS = 0.01 if os.environ.get("KDKERNELS_BENCH") == "smoke" else 0.3  # for each rate
+SECONDS = 0.01 if os.environ.get("KDKERNELS_BENCH") == "smoke" else 0.3  # time for the measurement of a rate
 
 
 def seconds_for(rate: str, amount: float, device: str) -> float:
-    """Seconds for so many bytes ("copy": read and written, together), operations ("GEMM") or exponentials of float32 ("exp")."""
+    """Return the seconds that ``amount`` takes at a rate of the machine.
+
+    The amount is the number of bytes read and written ("copy"), of operations ("GEMM", "GEMM
+    float64") or of float32 exponentials ("exp").
+    """
     if rate == "copy":
         return copy_seconds(max(4, int(amount) // 2), device)
     return amount / (exp_rate(device) if rate == "exp" else gemm_rate(device, torch.float64 if rate.endswith("64") else torch.float32))
@@ -34,7 +38,7 @@ def _median(call: Callable[[], object], device: str) -> float:
 
 @functools.lru_cache(maxsize=64)
 def copy_seconds(nbytes: int, device: str) -> float:
-    """Median time of Tensor.copy_ of a tensor of nbytes; twice as many move."""
+    """Measure the median time to copy ``nbytes`` bytes, which moves twice as many bytes."""
     source = torch.ones(max(1, nbytes // 4), device=device)
     target = torch.empty_like(source)
     return _median(lambda: target.copy_(source), device)
@@ -42,7 +46,11 @@ def copy_seconds(nbytes: int, device: str) -> float:
 
 @functools.cache
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a product of matrices of 1024 x 1024 (on a GPU 8192 x 8192), in the precision that torch uses by default."""
+    """Measure the operations per second of a product of 1024 x 1024 matrices (on a GPU 8192 x
+    8192).
+
+    The product has torch's default precision.
+    """
     n = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n**3 / _median(lambda: torch.mm(a, b), device)
@@ -50,18 +58,20 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
 
 @functools.cache
 def exp_rate(device: str) -> float:
-    """Exponentials a second of torch.exp on float32, in a cache on a CPU."""
+    """Measure the float32 exponentials per second of torch.exp, on a CPU with data in a cache."""
     x = torch.rand(1 << (26 if device == "cuda" else 17), device=device)
     out = torch.empty_like(x)
     return x.numel() / _median(lambda: torch.exp(x, out=out), device)
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:
-    """Bytes that a call, which has run before, takes at its peak over what was in use, its results with them; None where no system tells.
+    """Measure the peak memory of a call above the memory in use before it, with its results.
 
-    On a GPU what torch's allocator has given out. On a CPU resident pages, whoever asked for them: what freed tensors left behind is given
-    back to the system first, so that the call has to take pages for all it uses. A page is 4 KiB, and threads count in batches: what is below a
-    megabyte is not told from nothing.
+    The call must have run before. On a GPU, the memory of torch's allocator is measured. On a CPU,
+    all resident pages are measured; memory left behind by freed tensors is first returned to the
+    system, so that the call takes new pages for all that it uses. As pages have 4 KiB and threads
+    update the count in batches, less than a megabyte cannot be distinguished from zero. On a CPU
+    the result is ``None`` if the system is not Linux or does not report the peak.
     """
     gc.collect()
     if device == "cuda":
@@ -74,11 +84,11 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
     if sys.platform != "linux":
         return None
     kdkernels.release_memory()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
     if trim is not None:
         trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident memory
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)

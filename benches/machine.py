@@ -1,4 +1,7 @@
-"""Prints the class of this machine, the name of its folder of results: its GPU, else its CPU and the number of cores in use."""
+"""Print the class of this machine: its GPU or, without one, its CPU and the number of usable cores.
+
+The class is the name of the folder of its results.
+"""
 
 import os
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 
 
 def machine(device: str | None = None) -> str:
-    """The class of the machine as far as ``device`` ("cpu" or "cuda"; by default the GPU, if there is one) is concerned."""
+    """Return the class of the machine for ``device``, by default the GPU if there is one."""
     try:
         import torch
 
@@ -28,15 +31,18 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the source tree these benches are in, with "-dirty" where something is not committed; else the version that is installed."""
+    """Return the commit of the source tree, with "-dirty" if there are uncommitted changes.
+
+    Outside a git clone, return the version of the installed package.
+    """
     here = Path(__file__).resolve().parent
     if (here.parent / ".git").exists():
-        # Results and documents change while results are made.
+        # Results and docs are not checked, because making new results changes them.
         changed = ["git", "status", "--porcelain", "--", "csrc", "kdkernels", "python_ref", "benches/*.py", "setup.py"]
-        calls = [["git", "rev-parse", "--short=7", "HEAD"], changed]
-        found = [subprocess.run(c, capture_output=True, text=True, cwd=here.parent).stdout.strip() for c in calls]
-        if found[0]:
-            return found[0] + ("-dirty" if found[1] else "")
+        commands = [["git", "rev-parse", "--short=7", "HEAD"], changed]
+        outputs = [subprocess.run(c, capture_output=True, text=True, cwd=here.parent).stdout.strip() for c in commands]
+        if outputs[0]:
+            return outputs[0] + ("-dirty" if outputs[1] else "")
     from kdkernels import __version__
 
     return f"version {__version__}"

@@ -1,4 +1,4 @@
-"""report.html of a file of results: one file, tables that sort, pictures inside, nothing fetched."""
+"""report.html of a file of results: a single file with sortable tables and embedded pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from kdkernels.plots.page import STYLE
 
 from .pictures import draw, sweeps_of, title_of
-from .tables import CONTENDERS, Entry, Table, about, rows_of, tables
+from .tables import CONTENDER_LABELS, Entry, Table, about, rows_of, tables
 
 MORE_STYLE = """
 body { max-width: 90rem }
@@ -53,24 +53,24 @@ document.querySelector("#filter").addEventListener("input", event => {
 
 
 def write_page(path: Path, result: dict) -> Path:
-    """Writes the page as a whole or not at all; returns its path."""
+    """Write the page, completely or not at all, and return its path."""
     rows = rows_of(result)
-    found = tables(rows)
+    op_tables = tables(rows)
     smoke = rows[0]["mode"] == "smoke"
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>kdkernels benchmarks</title><style>{STYLE}{MORE_STYLE}</style></head><body>
-<h1>kdkernels against its references, its peers and the limit</h1>
+<h1>Times of kdkernels against references, peers and hardware limits</h1>
 {"<p><b>Smoke run on tiny inputs: no number here means anything.</b></p>" if smoke else ""}
 <p class="note">{html.escape(about(result)).replace("`", "")}.
-A ratio is a contender's time over the fused op's, median over interleaved rounds, with its 95 % interval: above 1 the fused op is faster.
-Errors are relative to float64. Tap a heading to sort.</p>
-<h2 id="worst">The least ratios to eager and Inductor</h2>
+A ratio is the time of a contender divided by the time of the fused op: above 1, the fused op is faster. It is the median over interleaved
+rounds, with its 95 % interval. Errors are measured against float64. Click a column heading to sort.</p>
+<h2 id="worst">The smallest ratios to eager and Inductor</h2>
 {_table(_worst(rows))}
-<nav>{"".join(f'<a href="#t{i}">{html.escape(t.title)}</a>' for i, t in enumerate(found))}<a href="#growth">How cost grows</a></nav>
-<label>Show rows with <input id="filter" type="search" placeholder="128 x 100 forward"></label>
-{"".join(f'<h2 id="t{i}">{html.escape(t.title)}</h2>{_table(t)}' for i, t in enumerate(found))}
-<h2 id="growth">How cost grows</h2>
+<nav>{"".join(f'<a href="#t{i}">{html.escape(t.title)}</a>' for i, t in enumerate(op_tables))}<a href="#growth">Sweeps</a></nav>
+<label>Filter the rows: <input id="filter" type="search" placeholder="128 x 100 forward"></label>
+{"".join(f'<h2 id="t{i}">{html.escape(t.title)}</h2>{_table(t)}' for i, t in enumerate(op_tables))}
+<h2 id="growth">Time and memory against the size of the inputs</h2>
 {"".join(_picture(op, sweeps, result) for op, sweeps in sweeps_of(result).items()) or "<p>No sweep was measured.</p>"}
 <script>{SCRIPT}</script></body></html>
 """
@@ -80,9 +80,12 @@ Errors are relative to float64. Tap a heading to sort.</p>
     return path
 
 
-def least_ratios(rows: list[dict], count: int = 5) -> list[tuple[float, dict, str]]:
-    """The cells where eager or Inductor come nearest to the fused op, or pass it: ratio, row, peer. Left out are a backward alone, which is
-    what the forward left over, and whole steps, whose time is the networks'."""
+def smallest_ratios(rows: list[dict], count: int = 5) -> list[tuple[float, dict, str]]:
+    """Return the ``count`` smallest ratios of eager and Inductor, as (ratio, row, peer).
+
+    Backward rows are left out, because some ops compute the gradient in the forward. Whole steps
+    are left out, because the networks take most of their time.
+    """
     found = [
         (row["ratios"][peer][0], row, peer)
         for row in rows
@@ -94,10 +97,10 @@ def least_ratios(rows: list[dict], count: int = 5) -> list[tuple[float, dict, st
 
 def _worst(rows: list[dict]) -> Table:
     lines = [
-        [Entry(f"{row['op']}: {row['cell']}"), Entry(row["direction"]), Entry(CONTENDERS.get(peer, peer)), Entry(f"{ratio:.2f}x", ratio)]
-        for ratio, row, peer in least_ratios(rows, 10)
+        [Entry(f"{row['op']}: {row['cell']}"), Entry(row["direction"]), Entry(CONTENDER_LABELS.get(peer, peer)), Entry(f"{ratio:.2f}x", ratio)]
+        for ratio, row, peer in smallest_ratios(rows, 10)
     ]
-    return Table("", ["what", "direction", "peer", "ratio"], lines)
+    return Table("", ["input", "direction", "peer", "ratio"], lines)
 
 
 def _table(table: Table) -> str:

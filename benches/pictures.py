@@ -1,4 +1,4 @@
-"""Log-log pictures of the sweeps: time and memory of each contender against one size of the inputs, with the limit drawn in."""
+"""Log-log plots of the sweeps: time and memory of each contender, and the limit, against a size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 from pathlib import Path
 
-from .tables import CONTENDERS, rows_of, share_of_limit
+from .tables import CONTENDER_LABELS, rows_of, share_of_limit
 
 COLOURS = {
     "fused": "#e8590c",
@@ -24,7 +24,7 @@ COLOURS = {
 
 
 def sweeps_of(result: dict) -> dict[str, dict[str, list[dict]]]:
-    """op to sweep to its rows, in order."""
+    """Return a dict from op to a dict from sweep to its rows in order."""
     found: dict[str, dict[str, list[dict]]] = {}
     for row in rows_of(result):
         if "sweep" in row:
@@ -33,7 +33,7 @@ def sweeps_of(result: dict) -> dict[str, dict[str, list[dict]]]:
 
 
 def draw(sweeps: dict[str, list[dict]], title: str):
-    """A figure: a column for each sweep, time above memory."""
+    """Draw a figure with a column for each sweep: time above memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.2), layout="constrained", squeeze=False, sharex="col")
-    shown: dict[str, object] = {}
+    legend: dict[str, object] = {}
     for column, (name, rows) in enumerate(sweeps.items()):
         time, memory = axes[0, column], axes[1, column]
         at = [row["at"] for row in rows]
@@ -50,17 +50,17 @@ def draw(sweeps: dict[str, list[dict]], title: str):
             style = dict(color=COLOURS.get(contender, "#000000"), marker="o", ms=3.5, lw=1.8 if contender == "fused" else 1.1)
             points = [(row["at"], 1e3 * row["seconds"][contender]) for row in rows if contender in row["seconds"]]
             (line,) = time.plot(*zip(*points, strict=True), **style)
-            shown.setdefault(CONTENDERS.get(contender, contender), line)
-            # What is below a megabyte cannot be told from nothing on a CPU.
-            held = [(row["at"], row["memory"][contender] / 1e6) for row in rows if (row.get("memory", {}).get(contender) or 0) >= 1 << 20]
-            if held:
-                memory.plot(*zip(*held, strict=True), **style)
+            legend.setdefault(CONTENDER_LABELS.get(contender, contender), line)
+            # On a CPU, less than a megabyte cannot be distinguished from zero.
+            memory_points = [(row["at"], row["memory"][contender] / 1e6) for row in rows if (row.get("memory", {}).get(contender) or 0) >= 1 << 20]
+            if memory_points:
+                memory.plot(*zip(*memory_points, strict=True), **style)
         limits = [(row["at"], 1e3 * share[1] * row["seconds"]["fused"]) for row in rows if (share := share_of_limit(row))]
         if limits:
             (line,) = time.plot(*zip(*limits, strict=True), color="black", ls="--", lw=1)
-            shown.setdefault("limit", line)
+            legend.setdefault("limit", line)
         (line,) = memory.plot(at, [row["inputs"] / 1e6 for row in rows], color="black", ls=":", lw=1)
-        shown.setdefault("size of the inputs", line)
+        legend.setdefault("size of the inputs", line)
         for axis in (time, memory):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -70,7 +70,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
         memory.set_xlabel(name)
     axes[0, 0].set_ylabel("forward + backward, ms")
     axes[1, 0].set_ylabel("peak of extra memory, MB")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 4), fontsize=8, frameon=False)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -81,7 +81,7 @@ def title_of(op: str, result: dict) -> str:
 
 
 def write_pictures(result: dict, folder: Path) -> list[Path]:
-    """<op>_sweeps.svg and .png of each op that was swept; each file whole or not at all."""
+    """Write <op>_sweeps.svg and .png of each op with sweeps; each file completely or not at all."""
     import matplotlib.pyplot as plt
 
     written = []

@@ -1,7 +1,9 @@
-"""A row of the suite: one op on one input in one direction, all contenders side by side.
+"""Measurement of a row of the suite: all contenders for one op on one input in one direction.
 
-First the gate (the op against float64 on the inputs that are timed), then warm-up, then all contenders interleaved round by round; ratios are
-medians over the rounds, with a bootstrap interval. A contender that fails is named in its cell, and the others go on.
+First the op is checked against float64 on the inputs that are timed. After a warm-up, all
+contenders are timed, interleaved round by round. Ratios are medians over the rounds, with a
+bootstrap interval. If a contender fails, its error is recorded in the row, and the other contenders
+are still timed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from .limits import peak_memory, seconds_for
 from .machine import commit, machine
 from .timing import Prepared, ratio_interval, time_interleaved
 
-MODE = os.environ.get("KDKERNELS_BENCH", "full")  # "full"; "quick": the main rows, briefly; "smoke": tiny inputs, shows that all of it runs
+# "full": all rows; "quick": the main rows, for a second each; "smoke": all rows on tiny inputs, as
+# a test.
+MODE = os.environ.get("KDKERNELS_BENCH", "full")
 DEVICE = os.environ.get("KDKERNELS_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 SMOKE = MODE == "smoke"
 DIRECTIONS = ("forward", "backward", "forward + backward")
@@ -35,21 +39,25 @@ class Problem:
     """The inputs and the contenders of a cell.
 
     Args:
-        functions: contender to function of the inputs; "fused" is the op, "eager" its reference.
-        inputs: those that get gradients require them.
-        exact: the reference, for float64.
-        few: the inputs that errors are measured on, the first samples of `inputs` or all of them.
-        tolerance: of "value" and "gradient" relative to their largest number; wider than it and the row is not timed.
-        upstream: gradients of the outputs; None for a loss.
-        moved: bytes that must move, by direction.
-        work: rate (:data:`benches.limits.RATES`) to amount of it that must be done, by direction.
-        errors: measures the errors of a contender in another way: name to number.
+        functions: dict from contender to function of the inputs; "fused" is the op, "eager" its
+            reference.
+        inputs: the inputs; those that get gradients have ``requires_grad``.
+        exact: the reference, called with float64 inputs.
+        error_inputs: the inputs on which errors are measured, the first samples of ``inputs`` or
+            all.
+        tolerance: largest errors of "value" and "gradient" of the op, relative to their largest
+            entries; AssertionError is raised if an error is larger.
+        upstream: gradients of the outputs; ``None`` for a loss.
+        moved: number of bytes that must be moved, by direction.
+        work: dict from rate (:data:`benches.limits.RATES`) to the amount of work, by direction.
+        errors: function from a contender's name to its errors, which replaces the comparison with
+            ``exact``.
     """
 
     functions: dict[str, Callable[..., Outputs]]
     inputs: tuple[Tensor, ...]
     exact: Callable[..., Outputs] | None = None
-    few: tuple[Tensor, ...] | None = None
+    error_inputs: tuple[Tensor, ...] | None = None
     tolerance: dict[str, float] = field(default_factory=dict)
     upstream: tuple[Tensor, ...] | None = None
     moved: dict[str, int] = field(default_factory=dict)
@@ -62,12 +70,12 @@ class Cell:
     """One op on one input.
 
     Args:
-        op: stem of the op.
-        name: what the input is; unique for the op.
-        make: builds it.
-        seconds: how long the rounds of a direction may take.
-        main: one of targets' rows, which a quick run times too.
-        sweep, at: the sweep this is a point of, and where.
+        op: name of the op.
+        name: description of the input, unique for the op.
+        make: function that builds the problem.
+        seconds: time for the rounds of a direction.
+        main: whether this is a main row, which a quick run times too.
+        sweep, at: name of the sweep that contains this cell, and the value of the varied size.
     """
 
     op: str
@@ -83,7 +91,7 @@ class Cell:
 
 
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """The function compiled by Inductor for the shapes of its first call."""
+    """Return the function compiled by Inductor for the shapes of its first call."""
     return torch.compile(function, dynamic=False)
 
 
@@ -91,33 +99,40 @@ _compiled_ops: set[str] = set()
 
 
 def drop_repeated_compilations(op: str, functions: dict[str, Callable]) -> None:
-    """Remove Inductor's contenders, except from the first input of each op: each compilation takes seconds, which tell a smoke run nothing."""
+    """Remove the Inductor contenders, except for the first input of each op.
+
+    Each compilation takes seconds, and a smoke run needs only one per op.
+    """
     if op in _compiled_ops:
         for name in [name for name in functions if name.startswith("Inductor")]:
             del functions[name]
     _compiled_ops.add(op)
 
 
-def at_most(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The shape, or in a smoke run a small one of its kind."""
+def limit_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """Return the shape; in a smoke run, with extents of at most ``n``."""
     return tuple(min(extent, n) for extent in shape) if SMOKE else shape
 
 
 class Measured:
-    """A cell that is built: contenders that run, errors, memory. Kept for the rows of the cell's directions."""
+    """A cell with its problem and the errors of its contenders, for the rows of its directions."""
 
     def __init__(self, cell: Cell):
         torch.manual_seed(0)
         self.cell, self.problem = cell, cell.make()
         if SMOKE:
             drop_repeated_compilations(cell.op, self.problem.functions)
-        self.sets = self._rotation()
+        self.input_sets = self._copy_inputs()
         self.failed: dict[str, str] = {}
-        self.errors = self._gate()
-        # A first look at each contender; the compiled ones compile here.
-        self._try(lambda name: (self.call(name, "forward")(), self.call(name, "forward + backward")()))
+        self.errors = self._measure_errors()
+        # The first call of each contender; compiled contenders compile here.
+        self._for_each_contender(lambda name: (self.call(name, "forward")(), self.call(name, "forward + backward")()))
 
-    def _try(self, action: Callable[[str], object]) -> None:
+    def _for_each_contender(self, action: Callable[[str], object]) -> None:
+        """Run the action for each contender.
+
+        A contender that fails is removed and its error recorded; the fused op's errors are raised.
+        """
         for name in list(self.problem.functions):
             try:
                 action(name)
@@ -129,55 +144,62 @@ class Measured:
                 for x in self.problem.inputs:
                     x.grad = None
 
-    def _rotation(self) -> list[tuple[Tensor, ...]]:
-        """On a GPU as many copies of the inputs as together outgrow the L2 cache twice, at most 32: each call finds its own in memory."""
+    def _copy_inputs(self) -> list[tuple[Tensor, ...]]:
+        """Return the inputs and, on a GPU, copies of them.
+
+        With the copies, each call reads its inputs from memory and not from the L2 cache. Together
+        they exceed twice the size of the cache; there are at most 32.
+        """
         inputs = self.problem.inputs
         if DEVICE != "cuda":
             return [inputs]
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return copies_of(inputs, min(32, 1 + 2 * cache // max(1, sum(x.nbytes for x in inputs))))
 
-    def _gate(self) -> dict[str, dict[str, float]]:
-        """Errors of each contender: relative to the largest number of the exact value and of the exact gradient."""
+    def _measure_errors(self) -> dict[str, dict[str, float]]:
+        """Measure the errors of each contender, relative to the largest entry of exact results."""
         problem = self.problem
         if problem.errors is not None:
             found: dict[str, dict[str, float]] = {}
-            self._try(lambda name: found.update({name: problem.errors(name)}))
+            self._for_each_contender(lambda name: found.update({name: problem.errors(name)}))
             return found
-        few = problem.few or problem.inputs
-        whole = all(a.shape == b.shape for a, b in zip(few, problem.inputs, strict=True))
+        inputs = problem.error_inputs or problem.inputs
+        all_samples = all(a.shape == b.shape for a, b in zip(inputs, problem.inputs, strict=True))
         values, gradients = value_and_gradients(
-            problem.exact, [x.detach().double().requires_grad_(x.requires_grad) for x in few], self._upstream(few)
+            problem.exact, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs], self._upstream(inputs)
         )
         found = {}
 
         def measure(name: str) -> None:
-            if not whole and name.startswith("Inductor"):  # would be compiled for another shape, and be another kernel
+            # For other shapes Inductor would compile another kernel than the one that is timed.
+            if not all_samples and name.startswith("Inductor"):
                 return
             v, g = value_and_gradients(
-                problem.functions[name], [x.detach().clone().requires_grad_(x.requires_grad) for x in few], self._upstream(few)
+                problem.functions[name], [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs], self._upstream(inputs)
             )
             found[name] = {"value": distance(v, values)} | ({"gradient": distance(g, gradients)} if g else {})
 
-        self._try(measure)
-        for what, allowed in problem.tolerance.items():
-            assert found["fused"][what] <= allowed, f"{self.cell}: the error of the {what} is {found['fused'][what]:.2e}, allowed {allowed:.2e}"
+        self._for_each_contender(measure)
+        for kind, tolerance in problem.tolerance.items():
+            error = found["fused"][kind]
+            assert error <= tolerance, f"{self.cell}: the error of the {kind} is {error:.2e}, must be at most {tolerance:.2e}"
         return found
 
-    def _upstream(self, few: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _upstream(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Return the gradients of the outputs for ``inputs``, the first samples of the problem."""
         if self.problem.upstream is None:
             return None
-        return tuple(g[: len(few[0])] for g in self.problem.upstream)
+        return tuple(g[: len(inputs[0])] for g in self.problem.upstream)
 
     def call(self, name: str, direction: str) -> Callable[[], object] | Prepared:
-        """A call of a contender, each time on the next set of inputs."""
+        """Return a function that calls a contender, each time with the next copy of the inputs."""
         function, upstream = self.problem.functions[name], self.problem.upstream
-        following = itertools.cycle(self.sets).__next__
+        next_inputs = itertools.cycle(self.input_sets).__next__
         if direction == "forward":
 
             def forward() -> Outputs:
                 with torch.no_grad():
-                    return function(*following())
+                    return function(*next_inputs())
 
             return forward
 
@@ -189,19 +211,19 @@ class Measured:
         if direction == "backward":
 
             def prepare() -> tuple:
-                inputs = following()
+                inputs = next_inputs()
                 return inputs, function(*inputs)
 
             return Prepared(prepare, lambda prepared: back(*prepared))
 
         def both() -> None:
-            inputs = following()
+            inputs = next_inputs()
             back(inputs, function(*inputs))
 
         return both
 
     def row(self, direction: str) -> dict:
-        """What is told of a direction, see :mod:`benches.tables`."""
+        """Measure the row of a direction; :mod:`benches.tables` shows it."""
         cell, problem = self.cell, self.problem
         seconds = min(cell.seconds, 1.0) if MODE == "quick" else cell.seconds
         calls = {name: self.call(name, direction) for name in problem.functions}
@@ -223,24 +245,27 @@ class Measured:
         return row
 
     def _replayed(self, direction: str) -> dict[str, float | str]:
-        """Seconds of a call when a CUDA graph of one call on each set of inputs is replayed: what it costs without its launches."""
+        """Time the replay of a CUDA graph of the calls: their cost without kernel launches.
+
+        Returns the seconds per call, or the error if a contender cannot be captured.
+        """
         graphs, found = {}, {}
         for name in self.problem.functions:
             if name not in ("fused", "eager", "Inductor"):
                 continue
             try:
-                graphs[name] = captured(self.call(name, direction), len(self.sets))
-            except Exception as error:  # a host sync, or a solver that cannot be captured
+                graphs[name] = captured(self.call(name, direction), len(self.input_sets))
+            except Exception as error:  # host synchronisation, or a solver that cannot be captured
                 torch.cuda.synchronize()
                 found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         if graphs:
             times = time_interleaved(graphs, seconds=0.5, device=DEVICE)
-            found |= {name: statistics.median(t) / len(self.sets) for name, t in times.items()}
+            found |= {name: statistics.median(t) / len(self.input_sets) for name, t in times.items()}
         return found
 
 
 def timed_row(op: str, cell: str, direction: str, calls: dict[str, Callable | Prepared], seconds: float, *, main: bool = False) -> dict:
-    """Names, medians, and ratios to "fused" of contenders that are timed together."""
+    """Time the contenders together and return their row: names, medians, and ratios to "fused"."""
     times = time_interleaved(calls, seconds=0.01 if SMOKE else seconds, warmup=1, device=DEVICE)
     return row_of(op, cell, direction, times, main=main)
 
@@ -259,11 +284,12 @@ def row_of(op: str, cell: str, direction: str, times: dict[str, list[float]], *,
 
 
 def copies_of(inputs: tuple[Tensor, ...], n: int) -> list[tuple[Tensor, ...]]:
-    """The inputs, and n - 1 copies of them with the same strides."""
+    """Return the inputs and n - 1 copies of them with the same strides."""
     return [inputs, *(tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs) for _ in range(n - 1))]
 
 
 def captured(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """Capture a CUDA graph of ``times`` calls, and return the function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -288,24 +314,27 @@ def value_and_gradients(function, inputs: list[Tensor], upstream) -> tuple[tuple
 
 
 def distance(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest difference, relative to the largest number; the worst of several tensors; NaN where one of them holds a NaN."""
+    """Return the largest difference relative to the largest entry of the exact tensor.
+
+    The result is the maximum over all tensors, or NaN if one of them contains NaN.
+    """
     tiny = torch.finfo(torch.float64).tiny
     each = [(a.double() - b).abs().max() / b.abs().max().clamp_min(tiny) for a, b in zip(got, exact, strict=True)]
     return torch.stack(each).max().item()
 
 
 def _of_direction(errors: dict[str, float], direction: str) -> dict[str, float]:
-    wanted = {"forward": ["value"], "backward": ["gradient"]}.get(direction, ["value", "gradient"])
-    found = [errors[w] for w in wanted if w in errors]
-    own = {"error": math.nan if any(map(math.isnan, found)) else max(found)} if found else {}
-    return own | {name: e for name, e in errors.items() if name not in ("value", "gradient")}
+    kinds = {"forward": ["value"], "backward": ["gradient"]}.get(direction, ["value", "gradient"])
+    found = [errors[kind] for kind in kinds if kind in errors]
+    error = {"error": math.nan if any(map(math.isnan, found)) else max(found)} if found else {}
+    return error | {name: e for name, e in errors.items() if name not in ("value", "gradient")}
 
 
 _current: list[Measured] = []
 
 
 def measure(cell: Cell, direction: str) -> dict:
-    """The row of a cell in a direction. A cell stays built until another one is measured."""
+    """Measure the row of a cell in a direction. The cell is kept until another cell is measured."""
     if not _current or _current[0].cell is not cell:
         _current.clear()
         gc.collect()
@@ -314,21 +343,21 @@ def measure(cell: Cell, direction: str) -> dict:
     return _current[0].row(direction)
 
 
-def over(cells: list[Cell], directions: tuple[str, ...] = DIRECTIONS):
-    """Parametrizes a bench by cells and, for each, by directions."""
+def for_cells(cells: list[Cell], directions: tuple[str, ...] = DIRECTIONS):
+    """Parametrize a bench by cells and by directions."""
 
     def decorate(function):
-        chosen = [c for c in cells if MODE != "quick" or c.main]
-        function = pytest.mark.parametrize("cell", chosen, ids=str)(function)
+        selected = [c for c in cells if MODE != "quick" or c.main]
+        function = pytest.mark.parametrize("cell", selected, ids=str)(function)
         return pytest.mark.parametrize("direction", directions)(function)
 
     return decorate
 
 
 @functools.cache
-def circumstances() -> dict:
-    """Where and with what the rows were measured."""
-    about = {
+def environment_info() -> dict:
+    """Return the machine, the versions and the settings of this run."""
+    info = {
         "machine": machine(DEVICE),
         "commit": commit(),
         "torch": torch.__version__,
@@ -339,5 +368,5 @@ def circumstances() -> dict:
     if DEVICE == "cuda":
         import triton
 
-        about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
-    return about
+        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return info

@@ -1,4 +1,4 @@
-"""Tables of rows, for the terminal, docs/performance.md and report.html: the same cells everywhere."""
+"""Tables of results for the terminal, docs/performance.md and report.html."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TITLES = {
     "temperature_kl": "temperature_kl of logits [rows, classes]",
     "attention_pool": "attention_transfer_loss and attention_pool of features [B, C, H, W]",
     "rbf_correlation": "rbf_correlation_loss and rbf_correlation of [B, M, K] and [B, N, K]",
-    "truncated_svd": "truncated_svd of maps seen as matrices [places, channels], batch 128 if not said",
-    "truncated_svd_implementations": "truncated_svd by each implementation, and torch's drivers",
-    "svd_kd": "The whole loss of SVD-KD on the taps of the paper's students",
-    "teacher_cache": "A training step of KD with the teacher's outputs from the cache on disk",
+    "truncated_svd": "truncated_svd of feature maps as matrices [spatial positions, channels], batch 128 unless given",
+    "truncated_svd_implementations": "Implementations of truncated_svd, and drivers of torch.linalg.svd",
+    "svd_kd": "The whole SVD-KD loss on the taps of the paper's networks",
+    "teacher_cache": "A training step of KD with the teacher's outputs read from the cache on disk",
     "step": "A whole training step, in parts",
 }
-CONTENDERS = {
+CONTENDER_LABELS = {
     "eager": "eager",
     "Inductor": "Inductor",
     "textbook": "textbook form",
@@ -27,19 +27,19 @@ CONTENDERS = {
     "linear in torch": "linear form in torch",
     "Inductor linear": "Inductor of the linear form",
     "eigh": "eigh of the Gram matrix",
-    "the teacher run": "with the teacher run",
+    "the teacher run": "with the teacher computed",
 }
-ORDER = [*CONTENDERS, "linalg.svd", "svd_lowrank", "power iteration"]
+CONTENDER_ORDER = [*CONTENDER_LABELS, "linalg.svd", "svd_lowrank", "power iteration"]
 
 
 class Entry(NamedTuple):
-    """What a cell says, and the number that it is sorted by."""
+    """Text of a table cell, and the number by which it is sorted."""
 
     text: str
     value: float | None = None
 
 
-NOTHING = Entry("-")
+EMPTY = Entry("-")
 
 
 @dataclass
@@ -50,63 +50,63 @@ class Table:
 
 
 def key_of(row: dict) -> tuple[str, str, str]:
-    """What makes two rows of two files the same measurement."""
+    """Return the key of a row; rows of two files with the same key are the same measurement."""
     return row["op"], row["cell"], row["direction"]
 
 
 def tables(rows: list[dict]) -> list[Table]:
-    """A table for each op, without the points of sweeps; steps in parts have their own form."""
+    """Return a table for each op, without the cells of sweeps."""
     found = []
     for op, title in TITLES.items():
-        own = [row for row in rows if row["op"] == op and "sweep" not in row]
-        if own:
-            found.append(_steps(title, own) if op == "step" else _table(title, own))
+        op_rows = [row for row in rows if row["op"] == op and "sweep" not in row]
+        if op_rows:
+            found.append(_step_table(title, op_rows) if op == "step" else _table(title, op_rows))
     return found
 
 
 def contenders_of(rows: list[dict]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in [*row["ratios"], *row.get("failed", {})])
-    return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    return sorted(names, key=lambda name: CONTENDER_ORDER.index(name) if name in CONTENDER_ORDER else len(CONTENDER_ORDER))
 
 
 def _table(title: str, rows: list[dict]) -> Table:
     names = contenders_of(rows)
     columns: list[tuple[str, object]] = [
-        ("what", lambda row: Entry(row["cell"])),
+        ("input", lambda row: Entry(row["cell"])),
         ("direction", lambda row: Entry(row["direction"])),
         ("ms", lambda row: _number(1e3 * row["seconds"]["fused"], "{:.3g}")),
-        *((CONTENDERS.get(name, name), lambda row, name=name: _ratio(row, name)) for name in names),
-        ("of the limit", _share),
-        ("moves, MB", lambda row: _number(row["moved"] / 1e6, "{:.3g}") if row.get("moved") else NOTHING),
+        *((CONTENDER_LABELS.get(name, name), lambda row, name=name: _ratio(row, name)) for name in names),
+        ("share of the limit", _share),
+        ("bytes moved, MB", lambda row: _number(row["moved"] / 1e6, "{:.3g}") if row.get("moved") else EMPTY),
         ("error", lambda row: _error(row, "fused", "error")),
-        ("least error of a peer", _least_error),
+        ("smallest error of a peer", _smallest_peer_error),
         ("sine", lambda row: _error(row, "fused", "sine")),
         ("sine of linalg.svd", lambda row: _error(row, "linalg.svd", "sine")),
         ("sine of eigh", lambda row: _error(row, "eigh", "sine")),
         ("memory, MB", lambda row: _memory(row, "fused")),
-        ("of eager", lambda row: _memory(row, "eager")),
-        ("of Inductor", lambda row: _memory(row, "Inductor")),
+        ("memory of eager, MB", lambda row: _memory(row, "eager")),
+        ("memory of Inductor, MB", lambda row: _memory(row, "Inductor")),
         ("replayed, ms", lambda row: _replayed(row, "fused")),
         ("eager replayed", lambda row: _replayed(row, "eager")),
         ("Inductor replayed", lambda row: _replayed(row, "Inductor")),
     ]
     cells = [(name, [make(row) for row in rows]) for name, make in columns]
-    cells = [(name, column) for name, column in cells if name in ("what", "direction", "ms") or any(c != NOTHING for c in column)]
+    cells = [(name, column) for name, column in cells if name in ("input", "direction", "ms") or any(c != EMPTY for c in column)]
     return Table(title, [name for name, _ in cells], [list(line) for line in zip(*(column for _, column in cells), strict=True)])
 
 
-def _steps(title: str, rows: list[dict]) -> Table:
+def _step_table(title: str, rows: list[dict]) -> Table:
     parts = list(rows[0]["parts"]["fused"])
-    columns = ["what", "ops", "step, ms", *(f"{part}, ms" for part in parts), "share of the loss", "step with references"]
+    columns = ["input", "ops", "step, ms", *(f"{part}, ms" for part in parts), "share of the loss", "ratio with references"]
     lines = []
     for row in rows:
-        for name, title_of in (("fused", "fused"), ("eager", "references")):
-            own = row["parts"][name]
-            share = own["loss"] / sum(own.values())
+        for name, label in (("fused", "fused"), ("eager", "references")):
+            seconds = row["parts"][name]
+            share = seconds["loss"] / sum(seconds.values())
             lines.append(
-                [Entry(row["cell"]), Entry(title_of), _number(1e3 * row["seconds"][name], "{:.4g}")]
-                + [_number(1e3 * own[part], "{:.3g}") for part in parts]
-                + [Entry(f"{100 * share:.1f} %", share), _ratio(row, "eager") if name == "fused" else NOTHING]
+                [Entry(row["cell"]), Entry(label), _number(1e3 * row["seconds"][name], "{:.4g}")]
+                + [_number(1e3 * seconds[part], "{:.3g}") for part in parts]
+                + [Entry(f"{100 * share:.1f} %", share), _ratio(row, "eager") if name == "fused" else EMPTY]
             )
     return Table(title, columns, lines)
 
@@ -119,7 +119,7 @@ def _ratio(row: dict, name: str) -> Entry:
     if name in row.get("failed", {}):
         return Entry(f"failed: {row['failed'][name].split(':')[0]}")
     if name not in row["ratios"]:
-        return NOTHING
+        return EMPTY
     median, low, high = row["ratios"][name]
     return Entry(f"{_short(median)}x ({_short(low)} to {_short(high)})", median)
 
@@ -130,11 +130,11 @@ def _short(x: float) -> str:
 
 def _share(row: dict) -> Entry:
     share = share_of_limit(row)
-    return NOTHING if share is None else Entry(f"{100 * share[1]:.0f} % {share[0]}", share[1])
+    return EMPTY if share is None else Entry(f"{100 * share[1]:.0f} % {share[0]}", share[1])
 
 
 def share_of_limit(row: dict) -> tuple[str, float] | None:
-    """What binds, and the share of its rate that the fused op reaches."""
+    """Return the longest limit, and the ratio of its time to the time of the fused op."""
     if not row.get("limits"):
         return None
     name, seconds = max(row["limits"].items(), key=lambda item: item[1])
@@ -143,36 +143,36 @@ def share_of_limit(row: dict) -> tuple[str, float] | None:
 
 def _error(row: dict, name: str, kind: str) -> Entry:
     value = row.get("errors", {}).get(name, {}).get(kind)
-    return NOTHING if value is None else Entry(f"{value:.0e}", value)
+    return EMPTY if value is None else Entry(f"{value:.0e}", value)
 
 
-def _least_error(row: dict) -> Entry:
+def _smallest_peer_error(row: dict) -> Entry:
     others = [e["error"] for name, e in row.get("errors", {}).items() if name != "fused" and not math.isnan(e.get("error", math.nan))]
-    return Entry(f"{min(others):.0e}", min(others)) if others else NOTHING
+    return Entry(f"{min(others):.0e}", min(others)) if others else EMPTY
 
 
 def _memory(row: dict, name: str) -> Entry:
     value = row.get("memory", {}).get(name)
     if value is None:
-        return NOTHING
-    floor = 0 if row.get("device") == "cuda" else 1 << 20  # what the measurement tells from nothing
+        return EMPTY
+    floor = 0 if row.get("device") == "cuda" else 1 << 20  # the resolution of the measurement
     return Entry("< 1" if value < floor else f"{value / 1e6:.3g}", value)
 
 
 def _replayed(row: dict, name: str) -> Entry:
     value = row.get("replayed", {}).get(name)
     if value is None:
-        return NOTHING
+        return EMPTY
     if isinstance(value, str):
         return Entry(f"failed: {value.split(':')[0]}")
-    ours = row["replayed"].get("fused")
-    if name == "fused" or not isinstance(ours, float):
+    fused = row["replayed"].get("fused")
+    if name == "fused" or not isinstance(fused, float):
         return Entry(f"{1e3 * value:.3g}", value)
-    return Entry(f"{_short(value / ours)}x", value / ours)
+    return Entry(f"{_short(value / fused)}x", value / fused)
 
 
 def plain(rows: list[dict]) -> list[str]:
-    """Lines for a terminal."""
+    """Return the lines of all tables for a terminal."""
     lines = []
     for table in [*tables(rows), *_sweep_table(rows)]:
         texts = [table.columns, *([cell.text for cell in line] for line in table.rows)]
@@ -186,8 +186,8 @@ def plain(rows: list[dict]) -> list[str]:
 
 
 def _sweep_table(rows: list[dict]) -> list[Table]:
-    own = [row for row in rows if "sweep" in row]
-    return [_table("Sweeps", own)] if own else []
+    sweep_rows = [row for row in rows if "sweep" in row]
+    return [_table("Sweeps", sweep_rows)] if sweep_rows else []
 
 
 def markdown(table: Table) -> list[str]:
@@ -199,11 +199,11 @@ def markdown(table: Table) -> list[str]:
 
 
 def load(path: str | os.PathLike) -> dict:
-    """A file of results, as pytest-benchmark writes it.
+    """Load a file of results, as pytest-benchmark writes it.
 
     Raises:
-        ValueError: the file is not one of this suite.
-        OSError: it cannot be read.
+        ValueError: the file was not written by this suite.
+        OSError: the file cannot be read.
     """
     try:
         result = json.loads(Path(path).read_text())
@@ -219,7 +219,7 @@ def rows_of(result: dict) -> list[dict]:
 
 
 def about(result: dict) -> str:
-    """Machine, versions and commits of a file of results, in a line."""
+    """Return a line with the machine, versions, commits and date of a file of results."""
     rows = rows_of(result)
     first = rows[0]
     commits = list(dict.fromkeys(row["commit"] for row in rows))

@@ -1,4 +1,4 @@
-"""Timing contenders side by side: interleaved in random order, compared by the ratios of a round."""
+"""Timing of contenders: interleaved in random order, and compared by the ratios of each round."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Call = Callable[[], object]
 
 
 class Prepared(NamedTuple):
-    """A contender of which only the second half is timed: ``run(prepare())``."""
+    """A contender ``run(prepare())`` of which only ``run`` is timed."""
 
     prepare: Callable[[], object]
     run: Callable[[object], object]
 
 
 class Ratio(NamedTuple):
-    """How many times as long one contender takes as another: the median over the rounds, and the 95 % interval of that median."""
+    """Ratio of the times of two contenders: median over the rounds, and its 95 % interval."""
 
     median: float
     low: float
@@ -37,19 +37,27 @@ def time_interleaved(
     warmup: int = 3,
     device: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round by round. All contenders run once per round, in random order, for at most ``seconds`` in all, and at least five
-    rounds, after ``warmup`` calls of each. On a GPU the time between two events on the stream, the queue empty before.
+    """Time the contenders, each once per round in random order.
+
+    On a GPU, the time between two events on the stream is measured, starting with an empty queue.
 
     Args:
-        contenders: name to call, or to :class:`Prepared`.
-        device: "cpu" or "cuda"; by default "cuda" where there is one.
+        contenders: dict from name to function without arguments, or to :class:`Prepared`.
+        seconds: no round is started after this time, but there are at least five rounds.
+        rounds: largest number of rounds.
+        seed: seed of the order.
+        warmup: number of calls of each contender before the first round.
+        device: "cpu" or "cuda"; by default "cuda" if there is a GPU.
+
+    Returns:
+        Dict from name to the seconds of each round.
     """
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    once = _once_on_gpu if gpu else _once
+    time_once = _time_once_on_gpu if gpu else _time_once
     pairs = {name: c if isinstance(c, Prepared) else Prepared(lambda: None, lambda _, c=c: c()) for name, c in contenders.items()}
     order = list(pairs)
     shuffle = random.Random(seed).shuffle
-    for prepare, run in pairs.values():  # warm-up, compilation
+    for prepare, run in pairs.values():  # warm-up; compiled contenders compile here
         for _ in range(warmup):
             run(prepare())
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -57,20 +65,20 @@ def time_interleaved(
     for i in range(rounds):
         shuffle(order)
         for name in order:
-            times[name].append(once(*pairs[name]))
+            times[name].append(time_once(*pairs[name]))
         if i >= 4 and time.perf_counter() > deadline:
             break
     return times
 
 
-def _once(prepare: Callable[[], object], run: Callable[[object], object]) -> float:
+def _time_once(prepare: Callable[[], object], run: Callable[[object], object]) -> float:
     prepared = prepare()
     start = time.perf_counter()
     run(prepared)
     return time.perf_counter() - start
 
 
-def _once_on_gpu(prepare: Callable[[], object], run: Callable[[object], object]) -> float:
+def _time_once_on_gpu(prepare: Callable[[], object], run: Callable[[object], object]) -> float:
     prepared = prepare()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -82,12 +90,16 @@ def _once_on_gpu(prepare: Callable[[], object], run: Callable[[object], object])
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    """Median over the rounds of time(slow) / time(fast)."""
+    """Return the median over the rounds of time(slow) / time(fast)."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
 def ratio_interval(times: dict[str, list[float]], slow: str, fast: str, *, resamples: int = 1000, seed: int = 0) -> Ratio:
-    """:func:`ratio`, with the interval that 95 % of its bootstrap resamples lie in: rounds are drawn with replacement, and the median taken again."""
+    """Return :func:`ratio` with its 95 % bootstrap interval.
+
+    Each resample draws rounds with replacement and takes the median of their ratios. The interval
+    contains 95 % of these medians.
+    """
     ratios = torch.tensor([a / b for a, b in zip(times[slow], times[fast], strict=True)], dtype=torch.float64)
     drawn = torch.randint(len(ratios), (resamples, len(ratios)), generator=torch.Generator().manual_seed(seed))
     low, high = torch.quantile(ratios[drawn].median(1).values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -96,7 +108,10 @@ def ratio_interval(times: dict[str, list[float]], slow: str, fast: str, *, resam
 
 
 def forward_backward(loss: Callable[..., torch.Tensor], student: torch.Tensor, *others) -> Callable[[], None]:
-    """A call of loss(student, *others).backward() with a fresh gradient, as in a training step; it frees its own gradient, not its neighbour's."""
+    """Return a function that runs ``loss(student, *others).backward()`` as in a training step.
+
+    Each call computes new gradients and frees them.
+    """
 
     def run() -> None:
         loss(student, *others).backward()

@@ -144,8 +144,8 @@ def test_config_with_bases_is_merged(tmp_path):
         ("base: absent.yaml", "config: there is no file '{folder}/absent.yaml' (base of '{folder}/c.yaml')"),
         ("base: [a.yaml]", "config: base of '{folder}/c.yaml' must be the name of a file, got ['a.yaml']"),
         ("base: c.yaml", "config: '{folder}/c.yaml' extends itself: c.yaml -> c.yaml"),
-        ("base: list.yaml", "config: '{folder}/list.yaml' must hold sections such as model, data and trainer, got list"),
-        ("base: broken.yaml", "config: '{folder}/broken.yaml' is no YAML: "),
+        ("base: list.yaml", "config: '{folder}/list.yaml' must be a mapping with sections such as model, data and trainer, got list"),
+        ("base: broken.yaml", "config: '{folder}/broken.yaml' is not valid YAML: "),
     ],
 )
 def test_invalid_base_config_is_an_error(tmp_path, capsys, text, message):
@@ -268,9 +268,9 @@ def test_invalid_export_options_are_one_line_errors(tmp_path, capsys):
     assert main(["export", "--ckpt", str(tmp_path / "x.ckpt"), "--out", "x.onnx"]) == 1
     assert "there is no file" in capsys.readouterr().err
     for out, message in {
-        "": "kdkernels export: needs --out",
+        "": "kdkernels export: missing required options: --out",
         "--out x.bin": "kdkernels export: --out: files must end in .onnx, .pt2, .safetensors, got 'x.bin'",
-        "--out x.onnx y.onnx": "kdkernels export: --out: one file of each format, got 'x.onnx' and 'y.onnx'",
+        "--out x.onnx y.onnx": "kdkernels export: --out: give at most one file per format, got 'x.onnx' and 'y.onnx'",
         "--out x.onnx --image_shap [1,2,3]": "kdkernels export: there is no option --image_shap; did you mean '--image_shape'?",
         "--out x.onnx --image_shape three": "kdkernels export: --image_shape: ",
     }.items():
@@ -301,7 +301,7 @@ def test_user_errors_are_one_line(cwd, capsys, more, message):
 def test_existing_run_is_not_overwritten(cwd, capsys):
     before = Path("runs/teacher/best.ckpt").read_bytes()
     assert main(TEACHER) == 1
-    assert "runs/teacher holds a run already: go on with it by --ckpt_path last, start anew by --restart true" in capsys.readouterr().err
+    assert "runs/teacher already contains a run: resume it with --ckpt_path last, start a new run with --restart true" in capsys.readouterr().err
     assert Path("runs/teacher/best.ckpt").read_bytes() == before
 
 
@@ -322,7 +322,7 @@ def test_checkpoints_are_saved_between_epochs(tmp_path, monkeypatch):
 def test_validate_without_a_run_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["validate", *TEACHER[1:], "--ckpt_path", "best"]) == 1
-    assert "there is no runs/teacher/best.ckpt" in capsys.readouterr().err
+    assert "there is no file 'runs/teacher/best.ckpt'" in capsys.readouterr().err
 
 
 def test_network_defined_in_the_current_folder(tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_plot_attention(cwd, capsys):
     for more, message in {
         "--out=a.gif": "out must end in .png, .svg or .pdf, got 'a.gif'",
         "--layers=[blok1]": "no layer 'blok1'; did you mean",
-        "--layers=[block1]": "must pair up",
+        "--layers=[block1]": "must have the same length",
         "--images=0": "images must be at least 1",
     }.items():
         assert main(["plot", "attention", "--ckpt", "runs/at/best.ckpt", more]) == 1
@@ -394,7 +394,7 @@ def test_plot_dfv(cwd, capsys):
     capsys.readouterr()
     for more, message in {
         "--out=d.gif": "out must end in .png, .svg or .pdf, got 'd.gif'",
-        "--layers=[block1]": "must pair up",
+        "--layers=[block1]": "must have the same length",
         "--vector=9": "vector must be at most 8 at layer 'block1'",
         "--vector=0": "vector must be at least 1",
         "--image=-1": "image must be in [0, ",

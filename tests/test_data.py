@@ -174,7 +174,7 @@ def test_cifar_files_cannot_run_code():
         def __reduce__(self):
             return os.system, ("true",)
 
-    with pytest.raises(pickle.UnpicklingError, match="has no place in a file of CIFAR"):
+    with pytest.raises(pickle.UnpicklingError, match="is not allowed in a CIFAR file"):
         cifar_module._Unpickler(io.BytesIO(pickle.dumps({b"data": RunsCode()}))).load()
 
 
@@ -249,7 +249,7 @@ def test_image_folder_raises_for_invalid_folders(tmp_path):
         ImageFolder(tmp_path)
     root = _write_images(tmp_path / "images")
     (root / "fox").mkdir()
-    with pytest.raises(ValueError, match="fox holds no image"):
+    with pytest.raises(ValueError, match="fox contains no image"):
         ImageFolder(root).setup()
     with pytest.raises(ValueError, match='on_error must be "fail" or "skip"'):
         ImageFolder(root, on_error="ignore")
@@ -302,7 +302,7 @@ def test_from_datasets_raises_for_unsupported_datasets():
 
     with pytest.raises(TypeError, match="train must be a map-style dataset"):
         FromDatasets(Stream(), Noisy())
-    with pytest.raises(ValueError, match="val is empty"):
+    with pytest.raises(ValueError, match="val must not be empty"):
         FromDatasets(Noisy(), Noisy(0))
     with pytest.raises(TypeError, match="sample 0 must be"):
         FromDatasets([1, 2], Noisy()).setup()
@@ -313,7 +313,7 @@ def test_from_datasets_raises_for_unsupported_datasets():
 
     data = FromDatasets(VaryingSize(), VaryingSize(), batch_size=20)
     data.setup()
-    with pytest.raises(ValueError, match="images of a batch must have one shape"):
+    with pytest.raises(ValueError, match="the images of a batch must have the same shape"):
         next(iter(data.train_dataloader()))
 
 

@@ -58,7 +58,7 @@ def test_demo_in_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
     run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert run.returncode == 2
-    assert "--out: cannot make the folder" in run.stderr
+    assert "--out: cannot create the folder" in run.stderr
 
 
 def test_fit_with_the_configs_of_the_readme(tmp_path):

@@ -53,7 +53,7 @@ def test_values_of_unknown_range_raise(tmp_path):
         np.full((4, 4), np.nan, np.float32),
     ):
         path = _save(Image.fromarray(pixels), tmp_path / "a.tiff")
-        with pytest.raises(ValueError, match=r"cannot read the image .*a.tiff: .* known white: save it with"):
+        with pytest.raises(ValueError, match=r"cannot read the image .*a.tiff: .* the value of white is not known otherwise: save the image"):
             read_image(path, 8)
 
 
@@ -157,7 +157,7 @@ def test_ignored_files_are_reported_once(tmp_path):
     (root / "stray.png").write_bytes((root / "ant" / "0.png").read_bytes())
     (root / ".git").mkdir()
     (root / "bee" / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read the image .*broken.jpg: .*; on_error='skip' goes on without"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken.jpg: .*; give on_error='skip' to leave out"):
         _count(ImageFolder(root, size=4))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -167,8 +167,8 @@ def test_ignored_files_are_reported_once(tmp_path):
     assert report.startswith(f"6 files under {root} are left out")
     for reason, names in {
         "3 are hidden": (".ipynb_checkpoints", "._0.png", "Thumbs.db"),
-        "1 have no suffix of an image": ("notes.txt",),
-        "1 lie in no folder of a class": ("stray.png",),
+        "1 do not have the suffix of an image": ("notes.txt",),
+        "1 are not in a class folder": ("stray.png",),
         "1 cannot be read as images": ("broken.jpg",),
     }.items():
         assert reason in report
@@ -197,7 +197,7 @@ def test_symbolic_links_and_nested_folders(tmp_path):
     counts = labels.bincount().tolist()
     assert counts[0] == 5
     assert counts[2] == 3
-    assert any("are links to a folder that they lie in" in str(w.message) for w in caught)
+    assert any("are links to a folder that contains them" in str(w.message) for w in caught)
     os.symlink(tmp_path / "nowhere.png", root / "ant" / "gone.png")
     with pytest.raises(ValueError, match=r"gone\.png"):
         ImageFolder(root, size=4).setup()
@@ -213,9 +213,9 @@ def test_folder_names_of_the_splits(tmp_path, train, val):
 def test_ambiguous_split_folders_raise(tmp_path):
     for names, message in (
         (("train", "training", "val"), r"2 folders for train: \['train', 'training'\]"),
-        (("train", "val", "extra"), r"has the split 'train' beside \['extra'\], which are no splits"),
-        (("test", "val"), "must hold a folder 'train'"),
-        (("Train", "Test"), "images to train on and to test with, and none for validation: val_fraction=0.2 takes"),
+        (("train", "val", "extra"), r"has the split 'train' and the folders \['extra'\], which are not splits"),
+        (("test", "val"), "must contain a folder 'train'"),
+        (("Train", "Test"), "folders for training and for testing but none for validation: give val_fraction=0.2"),
     ):
         root = tmp_path / "-".join(names)
         for name in names:
@@ -253,14 +253,14 @@ def test_probability_labels_are_kept():
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (0.5, "must be a class's number, or probabilities"),
-        (True, "must be a class's number"),
+        (0.5, "must be a class number, or class probabilities"),
+        (True, "must be a class number"),
         (torch.tensor([1.0, 1.0, 0.0]), "a sum of 2"),
-        (torch.tensor([-0.5, 1.5, 0.0]), "-0.5 as the least"),
+        (torch.tensor([-0.5, 1.5, 0.0]), "a minimum of -0.5"),
         (torch.zeros(2, 2), r"got shape \[2, 2\]"),
-        (3, r"labels must lie in \[0, 2\], the data's classes; sample \d has 3"),
+        (3, r"labels must lie in \[0, 2\], the classes of the data; sample \d has 3"),
         (-1, r"sample \d has -1"),
-        (torch.tensor([0.5, 0.5]), r"probabilities of 3 classes; sample \d has 2"),
+        (torch.tensor([0.5, 0.5]), r"probabilities of 3 classes; the label of sample \d has 2"),
     ],
 )
 def test_invalid_labels_raise(label, message):

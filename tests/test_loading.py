@@ -106,7 +106,7 @@ def test_order_changes_with_the_epoch_and_the_seed():
 
 
 def test_more_processes_than_samples_raise():
-    with pytest.raises(ValueError, match="3 samples cannot be split on 4 processes"):
+    with pytest.raises(ValueError, match="got 3 samples for 4 processes"):
         Batches(3, 8, False, world=4)
 
 

@@ -82,17 +82,17 @@ USER_ERRORS = {
     "--foo 3": "kdkernels fit: there is no option --foo",
     "--trainer.max_epochs three": "kdkernels fit: --trainer.max_epochs: Expected a <class 'int'>",
     "--model.temperature cold": "Expected a <class 'float'>. Got value: cold",
-    "--model no.Such": "kdkernels fit: --model: No module named 'no' (modules of your own are looked for in ",
-    "--model.student its_nests.Small": "No module named 'its_nests' (modules of your own are looked for in ",
+    "--model no.Such": "kdkernels fit: --model: No module named 'no' (modules are searched in ",
+    "--model.student its_nests.Small": "No module named 'its_nests' (modules are searched in ",
     "--trainer.callbacks EarlyStoping": "kdkernels fit: --trainer.callbacks: there is no class 'EarlyStoping'",
     "--model.teacher_weights no.pth": "kdkernels fit: weights: there is no file 'no.pth'",
     "--data.root /no/where": "kdkernels fit: root: there is no folder '/no/where'",
     "--data.size 0": "kdkernels fit: size must be at least 1, got 0",
     "--model.student.num_classes 4": "kdkernels fit: the data have 3 classes, but the student (Small) has 4",
-    "--model.student.fail key": "kdkernels fit: KeyError: 'of mine' (KDKERNELS_TRACEBACK=1 shows where)",
-    "--model.student.fail runtime": "kdkernels fit: RuntimeError: of mine (KDKERNELS_TRACEBACK=1 shows where)",
-    "--model.student.fail attribute": "kdkernels fit: AttributeError: of mine (KDKERNELS_TRACEBACK=1 shows where)",
-    "--model.student.fail memory": "kdkernels fit: out of memory: of mine. A smaller --data.batch_size, ",
+    "--model.student.fail key": "kdkernels fit: KeyError: 'of mine' (set KDKERNELS_TRACEBACK=1 to see the traceback)",
+    "--model.student.fail runtime": "kdkernels fit: RuntimeError: of mine (set KDKERNELS_TRACEBACK=1 to see the traceback)",
+    "--model.student.fail attribute": "kdkernels fit: AttributeError: of mine (set KDKERNELS_TRACEBACK=1 to see the traceback)",
+    "--model.student.fail memory": "kdkernels fit: out of memory: of mine. Use a smaller --data.batch_size, ",
     "--ckpt_path no.ckpt": "no.ckpt",
 }
 
@@ -129,14 +129,14 @@ def test_networks_next_to_the_config_and_one_line_per_epoch(config, capfd):
 def test_resuming_with_another_network_is_an_error(config, capfd):
     assert main(["fit", "--config", str(config)]) == 0
     line = _error_line(capfd, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3, "--model.student.width", 5)
-    assert "kdkernels fit: the checkpoint is of another network: " in line
+    assert "kdkernels fit: the checkpoint belongs to a different network: " in line
     assert "student.conv.weight" in line
 
 
 def test_best_checkpoint_can_be_resumed_and_validating_untrained_weights_warns(config, capfd):
     assert main(["fit", "--config", str(config)]) == 0
     capfd.readouterr()
-    with pytest.warns(UserWarning, match="the student is judged as it is made, not as it was trained in .*--ckpt_path best"):
+    with pytest.warns(UserWarning, match="the student is evaluated with its initial weights, not with those trained in .*--ckpt_path best"):
         assert main(["validate", "--config", str(config)]) == 0
     for subcommand in ("validate", "fit"):
         assert main([subcommand, "--config", str(config), "--ckpt_path", "best", "--trainer.max_epochs", "3"]) == 0
@@ -185,11 +185,11 @@ def test_messages_of_one_line():
     assert one_line(ValueError(in_worker)) == "ValueError: sample 3 is odd"
     assert one_line(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")).startswith("out of memory: CUDA out of memory.")
     assert "\x1b" not in one_line(RuntimeError("\x1b[31mred\x1b[0m"))
-    assert one_line(ModuleNotFoundError("No module named 'x'", name="x")).startswith("No module named 'x' (modules of your own are looked for in")
+    assert one_line(ModuleNotFoundError("No module named 'x'", name="x")).startswith("No module named 'x' (modules are searched in")
     assert one_line(ModuleNotFoundError("this needs y")) == "this needs y"
     try:
         nn.Linear(2, 2).load_state_dict(nn.Linear(3, 2).state_dict())
     except RuntimeError as error:
         line = one_line(error)
-    assert line.startswith("the checkpoint is of another network: size mismatch for weight")
+    assert line.startswith("the checkpoint belongs to a different network: size mismatch for weight")
     assert "\n" not in line

@@ -139,7 +139,7 @@ def test_predict_raises_for_invalid_arguments(exported, tmp_path):
         ((tmp_path / "x.bin", photos), {}, r"must end in one of \.onnx, \.pt2, \.safetensors, \.ckpt"),
         ((tmp_path / "plain.ckpt", photos), {}, "is not a checkpoint of this package"),
         ((folder / "student.ckpt", tmp_path / "none"), {}, "there is no folder"),
-        ((folder / "student.ckpt", tmp_path / "empty"), {}, "holds no image"),
+        ((folder / "student.ckpt", tmp_path / "empty"), {}, "contains no image"),
         ((folder / "student.ckpt", photos), {"top_k": 4}, "top_k must be at most 3, the number of classes, got 4"),
         ((folder / "student.ckpt", photos), {"top_k": 0}, "top_k must be at least 1, got 0"),
         ((folder / "student.ckpt", photos), {"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -179,7 +179,7 @@ def test_all_samples_of_an_optimizer_step_have_equal_weight(options, count):
 def test_every_batch_of_every_process_has_at_least_two_samples(world):
     for size in range(2 * world, 40):
         for batch_size in (2, 5, 7):
-            batches = [list(Batches(size, batch_size, True, least=2, rank=r, world=world)) for r in range(world)]
+            batches = [list(Batches(size, batch_size, True, min_samples=2, rank=r, world=world)) for r in range(world)]
             counts = [len(draw.index) for process_batches in batches for draw in process_batches]
             assert min(counts) >= 2
             assert sorted(i for process_batches in batches for draw in process_batches for i in draw.index) == list(range(size))
@@ -457,7 +457,7 @@ def test_run_ended_by_max_steps_resumes_exactly(tmp_path, options):
 def test_resuming_within_an_epoch_in_another_sample_order_raises(tmp_path, options):
     _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot go on there with 12 samples"):
+    with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot be resumed within it with 12 samples"):
         trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # allowed at the end of an epoch
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -492,11 +492,11 @@ def test_splits_use_different_random_numbers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "images must have one dtype"),
-        (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that a batch has for itself"),
+        (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "all images must have the same dtype"),
+        (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that are reserved in a batch"),
         (lambda i, image, label: {"image": image, "label": label, "name": "x"}, r"field 'name' of sample \d+ must be a number, .*, got str"),
         (lambda i, image, label: (image, None), r"field 'label' of sample \d+ must be a number, .*, got NoneType"),
-        (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "samples must have the same fields"),
+        (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "all samples must have the same fields"),
         (lambda i, image, label: next(iter(())), r"the dataset raised StopIteration for sample \d+"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels COMMAND``. Each command is a module of this package with a function ``main(arguments)``."""
+"""The command line ``kdkernels COMMAND``. Each command is a module with ``main(arguments)``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .user_errors import close_match, one_line
 USAGE = """usage: kdkernels COMMAND [options]
 
   fit | validate | test    train or evaluate a method: kdkernels fit --config configs/kd_clutter_digits.yaml
-                           (--help lists every option, --print_config writes a config, --ckpt_path last resumes a run)
+                           (--help lists the options, --print_config prints the config, --ckpt_path last resumes a run)
   export                   write the student of a checkpoint: kdkernels export --ckpt best.ckpt --out student.onnx
   predict                  classify a folder of images: kdkernels predict --model student.onnx --images photos --out classes.csv
-  plot attention           draw images beside attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
-  plot dfv                 draw singular spectra, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
-  bench                    time every op against its reference, its peers and the machine's limit: kdkernels bench --quick --report
-  demo                     train a teacher, a student alone and a distilled student on the embedded images, and write a report
-  info                     print what is built, and where each op runs
+  plot attention           plot images and their attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
+  plot dfv                 plot singular values, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
+  bench                    time each op, its reference and its peers, and compare with hardware limits: kdkernels bench --quick --report
+  demo                     train a teacher, a student alone and a distilled student on generated images, and write a report
+  info                     print which kernels are built, and which implementation runs each op
 
 kdkernels COMMAND --help lists the options of a command.
 """
@@ -34,13 +34,15 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status. Errors are printed as one line, ``kdkernels COMMAND: ...``.
+    """Run a command and return its exit status.
+
+    Errors are printed as one line, ``kdkernels COMMAND: ...``.
 
     Args:
-        arguments: the command and its options; by default those of the process.
+        arguments: the command and its options; by default the arguments of the process.
 
     Returns:
-        0 for success, 1 for a failure, 2 for arguments that cannot be used, 130 after Ctrl-C.
+        0 for success, 1 for a failure, 2 for invalid arguments, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else "--help"
@@ -58,17 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
         extra = next((extra for extra, modules in _EXTRAS.items() if error.name in modules), None)
         if extra is None:
             return _fail(command, error)
-        print(f"kdkernels {command}: needs {error.name}: pip install --no-build-isolation '.[{extra}]' in the source folder", file=sys.stderr)
+        print(
+            f"kdkernels {command}: the package {error.name} is missing; install it with: pip install --no-build-isolation '.[{extra}]' "
+            "in the source folder",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
-        print(f"kdkernels {command}: stopped", file=sys.stderr)
+        print(f"kdkernels {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         return _fail(command, error)
 
 
 def _run(command: str, options: list[str]) -> int:
-    sys.path[:0] = [os.getcwd()]  # so that networks and data in the current folder can be imported
+    sys.path[:0] = [os.getcwd()]  # makes modules in the current folder importable
     if command in TRAINING:
         from . import fit
 
@@ -77,7 +83,10 @@ def _run(command: str, options: list[str]) -> int:
 
 
 def _fail(command: str, error: Exception, status: int = 1) -> int:
-    """Prints one line; ``KDKERNELS_TRACEBACK=1`` shows the traceback instead."""
+    """Print the error as one line and return ``status``.
+
+    With ``KDKERNELS_TRACEBACK=1`` in the environment, raise the error instead.
+    """
     if os.environ.get("KDKERNELS_TRACEBACK") == "1":
         raise error
     print(f"kdkernels {command}: {one_line(error)}", file=sys.stderr)

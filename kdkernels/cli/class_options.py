@@ -1,15 +1,15 @@
-"""Classes that a config or an option names by import path, and the arguments they take."""
+"""Lookup of classes by import path, and of the arguments of their constructors."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 
-PACKAGES = ("kdkernels.distill", "kdkernels.data")  # whose classes are named without a path
+PACKAGES = ("kdkernels.distill", "kdkernels.data")  # classes of these packages can be named without a path
 
 
 def import_class(path: str) -> type:
-    """The class of an import path, or of a bare name in :data:`PACKAGES`.
+    """Return the class of an import path, or of a bare name in :data:`PACKAGES`.
 
     Raises:
         ValueError: there is no such class.
@@ -23,13 +23,13 @@ def import_class(path: str) -> type:
 
 
 def options_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those of its bases where it passes them on."""
-    found: dict[str, inspect.Parameter] = {}
+    """Return the arguments of a class, with those of its bases that it takes as ``**kwargs``."""
+    options: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        found |= {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in found}
+        options |= {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in options}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return options

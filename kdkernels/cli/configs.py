@@ -1,6 +1,7 @@
-"""Configs that extend another: a YAML file with the key ``base`` holds only what differs from the file that ``base`` names.
+"""Configs that extend other configs.
 
-The result is one config, with which the training commands go on as if it had been written out in full.
+A YAML file with the key ``base`` contains only the differences from the file that ``base`` names.
+The training commands receive the merged config.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from pathlib import Path
 
 import yaml
 
-_NAMES = ("-c", "--config")
+_CONFIG_OPTIONS = ("-c", "--config")
 
 
 def load_config(path: str | os.PathLike) -> dict:
-    """The whole config of a file, with what it takes over from its bases.
+    """Load a config file and merge it with its bases.
 
-    ``base: other.yaml`` is relative to the file that holds it, and may have a base itself. Mappings are merged key by key. Everything else in
-    the file replaces what the base says, and so does a mapping that names another ``class_path``: the arguments of one class do not fit another.
+    ``base: other.yaml`` is relative to the file that contains it. A base may have a base itself.
+    Mappings are merged key by key; other values replace those of the base. A mapping with a
+    different ``class_path`` also replaces that of the base, because the arguments belong to another
+    class.
 
     Raises:
-        FileNotFoundError: the file, or a base, is not there.
-        ValueError: a file is no YAML mapping, ``base`` is no file name, or bases form a circle.
+        FileNotFoundError: the file or a base does not exist.
+        ValueError: a file is not a YAML mapping, ``base`` is not a file name, or the bases form a
+            cycle.
     """
     return _load(Path(path), ())
 
@@ -31,8 +35,8 @@ def _load(path: Path, extended_by: tuple[Path, ...]) -> dict:
     if path.resolve() in extended_by:
         raise ValueError(f"config: {os.fspath(path)!r} extends itself: {' -> '.join(p.name for p in (*extended_by, path))}")
     if not path.is_file():
-        by = f" (base of {os.fspath(extended_by[-1])!r})" if extended_by else ""
-        raise FileNotFoundError(f"config: there is no file {os.fspath(path)!r}{by}")
+        origin = f" (base of {os.fspath(extended_by[-1])!r})" if extended_by else ""
+        raise FileNotFoundError(f"config: there is no file {os.fspath(path)!r}{origin}")
     config = _read(path)
     base = config.pop("base", None)
     if base is None:
@@ -46,16 +50,19 @@ def _read(path: Path) -> dict:
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"config: {os.fspath(path)!r} is no YAML: {error}") from error
+        raise ValueError(f"config: {os.fspath(path)!r} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"config: {os.fspath(path)!r} must hold sections such as model, data and trainer, got {type(config).__name__}")
+        raise ValueError(f"config: {os.fspath(path)!r} must be a mapping with sections such as model, data and trainer, got {type(config).__name__}")
     return config
 
 
-def merged(base: dict, over: dict) -> dict:
-    """``base`` with the values of ``over`` in place of its own; mappings are merged key by key unless their ``class_path`` differs."""
+def merged(base: dict, changes: dict) -> dict:
+    """Return ``base`` with the values of ``changes``, which replace values of the same keys.
+
+    Mappings are merged key by key unless their ``class_path`` differs.
+    """
     result = dict(base)
-    for key, value in over.items():
+    for key, value in changes.items():
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
             result[key] = merged(old, value)
@@ -64,13 +71,13 @@ def merged(base: dict, over: dict) -> dict:
     return result
 
 
-def _other_class(base: dict, over: dict) -> bool:
-    """Whether both name a class, and not the same one."""
-    return "class_path" in base and "class_path" in over and base["class_path"] != over["class_path"]
+def _other_class(base: dict, changes: dict) -> bool:
+    """Whether the two mappings name different classes."""
+    return "class_path" in base and "class_path" in changes and base["class_path"] != changes["class_path"]
 
 
 def options_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and value of each option, ``--name value`` and ``--name=value`` alike."""
+    """Yield name and value of each option, given as ``--name value`` or ``--name=value``."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if equals:
@@ -80,18 +87,21 @@ def options_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def config_files(arguments: list[str]) -> list[str]:
-    """The files given by ``--config``."""
-    return [value for name, value in options_in(arguments) if name in _NAMES]
+    """Return the files given by ``--config``."""
+    return [value for name, value in options_in(arguments) if name in _CONFIG_OPTIONS]
 
 
 def with_bases(arguments: list[str]) -> list[str]:
-    """The arguments, with the text of the whole config in place of each file that has a base. Other files are left to the parser."""
+    """Replace each config file that has a base by the text of the merged config.
+
+    Other arguments, and config files without a base, are not changed: the parser reads them.
+    """
     result = list(arguments)
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name in _NAMES and not equals and i + 1 < len(arguments) and _has_base(arguments[i + 1]):
+        if name in _CONFIG_OPTIONS and not equals and i + 1 < len(arguments) and _has_base(arguments[i + 1]):
             result[i + 1] = yaml.safe_dump(load_config(arguments[i + 1]), sort_keys=False)
-        elif name in _NAMES and equals and _has_base(value):
+        elif name in _CONFIG_OPTIONS and equals and _has_base(value):
             result[i] = f"{name}={yaml.safe_dump(load_config(value), sort_keys=False)}"
     return result
 

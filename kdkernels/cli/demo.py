@@ -1,4 +1,4 @@
-"""The main job on the embedded images: a teacher, a student alone, and the same student distilled through temperature_kl."""
+"""``kdkernels demo``: train a teacher, a student alone, and the same student distilled with KD."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ BENCH_SHAPES = {"128 x 100": ((128, 100), 1), "1024 x 1000": ((1024, 1000), 1), 
 
 def main(arguments: list[str]) -> int:
     parser = Parser("demo", __doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of checkpoints, results and report.html (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU, if there is one)")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other initial weights and order (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one epoch each on few images: shows that it runs, not what it gives")
-    parser.add_argument("--restart", action="store_true", help="start anew where an earlier run in --out would be resumed")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for checkpoints, results and report.html (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: the GPU, if there is one)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of repetitions with different initial weights and order (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="train for one epoch on few images, as a test; the accuracies mean nothing")
+    parser.add_argument("--restart", action="store_true", help="do not resume an earlier run in --out; delete its checkpoints")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU on this machine; use --device cpu")
     make_folder(parser, options.out)
 
     silence_lightning()
     results = Results(options.out / "results.json", {"quick": options.quick}, restart=options.restart)
     data = ClutterDigits(train_size=512, val_size=128, test_size=256) if options.quick else ClutterDigits()
-    print("Making images of handwritten digits on photographs", flush=True)
+    print("Generating images of handwritten digits on photographs", flush=True)
     data.setup()
     try:
         for seed in range(options.seeds):
@@ -54,8 +54,10 @@ def main(arguments: list[str]) -> int:
             results.values["bench"] = bench(0.2 if options.quick else 2.0, options.device)
             results.save()
     except (KeyboardInterrupt, SystemExit):
-        again = " ".join(["kdkernels demo", *(a for a in arguments if a != "--restart")])
-        print(f"\nStopped. Finished stages and the last epoch of the current one are kept in {options.out}; resume with: {again}  (or make demo)")
+        command = " ".join(["kdkernels demo", *(a for a in arguments if a != "--restart")])
+        print(
+            f"\nInterrupted. The finished stages, and the checkpoint of the last epoch, are in {options.out}; resume with: {command}  (or make demo)"
+        )
         return 130
     report = write_report(options.out / "report.html", results.values, data, options.seeds)
     print("\n" + table(results.values, options.seeds))
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Curve(Callback):
-    """Validation accuracy after every epoch; part of the checkpoint, so that a resumed curve is whole."""
+    """Callback that records the validation accuracy of each epoch and saves it in checkpoints."""
 
     def __init__(self):
         self.accuracy: list[float] = []
@@ -81,7 +83,7 @@ class Curve(Callback):
 
 
 class OneBar(TQDMProgressBar):
-    """The bar of the training epochs, without one for every validation and test."""
+    """Progress bar of the training epochs, without bars for validation and test."""
 
     def __init__(self):
         super().__init__(refresh_rate=5)
@@ -102,13 +104,13 @@ def build(stage: Stage, folder: Path, seed: int) -> L.LightningModule:
 
 
 def train(stage: Stage, seed: int, data: ClutterDigits, options: argparse.Namespace) -> dict:
-    """Trains one stage, from its last checkpoint if there is one; returns its accuracies and time."""
+    """Train a stage, from its last checkpoint if there is one; return its accuracies and time."""
     folder = options.out / f"{stage.name}_{seed}"
     last = folder / "last.ckpt"
     print(f"\n{stage.title}, seed {seed}" + (" (resumed)" if last.exists() else ""), flush=True)
     L.seed_everything(seed, verbose=False)
     data.order_seed = seed
-    module, curve = build(stage, options.out, seed).to(memory_format=torch.channels_last), Curve()  # the faster layout on a CPU
+    module, curve = build(stage, options.out, seed).to(memory_format=torch.channels_last), Curve()  # channels_last is faster on CPUs
     trainer = L.Trainer(
         max_epochs=1 if options.quick else stage.epochs,
         callbacks=[curve, *checkpoints(folder), OneBar()],
@@ -127,7 +129,7 @@ def train(stage: Stage, seed: int, data: ClutterDigits, options: argparse.Namesp
 
 
 def bench(seconds: float, device: str | None = None) -> dict:
-    """Milliseconds of forward + backward, and ratios to the fused op, for each shape."""
+    """Time forward + backward for each shape: milliseconds, and ratios to the fused op."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = {}
     for name, (shape, dim) in BENCH_SHAPES.items():
@@ -140,7 +142,7 @@ def bench(seconds: float, device: str | None = None) -> dict:
         try:
             losses["compiled"](student, teacher)
         except Exception as error:
-            print(f"torch.compile of the reference failed here and is left out: {type(error).__name__}")
+            print(f"torch.compile of the reference failed on this machine and is left out: {type(error).__name__}")
             del losses["compiled"]
         times = time_interleaved({k: forward_backward(f, student, teacher) for k, f in losses.items()}, seconds=seconds, device=device)
         milliseconds = {k: 1e3 * statistics.median(v) for k, v in times.items()}

@@ -1,4 +1,4 @@
-"""``report.html`` of the demo: one file with its pictures inside, which fetches nothing."""
+"""``report.html`` of the demo: a single file with embedded pictures that loads nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .demo_results import STAGES, STUDENT_WIDTH, TEACHER_WIDTH, mean_and_spread,
 
 
 def write_report(path: Path, results: dict, data, seeds: int) -> Path:
-    """Writes the page as a whole or not at all; returns its path."""
+    """Write the page, completely or not at all, and return its path."""
     rows = "".join(
         f"<tr><td>{html.escape(title)}</td><td>{mean_and_spread(values).replace('+-', '&plusmn;')}</td>"
         + "".join(f"<td>{v:.2f}</td>" for v in values)
@@ -32,12 +32,12 @@ def write_report(path: Path, results: dict, data, seeds: int) -> Path:
 <p>A teacher (TinyCNN, width {TEACHER_WIDTH}) and a student (width {STUDENT_WIDTH}) on ClutterDigits:
 {data.sizes["train"]:,} training images of 3&times;32&times;32. The student is trained on the
 labels alone, then again, from the same initial weights, with the teacher's softened predictions (T = 4, 0.1 cross-entropy + 0.9 T&sup2; KL).
-{"<b>Quick run: the numbers mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
+{"<b>Quick run on few images: the accuracies mean nothing.</b>" if results["settings"]["quick"] else ""}</p>
 <h2>Test accuracy, %</h2>
 <table><tr><th></th><th>mean &plusmn; std</th>{"".join(f"<th>seed {i}</th>" for i in range(seeds))}</tr>{rows}</table>
-<h2>Validation accuracy by epoch</h2>
+<h2>Validation accuracy after each epoch</h2>
 {image_tag(accuracy_curves(curves), "validation accuracy of teacher, student alone and student distilled against epochs")}
-<h2>The loss: forward + backward</h2>
+<h2>Time of the loss, forward + backward</h2>
 <table><tr><th>logits</th><th>fused, ms</th><th>reference, ms</th><th>torch.compile, ms</th>
 <th>reference / fused</th><th>torch.compile / fused</th></tr>
 {_bench_rows(results["bench"])}</table>

@@ -1,4 +1,4 @@
-"""What the demo trains, and what is known of it so far: kept on disk, and shown as a table."""
+"""The stages of the demo, and their results: saved to disk and printed as a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: what it is called in the report, and how long it runs."""
+    """A training run of the demo: its name, its title in the report, and its number of epochs."""
 
     name: str
     title: str
@@ -25,7 +25,7 @@ TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
 
 
 class Results:
-    """What is known so far, on disk after every stage."""
+    """The results of the finished stages, saved to disk after each stage."""
 
     def __init__(self, path: Path, settings: dict, restart: bool):
         self.path = path
@@ -33,7 +33,7 @@ class Results:
         stored = json.loads(path.read_text()) if path.exists() else {}
         if stored.get("settings") == settings and not restart:
             self.values = stored
-        else:  # a checkpoint of another run must not be resumed
+        else:  # delete the checkpoints of a run with other settings: they must not be resumed
             for checkpoint in (c for stage in STAGES for c in path.parent.glob(f"{stage.name}_*/last.ckpt")):
                 checkpoint.unlink()
         self.save()
@@ -52,7 +52,7 @@ class Results:
 
 
 def summary(results: dict, seeds: int) -> list[tuple[str, list[float]]]:
-    """(title, test accuracies in percent by seed) of each stage."""
+    """Return the title and the test accuracies in percent, one for each seed, of each stage."""
     return [(s.title, [100 * results["stages"][f"{s.name}/{seed}"]["accuracy"] for seed in range(seeds)]) for s in STAGES]
 
 

@@ -1,4 +1,4 @@
-"""``kdkernels info``: what is built, and where each op runs."""
+"""``kdkernels info``: print which kernels are built, and which implementation runs each op."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from .arguments import Parser
 
 
 def main(arguments: list[str]) -> int:
-    Parser("info", "Prints what is built, which instruction set is loaded, and where each op runs.").parse_args(arguments)
+    Parser("info", "Print which kernels are built, which instruction set is used, and which implementation runs each op.").parse_args(arguments)
     show_config()
     return 0

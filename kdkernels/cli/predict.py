@@ -1,4 +1,4 @@
-"""``kdkernels predict``: writes the classes of the images in a folder to a CSV file."""
+"""``kdkernels predict``: write the classes of the images in a folder to a CSV file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import parse_typed
 def main(arguments: list[str]) -> int:
     parser = ArgumentParser(
         prog="kdkernels predict",
-        description="Writes the most probable classes of each image of a folder to a CSV file.",
+        description="Write the most probable classes of each image in a folder to a CSV file.",
         exit_on_error=False,
         allow_abbrev=False,
     )

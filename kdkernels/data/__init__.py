@@ -1,4 +1,4 @@
-"""LightningDataModules. Needs the extra ``train``."""
+"""Lightning data modules for images and labels. Needs the extra ``train``."""
 
 from .augment import Augment
 from .base import ImageData

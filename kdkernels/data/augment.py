@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on the device where they are."""
+"""Augmentation of whole batches, on the device that holds them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from torch import Tensor
 
 from .keyed_random import bits, uniform
 
-MIXUP_OF_MAPS = "mixup cannot be used with label maps: it would need two labels for each pixel; cutmix pastes the label map too"
-_CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _KIND, _TURN = range(8)  # what a random number is for
+MIXUP_WITH_LABEL_MAPS = "mixup cannot be used with label maps: it would need two labels for each pixel; use cutmix, which pastes the label map too"
+# The purpose of a random number, a part of the key from which it is computed.
+_CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _MIX_KIND, _ROTATION = range(8)
 
 
 class Augment:
-    """Crop, flip, rotation, cutout, mixup and cutmix. What happens to a sample is a function of ``seed``, its index and the view (the epoch) alone.
+    """Crop, flip, rotation, cutout, mixup and cutmix. The augmentation of a sample depends only on
+    ``seed``, the index of the sample and the view (the epoch).
 
     Args:
-        crop: pixels of black border added on each side before a crop of the former size, as in the recipes for CIFAR (4).
+        crop: width in pixels of a black border added on each side before a random crop to the
+            original size; the usual value for CIFAR is 4.
         flip: mirror left and right with probability 1/2.
-        cutout: side in pixels of a square set to the mean colour, its centre anywhere in the image (DeVries, Taylor 2017).
-        mixup: alpha of the Beta distribution of the weights of pairs of images (Zhang et al. 2018); 0 for none.
-        cutmix: alpha for pasting a box of one image into another (Yun et al. 2019); 0 for none. With both, each image gets either.
-        rotate: degrees, up to which an image is turned to either side around its middle, by nearest pixels, black where there are none.
-        views: how many different augmentations a sample has: epoch e shows view ``e % views``. ``None``: a new one each epoch.
-        seed: of everything above.
-        label_fill: in label maps, the label of pixels that a crop or a rotation brings in from outside of the image. 255 is what
-            :class:`kdkernels.tasks.Segmentation` ignores by default.
+        cutout: side in pixels of a square that is set to the mean colour and centred anywhere in
+            the image (DeVries, Taylor 2017).
+        mixup: alpha of the Beta distribution of the weights of pairs of images; 0 disables mixup
+            (Zhang et al. 2018).
+        cutmix: alpha of the Beta distribution for pasting a box of one image into another; 0
+            disables cutmix (Yun et al. 2019). With both mixup and cutmix, each image gets one of
+            them.
+        rotate: largest angle in degrees by which an image is rotated about its centre, in either
+            direction. Pixels are taken from the nearest neighbour; those from outside are black.
+        views: number of different augmentations of a sample; epoch e shows view ``e % views``.
+            ``None``: a new augmentation each epoch.
+        seed: seed of all random numbers of the augmentation.
+        label_fill: label, in label maps, of pixels that a crop or a rotation brings in from outside
+            the image. The default, 255, is the label that :class:`kdkernels.tasks.Segmentation`
+            ignores by default.
 
-    mixup and cutmix pair the images of a batch, and add to it ``mixed_label`` [B] and ``mix`` [B], the weight of ``label`` against it.
+    mixup and cutmix pair the images of a batch. They add ``mixed_label`` [B] to the batch, and
+    ``mix`` [B], the weight of ``label``; ``mixed_label`` has the weight ``1 - mix``.
 
-    Label maps [B, H, W] move with their images, by nearest pixels. cutout leaves them as they are. cutmix pastes the same box into the
-    label map, so that nothing is added to the batch. mixup raises a ValueError: it would need two labels for each pixel.
+    Label maps [B, H, W] are moved together with their images, by nearest neighbour. cutout does not
+    change them. cutmix pastes the same box into the label map and then adds nothing to the batch.
+    mixup of label maps raises ValueError: it would need two labels for each pixel.
     """
 
     def __init__(
@@ -58,7 +70,7 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether an image depends on others of its batch."""
+        """Whether an augmented image depends on other images of its batch."""
         return bool(self.mixup or self.cutmix)
 
     def __repr__(self) -> str:
@@ -66,7 +78,11 @@ class Augment:
         return f"Augment({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
 
     def __call__(self, batch: dict, normalize: Callable[[Tensor], Tensor]) -> dict:
-        """The batch augmented and normalised. ``image`` [B, C, H, W] and, if there, ``mask`` and a label map [B, H, W] move together."""
+        """Return the batch, augmented and normalised.
+
+        ``image`` [B, C, H, W] and, if present, ``mask`` and a label map [B, H, W] are moved
+        together.
+        """
         index, view = batch["index"], batch["view"]
         batch = dict(batch)
         rows, columns = self._source_pixels(index, view, batch["image"].shape[-2:])
@@ -75,7 +91,7 @@ class Augment:
             if name in batch and (self.crop or self.flip):
                 batch[name] = _gather(batch[name], rows[:, :, None], columns[:, None], self.crop, fill)
             if name in batch and self.rotate:
-                batch[name] = _gather(batch[name], *self._turned_pixels(index, view, batch[name].shape[-2:]), 1, fill)
+                batch[name] = _gather(batch[name], *self._rotated_pixels(index, view, batch[name].shape[-2:]), 1, fill)
         batch["image"] = normalize(batch["image"])
         if self.cutout:
             batch["image"] = self._cut_out(batch["image"], index, view)
@@ -87,7 +103,7 @@ class Augment:
         return uniform(self.seed, purpose, view, index[:, None], torch.arange(count, device=index.device))
 
     def _source_pixels(self, index: Tensor, view: int, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Rows [B, H] and columns [B, W] of the bordered image that each pixel comes from."""
+        """Return the row [B, H] and column [B, W] in the padded image of each cropped pixel."""
         height, width = size
         offset = (self._random(_CROP, view, index, 2) * (2 * self.crop + 1)).long()
         rows = offset[:, :1] + torch.arange(height, device=index.device)
@@ -96,10 +112,10 @@ class Augment:
             columns = torch.where(self._random(_FLIP, view, index, 1) < 0.5, columns.flip(1), columns)
         return rows, offset[:, 1:] + columns
 
-    def _turned_pixels(self, index: Tensor, view: int, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Rows and columns [B, H, W], of the image with a border of one pixel, that each pixel of the turned image comes from."""
+    def _rotated_pixels(self, index: Tensor, view: int, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return the row and column [B, H, W] of each rotated pixel, in the image padded by 1."""
         height, width = size
-        angle = (2 * self._random(_TURN, view, index, 1)[:, :, None] - 1) * (self.rotate * torch.pi / 180)
+        angle = (2 * self._random(_ROTATION, view, index, 1)[:, :, None] - 1) * (self.rotate * torch.pi / 180)
         y = torch.arange(height, device=index.device)[:, None] - (height - 1) / 2
         x = torch.arange(width, device=index.device)[None, :] - (width - 1) / 2
         rows = (y * angle.cos() + x * angle.sin() + (height - 1) / 2).round()
@@ -113,32 +129,32 @@ class Augment:
         return image.masked_fill(inside[:, None], 0.0)
 
     def _mix(self, batch: dict, index: Tensor, view: int) -> dict:
-        image, label, maps = batch["image"], batch.get("label"), has_label_maps(batch)
-        if maps and self.mixup:
-            raise ValueError(MIXUP_OF_MAPS)
+        image, label, with_label_maps = batch["image"], batch.get("label"), has_label_maps(batch)
+        if with_label_maps and self.mixup:
+            raise ValueError(MIXUP_WITH_LABEL_MAPS)
         partner = bits(self.seed, _PARTNER, view, index).argsort()
-        other, mixed_label = image[partner], None if label is None else label[partner]
-        draw = self._random(_MIX, view, index, 2)
-        mix = torch.ones_like(draw[:, 0])
+        partner_image, mixed_label = image[partner], None if label is None else label[partner]
+        random_weights = self._random(_MIX, view, index, 2)
+        mix = torch.ones_like(random_weights[:, 0])
         by_box = torch.zeros_like(mix, dtype=torch.bool)
         if self.cutmix:
-            by_box = self._random(_KIND, view, index, 1)[:, 0] < (0.5 if self.mixup else 1.0)
+            by_box = self._random(_MIX_KIND, view, index, 1)[:, 0] < (0.5 if self.mixup else 1.0)
             height, width = image.shape[-2:]
-            half = (1 - self._weights(self.cutmix, draw[:, 1])).sqrt() / 2  # of the side, as a fraction
+            half = (1 - self._weights(self.cutmix, random_weights[:, 1])).sqrt() / 2  # half the side of the box, as a fraction of the image
             centre = self._random(_BOX, view, index, 2)
             inside = _box(centre[:, 0] * height, centre[:, 1] * width, half * height, half * width, height, width) & by_box[:, None, None]
-            image = torch.where(inside[:, None], other, image)
+            image = torch.where(inside[:, None], partner_image, image)
             mix = 1 - inside.float().mean((1, 2))
-            if maps:
+            if with_label_maps:
                 return {**batch, "image": image, "label": torch.where(inside, mixed_label, label)}
         if self.mixup:
-            weight = torch.where(by_box, 1.0, self._weights(self.mixup, draw[:, 0]))
-            image = torch.lerp(other, image, weight[:, None, None, None].to(image.dtype))
+            weight = torch.where(by_box, 1.0, self._weights(self.mixup, random_weights[:, 0]))
+            image = torch.lerp(partner_image, image, weight[:, None, None, None].to(image.dtype))
             mix = torch.where(by_box, mix, weight)
         return {**batch, "image": image} | ({} if label is None else {"mixed_label": mixed_label, "mix": mix})
 
     def _weights(self, alpha: float, u: Tensor) -> Tensor:
-        """Quantiles at ``u`` of Beta(alpha, alpha), from a table."""
+        """Interpolate the quantiles of Beta(alpha, alpha) at probabilities ``u`` from a table."""
         table = self._beta[alpha].to(u.device)
         position = u * (len(table) - 1)
         low = position.long()
@@ -146,18 +162,21 @@ class Augment:
 
 
 def _beta_quantiles(alpha: float) -> Tensor:
-    from scipy.special import betaincinv  # scikit-learn brings scipy
+    from scipy.special import betaincinv  # scipy is installed as a dependency of scikit-learn
 
     return torch.from_numpy(betaincinv(alpha, alpha, torch.linspace(0, 1, 4097, dtype=torch.float64).numpy())).float()
 
 
 def has_label_maps(batch: dict) -> bool:
-    """Whether the labels are maps [B, H, W]: not class numbers [B] or probabilities [B, K]."""
+    """Whether the labels are maps [B, H, W], not class numbers [B] or probabilities [B, K]."""
     return "label" in batch and batch["label"].dim() == 3
 
 
 def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int, fill: int = 0) -> Tensor:
-    """x [B, (C,) H, W] with a border of the width ``border`` and the value ``fill``, read at rows and columns, which broadcast to [B, H, W]."""
+    """Pad x [B, (C,) H, W] by ``border`` pixels, and gather the pixels at ``rows`` and ``columns``.
+
+    The padding has the value ``fill``. ``rows`` and ``columns`` broadcast to [B, H, W].
+    """
     channels = x if x.dim() == 4 else x[:, None]
     channels = F.pad(channels, [border] * 4, value=fill)
     batch, channel = torch.arange(len(x), device=x.device), torch.arange(channels.shape[1], device=x.device)
@@ -166,7 +185,7 @@ def _gather(x: Tensor, rows: Tensor, columns: Tensor, border: int, fill: int = 0
 
 
 def _box(y: Tensor, x: Tensor, half_height: float | Tensor, half_width: float | Tensor, height: int, width: int) -> Tensor:
-    """[B, H, W]: pixels whose centre is less than half a side from (y, x)."""
+    """Boolean mask [B, H, W] of the pixels whose centres lie in the boxes centred at (y, x)."""
     half_height, half_width = (torch.as_tensor(h, device=y.device).expand_as(y)[:, None, None] for h in (half_height, half_width))
     rows = torch.arange(height, device=y.device)[:, None] + 0.5
     columns = torch.arange(width, device=y.device)[None, :] + 0.5

@@ -1,4 +1,4 @@
-"""What the data modules share: batches as dicts, order and augmentation from keys, normalisation on the device."""
+"""Base classes of the data modules, which return batches as dicts and augment on the device."""
 
 from __future__ import annotations
 
@@ -11,37 +11,41 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augment import MIXUP_OF_MAPS, Augment, has_label_maps
+from .augment import MIXUP_WITH_LABEL_MAPS, Augment, has_label_maps
 from .decode import as_pixels, is_pil
 from .keyed_random import seeded
-from .loading import Batches, Draw, Loader, OrderedBatches
+from .loading import Batches, BatchRequest, Loader, OrderedBatches
 
 
 class ImageData(L.LightningDataModule):
-    """Data of images and labels. A subclass says what they are in :meth:`make_splits`.
+    """Base class of data modules with images and labels.
+
+    A subclass provides the datasets in :meth:`make_splits`.
 
     A batch, after :meth:`finish` (Lightning calls it once the batch is on the device), is a dict of
 
-    - ``image`` [B, C, H, W] float32 (float64 where a dataset gives that), normalised;
-    - ``label``, if the data have labels: class numbers [B] int64, probabilities [B, K] float32, or label maps [B, H, W] int64;
-    - ``index`` [B] int64, the samples' places in their split;
-    - in training also ``view``, which augmentation this is, and ``share``, see :class:`Batches`.
+    - ``image`` [B, C, H, W] float32 (float64 if the dataset returns float64), normalised;
+    - ``label``, if the data have labels: class numbers [B] int64, probabilities [B, K] float32, or
+      label maps [B, H, W] int64;
+    - ``index`` [B] int64, the positions of the samples in their split;
+    - in training also ``view``, the number of the augmentation, and ``share``, see
+      :class:`Batches`.
 
-    Outside Lightning: ``for batch in map(data.finish, data.train_dataloader())``.
+    Without Lightning, iterate with ``for batch in map(data.finish, data.train_dataloader())``.
 
     Args:
         batch_size: images per batch and process.
-        augment: of the training images.
-        order_seed: of the order in which training images are shown.
-        num_workers: processes that load images; 0 is best where images are in memory.
+        augment: augmentation of the training images.
+        order_seed: seed of the order of the training images.
+        num_workers: number of processes that load images; 0 is best if the images are in memory.
     """
 
     num_classes: int | None = None
-    classes: Sequence[str] | None = None  # their names
-    resize: str | None = None  # how images of other sizes become images of ``image_shape``; None: they are not resized
-    label_maps = False  # whether labels are maps, a class for each pixel
+    classes: Sequence[str] | None = None  # names of the classes
+    resize: str | None = None  # name of the rule by which images are resized to ``image_shape``; None: images are not resized
+    label_maps = False  # whether labels are maps with a class for each pixel
     image_shape: tuple[int, int, int] | None = None
-    mean: Sequence[float] | None = None  # per channel, on a scale where white is 1
+    mean: Sequence[float] | None = None  # per channel, on a scale on which white is 1
     std: Sequence[float] | None = None
 
     def __init__(self, batch_size: int = 128, augment: Augment | None = None, order_seed: int = 0, num_workers: int = 0):
@@ -50,25 +54,29 @@ class ImageData(L.LightningDataModule):
         require_at_least("num_workers", num_workers, 0)
         self.batch_size, self.augment, self.order_seed, self.num_workers = batch_size, augment, order_seed, num_workers
         self.splits: dict[str, Dataset] = {}
-        self._scale: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # mean and std where the images are
+        self._scale: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # mean and std by device and dtype of the images
 
     @property
     def views(self) -> int | None:
-        """How many different images a training sample has; ``None``: one more each epoch."""
+        """Number of augmented images per training sample; ``None``: a new one each epoch."""
         return self.augment.views if self.augment is not None else 1
 
     def make_splits(self) -> dict[str, Dataset]:
-        """Datasets "train", "val" and perhaps "test" that take a :class:`Draw` and give a raw batch: uint8, or float in [0, 1]."""
+        """Return the datasets "train", "val" and optionally "test".
+
+        A dataset is indexed with a :class:`BatchRequest` and returns a batch that is not
+        normalised: images are uint8, or float in [0, 1].
+        """
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         if not self.splits:
             self.splits = self.make_splits()
         if self.label_maps and self.augment is not None and self.augment.mixup:
-            raise ValueError(MIXUP_OF_MAPS)
+            raise ValueError(MIXUP_WITH_LABEL_MAPS)
 
     def train_dataloader(self) -> Loader:
-        order = {"shuffle": True, "seed": self.order_seed, "views": self.views, "least": 2}
+        order = {"shuffle": True, "seed": self.order_seed, "views": self.views, "min_samples": 2}
         if self.trainer is not None:
             trainer = self.trainer
             order |= {"accumulate": lambda: trainer.accumulate_grad_batches, "limit": trainer.overfit_batches or trainer.limit_train_batches}
@@ -82,12 +90,16 @@ class ImageData(L.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def predict_dataloader(self) -> Loader:
-        """Of the test images, or of the validation images where there are no others."""
+        """Return a loader of the test split or, if there is none, of the validation split."""
         return self._loader("test" if "test" in self.splits else "val", shuffle=False)
 
     def _loader(self, split: str, **order) -> Loader:
         if split not in self.splits:
-            raise ValueError(f"{type(self).__name__} has no {split!r} images" if self.splits else "call setup() before asking for batches")
+            raise ValueError(
+                f"{type(self).__name__} has no split {split!r}, only {', '.join(self.splits)}"
+                if self.splits
+                else "call setup() before requesting a dataloader"
+            )
         process = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
         dataset = self.splits[split]
         batches = Batches if order["shuffle"] else OrderedBatches
@@ -95,10 +107,13 @@ class ImageData(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         batch = self.finish(batch)
-        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)  # float64, bfloat16 networks
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)  # for float64 and bfloat16 networks
 
     def finish(self, batch: dict) -> dict:
-        """Augments (a training batch) and normalises, on the batch's device. Label maps, which travel as uint8, become int64."""
+        """Augment (training batches only) and normalise a batch on its device.
+
+        Label maps become int64.
+        """
         if self.augment is not None and batch.get("view") is not None:
             batch = self.augment(batch, self.normalize)
         else:
@@ -116,19 +131,22 @@ class ImageData(L.LightningDataModule):
         return (image - mean) / std
 
     def preprocessing(self) -> dict:
-        """What a network trained on these data needs to be used, as plain values: ``classes`` (names, or ``None``), ``image_shape`` [C, H, W],
-        ``resize``, ``mean`` and ``std`` per channel on a scale where white is 1 (or ``None``)."""
+        """Return the preprocessing that a network trained on these data expects, as plain values.
+
+        The keys are ``classes`` (names, or ``None``), ``image_shape`` [C, H, W], ``resize``, and
+        ``mean`` and ``std`` per channel on a scale on which white is 1 (or ``None``).
+        """
         values = {name: getattr(self, name) for name in ("classes", "image_shape", "mean", "std")}
         return {name: None if value is None else list(value) for name, value in values.items()} | {"resize": self.resize}
 
     def fingerprint(self, split: str = "train") -> str:
-        """Changes when the images that a network sees change: what caches are keyed with."""
-        look = f"{self.splits[split].fingerprint()} {self.augment!r} {self.mean} {self.std}"
-        return hashlib.sha256(look.encode()).hexdigest()
+        """Return a hash, the key of caches, that changes when the images of a split change."""
+        description = f"{self.splits[split].fingerprint()} {self.augment!r} {self.mean} {self.std}"
+        return hashlib.sha256(description.encode()).hexdigest()
 
 
 class TensorImages(Dataset):
-    """Images in memory: fields [N, ...], among them ``image`` and, if there are labels, ``label``."""
+    """Images in memory: named tensors [N, ...], ``image`` and, if there are labels, ``label``."""
 
     def __init__(self, **fields: Tensor):
         self.fields = fields
@@ -136,9 +154,9 @@ class TensorImages(Dataset):
     def __len__(self) -> int:
         return len(self.fields["image"])
 
-    def __getitem__(self, draw: Draw | int | list[int]) -> dict:
-        index = draw.index if isinstance(draw, Draw) else draw
-        return with_draw({name: field[index] for name, field in self.fields.items()}, draw)
+    def __getitem__(self, request: BatchRequest | int | list[int]) -> dict:
+        index = request.index if isinstance(request, BatchRequest) else request
+        return add_request_fields({name: field[index] for name, field in self.fields.items()}, request)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -149,10 +167,12 @@ class TensorImages(Dataset):
 
 
 class ItemImages(Dataset):
-    """Batches from a dataset that gives one sample at a time: (image, label), a dict with "image" and perhaps "label", or an image alone.
+    """Batches from a dataset that returns one sample at a time.
 
-    The sample's own random transforms draw from torch's, numpy's and Python's global generators, seeded here by (seed, view, sample), and by
-    ``split`` where that is not 0: images to validate on have other random numbers than those to train on.
+    A sample is (image, label), a dict with "image" and optionally "label", or an image alone.
+    Random transforms in the dataset use the global generators of torch, numpy and Python. These are
+    seeded here by (seed, view, sample), and also by ``split`` if it is not 0, so that validation
+    images do not get the random numbers of training images.
     """
 
     def __init__(self, samples: Dataset, seed: int = 0, fingerprint: str | None = None, num_classes: int | None = None, split: int = 0):
@@ -161,48 +181,57 @@ class ItemImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw | int | list[int]) -> dict:
-        if isinstance(draw, int):
-            return self._sample(draw, 0)
-        index, view = (draw.index, draw.view or 0) if isinstance(draw, Draw) else (draw, 0)
+    def __getitem__(self, request: BatchRequest | int | list[int]) -> dict:
+        if isinstance(request, int):
+            return self._sample(request, 0)
+        index, view = (request.index, request.view or 0) if isinstance(request, BatchRequest) else (request, 0)
         samples = [self._sample(i, view) for i in index]
         shapes = {tuple(s["image"].shape) for s in samples}
         if len(shapes) > 1:
-            odd = next(i for i, s in zip(index, samples, strict=True) if s["image"].shape != samples[0]["image"].shape)
-            raise ValueError(f"images of a batch must have one shape; sample {odd} differs from sample {index[0]}: {sorted(shapes)}")
+            different = next(i for i, s in zip(index, samples, strict=True) if s["image"].shape != samples[0]["image"].shape)
+            raise ValueError(
+                f"the images of a batch must have the same shape, got {sorted(shapes)}: sample {different} differs from sample {index[0]}; "
+                "resize or crop the images in the dataset"
+            )
         for i, s in zip(index, samples, strict=True):
             if s.keys() != samples[0].keys():
-                raise ValueError(f"samples must have the same fields; sample {i} has {sorted(s)}, sample {index[0]} {sorted(samples[0])}")
+                raise ValueError(f"all samples must have the same fields; sample {i} has {sorted(s)}, sample {index[0]} has {sorted(samples[0])}")
             if s["image"].dtype != samples[0]["image"].dtype:
                 raise ValueError(
-                    f"images must have one dtype, which says what is white; sample {i} has {s['image'].dtype}, sample {index[0]} "
-                    f"{samples[0]['image'].dtype}"
+                    f"all images must have the same dtype, because it determines the value of white; sample {i} has {s['image'].dtype}, "
+                    f"sample {index[0]} has {samples[0]['image'].dtype}"
                 )
         if "label" in samples[0]:
             self._check_labels(index, [s["label"] for s in samples])
-        return with_draw({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, draw)
+        return add_request_fields({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, request)
 
     def _check_labels(self, index: list[int], labels: list[Tensor]) -> None:
         if self.num_classes is None and len({label.shape for label in labels}) == 1:
             return
         for i, label in zip(index, labels, strict=True):
             if label.shape != labels[0].shape:
-                raise ValueError(f"labels must be of one kind; sample {i} has shape {list(label.shape)}, sample {index[0]} {list(labels[0].shape)}")
+                raise ValueError(
+                    f"all labels must have the same shape; sample {i} has {list(label.shape)}, sample {index[0]} has {list(labels[0].shape)}"
+                )
             if label.dim() == 0 and not 0 <= label < self.num_classes:
-                raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], the data's classes; sample {i} has {int(label)}")
+                raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], the classes of the data; sample {i} has {int(label)}")
             if label.dim() == 1 and len(label) != self.num_classes:
-                raise ValueError(f"labels must be probabilities of {self.num_classes} classes; sample {i} has {len(label)}")
+                raise ValueError(f"labels must be probabilities of {self.num_classes} classes; the label of sample {i} has {len(label)}")
 
     def _sample(self, index: int, view: int) -> dict[str, Tensor]:
         with seeded(self.seed, view, index, *([self.split] if self.split else [])):
             try:
                 sample = self.samples[index]
-            except StopIteration as error:  # which would end the epoch without a word
+            except StopIteration as error:  # StopIteration would silently end the epoch
                 raise RuntimeError(f"the dataset raised StopIteration for sample {index}") from error
         return as_sample(sample, index)
 
     def fingerprint(self) -> str:
-        """As given, or from the size and the bytes of 16 samples: a dataset that changes elsewhere needs one that is given."""
+        """Return the user's fingerprint, or a hash of the dataset's size and of 16 samples.
+
+        The hash does not notice changes in other samples. A dataset whose samples may change needs
+        a fingerprint given by the user.
+        """
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256(f"{type(self.samples).__qualname__} {len(self)}".encode())
@@ -213,43 +242,52 @@ class ItemImages(Dataset):
         return digest.hexdigest()
 
 
-def with_draw(batch: dict, draw: Draw | int | list[int]) -> dict:
-    """The batch with the places of its samples and, if they are to be augmented, the view."""
-    if not isinstance(draw, Draw):
-        return {**batch, "index": torch.as_tensor(draw)}
-    batch = {**batch, "index": torch.tensor(draw.index)}
-    return batch if draw.view is None else {**batch, "view": draw.view, "share": draw.share}
+def add_request_fields(batch: dict, request: BatchRequest | int | list[int]) -> dict:
+    """Add ``index`` to a batch and, if the samples are to be augmented, ``view`` and ``share``."""
+    if not isinstance(request, BatchRequest):
+        return {**batch, "index": torch.as_tensor(request)}
+    batch = {**batch, "index": torch.tensor(request.index)}
+    return batch if request.view is None else {**batch, "view": request.view, "share": request.share}
 
 
 def as_sample(sample: object, index: int) -> dict[str, Tensor]:
-    """A sample of a user's dataset as tensors: image [C, H, W], label [], [K] or [H, W] if it has one, and what else a dict holds."""
+    """Convert a sample of a user's dataset to tensors.
+
+    Returns the image [C, H, W], the label [], [K] or [H, W] if there is one, and other fields of a
+    dict.
+    """
     if isinstance(sample, (Tensor, np.ndarray)) or is_pil(sample):
         sample = {"image": sample}
     elif isinstance(sample, (tuple, list)) and sample:
         sample = dict(zip(("image", "label"), sample, strict=False))
     if not isinstance(sample, dict) or "image" not in sample:
-        raise TypeError(f'sample {index} must be an image, (image, label) or a dict with "image" and perhaps "label", got {type(sample).__name__}')
+        raise TypeError(
+            f'sample {index} must be an image, (image, label), or a dict with "image" and optionally "label", got {type(sample).__name__}'
+        )
     image = as_pixels(sample["image"], f"the image of sample {index}")
     label = {"label": as_label(_as_tensor(sample["label"], "label", index), index, image.shape[1:])} if "label" in sample else {}
     others = {name: _as_tensor(value, name, index) for name, value in sample.items() if name not in ("image", "label")}
-    taken = sorted(_OWN_FIELDS.intersection(others))
-    if taken:
-        raise ValueError(f"sample {index} has fields {taken}, names that a batch has for itself: call them otherwise")
+    reserved = sorted(_RESERVED_FIELDS.intersection(others))
+    if reserved:
+        raise ValueError(f"sample {index} has fields {reserved}, names that are reserved in a batch: rename them in the dataset")
     return {"image": image, **label, **others}
 
 
-_OWN_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
+_RESERVED_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
 
 
 def _as_tensor(value: object, name: str, index: int) -> Tensor:
     try:
-        return torch.as_tensor(np.array(value) if is_pil(value) else value)  # of a PIL image with a palette the numbers, not the colours
+        return torch.as_tensor(np.array(value) if is_pil(value) else value)  # for a PIL image with a palette: the indices, not the colours
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"field {name!r} of sample {index} must be a number, an array or a tensor, got {type(value).__name__}") from error
 
 
 def as_label(label: Tensor, index: int, size: Sequence[int] = ()) -> Tensor:
-    """A class's number as int64 [], probabilities of the classes as float32 [K], or a label map of integers of the image's ``size`` [H, W]."""
+    """Convert a label to a class number int64 [], probabilities float32 [K], or a label map [H, W].
+
+    A label map keeps its integer dtype and must have the ``size`` [H, W] of the image.
+    """
     if label.dim() == 2 and label.numel() > 1 and not label.is_floating_point():
         if list(label.shape) != list(size):
             raise ValueError(f"the label map of sample {index} must have the image's height and width {list(size)}, got shape {list(label.shape)}")
@@ -257,15 +295,15 @@ def as_label(label: Tensor, index: int, size: Sequence[int] = ()) -> Tensor:
     if label.dim() == 0 or label.numel() == 1:
         label = label.reshape(())
         if label.is_complex() or (label.is_floating_point() and label != label.round()) or label.dtype == torch.bool:
-            raise TypeError(f"the label of sample {index} must be a class's number, or probabilities of the classes [K], got {label.item()!r}")
+            raise TypeError(f"the label of sample {index} must be a class number, or class probabilities [K], got {label.item()!r}")
         return label.long()
     if label.dim() != 1:
-        raise ValueError(f"the label of sample {index} must be a class's number, or probabilities of the classes [K], got shape {list(label.shape)}")
+        raise ValueError(f"the label of sample {index} must be a class number, or class probabilities [K], got shape {list(label.shape)}")
     label = label.float()
     if not (label.min() >= 0 and (label.sum() - 1).abs() <= 1e-3):
         raise ValueError(
-            f"the label of sample {index} must be probabilities, none negative and of sum 1, got {label.min():.4g} as the least and a sum of "
-            f"{label.sum():.4g} (several classes at once are no labels of this package's losses)"
+            f"the label of sample {index} must be class probabilities, which are >= 0 and sum to 1, got a minimum of {label.min():.4g} and a sum of "
+            f"{label.sum():.4g} (the losses of this package do not support several classes per image)"
         )
     return label
 
@@ -275,6 +313,6 @@ def require_positive(name: str, values: Sequence[float] | None) -> None:
         raise ValueError(f"{name} must be positive, got {list(values)}")
 
 
-def require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")

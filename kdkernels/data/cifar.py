@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the official archives on disk."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read from the official archives on disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 class _CIFAR(ImageData):
-    """Holds what the two have in common."""
+    """Base class of CIFAR-10 and CIFAR-100."""
 
     image_shape = (3, 32, 32)
-    archive: str  # its name on the page
-    archive_md5: str  # as the page gives it
-    folder: str  # within the archive
+    archive: str  # file name of the archive on the official page
+    archive_md5: str  # MD5 of the archive from the official page
+    folder: str  # folder in the archive
     files: dict[str, dict[str, str]]  # split: {name: md5 of the file}
     label_key: bytes
 
@@ -41,14 +41,14 @@ class _CIFAR(ImageData):
         super().__init__(batch_size, augment, order_seed, num_workers)
         require_at_least("val_size", val_size, 0)
         if val_size >= 50_000:
-            raise ValueError(f"val_size must leave some of the 50,000 training images, got {val_size}")
+            raise ValueError(f"val_size must be less than 50,000, the number of training images, got {val_size}")
         self.root, self.val_size = Path(root), val_size
 
     def make_splits(self) -> dict[str, TensorImages]:
         read = self._reader()
         images = {split: self._parse([read(name, md5) for name, md5 in files.items()]) for split, files in self.files.items()}
         train, test = images["train"], images["test"]
-        if not self.val_size:  # as the literature reports: the 10,000 official test images after every epoch
+        if not self.val_size:  # validate on the 10,000 official test images after every epoch, as the literature does
             return {"train": TensorImages(**train), "val": TensorImages(**test), "test": TensorImages(**test)}
         order = torch.randperm(len(train["label"]), generator=torch.Generator().manual_seed(0))
         val, rest = order[: self.val_size], order[self.val_size :]
@@ -56,7 +56,7 @@ class _CIFAR(ImageData):
         return {**{k: TensorImages(**{f: v[p] for f, v in train.items()}) for k, p in parts.items()}, "test": TensorImages(**test)}
 
     def _reader(self):
-        """A function (name, md5) -> verified bytes of one file, from the archive or from its unpacked folder."""
+        """Return a function (name, md5) -> verified bytes of a file, from archive or folder."""
         archive, folder = self.root / self.archive, self.root / self.folder
         if archive.is_file():
             _verify(archive.read_bytes(), self.archive_md5, archive)
@@ -67,12 +67,12 @@ class _CIFAR(ImageData):
 
             def read(name: str, md5: str) -> bytes:
                 if not (folder / name).is_file():
-                    raise FileNotFoundError(f"{folder} has no file {name!r}; unpack {self.archive} from {PAGE} again")
+                    raise FileNotFoundError(f"there is no file {name!r} in {folder}; unpack {self.archive} from {PAGE} again")
                 return _verify((folder / name).read_bytes(), md5, folder / name)
 
             return read
         raise FileNotFoundError(
-            f"root: neither {archive} nor {folder} is there. Download {self.archive} ('{type(self).__name__} python version') "
+            f"root: neither {archive} nor {folder} exists. Download {self.archive} ('{type(self).__name__} python version') "
             f"from {PAGE} into {self.root}"
         )
 
@@ -83,17 +83,20 @@ class _CIFAR(ImageData):
 
 
 class CIFAR10(_CIFAR):
-    """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32] of ten classes.
+    """CIFAR-10 with 50,000 training and 10,000 test images [3, 32, 32] of ten classes.
 
-    Checksums are verified before anything is read; nothing is downloaded, and nothing unpickled but arrays, lists and strings.
+    Checksums are verified before any file is parsed. Nothing is downloaded. Only arrays, lists,
+    dicts and strings are unpickled.
 
     Args:
-        root: folder that holds ``cifar-10-python.tar.gz``, or what is unpacked from it.
-        val_size: training images held out for validation, always the same; 0 validates on the official test images, as the literature does.
+        root: folder that contains ``cifar-10-python.tar.gz`` or the folder unpacked from it.
+        val_size: number of training images held out for validation, the same images in each run; 0
+            validates on the official test images, as the literature does.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
 
     Raises:
-        FileNotFoundError: neither archive nor folder is there; the message names the official page.
+        FileNotFoundError: neither the archive nor the unpacked folder exists; the message names the
+            official page.
         ValueError: a checksum differs.
     """
 
@@ -114,17 +117,20 @@ class CIFAR10(_CIFAR):
 
 
 class CIFAR100(_CIFAR):
-    """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32] of a hundred (fine) classes.
+    """CIFAR-100 with 50,000 training and 10,000 test images [3, 32, 32] of 100 (fine) classes.
 
-    Checksums are verified before anything is read; nothing is downloaded, and nothing unpickled but arrays, lists and strings.
+    Checksums are verified before any file is parsed. Nothing is downloaded. Only arrays, lists,
+    dicts and strings are unpickled.
 
     Args:
-        root: folder that holds ``cifar-100-python.tar.gz``, or what is unpacked from it.
-        val_size: training images held out for validation, always the same; 0 validates on the official test images, as the literature does.
+        root: folder that contains ``cifar-100-python.tar.gz`` or the folder unpacked from it.
+        val_size: number of training images held out for validation, the same images in each run; 0
+            validates on the official test images, as the literature does.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
 
     Raises:
-        FileNotFoundError: neither archive nor folder is there; the message names the official page.
+        FileNotFoundError: neither the archive nor the unpacked folder exists; the message names the
+            official page.
         ValueError: a checksum differs.
     """
 
@@ -139,18 +145,18 @@ class CIFAR100(_CIFAR):
 
 
 def _verify(content: bytes, md5: str, path: Path) -> bytes:
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f"{path} is damaged or not the official file: its MD5 is {found}, it should be {md5}. Download it again from {PAGE}")
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != md5:
+        raise ValueError(f"{path} is damaged or not the official file: its MD5 is {actual}, expected {md5}. Download it again from {PAGE}")
     return content
 
 
 class _Unpickler(pickle.Unpickler):
-    """Arrays, lists, dicts and strings, and no other object."""
+    """Unpickles arrays, lists, dicts and strings. Any other object raises UnpicklingError."""
 
     def find_class(self, module: str, name: str):
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]  # wherever this numpy has it
+            return np.empty(0).__reduce__()[0]  # the module of this function depends on the version of numpy
         if module == "numpy" and name in ("ndarray", "dtype"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of CIFAR")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a CIFAR file: only arrays, lists, dicts and strings are unpickled")

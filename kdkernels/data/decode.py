@@ -1,4 +1,4 @@
-"""Image files and images in memory as uint8 pixels, whatever kind of image they are."""
+"""Conversion of image files and of images in memory to tensors of pixels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-CENTER_SQUARE = "center_square_bilinear"  # the name of the rule by which read_image resizes
+CENTER_SQUARE = "center_square_bilinear"  # name of the resizing rule of read_image
 
 
 def read_image(path: str | os.PathLike, size: int, mode: str = "RGB") -> Tensor:
-    """[3, size, size] uint8, or [1, size, size] where ``mode`` is "L": the square in the middle of an image, resized.
+    """Read an image file, crop the centre square and resize it to [3, size, size] uint8.
 
-    An image is turned as its EXIF data say. What lies under transparent pixels is hidden: they are shown on white. 16 bits and floats in [0, 1]
-    are scaled to 8 bits. Of several frames the first is taken.
+    If ``mode`` is "L", the result is [1, size, size] in grey. The image is rotated according to its
+    EXIF data. Transparent pixels are blended with white. 16-bit integers, and floats in [0, 1], are
+    scaled to 8 bits. If the file has several frames, the first one is read.
 
     Raises:
-        ValueError: the file cannot be read as an image, or its numbers have no known scale; names it.
+        ValueError: the file cannot be read as an image, or the scale of its values is not known.
+            The message names the file.
     """
     from PIL import Image, ImageOps
 
@@ -31,21 +33,22 @@ def read_image(path: str | os.PathLike, size: int, mode: str = "RGB") -> Tensor:
         with Image.open(path) as image:
             image.load()
             image = to_8_bits(ImageOps.exif_transpose(image), mode)
-    except Exception as error:  # a decoder of a damaged file raises what it likes
+    except Exception as error:  # for damaged files, decoders raise many kinds of exceptions
         raise ValueError(f"cannot read the image {path}: {error}") from error
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2  # cut before it is resized: the rest of a long image would need room too
+    left, top = (width - side) / 2, (height - side) / 2  # crop before resizing: resizing a whole long image would need much memory
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def to_8_bits(image: Image.Image, mode: str | None = None) -> Image.Image:
-    """The image as RGB or L, where ``mode`` says which; else as L if it has no colours.
+    """Convert an image to ``mode`` ("RGB" or "L"), by default to L if it is grey and else to RGB.
 
     Raises:
-        ValueError: integers beyond 16 bits, or floats outside [0, 1]: nothing says what is white.
+        ValueError: integers that do not fit into 16 bits, or floats outside [0, 1]: the value of
+            white is not known.
     """
     from PIL import Image
 
@@ -63,26 +66,38 @@ def _scaled(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind == "f":
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"its pixels are floats from {low:.4g} to {high:.4g}, and only those in [0, 1] have a known white: save it with 8 or 16 bits"
+                f"its pixels are floats from {low:.4g} to {high:.4g}; floats must lie in [0, 1], because the value of white is not known otherwise: "
+                "save the image with 8 or 16 bits"
             )
         return (pixels * 255 + 0.5).astype(np.uint8)
     if low < 0 or high > 65535:
-        raise ValueError(f"its pixels are integers from {low} to {high}, and only 8 and 16 bits have a known white: save it with those")
+        raise ValueError(
+            f"its pixels are integers from {low} to {high}; integers must fit into 16 bits, because the value of white is not known otherwise: "
+            "save the image with 8 or 16 bits"
+        )
     return ((pixels.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def is_pil(image: object) -> bool:
-    """Whether it is an image of Pillow, which is not imported here."""
+    """Whether ``image`` is a Pillow image, tested without importing Pillow."""
     return hasattr(image, "convert") and hasattr(image, "getbands")
 
 
 def as_pixels(image: object, name: str) -> Tensor:
-    """An image of a user's dataset as a tensor [C, H, W] of uint8 or floats: tensors [C, H, W], arrays [H, W] or [H, W, C], PIL images.
+    """Convert an image of a user's dataset to a tensor [C, H, W].
 
-    uint8, and floats of any precision, stay as they are; uint16 and bool become float32 in [0, 1].
+    Args:
+        image: a tensor [C, H, W], an array [H, W] or [H, W, C], or a PIL image.
+        name: name of the image in error messages.
+
+    Returns:
+        uint8, float32 and float64 images with their dtype and values; float16 and bfloat16 images
+        as float32 with the same values; uint16 and bool images as float32 in [0, 1].
 
     Raises:
-        TypeError, ValueError: another type, other integers (nothing says what is white), or another shape.
+        TypeError: another type, or integers of another dtype, for which the value of white is not
+            known.
+        ValueError: another shape, or a PIL image for which the value of white is not known.
     """
     if is_pil(image):
         image = np.array(to_8_bits(image))

@@ -1,4 +1,4 @@
-"""Digits: the 8x8 scans of handwritten digits that scikit-learn carries. No download."""
+"""Digits: the 8x8 scans of handwritten digits that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from torch import Tensor
 from .augment import Augment
 from .base import ImageData, TensorImages, require_at_least
 
-_EDGES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}  # of the 1,797 scans
+# Where each split begins and ends, as fractions of the 1,797 scans in random order.
+_SPLIT_FRACTIONS = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
 
 
 class Digits(ImageData):
-    """1,797 scans [C, 8, 8] of ten classes (UCI, Alpaydin and Kaynak 1998): 1,078 to train, 270 to validate, 449 to test.
+    """Scans [C, 8, 8] of handwritten digits, ten classes (UCI, Alpaydin and Kaynak 1998).
+
+    Of the 1,797 scans, 1,078 are for training, 270 for validation and 449 for testing.
 
     Args:
-        channels: 3 repeats the grey value, for networks that expect colour; 1 does not.
+        channels: number of channels, all with the same grey value; 3 for networks that expect
+            colours.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
     """
 
@@ -35,7 +39,7 @@ class Digits(ImageData):
 
 
 def load_scans() -> tuple[Tensor, Tensor]:
-    """All scans [1797, 8, 8] in [0, 1], and their labels [1797]."""
+    """Return all scans [1797, 8, 8] in [0, 1], and their labels [1797]."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -43,6 +47,6 @@ def load_scans() -> tuple[Tensor, Tensor]:
 
 
 def split_scans(count: int) -> dict[str, Tensor]:
-    """The scans of each split; no scan is in two."""
+    """Return the indices of the scans of each split; the splits are disjoint."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1797))
-    return {split: order[round(first * count) : round(last * count)] for split, (first, last) in _EDGES.items()}
+    return {split: order[round(first * count) : round(last * count)] for split, (first, last) in _SPLIT_FRACTIONS.items()}

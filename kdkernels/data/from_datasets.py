@@ -1,4 +1,4 @@
-"""Any two torch Datasets."""
+"""Data modules from any map-style torch Datasets."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from .base import ImageData, ItemImages, require_positive
 
 
 class FromDatasets(ImageData):
-    """Data from map-style datasets whose items are ``(image, label)``, dicts with ``image`` and perhaps ``label``, or images alone.
+    """Data from map-style datasets whose items are ``(image, label)``, dicts with ``image`` and
+    optionally ``label``, or images alone.
 
-    Images are tensors [C, H, W] (uint8, or float on any scale; float64 stays that), arrays [H, W, C] or PIL images, all of one size. 16 bits
-    become floats in [0, 1]. A label is a class's number, probabilities of the classes [K], or a label map of integers [H, W] (a PIL image
-    too). More fields of a dict are stacked into the batch. Random transforms of the datasets draw from generators that are seeded by
-    (``seed``, epoch, sample), so that a resumed run, other processes and other batches see the same images.
+    Images are tensors [C, H, W] (uint8, or float on any scale), arrays [H, W, C] or PIL images, all
+    of the same size. float64 images stay float64; float16 and bfloat16 images become float32.
+    16-bit integers become floats in [0, 1]. A label is a class number, class probabilities [K], or
+    a label map of integers [H, W], which may be a PIL image. Other fields of a dict are stacked
+    into the batch.
+
+    The random generators that transforms of the datasets use are seeded by (``seed``, epoch,
+    sample). The images therefore do not depend on the batch or the process, or on whether the run
+    was resumed.
 
     Args:
-        train, val, test: the datasets; by import path in a config.
-        num_classes: classes; by default the length of ``train.classes``, if it has that, else unknown.
-        mean, std: per channel, on a scale where white is 1; the default leaves float images as they are, and divides uint8 by 255.
-        views: how many different images the datasets' own transforms give per sample: epoch e shows view ``e % views``. ``None``: as
-            many as ``augment`` says, else a new one each epoch.
-        fingerprint: a string that changes when the training images do: what a cache of a teacher's outputs is keyed with. By default a
-            hash of 16 samples.
+        train, val, test: the datasets; a config names them by import path.
+        num_classes: number of classes; by default the length of ``train.classes`` if the dataset
+            has this attribute, else unknown.
+        mean, std: mean and standard deviation per channel, on a scale on which white is 1; by
+            default float images are not changed, and uint8 images are divided by 255.
+        views: number of different images that the datasets' transforms produce per sample; epoch e
+            shows view ``e % views``. ``None``: the number of views of ``augment`` if it is given,
+            else a new view each epoch.
+        fingerprint: a string that changes when the training images change, the key of a cache of
+            the teacher's outputs; by default a hash of 16 samples.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
-        seed: of the datasets' own transforms.
+        seed: seed of the transforms in the datasets.
     """
 
     def __init__(
@@ -48,14 +57,14 @@ class FromDatasets(ImageData):
     ):
         super().__init__(batch_size, augment, order_seed, num_workers)
         if (mean is None) != (std is None):
-            raise ValueError("mean and std go together: give both or neither")
+            raise ValueError(f"mean and std must be given together or not at all, got mean={mean} and std={std}")
         require_positive("std", std)
         self.datasets = {name: dataset for name, dataset in {"train": train, "val": val, "test": test}.items() if dataset is not None}
         for name, dataset in self.datasets.items():
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
                 raise TypeError(f"{name} must be a map-style dataset, with __len__ and __getitem__, got {type(dataset).__name__}")
             if not len(dataset):
-                raise ValueError(f"{name} is empty")
+                raise ValueError(f"{name} must not be empty, got a dataset of length 0")
         if num_classes is None and hasattr(train, "classes"):
             num_classes = len(train.classes)
         self.num_classes, self.mean, self.std = num_classes, mean, std

@@ -1,4 +1,4 @@
-"""Images in a folder per class."""
+"""Data modules from images in a folder per class."""
 
 from __future__ import annotations
 
@@ -21,24 +21,32 @@ from .listing import LeftOut, Listing, split_folders
 
 
 class ImageFolder(ImageData):
-    """Images under ``root``, a folder per class: ``root/train/cat/1.png`` with ``root/val/cat/2.png`` and perhaps ``root/test``, or
-    ``root/cat/1.png``, of which a part is held out. Classes are numbered by their names in order. ``training``, ``valid``, ``validation`` and
-    ``testing`` are other names of the splits, in any case of letters. Folders are searched to any depth, links followed.
+    """Images under ``root`` with a folder per class.
 
-    Of each image the square in the middle is taken, and resized to ``size`` pixels, as RGB (:func:`kdkernels.data.decode.read_image`). Hidden
-    files, files that are no images, and images outside a class's folder are left out; one warning says how many, and names some.
+    There are two layouts: ``root/train/cat/1.png`` with ``root/val/cat/2.png`` and optionally
+    ``root/test``; or ``root/cat/1.png``, of which a part is held out for validation. Classes are
+    numbered in the order of their names. The folders of the splits may also be named ``training``,
+    ``valid``, ``validation`` and ``testing``, in upper or lower case. Folders are searched to any
+    depth, and links are followed.
+
+    The centre square of each image is cropped, resized to ``size`` pixels and converted to RGB
+    (:func:`kdkernels.data.decode.read_image`). Hidden files, files that are not images, and images
+    outside the class folders are left out; one warning gives their number and names some of them.
 
     Args:
         root: the folder.
         size: side of the images in pixels.
-        val_fraction: part of each class held out for validation where there is no folder ``val``; by default 0.2. Must be given where there is
-            a folder ``test``: whether that is meant for validation nobody can tell.
-        on_error: what to do about a file that is not a readable image: "fail" stops and names it; "skip" names it in a warning and goes on
-            without it.
-        mean, std: per channel, on a scale where white is 1; the default is ImageNet's.
-        max_memory: in GiB; where the images of a split need no more, they are read once and kept.
+        val_fraction: fraction of each class held out for validation if there is no folder ``val``;
+            by default 0.2. It must be given if there is a folder ``test`` but no folder ``val``,
+            because the images for validation could then be taken from either of the two folders.
+        on_error: what to do if a file cannot be read as an image. "fail" raises an error that names
+            the file; "skip" leaves it out and names it in a warning.
+        mean, std: mean and standard deviation per channel, on a scale on which white is 1; by
+            default those of ImageNet.
+        max_memory: memory in GiB for the images of a split; a split that needs at most this much is
+            read once and kept in memory.
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
-        seed: of what is held out.
+        seed: seed of the choice of images that are held out.
     """
 
     resize = CENTER_SQUARE
@@ -73,15 +81,15 @@ class ImageFolder(ImageData):
         self._folders = split_folders(self.root)
         if val_fraction is None and "test" in self._folders and "val" not in self._folders:
             raise ValueError(
-                f"root: {str(root)!r} has images to train on and to test with, and none for validation: val_fraction=0.2 takes a part of the "
-                f"former; a link 'val' to {self._folders['test'].name!r} validates on the latter"
+                f"root: {str(root)!r} has folders for training and for testing but none for validation: give val_fraction=0.2 to hold out a part "
+                f"of the training images, or add a link 'val' to {self._folders['test'].name!r} to validate on the test images"
             )
         self.classes = Listing(self._folders["train"]).classes
         self.num_classes = len(self.classes)
 
     def make_splits(self) -> dict[str, Dataset]:
         left_out = LeftOut(self.root)
-        files = {split: Listing(folder).files(self.classes, left_out, every=split == "train") for split, folder in self._folders.items()}
+        files = {split: Listing(folder).files(self.classes, left_out, require_all=split == "train") for split, folder in self._folders.items()}
         if "val" not in files:
             files["train"], files["val"] = self._hold_out(files["train"])
         splits = {split: self._dataset(listed, left_out) for split, listed in files.items()}
@@ -90,43 +98,46 @@ class ImageFolder(ImageData):
         return splits
 
     def _hold_out(self, files: list[tuple[Path, int]]) -> tuple[list, list]:
-        """The same part of each class, at least one image and not all."""
+        """Split the files into training and validation files, by the same fraction in each class.
+
+        Each class keeps at least one image in both.
+        """
         fraction = 0.2 if self.val_fraction is None else self.val_fraction
-        kept, held = [], []
+        train_files, val_files = [], []
         for label, name in enumerate(self.classes):
-            own = [file for file in files if file[1] == label]
-            if len(own) < 2:
-                raise ValueError(f"class {name!r} has {len(own)} image; at least 2 are needed to hold one out for validation")
-            count = min(len(own) - 1, max(1, round(fraction * len(own))))
-            order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            held += [own[i] for i in sorted(order[:count])]
-            kept += [own[i] for i in sorted(order[count:])]
-        return kept, held
+            class_files = [file for file in files if file[1] == label]
+            if len(class_files) < 2:
+                raise ValueError(f"class {name!r} has {len(class_files)} image; at least 2 are needed, because one is held out for validation")
+            count = min(len(class_files) - 1, max(1, round(fraction * len(class_files))))
+            order = torch.randperm(len(class_files), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            val_files += [class_files[i] for i in sorted(order[:count])]
+            train_files += [class_files[i] for i in sorted(order[count:])]
+        return train_files, val_files
 
     def _dataset(self, files: list[tuple[Path, int]], left_out: LeftOut) -> Dataset:
         fits = len(files) * 3 * self.size**2 <= self.max_memory * 2**30
         if not fits and self.on_error == "fail":
-            return ItemImages(Files(files, self.size), fingerprint=_listing(files, self.size))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders let other threads run
-            read = list(pool.map(lambda file: _attempt(file[0], self.size, keep=fits), files))
-        broken = [(path, error) for (path, _), (_, error) in zip(files, read, strict=True) if error]
-        if broken and self.on_error == "fail":
-            path, error = broken[0]
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            raise ValueError(f"cannot read the image {path}: {error}{more}; on_error='skip' goes on without such files")
-        for path, error in broken:
+            return ItemImages(FileImages(files, self.size), fingerprint=_hash_listing(files, self.size))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders release the GIL
+            results = list(pool.map(lambda file: _try_read(file[0], self.size, keep=fits), files))
+        unreadable = [(path, error) for (path, _), (_, error) in zip(files, results, strict=True) if error]
+        if unreadable and self.on_error == "fail":
+            path, error = unreadable[0]
+            others = f" (and {len(unreadable) - 1} more files)" if len(unreadable) > 1 else ""
+            raise ValueError(f"cannot read the image {path}: {error}{others}; give on_error='skip' to leave out such files")
+        for path, error in unreadable:
             left_out.add("cannot be read as images", path, error)
-        good = [(file, image) for file, (image, error) in zip(files, read, strict=True) if not error]
-        if not good:
-            raise ValueError(f"not one of the {len(files)} files under {self.root} can be read as an image")
+        readable = [(file, image) for file, (image, error) in zip(files, results, strict=True) if not error]
+        if not readable:
+            raise ValueError(f"none of the {len(files)} files under {self.root} can be read as an image")
         if not fits:
-            files = [file for file, _ in good]
-            return ItemImages(Files(files, self.size), fingerprint=_listing(files, self.size))
-        return TensorImages(image=torch.stack([image for _, image in good]), label=torch.tensor([label for (_, label), _ in good]))
+            files = [file for file, _ in readable]
+            return ItemImages(FileImages(files, self.size), fingerprint=_hash_listing(files, self.size))
+        return TensorImages(image=torch.stack([image for _, image in readable]), label=torch.tensor([label for (_, label), _ in readable]))
 
 
-class Files(Dataset):
-    """Images read when asked for: (image [3, size, size] uint8, label)."""
+class FileImages(Dataset):
+    """Images that are read on request: (image [3, size, size] uint8, label)."""
 
     def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
@@ -139,7 +150,8 @@ class Files(Dataset):
         return read_image(path, self.size), label
 
 
-def _attempt(path: Path, size: int, keep: bool) -> tuple[Tensor | None, str | None]:
+def _try_read(path: Path, size: int, keep: bool) -> tuple[Tensor | None, str | None]:
+    """Return the image (``None`` unless ``keep``) or the error message."""
     try:
         image = read_image(path, size)
         return (image if keep else None), None
@@ -147,7 +159,8 @@ def _attempt(path: Path, size: int, keep: bool) -> tuple[Tensor | None, str | No
         return None, str(error.__cause__)
 
 
-def _listing(files: list[tuple[Path, int]], size: int) -> str:
+def _hash_listing(files: list[tuple[Path, int]], size: int) -> str:
+    """Hash the paths, labels, sizes and modification times of the files, not their contents."""
     digest = hashlib.sha256(str(size).encode())
     for path, label in files:
         stat = path.stat()

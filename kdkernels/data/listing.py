@@ -1,4 +1,4 @@
-"""Which files of a folder are images of which class, and what was left out."""
+"""Listing of the image files of a folder with their classes, and of the files that are left out."""
 
 from __future__ import annotations
 
@@ -11,76 +11,81 @@ SUFFIXES = {
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # that systems leave in folders, besides hidden files
+_SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}  # written by operating systems and archivers; ignored like hidden files
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, or ``{"train": root}`` where the classes lie in ``root`` itself.
+    """Return the folder of each split, or ``{"train": root}`` if ``root`` has the class folders.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: ``root`` is not a folder.
         ValueError: it is not clear which folders are splits and which are classes.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root: there is no folder {str(root)!r}")
     names = _visible_folders(root)
-    found = {split: [name for name in names if name.lower() in own] for split, own in SPLITS.items()}
-    if not any(_visible_folders(root / name) for name in found["train"]):  # "train" may be a class: it then holds images and no folders
+    found = {split: [name for name in names if name.lower() in aliases] for split, aliases in SPLITS.items()}
+    # A class may be called "train". Its folder contains images and no folders.
+    if not any(_visible_folders(root / name) for name in found["train"]):
         if names and sum(map(len, found.values())) == len(names):
-            raise ValueError(f"root: {str(root)!r} must hold a folder 'train' with a folder per class, found {names}")
+            raise ValueError(f"root: {str(root)!r} must contain a folder 'train' with a folder per class, found {names}")
         return {"train": root}
-    others = [name for name in names if not any(name in own for own in found.values())]
+    others = [name for name in names if not any(name in folders for folders in found.values())]
     if others:
-        raise ValueError(f"root: {str(root)!r} has the split {found['train'][0]!r} beside {others}, which are no splits (train, val and test)")
-    for split, own in found.items():
-        if len(own) > 1:
-            raise ValueError(f"root: {str(root)!r} has {len(own)} folders for {split}: {own}")
-    return {split: root / own[0] for split, own in found.items() if own}
+        raise ValueError(
+            f"root: {str(root)!r} has the split {found['train'][0]!r} and the folders {others}, which are not splits (train, val and test): "
+            "remove them, or give the folder that contains the class folders"
+        )
+    for split, folders in found.items():
+        if len(folders) > 1:
+            raise ValueError(f"root: {str(root)!r} must have one folder per split, has {len(folders)} folders for {split}: {folders}")
+    return {split: root / folders[0] for split, folders in found.items() if folders}
 
 
 class Listing:
-    """A folder that holds a folder per class."""
+    """A folder that contains a folder per class."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.classes = _visible_folders(folder)
         if len(self.classes) < 2:
-            raise ValueError(f"root: {str(folder)!r} must hold a folder for each of at least 2 classes, found {self.classes}")
+            raise ValueError(f"root: {str(folder)!r} must contain a folder for each of at least 2 classes, found {self.classes}")
 
-    def files(self, classes: list[str], left_out: LeftOut, every: bool) -> list[tuple[Path, int]]:
-        """The images, with the number of their class in ``classes``.
+    def files(self, classes: list[str], left_out: LeftOut, require_all: bool) -> list[tuple[Path, int]]:
+        """Return the image files, each with the index of its class in ``classes``.
 
         Raises:
-            ValueError: a class that is not among ``classes``; no image at all, or none of a class and ``every`` must have one.
+            ValueError: a class folder is not among ``classes``; there is no image at all; or
+                ``require_all`` is true and a class has no image.
         """
         unknown = [name for name in self.classes if name not in classes]
         if unknown:
-            raise ValueError(f"{self.folder} has classes that the training images do not have: {unknown}; those are {classes}")
+            raise ValueError(f"{self.folder} has classes that the training images do not have: {unknown}; the training images have {classes}")
         for entry in sorted(self.folder.iterdir()):
             if not entry.is_dir() and not _is_hidden(entry.name):
-                left_out.add("lie in no folder of a class", entry)
+                left_out.add("are not in a class folder", entry)
         files = []
         for label, name in enumerate(classes):
-            own = []
+            class_files = []
             for path in _walk(self.folder / name, left_out):
                 if path.suffix.lower() in SUFFIXES:
-                    own.append((path, label))
+                    class_files.append((path, label))
                 else:
-                    left_out.add("have no suffix of an image", path)
-            if not own and every:
-                raise ValueError(f"{self.folder / name} holds no image (files that end in {', '.join(sorted(SUFFIXES))})")
-            files += own
+                    left_out.add("do not have the suffix of an image", path)
+            if not class_files and require_all:
+                raise ValueError(f"{self.folder / name} contains no image (files that end in {', '.join(sorted(SUFFIXES))})")
+            files += class_files
         if not files:
-            raise ValueError(f"{self.folder} holds no image (files that end in {', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{self.folder} contains no image (files that end in {', '.join(sorted(SUFFIXES))})")
         return files
 
 
 def image_files(folder: Path, left_out: LeftOut) -> list[Path]:
-    """Image files in a folder, at any depth, in the order of their names.
+    """Return the image files in a folder, at any depth, in the order of their names.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no image.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder contains no image.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}")
@@ -89,14 +94,14 @@ def image_files(folder: Path, left_out: LeftOut) -> list[Path]:
         if path.suffix.lower() in SUFFIXES:
             files.append(path)
         else:
-            left_out.add("have no suffix of an image", path)
+            left_out.add("do not have the suffix of an image", path)
     if not files:
-        raise ValueError(f"{folder} holds no image (files that end in {', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder} contains no image (files that end in {', '.join(sorted(SUFFIXES))})")
     return files
 
 
 class LeftOut:
-    """Files that were left out, by the reason."""
+    """The files that were left out, grouped by reason."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -117,25 +122,29 @@ class LeftOut:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _LITTER
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 
 def _visible_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def _walk(folder: Path, left_out: LeftOut, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Files at any depth, in the order of their names; folders through links too, but none within itself."""
+def _walk(folder: Path, left_out: LeftOut, parents: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the files of a folder at any depth, in the order of their names.
+
+    Links to folders are followed, except links to a folder that contains the link (``parents`` are
+    the resolved folders around ``folder``).
+    """
     if not folder.is_dir():
         return
     real = os.path.realpath(folder)
-    if real in above:
-        left_out.add("are links to a folder that they lie in", folder)
+    if real in parents:
+        left_out.add("are links to a folder that contains them", folder)
         return
     for entry in sorted(folder.iterdir()):
         if _is_hidden(entry.name):
             left_out.add("are hidden", entry)
         elif entry.is_dir():
-            yield from _walk(entry, left_out, (*above, real))
-        else:  # a link to nothing too: it cannot be read, and is named
+            yield from _walk(entry, left_out, (*parents, real))
+        else:  # includes broken links: reading them raises an error that names the link
             yield entry

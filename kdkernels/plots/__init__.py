@@ -1,1 +1,1 @@
-"""Pictures: a file for each. Those of checkpoints need the extra ``train``, drawing itself matplotlib alone."""
+"""Plots. Those of checkpoints need the extra ``train``; ``drawing`` needs only matplotlib."""

@@ -1,4 +1,4 @@
-"""Pictures of the demo's report: accuracy by epoch, times of the loss, and the images."""
+"""Plots for the report of the demo: accuracy by epoch, times of the loss, and sample images."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from ..data import ClutterDigits
 from .drawing import subplots
 
-COLOURS = ("#4c6ef5", "#868e96", "#e8590c")  # of the teacher, the student alone, the student distilled
+COLOURS = ("#4c6ef5", "#868e96", "#e8590c")  # teacher, student alone, distilled student
 
 
 def accuracy_curves(curves: dict[str, list[list[float]]]):
-    """Validation accuracy against epochs: for each stage, by its title, a curve for each seed."""
+    """Plot the validation accuracy against epochs, with a curve for each stage and seed."""
     figure, axes = subplots(figsize=(8, 4.2))
-    for (title, of_seeds), colour in zip(curves.items(), COLOURS, strict=True):
-        for i, curve in enumerate(of_seeds):
+    for (title, seed_curves), colour in zip(curves.items(), COLOURS, strict=True):
+        for i, curve in enumerate(seed_curves):
             epochs = range(1, len(curve) + 1)
             axes.plot(epochs, [100 * v for v in curve], "o-", ms=3, lw=1.2, alpha=0.85, color=colour, label=title if i == 0 else None)
     axes.set_xlabel("epoch")
@@ -26,17 +26,17 @@ def accuracy_curves(curves: dict[str, list[list[float]]]):
 
 
 def loss_times(bench: dict):
-    """Bars: time of the reference and of torch.compile relative to the fused op, for each shape."""
+    """Plot the times of the reference and of torch.compile relative to the fused op, by shape."""
     figure, axes = subplots(figsize=(8, 0.8 + 0.9 * len(bench)))
     for i, row in enumerate(bench.values()):
-        for k, (other, colour) in enumerate((("reference", "#868e96"), ("compiled", "#4c6ef5"))):
-            if other in row["ratios"]:
+        for k, (contender, colour) in enumerate((("reference", "#868e96"), ("compiled", "#4c6ef5"))):
+            if contender in row["ratios"]:
                 bar = axes.barh(
                     i + 0.36 * k - 0.18,
-                    row["ratios"][other],
+                    row["ratios"][contender],
                     0.34,
                     color=colour,
-                    label={"compiled": "torch.compile"}.get(other, other) if i == 0 else None,
+                    label={"compiled": "torch.compile"}.get(contender, contender) if i == 0 else None,
                 )
                 axes.bar_label(bar, fmt="%.1fx", padding=3)
     axes.axvline(1, color="#e8590c", lw=1.5, label="fused")
@@ -49,8 +49,8 @@ def loss_times(bench: dict):
 
 
 def sample_images(data: ClutterDigits):
-    """Eight test images above the masks of their digits."""
-    split: Any = data.splits["test"]  # all of the demo's images are in memory, in named tensors
+    """Plot eight test images above the masks of their digits."""
+    split: Any = data.splits["test"]  # a TensorImages: the demo keeps its images in memory
     images, count = split.fields, 8
     figure, axes = subplots(2, count, figsize=(9, 2.6))
     for i in range(count):

@@ -1,4 +1,6 @@
-"""What SVD-KD compares, over training: singular spectra, aligned vectors, and their correlations as heat maps."""
+"""Plot of the quantities that SVD-KD compares: singular values, aligned singular vectors and their
+correlations (heat maps), for one or more checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ __all__ = ["plot_dfv"]
 
 
 class Layer(NamedTuple):
-    """Of one image: what SVD-KD makes of a layer of student and teacher."""
+    """Singular values and vectors of a layer of student and teacher, for one image."""
 
     name: str
-    spectra: tuple[Tensor, Tensor]  # singular values, relative to the largest
-    vectors: tuple[Tensor, Tensor]  # [C] of the vector that is shown, aligned
+    spectra: tuple[Tensor, Tensor]  # singular values of student and teacher, relative to the largest
+    vectors: tuple[Tensor, Tensor]  # the aligned singular vectors [C] of student and teacher that are shown
 
 
 def plot_dfv(
@@ -36,19 +38,25 @@ def plot_dfv(
     image: int = 0,
     vector: int = 1,
 ) -> Path:
-    """Writes a picture: a row for each checkpoint; in it the singular spectra of each layer, its aligned vectors, and for each pair of
-    neighbouring layers the correlations of the student and of the teacher and their difference.
+    """Write a picture with a row for each checkpoint.
+
+    A row shows the singular values and the aligned singular vectors of each layer and, for each
+    pair of consecutive layers, the correlations of the student, those of the teacher, and their
+    difference.
 
     Args:
         ckpts: checkpoints of ``kdkernels fit`` with a teacher, in the order of the rows.
-        out: file of the picture.
-        layers, teacher_layers: names of layers, in order; by default the method's taps, else those of the networks' families.
-        image: which image of the validation split.
-        vector: which of the teacher's singular vectors, from 1.
+        out: file to write.
+        layers, teacher_layers: names of the layers, which are paired in order; by default the taps
+            of the method or, if it has none, those of the network's family.
+        image: index of the image in the validation split.
+        vector: number of the teacher's singular vector, from 1.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or it does not say how method and data are made, or has no teacher; layers that are
-            not there or do not fit; an image or a vector that is not there; a file name whose format is unknown.
+        FileNotFoundError: a checkpoint does not exist.
+        ValueError: a checkpoint does not contain the config of method and data, or has no teacher;
+            a layer does not exist, or two layers do not match; ``image`` or ``vector`` is out of
+            range; or the suffix of ``out`` is not a known format.
     """
     out = picture_path(out)
     if vector < 1:
@@ -57,13 +65,13 @@ def plot_dfv(
     for ckpt in ckpts:
         method, data = restore_with_images(ckpt)
         if method.teacher is None:
-            raise ValueError(f"{os.fspath(ckpt)!r} was trained without a teacher; plot dfv compares a student with one")
+            raise ValueError(f"{os.fspath(ckpt)!r} was trained without a teacher; plot dfv compares a student with its teacher")
         taps = taps_of(method, layers, teacher_layers)
         if len(taps["student"].names) < 2:
             raise ValueError(f"layers must name at least two layers, got {taps['student'].names}")
         count = count_images(data)
         if not 0 <= image < count:
-            raise ValueError(f"image must be in [0, {count - 1}], the validation split, got {image}")
+            raise ValueError(f"image must be in [0, {count - 1}], the indices of the validation split, got {image}")
         _, batch = batch_of(data, [image])
         with torch.no_grad():
             student, teacher = (taps[name](batch["image"])[1] for name in ("student", "teacher"))
@@ -73,23 +81,27 @@ def plot_dfv(
 
 
 def compare_layers(student: dict[str, Tensor], teacher: dict[str, Tensor], vector: int = 1) -> list[Layer]:
-    """Spectra and aligned vectors of the first image of the features of each layer.
+    """Compute singular values and aligned singular vectors of each layer, for the first image.
 
     Raises:
-        ValueError: a pair with other channels, or fewer places or channels than ``vector``.
+        ValueError: two paired layers have different numbers of channels, or a layer has less than
+            ``vector`` spatial positions or channels.
     """
     result = []
-    for (name, s), (other, t) in zip(student.items(), teacher.items(), strict=True):
+    for (name, s), (teacher_name, t) in zip(student.items(), teacher.items(), strict=True):
         if s.dim() < 3 or s.shape[1] != t.shape[1]:
-            raise ValueError(f"layers: student {name!r} {list(s.shape)} and teacher {other!r} {list(t.shape)} need as many channels [B, C, *spatial]")
-        least = min(s.shape[1], s[0, 0].numel(), t[0, 0].numel())
-        if vector > least:
-            raise ValueError(f"vector must be at most {least} at layer {name!r} {list(s.shape)}, got {vector}")
+            raise ValueError(
+                f"layers: features must be [B, C, *spatial] with the same C, got student {name!r} {list(s.shape)} and "
+                f"teacher {teacher_name!r} {list(t.shape)}"
+            )
+        rank = min(s.shape[1], s[0, 0].numel(), t[0, 0].numel())
+        if vector > rank:
+            raise ValueError(f"vector must be at most {rank} at layer {name!r} {list(s.shape)}, got {vector}")
         s, t = s[:1].float(), t[:1].float()
-        found = [feature_svd(x, min(x.shape[1], x[0, 0].numel())) for x in (s, t)]
-        v, w = align_singular_vectors(found[0][2][..., : vector + 1], found[1][2][..., :vector], flip="student")
-        spectrum, of_teacher = (F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in found)
-        result.append(Layer(name, (spectrum, of_teacher), (v[0, :, -1], w[0, :, -1])))
+        svds = [feature_svd(x, min(x.shape[1], x[0, 0].numel())) for x in (s, t)]
+        v, w = align_singular_vectors(svds[0][2][..., : vector + 1], svds[1][2][..., :vector], flip="student")
+        student_spectrum, teacher_spectrum = (F.normalize(sigma[0], p=torch.inf, dim=0) for _, sigma, _ in svds)
+        result.append(Layer(name, (student_spectrum, teacher_spectrum), (v[0, :, -1], w[0, :, -1])))
     return result
 
 
@@ -99,58 +111,64 @@ def _title(ckpt: str | os.PathLike) -> str:
 
 
 def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
-    layers = len(rows[0][1])
-    columns = 1 + layers + 3 * (layers - 1)
-    widths = [1.5] + [1.2] * layers + [1.0] * (3 * (layers - 1))
+    layer_count = len(rows[0][1])
+    columns = 1 + layer_count + 3 * (layer_count - 1)
+    widths = [1.5] + [1.2] * layer_count + [1.0] * (3 * (layer_count - 1))
     size = (1.75 * sum(widths), 1.9 * len(rows) + 1.0)
     figure, axes = subplots(len(rows), columns, figsize=size, squeeze=False, width_ratios=widths)
-    largest = max(float((a - b).abs().max()) for _, found in rows for pair in _correlations(found) for a, b in [pair]) or 1.0
-    lowest = min(float(x.min()) for _, found in rows for pair in _correlations(found) for x in pair)
-    for row, (title, found) in enumerate(rows):
+    largest = max(float((a - b).abs().max()) for _, layers in rows for pair in _correlations(layers) for a, b in [pair]) or 1.0
+    lowest = min(float(x.min()) for _, layers in rows for pair in _correlations(layers) for x in pair)
+    for row, (title, layers) in enumerate(rows):
         spectrum = axes[row, 0]
-        for i, layer in enumerate(found):
+        for i, layer in enumerate(layers):
             for values, style in zip(layer.spectra, ("-", "--"), strict=True):
-                shown = values.clamp(min=1e-7)
-                spectrum.semilogy(range(1, len(shown) + 1), shown, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None)
+                clamped = values.clamp(min=1e-7)
+                spectrum.semilogy(
+                    range(1, len(clamped) + 1), clamped, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None
+                )
         spectrum.set_xscale("log")
         spectrum.set_ylim(1e-4, 1.5)
         spectrum.set_ylabel(title, fontsize=8)
         spectrum.tick_params(labelsize=7)
-        for i, layer in enumerate(found, start=1):
+        for i, layer in enumerate(layers, start=1):
             order = layer.vectors[1].argsort(descending=True)
             for values, style in zip(layer.vectors, ("-", "--"), strict=True):
                 axes[row, i].plot(values[order], style, color=f"C{i - 1}", linewidth=1.0)
             cosine = float((layer.vectors[0] * layer.vectors[1]).sum())
             axes[row, i].set_xlabel(f"cosine {cosine:.3f}", fontsize=8)
             axes[row, i].tick_params(labelsize=7)
-        for i, pair in enumerate(_correlations(found)):
-            first = 1 + layers + 3 * i
+        for i, pair in enumerate(_correlations(layers)):
+            first = 1 + layer_count + 3 * i
             for j, (x, scale) in enumerate(zip((*pair, pair[0] - pair[1]), ((lowest, 1), (lowest, 1), (-largest, largest)), strict=True)):
                 low, high = scale
-                shown = axes[row, first + j].imshow(x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
+                heat_map = axes[row, first + j].imshow(
+                    x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none"
+                )
                 axes[row, first + j].set_xticks([])
                 axes[row, first + j].set_yticks([])
-                if row == len(rows) - 1 and i == layers - 2 and j > 0:
-                    bar = figure.colorbar(shown, ax=axes[row, 1 + layers :: 1].tolist(), orientation="horizontal", fraction=0.05, pad=0.03, aspect=60)
+                if row == len(rows) - 1 and i == layer_count - 2 and j > 0:
+                    bar = figure.colorbar(
+                        heat_map, ax=axes[row, 1 + layer_count :: 1].tolist(), orientation="horizontal", fraction=0.05, pad=0.03, aspect=60
+                    )
                     bar.ax.tick_params(labelsize=7)
-                    bar.set_label("difference, student less teacher" if j == 2 else "correlation of channels", fontsize=8)
+                    bar.set_label("student minus teacher" if j == 2 else "correlation of channels", fontsize=8)
             axes[row, first + 2].set_xlabel(f"sum of squares {float((pair[0] - pair[1]).square().sum()):.2g}", fontsize=8)
             if row == 0:
-                names = f"{found[i].name} x {found[i + 1].name}"
-                for j, what in enumerate(("student", "teacher", "difference")):
-                    axes[0, first + j].set_title(f"{what}\n{names}", fontsize=8)
+                names = f"{layers[i].name} x {layers[i + 1].name}"
+                for j, panel in enumerate(("student", "teacher", "difference")):
+                    axes[0, first + j].set_title(f"{panel}\n{names}", fontsize=8)
     axes[0, 0].set_title("singular values, relative\n- student, -- teacher", fontsize=8)
     axes[0, 0].legend(fontsize=6)
     for i, layer in enumerate(rows[0][1], start=1):
-        axes[0, i].set_title(f"{layer.name}: vector {vector}\nchannels by the teacher's", fontsize=8)
+        axes[0, i].set_title(f"{layer.name}: vector {vector}\nchannels sorted by teacher", fontsize=8)
     return figure
 
 
-def _correlations(found: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Of each two neighbouring layers, student's and teacher's [C1, C2]."""
+def _correlations(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+    """Return the correlations [C1, C2] of consecutive layers, of student and of teacher."""
     pairs = []
-    for front, back in pairwise(found):
-        nets = zip(front.vectors, back.vectors, strict=True)
-        student, teacher = (rbf_correlation(f[None, :, None], h[None, :, None])[0, :, :, 0] for f, h in nets)
+    for front, back in pairwise(layers):
+        vector_pairs = zip(front.vectors, back.vectors, strict=True)
+        student, teacher = (rbf_correlation(v[None, :, None], w[None, :, None])[0, :, :, 0] for v, w in vector_pairs)
         pairs.append((student, teacher))
     return pairs

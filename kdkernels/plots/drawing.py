@@ -1,4 +1,4 @@
-"""What all pictures share: new figures, and files that are whole or not there. Needs matplotlib alone."""
+"""Helpers for all plots: figures, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def subplots(rows: int = 1, columns: int = 1, **options):
-    """``matplotlib.pyplot.subplots`` with a constrained layout, on a backend that needs no display."""
+    """Call ``matplotlib.pyplot.subplots`` with a constrained layout, without using a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,14 +18,14 @@ def subplots(rows: int = 1, columns: int = 1, **options):
 
 
 def close(figure) -> None:
-    """Frees a figure: pyplot keeps every figure until then."""
+    """Free a figure: pyplot keeps each figure until it is closed."""
     import matplotlib.pyplot as plt
 
     plt.close(figure)
 
 
 def picture_path(out: str | os.PathLike) -> Path:
-    """``out`` as a path, once its suffix is known to be a format that can be drawn."""
+    """Return ``out`` as a path; raise ValueError if its suffix is not a supported format."""
     out = Path(out)
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out must end in .png, .svg or .pdf, got {out.name!r}")
@@ -33,7 +33,7 @@ def picture_path(out: str | os.PathLike) -> Path:
 
 
 def write_picture(figure, out: Path) -> Path:
-    """Writes the figure and closes it. The file is whole or not there."""
+    """Write the figure, completely or not at all, and close it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         temporary = Path(folder) / out.name

@@ -1,4 +1,4 @@
-"""What the HTML reports share: their style, and pictures inside the page, so that it is one file and fetches nothing."""
+"""Helpers for the HTML reports: their style, and pictures that are embedded in the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ img { max-width: 100%; height: auto } .note { color: #5a6475; font-size: .9rem }
 
 
 def image_tag(figure, description: str) -> str:
-    """An ``<img>`` that holds the figure as a PNG; the figure is closed."""
+    """Return an ``<img>`` element with the figure as an embedded PNG, and close the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     close(figure)
