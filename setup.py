@@ -13,6 +13,7 @@ Environment variables:
 - KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -20,11 +21,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 import setuptools
-from setuptools import find_packages, setup
 
 if int(setuptools.__version__.partition(".")[0]) < 77:  # older releases reject the licence in pyproject.toml with a 90-line error
     raise SystemExit(f"kdkernels is built with setuptools 77 or later, found {setuptools.__version__}: pip install 'setuptools>=77'")
@@ -93,8 +94,8 @@ def extensions() -> list:
         modules.append(extension(f"_cpu_{isa}", kernels, ISA_FLAGS[isa], precompile="kernels.h"))
     if os.environ.get("KDKERNELS_TESTING") == "1":
         isa_sources = sorted_glob("csrc/testing/*_cpu.cpp")
-        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in isa_sources]))
-        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *isa_sources], ISA_FLAGS[isa]) for isa in isas]
+        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in isa_sources], precompile="kernels.h"))
+        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *isa_sources], ISA_FLAGS[isa], precompile="kernels.h") for isa in isas]
     if CUDA.architectures:
         cuda = cpp_extension.CUDAExtension(
             "kdkernels._cuda",
@@ -139,39 +140,47 @@ def c_string(text: str) -> str:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
+    def build_extensions(self):
+        self.precompile_headers()
+        super().build_extensions()
+
     def build_extension(self, ext):
-        # The same source is compiled for several instruction sets, so each module has its own folder for
-        # object files.
-        build_temp, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
+        # The same source is compiled for several instruction sets, so each module has its own folder of object files.
+        parent, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
         try:
-            if getattr(ext, "precompile", ""):
-                self.precompile(ext)
             super().build_extension(ext)
         finally:
-            self.build_temp = build_temp
+            self.build_temp = parent
 
-    def precompile(self, ext):
-        """Compile torch's headers once for all sources of a module.
+    def precompile_headers(self):
+        """Compile torch's headers once for all sources with the same flags: parsing them takes longer than compiling most sources.
 
-        Most sources would take longer to parse these headers than to compile the rest. GCC uses
-        the precompiled header if it was compiled with the flags of the source, and otherwise reads
-        the header itself.
+        GCC uses a precompiled header if its flags are those of the source, and parses the header itself otherwise.
         """
         compiler = cpp_extension.get_cxx_compiler()
         if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout:
             return
-        header = Path(self.build_temp, ext.precompile)
-        header.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(Path("csrc/precompiled", ext.precompile), header)
-        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
-        includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
-        flags = [*self.compiler.compiler_so[1:], *macros, *includes, *ext.extra_compile_args, "-std=c++20"]
-        command, command_file = [compiler, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"], Path(f"{header}.command")
-        key = f"{torch.version.git_version} {command} {header.read_text()}"
-        if not command_file.exists() or command_file.read_text() != key:
-            subprocess.run(command, check=True)
-            command_file.write_text(key)
-        ext.extra_compile_args += ["-include", str(header)]
+        commands = {}
+        for ext in self.extensions:
+            header = getattr(ext, "precompile", "")
+            if header:
+                includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
+                flags = [*self.compiler.compiler_so[1:], *includes, *ext.extra_compile_args, "-std=c++20"]
+                key = hashlib.sha256(f"{compiler} {torch.version.git_version} {flags} {Path('csrc/precompiled', header).read_text()}".encode())
+                copy = Path(os.path.abspath(self.build_temp), "precompiled", key.hexdigest()[:16], header)
+                commands[copy] = [compiler, *flags, "-x", "c++-header", str(copy)]
+                ext.extra_compile_args += ["-include", str(copy)]
+
+        def precompile(copy: Path):
+            compiled = copy.with_suffix(".h.gch")
+            if not compiled.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(Path("csrc/precompiled", copy.name), copy)
+                subprocess.run([*commands[copy], "-o", f"{compiled}.part"], check=True)
+                os.replace(f"{compiled}.part", compiled)
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(precompile, commands))
 
 
 def packages() -> list[str]:
@@ -179,7 +188,7 @@ def packages() -> list[str]:
 
     package-dir in pyproject.toml maps these two.
     """
-    return sorted({*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
+    return sorted({*setuptools.find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
 
 
-setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setuptools.setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

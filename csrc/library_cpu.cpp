@@ -1,10 +1,21 @@
 // The extension module with the CPU kernels of one instruction set. Importing it registers the
 // kernels.
-#include <pybind11/pybind11.h>
+#include "common/module.h"
 
 #include "common/memory.h"
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "CPU kernels of kdkernels for one instruction set";
-  m.def("release_memory", kdkernels::release_memory, "Return the memory that is kept for future gradients to the system");
+namespace {
+
+PyObject* release_memory(PyObject*, PyObject*) {
+  kdkernels::release_memory();
+  Py_RETURN_NONE;
 }
+
+PyMethodDef methods[] = {
+    {"release_memory", release_memory, METH_NOARGS, "Return the memory that is kept for future gradients to the system"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+KDKERNELS_MODULE(TORCH_EXTENSION_NAME, "CPU kernels of kdkernels for one instruction set", methods)

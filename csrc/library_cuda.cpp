@@ -1,6 +1,4 @@
 // The extension module with the CUDA kernels. Importing it registers the kernels.
-#include <pybind11/pybind11.h>
+#include "common/module.h"
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "CUDA kernels of kdkernels";
-}
+KDKERNELS_MODULE(TORCH_EXTENSION_NAME, "CUDA kernels of kdkernels", nullptr)

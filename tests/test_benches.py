@@ -287,13 +287,13 @@ def test_step_split_into_parts_has_the_gradients_of_the_whole_step(name):
 
 
 def test_references_replace_the_ops_temporarily():
-    from kdkernels.distill import kd
+    from kdkernels.tasks import base
 
     with bench_step.references():
-        assert kd.temperature_kl is kdkernels.reference.temperature_kl
+        assert base.temperature_kl is kdkernels.reference.temperature_kl
         assert kdkernels.nn.attention_transfer_loss is kdkernels.reference.attention_transfer_loss
         assert kdkernels.temperature_kl is not kdkernels.reference.temperature_kl
-    assert kd.temperature_kl is kdkernels.temperature_kl
+    assert base.temperature_kl is kdkernels.temperature_kl
     assert kdkernels.nn.attention_transfer_loss is kdkernels.attention_transfer_loss
 
 

@@ -345,7 +345,7 @@ def test_files_of_a_wheel(tmp_path):
     assert {"_C", "_cpu_baseline"} <= modules
     assert all(module == "_C" or module.startswith("_cpu_") for module in modules)
     assert "kdkernels/reference/__init__.py" in files
-    assert not [name for name in files if "testing" in name or name.startswith(("csrc", "tests"))]
+    assert not [name for name in files if "_testing" in name or name.startswith(("csrc", "tests"))]
 
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")

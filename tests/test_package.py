@@ -13,6 +13,7 @@ import torch
 
 import kdkernels
 from kdkernels import _C
+from kdkernels.config import HAS_CUDA_KERNELS
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,8 +34,6 @@ def test_build_info_and_show_config(capsys):
 
 def test_show_config_gives_the_reason_for_missing_cuda_kernels(capsys):
     """The build records the reason, and ops that cannot run on a GPU here state what to install."""
-    from kdkernels.config import HAS_CUDA_KERNELS
-
     kdkernels.show_config()
     printed = capsys.readouterr().out
     if not HAS_CUDA_KERNELS:
@@ -43,7 +42,7 @@ def test_show_config_gives_the_reason_for_missing_cuda_kernels(capsys):
         assert f"not built: {reason}" in printed
     if torch.version.cuda is None and torch.version.hip is None:
         assert "cuda -> unavailable: install a build of torch with CUDA or ROCm" in printed
-    assert "the functions of kdkernels.reference run on every device" in printed
+    assert "other devices -> reference in plain PyTorch" in printed
 
 
 def test_version_matches_the_distribution():
@@ -84,15 +83,16 @@ def test_import_loads_neither_trainer_nor_compiler():
 def test_cuda_kernels_on_cpu_tensors_outside_of_tests_raise():
     code = (
         "import torch, kdkernels as k; x = torch.ones(2, 3, 2)\n"
-        "for call in (lambda: k.truncated_svd(x, 1, driver='cuda'), lambda: k.truncated_svds([x], 1, driver='cuda'),\n"
-        "             lambda: k.align_singular_vectors(x, x, driver='cuda')):\n"
-        "    try: call()\n"
-        "    except NotImplementedError as error: print(error)"
+        "from kdkernels.testing import implementation\n"
+        "for call in (lambda: k.truncated_svd(x, 1), lambda: k.truncated_svds([x], 1), lambda: k.align_singular_vectors(x, x)):\n"
+        "    try: implementation('cuda')(call)()\n"
+        "    except (NotImplementedError, RuntimeError) as error: print(error)"
     )
     run = _python(code)
     lines = run.stdout.splitlines()
     assert len(lines) == 3, run.stdout + run.stderr
-    assert all(line.startswith('driver="cuda" takes CUDA tensors. CPU tensors are for tests of its kernels') for line in lines)
+    expected = 'implementation "cuda" takes CUDA tensors' if HAS_CUDA_KERNELS else 'the implementation "cuda" was not built'
+    assert all(line.startswith(expected) for line in lines)
 
 
 def test_command_line(tmp_path, capsys):
@@ -109,8 +109,8 @@ def test_command_line(tmp_path, capsys):
 
 def test_error_without_triton_says_what_to_install():
     code = (
-        "import sys; sys.modules['triton'] = None; import kdkernels; op = sys.modules['kdkernels.ops.temperature_kl']\n"
-        "try: op._triton_kernels()\nexcept RuntimeError as error: print(error)"
+        "import sys; sys.modules['triton'] = None; import kdkernels; from kdkernels.ops import registration\n"
+        "try: registration._triton_module('temperature_kl')\nexcept RuntimeError as error: print(error)"
     )
     run = _python(code)
     assert run.stdout.strip() == "temperature_kl on a GPU runs in Triton, which is not installed: pip install triton", run.stderr

@@ -179,7 +179,7 @@ def test_loss_is_accurate_where_the_direct_sum_cancels(backend, distance):
     case = _case(backend, CorrelationCase("", (2, 256, 128, 2), distance=distance, layout="rows"))
     inputs = case.make(_device(backend))
     exact = _exact_loss(inputs, 8.0)[0].sum().item()
-    loss = _operators(backend).rbf_correlation_loss(*inputs, 8.0, "sum", [False] * 4)[0].item()
+    loss = _operators(backend).rbf_correlation_loss(*inputs, 8.0, Reduction.SUM, [False] * 4)[0].item()
     assert abs(loss / exact - 1) < 1e-6
     if case.shape[1] == 256:  # the direct sum is inaccurate
         direct = abs(reference.rbf_correlation_loss(*inputs).item() / exact - 1)

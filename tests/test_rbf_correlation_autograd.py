@@ -185,7 +185,7 @@ ERRORS = [
     (dict(tx=X.to("meta")), ValueError, "sx and sy and tx and ty must be on one device"),
     (dict(beta=0), ValueError, "beta must be a finite number > 0, got 0"),
     (dict(beta=float("nan")), ValueError, "beta must be a finite number > 0, got nan"),
-    (dict(reduction="mean"), ValueError, r"reduction must be one of \('sum', 'none', 'batchmean'\), got 'mean'"),
+    (dict(reduction="mean"), ValueError, r"reduction must be one of \('none', 'sum', 'batchmean'\), got 'mean'"),
 ]
 
 

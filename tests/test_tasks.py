@@ -353,7 +353,7 @@ def test_invalid_teachers_raise():
 
 
 def test_tasks_and_teachers_in_a_config(tmp_path):
-    from kdkernels.train import instantiate
+    from kdkernels.distill.restore import instantiate
 
     def net(width):
         return {"class_path": "kdkernels.models.TinyFCN", "init_args": {"width": width}}

@@ -311,10 +311,11 @@ def test_raw_ops_check_shapes_and_options():
         (7, 3),
         (7, -1),
         (9, 4),
-        (9, "sum"),
         (2, 0.0),
     ):
         arguments = list(good)
         arguments[position] = bad
         with pytest.raises((ValueError, TypeError)):
             op(*arguments)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'int' for argument 'reduction'"):
+        op(*good[:9], "sum", *good[10:])

@@ -13,7 +13,7 @@ from test_temperature_kl import _operators
 from tolerances import assert_close
 
 from kdkernels import reference, temperature_kl
-from kdkernels.options import Direction, Reduction
+from kdkernels.options import VALUES, Direction, Reduction
 
 FORMS = {
     "forward": {},
@@ -32,7 +32,8 @@ def _run_backend_and_reference(backend, student, teacher, temperature, dim=-1, *
     """
     o = dict(direction="forward", beta=0.5, reduction="none", scale_by_t2=True, include_entropy=True, target_eps=0.0) | options
     forward, backward = _operators(backend)
-    arguments = (student, teacher, 1.0, temperature, None, None, dim, *o.values())
+    raw = o | {name: VALUES[name][o[name]] for name in ("direction", "reduction")}
+    arguments = (student, teacher, 1.0, temperature, None, None, dim, *raw.values())
     loss = forward(*arguments, False)[0]
     got = (loss, *backward(torch.ones_like(loss), *arguments, [True, True, True]))
     inputs = [x.double().clone().requires_grad_() for x in (student, teacher, temperature)]
