@@ -5,6 +5,7 @@ other values.
 import re
 
 import pytest
+import testing_ops  # noqa: F401  registers the CUDA kernels on CPU tensors
 import torch
 
 from kdkernels.options import NAMES, VALUES, Implementation, Reduction, Sign

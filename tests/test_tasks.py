@@ -62,7 +62,7 @@ def test_find_logits_in_outputs(wrap):
         ({"scores": torch.ones(2, 3), "n": 1}, r"a dict of 'scores': \[2, 3\], 'n': int"),
         ((None, torch.ones(2)), r"a tuple of NoneType, \[2\]"),
         ((), "an empty tuple"),
-        (Output(scores=1), "Holder with the attributes scores"),
+        (Output(scores=1), "Output with the attributes scores"),
         (None, "NoneType"),
     ],
 )
