@@ -15,50 +15,73 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
 `python -m benches.performance` generates this page from the files in `benches/results/`, which
-`make bench` and `make gpu` write. No number on it is typed by hand.
+`make bench` and `make gpu` write. No number in the tables is typed by hand.
+[benchmarks.md](benchmarks.md) describes how to run the benchmarks.
+
+**Contenders.** The fused op is compared with other implementations, here called contenders or
+peers. *eager* is the reference of the op in plain PyTorch, *Inductor* is this reference compiled
+with `torch.compile`. *textbook form* is the KL divergence as most distillation scripts write it,
+and *linear form in torch* computes rbf_correlation_loss from a series in plain PyTorch
+([rbf_correlation.md](rbf_correlation.md)). The others are the functions of torch with these names.
 
 **Directions.** *forward* is the public function without an autograd graph, as in validation.
 *backward* is the computation of the gradients alone; the forward pass before it is not timed.
 *forward + backward* is both, as in a training step: it computes new gradients, and the time
-includes Python and dispatch. It is not the sum of the other two. temperature_kl, the attention
-losses and rbf_correlation_loss compute the gradient during the forward pass if it will be needed,
-and their backward pass only scales it.
+includes Python and dispatch. It is not the sum of the other two. If only the student requires a
+gradient, temperature_kl, the attention losses and rbf_correlation_loss compute this gradient
+already during the forward pass, and their backward pass only scales it. The time of *backward* is
+then short.
 
 **Times and ratios.** Before a row is timed, the op is checked against the reference in float64 on
-the inputs of the row. All contenders run in one process, once per round, in random order. A ratio
-is the time of a contender divided by the time of the fused op in the same round: 2 means that the
-contender takes twice as long. The tables show the median over the rounds and, in parentheses, the
-interval that contains 95 % of its bootstrap resamples. `torch.compile` compiles before the timing.
-On a GPU, events on the stream are timed, and the inputs rotate through copies that exceed the L2
-cache; the columns "replayed" show the replay of a CUDA graph of the calls. GPU clocks are not
-changed.
+the inputs of the row. All contenders run in one process, once per round, in random order. The
+column "ms" is the time of the fused op. The columns of the contenders are ratios: the time of the
+contender divided by the time of the fused op in the same round. A ratio of 2 means that the
+contender takes twice as long. The tables show the median of the ratios over the rounds and, in
+parentheses, the 95 % bootstrap interval of this median. `torch.compile` compiles before the timing.
+On a GPU, the time between two CUDA events is measured, and the calls use several copies of the
+inputs in turn, which together exceed the L2 cache. The columns "replayed" show the replay of a CUDA
+graph of the calls. GPU clocks are not changed.
+
+**Inputs.** In the rows "both gradients" of temperature_kl, the teacher requires a gradient too. The
+matrices of truncated_svd are feature maps of a random network after a ReLU. In the rows "trained"
+they are feature maps of a trained TinyCNN, in the rows "noise" and "relu of noise" random numbers
+without and with a ReLU. The row "far apart" of rbf_correlation_loss has inputs that need too many
+terms of the series, so the op sums over all pairs instead.
 
 **Share of the limit.** The limit is the longest of the times below, at rates that are measured in
-the same run. The share is the limit divided by the time of the fused op; the tables name the limit.
+the same run. The share is the limit divided by the time of the fused op: at 100 %, the op takes no
+longer than the limit. The tables name the limit.
 
 - *copy* is the time in which `Tensor.copy_` moves as many bytes as the op must move (column "bytes
   moved"). temperature_kl reads both logits and writes the gradient. attention_transfer_loss reads
   the student's features twice and the teacher's once, and writes the gradient. rbf_correlation
-  writes D and reads its gradient. truncated_svd reads the feature map, reads it again in the
-  backward pass, and writes the gradient.
+  writes the correlation and reads its gradient. truncated_svd reads the feature map, reads it again
+  in the backward pass, and writes the gradient.
 - *GEMM* is the time of the arithmetic at the rate of a large matrix product. For truncated_svd this
-  is half of the Gram matrix and its tridiagonal form; for rbf_correlation_loss, the terms and their
-  products in float64.
+  is the arithmetic of one half of the symmetric Gram matrix and of its reduction to tridiagonal
+  form. For rbf_correlation_loss it is the arithmetic of the terms of the series and of their
+  products, in float64.
 - *exp* is the time of the exponentials at the rate of `torch.exp`.
 
-If the data fit into a cache, the data of the copy do too. The share can exceed 100 % if data that
-are read a second time are still in a cache, or if an op finds a few singular vectors without
-computing the Gram matrix.
+If the inputs of an op fit into a cache, the copy with which it is compared also stays in the cache.
+The share can exceed 100 % for two reasons: data that the op reads a second time are still in a
+cache, or truncated_svd finds a few singular vectors without computing the Gram matrix.
 
 **Errors** are measured against float64: of the loss (forward), of the gradient (backward), or the
 larger of the two (forward + backward). They are relative to the largest entry. "smallest error of a
-peer" is that of the best other contender. For truncated_svd, "error" is that of the singular values
-relative to the largest one, and "sine" is the sine of the largest angle between a computed and an
-exact singular vector.
+peer" is the error of the most accurate other contender. For truncated_svd, "error" is the error of
+the singular values relative to the largest one, and "sine" is the sine of the largest angle between
+a computed and an exact singular vector.
 
-**Memory** is the peak memory during the call, above the memory in use before it, with the results.
-On a CPU, resident pages are measured, after freed memory is returned to the system; on a GPU, the
-memory of torch's allocator.
+**Memory** is the peak memory during the call, including the results, minus the memory in use before
+the call. On a CPU, the resident memory of the process is measured, after freed memory is returned
+to the system; on a GPU, the memory of torch's allocator.
+
+**Training steps.** Two tables time whole training steps. In the table of the cache, "ms" is the
+time of a KD step that reads the teacher's outputs from the cache on disk, and "with the teacher
+computed" is the time of the same step with the teacher computed, divided by "ms". In the table of
+parts, each step is timed with the fused ops and with the references in their place, and "ratio with
+references" is the time with the references divided by the time with the fused ops.
 """
 
 
