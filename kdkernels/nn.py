@@ -249,10 +249,11 @@ def svd_kd_loss(
     r"""SVD-KD loss: compare the main singular vectors of student and teacher in pairs of layers.
 
     Each feature map is treated as a matrix [spatial positions, channels]. Its k main right singular
-    vectors are computed, with fixed signs. :func:`kdkernels.align_singular_vectors` then selects a
-    student vector for each teacher vector. Two neighbouring layers i and i + 1 are compared by
-    L = :func:`kdkernels.rbf_correlation_loss` of the vectors of both layers. A layer that belongs
-    to two pairs is decomposed once. docs/svd_kd.md compares the variants.
+    vectors, those with the largest singular values, are computed with fixed signs.
+    :func:`kdkernels.align_singular_vectors` then selects a student vector for each teacher vector.
+    Two neighbouring layers i and i + 1 are compared by L = :func:`kdkernels.rbf_correlation_loss`
+    of the vectors of both layers. A layer that belongs to two pairs is decomposed once.
+    docs/svd_kd.md compares the variants.
 
     =============  =============================================================================
     ``loss``       sum over pairs of layers of
@@ -262,14 +263,15 @@ def svd_kd_loss(
     =============  =============================================================================
 
     The option ``grad`` selects the gradient with respect to the student's feature map, given the
-    gradient :math:`g_i` with respect to the singular vector :math:`v_i`:
+    gradients :math:`g_j` with respect to its right singular vectors :math:`v_j`. :math:`u_j` and
+    :math:`\sigma_j` are the left singular vectors and the singular values:
 
     =============  =============================================================================
     ``grad``       gradient with respect to the feature map
     =============  =============================================================================
     "exact"        the derivative
-    "rank1"        :math:`u_i (g_i - \langle v_i, g_i \rangle v_i)^T / \sigma_i`: the derivative if
-                   all other singular values were 0
+    "rank1"        :math:`\sum_j u_j (g_j - \langle v_j, g_j \rangle v_j)^T / \sigma_j`: for
+                   k = 1 the derivative if all other singular values were 0
     "authors"      as in the authors' code: "rank1" for feature maps with fewer spatial positions
                    than channels, 0 for all others
     =============  =============================================================================

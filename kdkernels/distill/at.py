@@ -21,21 +21,22 @@ class AttentionTransfer(Distiller):
 
     The loss is ``gamma CE + beta sum_j attention_transfer_loss(student_j, teacher_j) + alpha T^2
     KL``, where j runs over the pairs of layers. With ``variant="authors"`` and ``beta=1000`` it is
-    the loss of the authors' code. For the paper's loss, which multiplies norms by ``beta / 2``, use
-    ``variant="paper"`` with ``beta`` about 0.1.
+    the loss of the authors' code. For the paper's loss, use ``variant="paper"`` and ``beta=0.05``:
+    the paper multiplies the norms by half of its beta, which is about 0.1.
 
     Args:
         student, teacher: networks that map images [B, C, H, W] to logits [B, K].
-        student_taps, teacher_taps: names of layers, pair by pair. The feature maps [B, C, *spatial]
-            of a pair may differ in their channels and spatial sizes.
+        student_taps, teacher_taps: names of layers; layers at the same position in both lists are a
+            pair. The feature maps [B, C, *spatial] of a pair may differ in their channels and
+            spatial sizes.
         p: exponent, one for all pairs or one for each.
         reduce: "mean", "sum" or "max" over channels, one for all pairs or one for each.
         variant: "authors" (mean square of the difference of the normalised maps) or "paper" (norm
             of the difference).
-        beta: weight of the attention losses.
+        beta: the whole weight of the attention losses.
         gamma: weight of the cross-entropy.
-        alpha: weight of T^2 KL; 0 omits it (AT + KD: 0.9 with gamma 0.1).
-        temperature: T.
+        alpha: weight of T^2 KL; 0 omits it (attention transfer with KD: 0.9, and gamma 0.1).
+        temperature: T of the KL.
         **options: the other arguments of :class:`Distiller`.
     """
 
@@ -91,8 +92,8 @@ class GradientAttentionTransfer(Distiller):
     Args:
         student, teacher: networks that map images [B, C, H, W] to logits [B, K].
         beta: weight, the paper's beta: the squared distance is multiplied by ``beta / 2``.
-        symmetry: compare the student's gradient with its gradient for the mirrored image, mirrored
-            back, instead of with the teacher's gradient (section 3.2 of the paper).
+        symmetry: compare the student's gradient with the student's gradient for the mirrored image,
+            mirrored back, instead of with the teacher's gradient (section 3.2 of the paper).
         **options: the other arguments of :class:`Distiller`.
     """
 

@@ -46,12 +46,14 @@ class Distiller(L.LightningModule):
             a list of files, with ``None`` for teachers that already have their weights.
         student_taps, teacher_taps: names of layers whose outputs :meth:`losses` uses.
         teacher_cache: stores the teacher's outputs for the training images on disk.
-        optimizer: function that returns the optimizer for the student's parameters.
+        optimizer: function that returns the optimizer for the student's parameters. The default is
+            SGD with learning rate 0.1, Nesterov momentum 0.9 and weight decay 5e-4.
         scheduler: function that returns the schedule for the optimizer; it makes one step per
-            epoch. ``ReduceLROnPlateau`` makes one step per validation and uses its attribute
-            ``monitor`` (Lightning's has one), or else the task's main metric (``val/accuracy``) in
-            mode "max" and ``val/cross_entropy`` in mode "min". By default the learning rate warms
-            up over the first fifth of the steps, then decays to zero along a cosine.
+            epoch. ``ReduceLROnPlateau`` makes one step per validation. The value that it monitors
+            is its attribute ``monitor``, which Lightning's subclass has. Without this attribute it
+            is the task's main metric (such as ``val/accuracy``) in mode "max", and
+            ``val/cross_entropy`` in mode "min". By default the learning rate warms up over the
+            first fifth of the steps, then decays to zero along a cosine.
         check_finite: raise an error before the update if the loss is NaN or infinite, and save the
             batch for :meth:`replay`. Every step then waits for the loss, a small cost on a GPU.
         task: defines the labels and their loss; :class:`kdkernels.tasks.Classification` by default.

@@ -36,8 +36,8 @@ def clip_transfer(
     =========  ==================================================================================
 
     "authors" is the rule of the released code: the transfer gradient is at most half as long as the
-    main gradient at first, and later at most as long. "poster" is the formula of the paper, with
-    which the transfer gradient fades out over the epochs.
+    main gradient in the first epoch, and at most as long in later epochs. "poster" is the formula
+    of the paper: a transfer gradient shorter than the main gradient fades out over the epochs.
 
     Args:
         main, transfer: gradients m and t of the same parameters. If both contain a common factor,
@@ -68,6 +68,8 @@ def clip_transfer(
 class SVDKD(TwoStage):
     """Train on the labels and on the main singular vectors of a teacher's feature maps.
 
+    The main singular vectors are those with the largest singular values.
+
     Multitask training (the default) computes two gradients per step: that of the main loss, ``gamma
     CE + alpha T^2 KL`` and the optimizer's weight decay, and that of the transfer loss,
     :func:`svd_kd_loss`. The second is clipped against the first, parameter by parameter
@@ -90,7 +92,7 @@ class SVDKD(TwoStage):
         first_stage_epochs: epochs of the first of two stages; 0 for multitask training.
         rule: see :func:`clip_transfer`.
         decay_in_norm: include the optimizer's (coupled) weight decay in the main gradient against
-            which the transfer gradient is clipped, as the authors do; KD_methods does not.
+            which the transfer gradient is clipped, as the authors do; KD_methods_with_TF does not.
         beta: weight of the transfer loss, applied before clipping.
         gamma: weight of the cross-entropy.
         alpha: weight of T^2 KL; 0 omits it.

@@ -39,8 +39,8 @@ def attention_pool(
         reduce: "mean", "sum" or "max" over the channels. The gradient of a maximum goes to the
             first channel with the maximum.
         normalize: normalisation over the spatial positions of a map: "l2",
-            :math:`a / \max(\|a\|_2, \text{eps})` (attention transfer); "softmax" (SAD); or
-            ``None``.
+            :math:`a / \max(\|a\|_2, \text{eps})` (attention transfer); "softmax" (Self Attention
+            Distillation); or ``None``.
         eps: smallest divisor of "l2". A map of zeros stays zero and has gradient 0.
 
     Returns:

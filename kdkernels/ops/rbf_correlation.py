@@ -83,15 +83,16 @@ def rbf_correlation_loss(
     ``"batchmean"``    the sum over B
     =================  ===============================================================
 
-    (Lee et al. 2018, section 3.2. The authors' code uses half of "sum", RepDistiller "batchmean".)
+    (Lee et al. 2018, section 3.2. The authors' code uses "sum", multiplied by sqrt(K) / 2;
+    RepDistiller uses "batchmean".)
 
-    S and T are not written to memory. For each column, R terms of the series
-    :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` reduce each side to R x R products,
-    in O((M + N) R^2) operations in float64. R depends on the range of the elements; it is 5 or 6
-    for singular vectors. If a column needs more than 24 terms, or has few pairs, the loss is summed
-    over all pairs. The relative error is below 1e-6, compared with exact arithmetic on the same
-    inputs, even if S and T are nearly equal. docs/rbf_correlation.md derives the terms and their
-    bound.
+    S and T are not written to memory. For each column, the first R terms of the series
+    :math:`e^{-(x - y)^2 / \beta} = \sum_r \phi_r(x) \phi_r(y)` are summed over the elements to
+    R x R products, in O((M + N) R^2) operations in float64. R depends on the range of the elements;
+    singular vectors need 5 or 6 terms. If a column needs more than 24 terms (16 on a GPU), or has
+    few pairs, the loss is summed over all pairs. The relative error is below 1e-6, compared with
+    exact arithmetic on the same inputs, even if S and T are nearly equal. docs/rbf_correlation.md
+    derives the terms and their bound.
 
     Args:
         sx, sy: the student's features, float64, float32, bfloat16 or float16, with any strides.

@@ -67,7 +67,8 @@ def temperature_kl(
             gradient with respect to the student is the same, its value is not. Only for
             ``"forward"``.
         target_eps: added to every :math:`p_t`, both as the weight and inside the logarithm, without
-            renormalising (FFL uses 1e-7). Only for ``"forward"``.
+            renormalising. Only for ``"forward"``. (Feature Fusion Learning, Kim et al. 2019, uses
+            1e-7.)
         mask: bool, one element per row. Rows with ``False`` contribute nothing to the loss, even if
             they are not finite, and are not counted.
         normalizer: float or one-element tensor that replaces the number of rows in ``"batchmean"``

@@ -54,13 +54,13 @@ def truncated_svd(
         return_u: also return the left singular vectors.
         gap_eps: the noise of x, as a fraction of :math:`\sigma_1`. The derivative of triplet j
             divides by differences d of squared singular values. These quotients 1 / d are replaced
-            by :math:`d / (d^2 + \epsilon_j^2)` with
-            :math:`\epsilon_j` = gap_eps :math:`\sigma_1 \sigma_j`, the effect of the noise on
-            :math:`\sigma_j^2`. This function is continuous and 0 at d = 0, and the gradient is at
-            most 1 / (gap_eps :math:`\sigma_1`) times the upstream gradient. Default: 1e-6 (the
-            rounding of float32), 1e-12 for float64. Values of 1e-4 to 1e-3 damp the gradients of
-            close singular values. Values below the unit roundoff of the compute dtype are replaced
-            by it.
+            by :math:`d / (d^2 + \epsilon_j^2)`, where :math:`\epsilon_j` is the effect of the noise
+            on :math:`\sigma_j^2`: gap_eps :math:`\sigma_1` times the larger of :math:`\sigma_j` and
+            gap_eps :math:`\sigma_1`. This function is continuous and 0 at d = 0, and no difference
+            amplifies an upstream gradient by more than 1 / (gap_eps :math:`\sigma_1`). Default:
+            1e-6, about the rounding of float32, and 1e-12 for float64. Values of 1e-4 to 1e-3 damp
+            the gradients of close singular values. Values below the unit roundoff of the dtype of
+            the computation are replaced by it.
 
     Returns:
         (u or None, s, v), float64 for float64 matrices, else float32. s is descending. The columns
@@ -75,12 +75,13 @@ def truncated_svd(
         ValueError: x has fewer than two dimensions, or an option is out of range.
 
     The gradient of any function of u, s and v is computed from the kept triplets and a linear
-    solve in the complement of the kept vectors. It is finite for every finite matrix and upstream
-    gradient, whatever the discarded singular values are. For functions of span(v) alone it is exact
-    even if kept singular values are equal. The sign is treated as a constant. The first derivative
-    is computed by the op ``kdkernels::truncated_svd_backward``. Double backward and ``torch.func``
-    transforms use :func:`kdkernels.reference.truncated_svd`, and are undefined if singular values
-    are equal. docs/truncated_svd.md describes the algorithm.
+    solve in the complement of the kept vectors. A float32 or float64 gradient is finite for every
+    finite matrix and upstream gradient, whatever the discarded singular values are; a
+    half-precision gradient may overflow to infinity. For functions of span(v) alone the gradient is
+    exact even if kept singular values are equal. The sign is treated as a constant. The first
+    derivative is computed by the op ``kdkernels::truncated_svd_backward``. Double backward and
+    ``torch.func`` transforms use :func:`kdkernels.reference.truncated_svd`, and are undefined if
+    singular values are equal. docs/truncated_svd.md describes the algorithm.
 
     References:
         S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
@@ -108,6 +109,10 @@ def feature_svd(
     so v has one entry per channel. Contiguous (NCHW) and channels_last features are read in place,
     without a copy, and the gradient has their layout.
 
+    Args:
+        features: feature maps with one or more spatial dimensions.
+        k, sign, return_u, gap_eps: see :func:`truncated_svd`.
+
     Raises:
         TypeError: features have the wrong type.
         ValueError: features have fewer than three dimensions, or an option is out of range.
@@ -133,8 +138,10 @@ def truncated_svds(
     gradients in the same way. Other implementations decompose one batch after another.
 
     Args:
-        xs: batches of matrices on one device. k is at most the smallest of their sides. Nothing is
-            saved for the backward pass of batches that do not require a gradient.
+        xs: batches of matrices on one device. Nothing is saved for the backward pass of batches
+            that do not require a gradient.
+        k: number of triplets, at most the smallest number of rows or columns of any x.
+        sign, return_u, gap_eps: see :func:`truncated_svd`.
 
     Returns:
         The result of :func:`truncated_svd` for each x.
@@ -174,11 +181,12 @@ def align_singular_vectors(
     r"""Select and flip the student's singular vectors to match the teacher's, one by one.
 
     For teacher vector i, :math:`m(i) = \arg\max_j |\langle s_j, t_i \rangle|` selects the student
-    vector with the largest product. Products that are at least (1 - 1e-6) times the largest count
-    as equal, and the first of them is selected. The results are :math:`w_i s_{m(i)}` and
-    :math:`w_i t_i`, one of them flipped so that their product is not negative. Two teacher vectors
-    may select the same student vector, as in the authors' code. If there are no teacher vectors, or
-    vectors have no entries, the results are empty and the gradients zero.
+    vector with the largest magnitude of the inner product. Magnitudes of at least (1 - 1e-6) times
+    the largest count as equal, and the first of these vectors is selected. The results are
+    :math:`w_i s_{m(i)}` and :math:`w_i t_i`, one of them flipped so that their inner product is not
+    negative. Two teacher vectors may select the same student vector, as in the authors' code. If
+    there are no teacher vectors, or vectors have no entries, the results are empty and the
+    gradients zero.
 
     Args:
         student: K vectors as columns, float64, float32, bfloat16 or float16. SVD-KD uses K = k + 1,
