@@ -500,7 +500,7 @@ COMPILED = {
         "jsd backward (8, 1000, 8, 8)",
         "(128, 256, 56, 56) contiguous",
         "(128, 256, 56, 56) channels_last torch.float16",
-        "loss code 56 torch.float32",
+        "loss authors 56 torch.float32",
         "loss torch.bfloat16",
         "4 columns torch.float32",
         "64 x 256 torch.bfloat16",
