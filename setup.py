@@ -13,15 +13,12 @@ Environment variables:
 - KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
 """
 
-import hashlib
+import copy
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -88,14 +85,14 @@ def extensions() -> list:
     build_facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}
     defines = [(name, c_string(value)) for name, value in build_facts.items()]
     ops = [path for path in sorted_glob("csrc/*/*.cpp") if Path(path).stem == Path(path).parent.name]
-    modules = [extension("_C", ["csrc/library.cpp", *ops], precompile="derivatives.h", define_macros=defines)]
+    modules = []
     for isa in isas:
-        kernels = ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")]
-        modules.append(extension(f"_cpu_{isa}", kernels, ISA_FLAGS[isa], precompile="kernels.h"))
+        modules.append(extension(f"_cpu_{isa}", ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")], ISA_FLAGS[isa]))
+    modules.append(extension("_C", ["csrc/library.cpp", *ops], define_macros=defines))
     if os.environ.get("KDKERNELS_TESTING") == "1":
         isa_sources = sorted_glob("csrc/testing/*_cpu.cpp")
-        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in isa_sources], precompile="kernels.h"))
-        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *isa_sources], ISA_FLAGS[isa], precompile="kernels.h") for isa in isas]
+        modules.append(extension("_testing", [path for path in sorted_glob("csrc/testing/*.cpp") if path not in isa_sources]))
+        modules += [extension(f"_testing_{isa}", ["csrc/testing/library.cpp", *isa_sources], ISA_FLAGS[isa]) for isa in isas]
     if CUDA.architectures:
         cuda = cpp_extension.CUDAExtension(
             "kdkernels._cuda",
@@ -114,11 +111,11 @@ def sorted_glob(pattern: str) -> list[str]:
     return sorted(glob(pattern))
 
 
-def extension(name: str, files: list[str], flags: Sequence[str] = (), precompile: str = "", **options):
+def extension(name: str, files: list[str], flags: Sequence[str] = (), **options):
     # -fopenmp is passed only to the compiler, not to the linker: the extension must use the OpenMP
     # runtime that torch has loaded, and not load a second one.
     flags = [
-        "-O3",
+        "-O2",
         "-g0",  # Python's default flags request debug symbols: nine tenths of a module's size, half of its build time
         "-fopenmp",
         "-fvisibility=hidden",
@@ -130,7 +127,7 @@ def extension(name: str, files: list[str], flags: Sequence[str] = (), precompile
         *flags,
     ]
     module = cpp_extension.CppExtension(f"kdkernels.{name}", files, extra_compile_args=flags, **options)
-    module.precompile = precompile  # the name of a header in csrc/precompiled
+    module.unite = os.environ.get("KDKERNELS_UNITE", "1") == "1"
     return module
 
 
@@ -140,47 +137,35 @@ def c_string(text: str) -> str:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    def build_extensions(self):
-        self.precompile_headers()
-        super().build_extensions()
+    """Compiles the sources of a module as one, because most sources take longer to parse torch's
+    headers and to instantiate their templates than for the rest; and several modules at a time.
+
+    KDKERNELS_UNITE=0 compiles each source separately: after a change to one source of a module,
+    only this source is compiled again.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
     def build_extension(self, ext):
-        # The same source is compiled for several instruction sets, so each module has its own folder of object files.
-        parent, self.build_temp = self.build_temp, os.path.abspath(os.path.join(self.build_temp, ext.name))
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = parent
+        # The same source is compiled for several instruction sets, so each module has its own folder
+        # of object files. The copy of this object keeps concurrent builds of other modules apart.
+        build = copy.copy(self)
+        build.build_temp = os.path.abspath(os.path.join(self.build_temp, ext.name))
+        if getattr(ext, "unite", False):
+            ext.sources = [unite(ext.sources, Path(build.build_temp))]
+        cpp_extension.BuildExtension.build_extension(build, ext)
 
-    def precompile_headers(self):
-        """Compile torch's headers once for all sources with the same flags: parsing them takes longer than compiling most sources.
 
-        GCC uses a precompiled header if its flags are those of the source, and parses the header itself otherwise.
-        """
-        compiler = cpp_extension.get_cxx_compiler()
-        if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout:
-            return
-        commands = {}
-        for ext in self.extensions:
-            header = getattr(ext, "precompile", "")
-            if header:
-                includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
-                flags = [*self.compiler.compiler_so[1:], *includes, *ext.extra_compile_args, "-std=c++20"]
-                key = hashlib.sha256(f"{compiler} {torch.version.git_version} {flags} {Path('csrc/precompiled', header).read_text()}".encode())
-                copy = Path(os.path.abspath(self.build_temp), "precompiled", key.hexdigest()[:16], header)
-                commands[copy] = [compiler, *flags, "-x", "c++-header", str(copy)]
-                ext.extra_compile_args += ["-include", str(copy)]
-
-        def precompile(copy: Path):
-            compiled = copy.with_suffix(".h.gch")
-            if not compiled.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(Path("csrc/precompiled", copy.name), copy)
-                subprocess.run([*commands[copy], "-o", f"{compiled}.part"], check=True)
-                os.replace(f"{compiled}.part", compiled)
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(precompile, commands))
+def unite(sources: list[str], folder: Path) -> str:
+    """Write a source file that includes the sources, and return its path."""
+    path = folder / "sources.cpp"
+    text = "".join(f'#include "{os.path.abspath(source)}"\n' for source in sources)
+    if not path.exists() or path.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(path)
 
 
 def packages() -> list[str]:
