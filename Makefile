@@ -84,6 +84,7 @@ gpu: $(BUILT)
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) tests/cuda_sources.py syntax
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" --dry-run --Werror
 

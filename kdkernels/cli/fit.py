@@ -93,7 +93,7 @@ class CLI(LightningCLI):
 def report(trainer: L.Trainer) -> str:
     """Return the main validation metric and the checkpoint of the last and of the best epoch."""
     lines = {}
-    main = f"val/{trainer.lightning_module.task.main_metric}"
+    main = f"val/{cast(Distiller, trainer.lightning_module).task.main_metric}"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             kind, name = ("last", main) if callback.monitor is None else ("best", callback.monitor)
