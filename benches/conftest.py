@@ -3,6 +3,7 @@ file, and the table at the end. ``kdkernels bench`` runs pytest with it.
 """
 
 import os
+from typing import cast
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -78,7 +79,7 @@ def bench(benchmark: BenchmarkFixture):
     """
 
     def run(cell_or_row: Cell | dict, direction: str | None = None) -> dict:
-        row = measure(cell_or_row, direction) if isinstance(cell_or_row, Cell) else cell_or_row
+        row = measure(cell_or_row, cast(str, direction)) if isinstance(cell_or_row, Cell) else cell_or_row
         times = row.pop("times")
         TIMER.play(times)
         benchmark.pedantic(lambda: None, rounds=len(times))

@@ -70,7 +70,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
         memory.set_xlabel(name)
     axes[0, 0].set_ylabel("forward + backward, ms")
     axes[1, 0].set_ylabel("peak of extra memory, MB")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     return figure
 

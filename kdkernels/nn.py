@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from .ops.rbf_correlation import rbf_correlation_loss
 from .ops.registration import clone_inference_tensor
 from .ops.temperature_kl import temperature_kl
 from .ops.truncated_svd import align_singular_vectors, truncated_svds
-
-_T = TypeVar("_T")
 
 __all__ = ["AttentionTransferLoss", "SVDKDLoss", "TemperatureKLLoss", "attention_transfer_losses", "kd_loss", "svd_kd_loss"]
 
@@ -223,9 +221,9 @@ def attention_transfer_losses(
     ]
 
 
-def _value_of_each_pair(name: str, value: _T | Sequence[_T], count: int) -> list[_T]:
+def _value_of_each_pair(name: str, value: Any, count: int) -> list:
     """Return the value of an option for each pair of layers, from one value or one for each."""
-    values = list(value) if isinstance(value, (list, tuple)) else [cast(_T, value)] * count
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} must be one value, or one for each of the {count} pairs, got {len(values)}")
     return values

@@ -9,7 +9,7 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class _CIFAR(ImageData):
         if archive.is_file():
             _verify(archive.read_bytes(), self.archive_md5, archive)
             with tarfile.open(archive) as tar:
-                members = {name: tar.extractfile(f"{self.folder}/{name}").read() for files in self.files.values() for name in files}
+                members = {name: cast(IO[bytes], tar.extractfile(f"{self.folder}/{name}")).read() for files in self.files.values() for name in files}
             return lambda name, md5: _verify(members[name], md5, archive / name)
         if folder.is_dir():
 

@@ -105,7 +105,8 @@ class EpochLines(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        names = ("train/loss", f"val/{cast("Distiller", module).task.main_metric}")
+        task = cast("Distiller", module).task
+        names = ("train/loss", f"val/{task.main_metric}")
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         values = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())

@@ -125,9 +125,9 @@ def _gradient(
         gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
     unused = broken  # a non-finite matrix gets gradient 0 if all upstream gradients of its triplets are 0
-    for g, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
-        if g is not None and g.dim() == rank:
-            unused = unused & (g == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
+    for upstream, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
+        if upstream is not None and upstream.dim() == rank:
+            unused = unused & (upstream == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
     gradient = gradient.masked_fill(unused, 0).to(x.dtype)
     return torch.empty_like(x).copy_(gradient)
 

@@ -453,8 +453,8 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved
     positions = s_map.shape[1:].numel()
     with device_of(student):
         _transfer_kernel[(batch,)](
-            s_map, t_map, losses, *(s_map if w is None else w for w in (s_weight, t_weight)), s_map if upstream is None else upstream, *eps_and_factors,
-            batch, positions,
+            s_map, t_map, losses, *(s_map if w is None else w for w in (s_weight, t_weight)), s_map if upstream is None else upstream,
+            *eps_and_factors, batch, positions,
             PAPER=variant == Variant.PAPER, HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
             COMPUTE=as_tl(compute), **_row_block(positions),
         )  # fmt: skip
