@@ -3,6 +3,7 @@ file, and the table at the end. ``kdkernels bench`` runs pytest with it.
 """
 
 import os
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -23,7 +24,8 @@ class ReplayTimer:
     """
 
     def __init__(self):
-        self.now, self.increments = 0.0, iter(())
+        self.now = 0.0
+        self.increments: Iterator[float] = iter(())
 
     def play(self, seconds: list[float]) -> None:
         self.increments = iter([0.0, *(step for s in seconds for step in (s, 0.0))])

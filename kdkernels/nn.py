@@ -39,7 +39,7 @@ class TemperatureKLLoss(nn.Module):
 
     _OPTIONS = ("dim", "direction", "beta", "reduction", "scale_by_t2", "include_entropy", "target_eps")
 
-    def __init__(self, temperature: float = 4.0, *, learnable: bool = False, **options):
+    def __init__(self, temperature: float = 4.0, *, learnable: bool = False, **options: Any):
         super().__init__()
         unknown = sorted(set(options) - set(self._OPTIONS))
         if unknown:
@@ -352,7 +352,17 @@ def svd_kd_terms(
     return cast(Tensor, total), torch.stack(usable_pairs)
 
 
-def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta) -> None:
+def _check_svd_kd(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    k: int,
+    align: str,
+    grad: str,
+    weighting: str,
+    loss: str,
+    extra: int,
+    beta: float,
+) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         _features_of_layers(name, features)
     if len(student) != len(teacher) or len(student) < 2:
@@ -434,7 +444,7 @@ class SVDKDLoss(nn.Module):
         ValueError: an option is out of range.
     """
 
-    def __init__(self, k: int = 1, **options):
+    def __init__(self, k: int = 1, **options: Any):
         super().__init__()
         probe = [torch.ones(1, 1, 1)] * 2
         svd_kd_loss(probe, probe, k, **options)  # validate the options

@@ -178,7 +178,7 @@ def derive_double_backward(backward: _Schema, reference: _Reference, inputs: Seq
         to_upstream, to_inputs = second_derivative(
             from_inputs, [arguments[i] for i in input_positions], [arguments[i] for i in backward.upstream], wanted_inputs, cotangents
         )
-        result = [None] * len(arguments)
+        result: list[Tensor | None] = [None] * len(arguments)
         for position, gradient in zip((*backward.upstream, *input_positions), (*to_upstream, *to_inputs), strict=True):
             result[position] = gradient
         return tuple(result)

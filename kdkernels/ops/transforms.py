@@ -131,6 +131,6 @@ def second_derivative(
     return to_upstream, to_inputs
 
 
-def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
+def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
     """Move the vmap dimension of each tensor to the front; expand tensors that have none."""
     return [None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)]
