@@ -101,7 +101,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv
