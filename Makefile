@@ -84,6 +84,7 @@ gpu: $(BUILT)
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) tests/cuda_sources.py syntax
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" --dry-run --Werror
 
@@ -100,7 +101,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv

@@ -14,6 +14,7 @@ import logging
 import statistics
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -25,7 +26,7 @@ from kdkernels.models import TinyCNN, load_weights
 
 BLOCKS = ["block1", "block2", "block3"]
 # name: (epochs, teacher, function that creates the method from a student and a teacher)
-METHODS = {
+METHODS: dict[str, tuple[int, str | None, Callable]] = {
     "student alone": (6, None, lambda s, t: Supervised(s)),
     "KD": (6, "wide", lambda s, t: KD(s, t)),
     "AT": (6, "wide", lambda s, t: AttentionTransfer(s, t, BLOCKS, BLOCKS)),

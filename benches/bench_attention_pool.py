@@ -1,5 +1,6 @@
 """Times of attention_transfer_loss and attention_pool against PyTorch, Inductor and a copy."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ def problem(shape, p=2.0, dtype=torch.float32, channels_last=False, pool=False, 
     inputs[0].requires_grad_()
     fused, plain = (attention_pool, reference.attention_pool) if pool else (attention_transfer_loss, reference.attention_transfer_loss)
     eager = partial(plain, p=p, **options)
-    functions = {"fused": partial(fused, p=p, **options), "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
+    functions: dict[str, Callable] = {"fused": partial(fused, p=p, **options), "eager": eager, "Inductor": compiled(lambda *x: eager(*x))}
     error_inputs = inputs if inputs[0].numel() <= 1 << 21 else tuple(x[:4].detach().requires_grad_(x.requires_grad) for x in inputs)
     # Rounding errors of a sum of powers over the channels, which is normalised, squared and summed.
     value = 2.0**-22 * (24 + 16 * p + shape[1] ** 0.5 / 4)

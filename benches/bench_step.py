@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ class Step:
         with _outputs(self.method, teacher, (leaves[0], dict(zip(features, leaves[1:], strict=True)))):
             losses = self._losses()
         transfer = losses.pop("svd", None) if isinstance(self.method, SVDKD) else None
-        main_gradients = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)
+        main_gradients = torch.autograd.grad(cast(Tensor, sum(losses.values())), leaves, allow_unused=True)
         transfer_gradients = torch.autograd.grad(transfer, leaves, allow_unused=True) if transfer is not None else None
         clock.add("loss")
         second = _backpropagate(outputs, transfer_gradients, self.parameters, retain_graph=True) if transfer_gradients else None
@@ -116,10 +117,10 @@ class Step:
             p.grad = g
         clock.add("student")
         if second is not None:
-            with_gradient = [(p, g) for p, g in zip(self.parameters, second, strict=True) if g is not None]
-            clipped = clip_transfer([p.grad for p, _ in with_gradient], [g for _, g in with_gradient], 0)
-            for (p, _), g in zip(with_gradient, clipped, strict=True):
-                p.grad = p.grad + g
+            with_gradient = [(p, cast(Tensor, p.grad), g) for p, g in zip(self.parameters, second, strict=True) if g is not None]
+            clipped = clip_transfer([main for _, main, _ in with_gradient], [g for *_, g in with_gradient], 0)
+            for (p, main, _), g in zip(with_gradient, clipped, strict=True):
+                p.grad = main + g
             clock.add("loss")
 
     def _differentiate_inputs(self, clock: Clock) -> None:
@@ -137,7 +138,7 @@ class Step:
 
         at.input_gradient = timed
         try:
-            total = sum(self._losses().values())
+            total = cast(Tensor, sum(self._losses().values()))
         finally:
             at.input_gradient = original
         clock.add("loss")
@@ -151,7 +152,7 @@ class Step:
 @contextlib.contextmanager
 def _outputs(method: Distiller, teacher: tuple, student: tuple):
     """Make ``method.losses`` use these outputs instead of running the networks."""
-    method.teacher_outputs, method.student_outputs = (lambda batch: teacher), (lambda batch: student)
+    vars(method).update(teacher_outputs=lambda batch: teacher, student_outputs=lambda batch: student)
     try:
         yield
     finally:

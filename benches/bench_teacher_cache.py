@@ -2,6 +2,8 @@
 computed.
 """
 
+from typing import cast
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, bench
     data.setup()
     cache = TeacherCache(tmp_path)
     method = KD(getattr(models, student)(), getattr(models, teacher)(), teacher_taps=taps, teacher_cache=cache).to(DEVICE)
-    cache.open(method.teacher, method.teacher_taps.names, data)
+    cache.open(method.teachers[0], list(taps), data)
     optimizer = method.make_optimizer(method.student.parameters())
     batch = data.finish({k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in next(iter(data.train_dataloader())).items()})
     uncached_batch = {k: v for k, v in batch.items() if k != "view"}
@@ -51,7 +53,7 @@ def bench_teacher_cache(name, teacher, student, batch_size, taps, seconds, bench
 
     def step(batch):
         optimizer.zero_grad()
-        sum(method.losses(batch)[1].values()).backward()
+        cast(torch.Tensor, sum(method.losses(batch)[1].values())).backward()
         optimizer.step()
 
     bench(timed_row("teacher_cache", name, "step", {"fused": lambda: step(batch), "the teacher run": lambda: step(uncached_batch)}, seconds))

@@ -1,5 +1,6 @@
 """Times of temperature_kl against eager PyTorch, Inductor, the textbook form and a copy."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ def problem(shape, dim=1, dtype=torch.float32, both=False, **options) -> Problem
     student = (teacher + 0.5 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
     teacher = teacher.to(dtype).requires_grad_(both)
     eager = partial(reference.temperature_kl, temperature=T, dim=dim, **options)
-    functions = {"fused": partial(temperature_kl, temperature=T, dim=dim, **options), "eager": eager}
+    functions: dict[str, Callable] = {"fused": partial(temperature_kl, temperature=T, dim=dim, **options), "eager": eager}
     functions["Inductor"] = compiled(lambda s, t: eager(s, t))
     if not options and not both:
         functions["textbook"] = partial(textbook, dim=dim)

@@ -1,5 +1,6 @@
 """Times and errors of truncated_svd against torch's full and randomised SVD and power iteration."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -62,23 +63,36 @@ def power_iteration(x, k, rounds=8):
     return w.norm(dim=-2), torch.nn.functional.normalize(w, dim=-2)
 
 
+def svd_of_implementation(name, x, k):
+    return implementation(name)(truncated_svd)(x, k)[1:]
+
+
+def of_features(decompose, k, features):
+    return decompose(features.flatten(2).mT, k)
+
+
 def problem(side, channels, batch=128, k=4, kind="relu", inductor=False, implementations=False) -> Problem:
     if SMOKE:
         batch, side, channels = 2, min(side, 4), min(channels, 16)
         kind = kind if kind == "relu" else "noise"
     features = features_of(kind, batch, channels, side).to(DEVICE).requires_grad_()
     k = min(k, side * side, channels)
-    matrices = {"eager": lambda x, k: reference.truncated_svd(x, k)[1:], "linalg.svd": svd, "eigh": eigh, "svd_lowrank": svd_lowrank}
+    matrices: dict[str, Callable] = {
+        "eager": lambda x, k: reference.truncated_svd(x, k)[1:],
+        "linalg.svd": svd,
+        "eigh": eigh,
+        "svd_lowrank": svd_lowrank,
+    }
     if k == 1:
         matrices["power iteration"] = power_iteration
     if implementations:
         cuda = HAS_CUDA_KERNELS if DEVICE == "cuda" else has_testing_ops()
         available = [name for name, is_available in (("cuda", cuda), ("triton", DEVICE == "cuda"), ("torch", True)) if is_available]
-        matrices |= {f"implementation {name}": lambda x, k, name=name: implementation(name)(truncated_svd)(x, k)[1:] for name in available}
+        matrices |= {f"implementation {name}": partial(svd_of_implementation, name) for name in available}
         if DEVICE == "cuda":
-            matrices |= {name: lambda x, k, d=name: svd(x, k, d) for name in ("gesvda", "gesvdj", "gesvd")}
-    functions = {"fused": lambda f: feature_svd(f, k)[1:]}
-    functions |= {name: lambda f, m=m: m(f.flatten(2).mT, k) for name, m in matrices.items()}
+            matrices |= {name: partial(svd, driver=name) for name in ("gesvda", "gesvdj", "gesvd")}
+    functions: dict[str, Callable] = {"fused": lambda f: feature_svd(f, k)[1:]}
+    functions |= {name: partial(of_features, m, k) for name, m in matrices.items()}
     if inductor:
         functions["Inductor"] = compiled(lambda f: reference.truncated_svd(f.flatten(2).mT, k)[1:])
     p, q = sorted((side * side, channels))

@@ -3,6 +3,8 @@ file, and the table at the end. ``kdkernels bench`` runs pytest with it.
 """
 
 import os
+from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -22,7 +24,8 @@ class ReplayTimer:
     """
 
     def __init__(self):
-        self.now, self.increments = 0.0, iter(())
+        self.now = 0.0
+        self.increments: Iterator[float] = iter(())
 
     def play(self, seconds: list[float]) -> None:
         self.increments = iter([0.0, *(step for s in seconds for step in (s, 0.0))])
@@ -78,7 +81,7 @@ def bench(benchmark: BenchmarkFixture):
     """
 
     def run(cell_or_row: Cell | dict, direction: str | None = None) -> dict:
-        row = measure(cell_or_row, direction) if isinstance(cell_or_row, Cell) else cell_or_row
+        row = measure(cell_or_row, cast(str, direction)) if isinstance(cell_or_row, Cell) else cell_or_row
         times = row.pop("times")
         TIMER.play(times)
         benchmark.pedantic(lambda: None, rounds=len(times))

@@ -59,7 +59,7 @@ def trained_maps(batch: int, block: str) -> Tensor:
     data = ClutterDigits(train_size=64, val_size=64, test_size=max(64, batch), batch_size=batch)
     data.prepare_data()
     data.setup()
-    captured = {}
+    captured: dict[str, Tensor] = {}
     net = trained_network()
     handle = net.get_submodule(block).register_forward_hook(lambda *args: captured.update(output=args[2]))
     net(data.finish(next(iter(data.test_dataloader())))["image"])

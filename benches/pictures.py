@@ -40,9 +40,10 @@ def draw(sweeps: dict[str, list[dict]], title: str):
     matplotlib.rcParams["svg.hashsalt"] = "kdkernels"
     matplotlib.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
+    from matplotlib.artist import Artist
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.2), layout="constrained", squeeze=False, sharex="col")
-    legend: dict[str, object] = {}
+    legend: dict[str, Artist] = {}
     for column, (name, rows) in enumerate(sweeps.items()):
         time, memory = axes[0, column], axes[1, column]
         at = [row["at"] for row in rows]
@@ -70,7 +71,7 @@ def draw(sweeps: dict[str, list[dict]], title: str):
         memory.set_xlabel(name)
     axes[0, 0].set_ylabel("forward + backward, ms")
     axes[1, 0].set_ylabel("peak of extra memory, MB")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(len(legend), 4), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     return figure
 

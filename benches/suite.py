@@ -14,8 +14,9 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Problem:
     tolerance: dict[str, float] = field(default_factory=dict)
     upstream: tuple[Tensor, ...] | None = None
     moved: dict[str, int] = field(default_factory=dict)
-    work: dict[str, dict[str, float]] = field(default_factory=dict)
+    work: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Callable[[str], dict[str, float]] | None = None
 
 
@@ -126,7 +127,7 @@ class Measured:
         self.failed: dict[str, str] = {}
         self.errors = self._measure_errors()
         # The first call of each contender; compiled contenders compile here.
-        self._for_each_contender(lambda name: (self.call(name, "forward")(), self.call(name, "forward + backward")()))
+        self._for_each_contender(lambda name: (self._unprepared(name, "forward")(), self._unprepared(name, "forward + backward")()))
 
     def _for_each_contender(self, action: Callable[[str], object]) -> None:
         """Run the action for each contender.
@@ -159,16 +160,16 @@ class Measured:
     def _measure_errors(self) -> dict[str, dict[str, float]]:
         """Measure the errors of each contender, relative to the largest entry of exact results."""
         problem = self.problem
+        found: dict[str, dict[str, float]] = {}
         if problem.errors is not None:
-            found: dict[str, dict[str, float]] = {}
-            self._for_each_contender(lambda name: found.update({name: problem.errors(name)}))
+            errors_of = problem.errors
+            self._for_each_contender(lambda name: found.update({name: errors_of(name)}))
             return found
         inputs = problem.error_inputs or problem.inputs
         all_samples = all(a.shape == b.shape for a, b in zip(inputs, problem.inputs, strict=True))
         values, gradients = value_and_gradients(
             problem.exact, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs], self._upstream(inputs)
         )
-        found = {}
 
         def measure(name: str) -> None:
             # For other shapes Inductor would compile another kernel than the one that is timed.
@@ -210,17 +211,21 @@ class Measured:
 
         if direction == "backward":
 
-            def prepare() -> tuple:
+            def prepare() -> tuple[tuple[Tensor, ...], Outputs]:
                 inputs = next_inputs()
                 return inputs, function(*inputs)
 
-            return Prepared(prepare, lambda prepared: back(*prepared))
+            return Prepared(prepare, lambda prepared: back(*cast(tuple, prepared)))
 
         def both() -> None:
             inputs = next_inputs()
             back(inputs, function(*inputs))
 
         return both
+
+    def _unprepared(self, name: str, direction: str) -> Callable[[], object]:
+        """Return :meth:`call` of a direction other than "backward", which alone is prepared."""
+        return cast(Callable[[], object], self.call(name, direction))
 
     def row(self, direction: str) -> dict:
         """Measure the row of a direction; :mod:`benches.tables` shows it."""
@@ -238,7 +243,7 @@ class Measured:
         if limits:
             row |= {"limits": limits, "moved": problem.moved.get(direction)}
         if direction != "backward":
-            row["memory"] = {name: peak_memory(call, DEVICE) for name, call in calls.items()}
+            row["memory"] = {name: peak_memory(cast(Callable[[], object], call), DEVICE) for name, call in calls.items()}
             row["inputs"] = sum(x.nbytes for x in problem.inputs)
             if DEVICE == "cuda":
                 row["replayed"] = self._replayed(direction)
@@ -249,22 +254,25 @@ class Measured:
 
         Returns the seconds per call, or the error if a contender cannot be captured.
         """
-        graphs, found = {}, {}
+        graphs: dict[str, Callable[[], object]] = {}
+        found: dict[str, float | str] = {}
         for name in self.problem.functions:
             if name not in ("fused", "eager", "Inductor"):
                 continue
             try:
-                graphs[name] = captured(self.call(name, direction), len(self.input_sets))
+                graphs[name] = captured(self._unprepared(name, direction), len(self.input_sets))
             except Exception as error:  # host synchronisation, or a solver that cannot be captured
                 torch.cuda.synchronize()
                 found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         if graphs:
             times = time_interleaved(graphs, seconds=0.5, device=DEVICE)
-            found |= {name: statistics.median(t) / len(self.input_sets) for name, t in times.items()}
+            found.update({name: statistics.median(t) / len(self.input_sets) for name, t in times.items()})
         return found
 
 
-def timed_row(op: str, cell: str, direction: str, calls: dict[str, Callable | Prepared], seconds: float, *, main: bool = False) -> dict:
+def timed_row(
+    op: str, cell: str, direction: str, calls: Mapping[str, Callable[[], object] | Prepared], seconds: float, *, main: bool = False
+) -> dict:
     """Time the contenders together and return their row: names, medians, and ratios to "fused"."""
     times = time_interleaved(calls, seconds=0.01 if SMOKE else seconds, warmup=1, device=DEVICE)
     return row_of(op, cell, direction, times, main=main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,7 @@ def contenders_of(rows: list[dict]) -> list[str]:
 
 def _table(title: str, rows: list[dict]) -> Table:
     names = contenders_of(rows)
-    columns: list[tuple[str, object]] = [
+    columns: list[tuple[str, Callable[[dict], Entry]]] = [
         ("input", lambda row: Entry(row["cell"])),
         ("direction", lambda row: Entry(row["direction"])),
         ("ms", lambda row: _number(1e3 * row["seconds"]["fused"], "{:.3g}")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Ratio(NamedTuple):
 
 
 def time_interleaved(
-    contenders: dict[str, Call | Prepared],
+    contenders: Mapping[str, Call | Prepared],
     *,
     seconds: float = 1.0,
     rounds: int = 200,
@@ -54,7 +54,7 @@ def time_interleaved(
     """
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
     time_once = _time_once_on_gpu if gpu else _time_once
-    pairs = {name: c if isinstance(c, Prepared) else Prepared(lambda: None, lambda _, c=c: c()) for name, c in contenders.items()}
+    pairs = {name: c if isinstance(c, Prepared) else _without_preparation(c) for name, c in contenders.items()}
     order = list(pairs)
     shuffle = random.Random(seed).shuffle
     for prepare, run in pairs.values():  # warm-up; compiled contenders compile here
@@ -69,6 +69,10 @@ def time_interleaved(
         if i >= 4 and time.perf_counter() > deadline:
             break
     return times
+
+
+def _without_preparation(call: Call) -> Prepared:
+    return Prepared(lambda: None, lambda _: call())
 
 
 def _time_once(prepare: Callable[[], object], run: Callable[[object], object]) -> float:

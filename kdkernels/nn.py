@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class TemperatureKLLoss(nn.Module):
 
     _OPTIONS = ("dim", "direction", "beta", "reduction", "scale_by_t2", "include_entropy", "target_eps")
 
-    def __init__(self, temperature: float = 4.0, *, learnable: bool = False, **options):
+    def __init__(self, temperature: float = 4.0, *, learnable: bool = False, **options: Any):
         super().__init__()
         unknown = sorted(set(options) - set(self._OPTIONS))
         if unknown:
@@ -180,7 +180,7 @@ class AttentionTransferLoss(nn.Module):
         teacher: Tensor | Sequence[Tensor],
     ) -> Tensor:
         student, teacher = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
-        return sum(attention_transfer_losses(student, teacher, self.p, reduce=self.reduce, variant=self.variant))
+        return cast(Tensor, sum(attention_transfer_losses(student, teacher, self.p, reduce=self.reduce, variant=self.variant)))
 
     def extra_repr(self) -> str:
         return f"p={self.p}, reduce={self.reduce!r}, variant={self.variant!r}"
@@ -214,18 +214,22 @@ def attention_transfer_losses(
     student, teacher = (_features_of_layers(name, x) for name, x in (("student", student), ("teacher", teacher)))
     if len(student) != len(teacher) or not len(student):
         raise ValueError(f"student and teacher must be lists of the same number of features, at least one, got {len(student)} and {len(teacher)}")
-    per_pair = {}
-    for name, value in {"p": p, "reduce": reduce}.items():
-        per_pair[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(student)
-        if len(per_pair[name]) != len(student):
-            raise ValueError(f"{name} must be one value, or one for each of the {len(student)} pairs, got {len(per_pair[name])}")
+    exponents, reductions = _value_of_each_pair("p", p, len(student)), _value_of_each_pair("reduce", reduce, len(student))
     return [
         attention_transfer_loss(s, t.detach(), exponent, reduce=reduction, variant=variant)
-        for s, t, exponent, reduction in zip(student, teacher, per_pair["p"], per_pair["reduce"], strict=True)
+        for s, t, exponent, reduction in zip(student, teacher, exponents, reductions, strict=True)
     ]
 
 
-def _features_of_layers(name: str, features) -> list[Tensor]:
+def _value_of_each_pair(name: str, value: Any, count: int) -> list:
+    """Return the value of an option for each pair of layers, from one value or one for each."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} must be one value, or one for each of the {count} pairs, got {len(values)}")
+    return values
+
+
+def _features_of_layers(name: str, features: object) -> list[Tensor]:
     """Return a list of feature maps as a list. Raise TypeError for any other value."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"{name} must be a list of features, one tensor for each layer, got {checks.kind(features)}")
@@ -308,7 +312,18 @@ def svd_kd_loss(
     return svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)[0]
 
 
-def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weighting="sigma", loss="authors", extra=1, beta=8.0):
+def svd_kd_terms(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    k: int = 1,
+    *,
+    align: Literal["teacher", "student"] = "teacher",
+    grad: Literal["exact", "rank1", "authors"] = "exact",
+    weighting: Literal["sigma", "none"] = "sigma",
+    loss: Literal["authors", "mean"] = "authors",
+    extra: int = 1,
+    beta: float = 8.0,
+) -> tuple[Tensor, Tensor]:
     """Compute :func:`svd_kd_loss` and a bool tensor [pairs, B]: whether it includes the sample."""
     _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta)
     student_matrices, teacher_matrices = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
@@ -327,7 +342,8 @@ def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weight
             weight = F.normalize(torch.where(usable_map[:, None], sigma, 1.0), dim=1)
         aligned.append(align_singular_vectors(v, w, weight, flip=align))
         usable_maps.append(usable_map)
-    total, usable_pairs = 0.0, []
+    total: float | Tensor = 0.0
+    usable_pairs = []
     for i in range(len(aligned) - 1):
         n = min(vector_counts[: i + 2])
         (sx, tx), (sy, ty) = ([x[..., :n] for x in layer] for layer in aligned[i : i + 2])
@@ -335,10 +351,20 @@ def svd_kd_terms(student, teacher, k=1, *, align="teacher", grad="exact", weight
         per_sample = torch.where(usable_pair, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
         total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(usable_pair), 1))
         usable_pairs.append(usable_pair)
-    return total, torch.stack(usable_pairs)
+    return cast(Tensor, total), torch.stack(usable_pairs)
 
 
-def _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta) -> None:
+def _check_svd_kd(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    k: int,
+    align: str,
+    grad: str,
+    weighting: str,
+    loss: str,
+    extra: int,
+    beta: float,
+) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         _features_of_layers(name, features)
     if len(student) != len(teacher) or len(student) < 2:
@@ -383,7 +409,7 @@ def _student_vectors(matrices: list[Tensor], counts: list[int], grad: str) -> li
         results = _decompose(matrices, counts, return_u=True)
     for i, (x, (u, s, v)) in enumerate(zip(matrices, results, strict=True)):
         wide = x.shape[1] < x.shape[2]
-        results[i] = (u, s, _with_rank1_gradient(x, u, s, v) if grad == "rank1" or wide else _with_zero_gradient(x, v))
+        results[i] = (u, s, _with_rank1_gradient(x, cast(Tensor, u), s, v) if grad == "rank1" or wide else _with_zero_gradient(x, v))
     return results
 
 
@@ -420,7 +446,7 @@ class SVDKDLoss(nn.Module):
         ValueError: an option is out of range.
     """
 
-    def __init__(self, k: int = 1, **options):
+    def __init__(self, k: int = 1, **options: Any):
         super().__init__()
         probe = [torch.ones(1, 1, 1)] * 2
         svd_kd_loss(probe, probe, k, **options)  # validate the options

@@ -69,7 +69,7 @@ class Implementation(IntEnum):
     TORCH = 3
 
 
-def _named(members: type[IntEnum]) -> dict[str, int]:
+def _named(members: type[IntEnum]) -> dict[str | None, int]:
     """Map lower-case names to integers, because some of torch's tracers reject enum members."""
     return {member.name.lower(): int(member) for member in members}
 

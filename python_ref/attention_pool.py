@@ -6,6 +6,8 @@ S. Zagoruyko, N. Komodakis. Paying More Attention to Attention. ICLR 2017.
 https://arxiv.org/abs/1612.03928 (section 3.1)
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,7 @@ def average_to(x: Tensor, extents: list[int]) -> Tensor:
     if list(x.shape[2:]) == list(extents):
         return x
     x = x if x.dtype == torch.float64 else x.float()
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    pools: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
     if len(extents) not in pools:
         raise ValueError(f"features with {len(extents)} spatial dimensions must have the same extents, got {tuple(x.shape[2:])} and {tuple(extents)}")
     return pools[len(extents)](x, extents)

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1807.06819
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,10 +37,10 @@ def svd_kd_loss(
         _, _, v = truncated_svd(x, min(counts[-1] + extra, *x.shape[1:]))
         _, sigma, w = truncated_svd(y, counts[-1])
         aligned.append(align_singular_vectors(v, w, F.normalize(sigma, dim=1), flip=align))
-    total = 0.0
+    total: float | Tensor = 0.0
     for i, pair in enumerate(pairwise(aligned)):
         n = min(counts[: i + 2])
         (sx, tx), (sy, ty) = ([v[..., :n] for v in vectors] for vectors in pair)
         pair_loss = rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="sum" if loss == "authors" else "batchmean")
         total = total + pair_loss * (n**0.5 / 2 if loss == "authors" else 1)
-    return total
+    return cast(Tensor, total)

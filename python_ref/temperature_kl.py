@@ -69,7 +69,7 @@ def temperature_kl(
         loss = torch.where(mask, loss, 0)
     if reduction == "none":
         return loss
-    count = 1
+    count: float | Tensor = 1
     if reduction != "sum":
         kept = loss.numel() if mask is None else mask.sum()
         count = torch.as_tensor(kept).clamp(min=1) if normalizer is None else normalizer

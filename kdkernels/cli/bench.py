@@ -11,8 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .. import benches
-from ..benches.compare import compare_files
+from ..benches import compare
 from ..benches.machine import machine
 from ..benches.tables import key_of, load, rows_of
 from .arguments import Parser, make_folder
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     if options.compare:
-        lines, _ = compare_files(options.compare)
+        lines, _ = compare.compare_files(options.compare)
         print("\n".join(lines))
         return 0
     options.mode = options.mode or "full"
@@ -78,7 +77,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
     environment |= {"KDKERNELS_BENCH_OPS": "\n".join(options.op or ()), "KDKERNELS_BENCH_SELECT": "\n".join(options.select or ())}
     with tempfile.TemporaryDirectory(prefix=".bench", dir=out) as folder:  # in `out`, so that os.replace stays on one file system
         new_file = Path(folder) / "bench.json"
-        suite = str(Path(benches.__file__).resolve().parent)
+        suite = str(Path(compare.__file__).resolve().parent)
         command = [sys.executable, "-m", "pytest", suite, "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-quiet"]
         command += [f"--benchmark-storage=file://{folder}", f"--benchmark-json={new_file}"]
         try:

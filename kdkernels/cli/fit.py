@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import yaml
@@ -34,7 +35,7 @@ class CLI(LightningCLI):
         parser.add_argument("--checkpoint_every", type=int | None, default=None, help="also write last.ckpt every N steps")
         parser.add_argument("--restart", type=bool, default=False, help="start a new run in a folder that contains one; overwrite its checkpoints")
 
-    def init_parser(self, **options) -> LightningArgumentParser:
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
         return super().init_parser(**options | {"exit_on_error": False})  # raise errors instead of printing the usage
 
     def before_instantiate_classes(self) -> None:
@@ -64,7 +65,7 @@ class CLI(LightningCLI):
         spec = config["model"]["init_args"]["student"]
         self.model.student_spec = _original_spec(spec) if isinstance(spec, dict) else None
 
-    def instantiate_trainer(self, **overrides) -> L.Trainer:
+    def instantiate_trainer(self, **overrides: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer", default={})
         root = _run_folder(config)
         overrides["default_root_dir"] = str(root)
@@ -93,7 +94,7 @@ class CLI(LightningCLI):
 def report(trainer: L.Trainer) -> str:
     """Return the main validation metric and the checkpoint of the last and of the best epoch."""
     lines = {}
-    main = f"val/{trainer.lightning_module.task.main_metric}"
+    main = f"val/{cast(Distiller, trainer.lightning_module).task.main_metric}"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             kind, name = ("last", main) if callback.monitor is None else ("best", callback.monitor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ class Augment:
             image = torch.where(inside[:, None], partner_image, image)
             mix = 1 - inside.float().mean((1, 2))
             if with_label_maps:
-                return {**batch, "image": image, "label": torch.where(inside, mixed_label, label)}
+                return {**batch, "image": image, "label": torch.where(inside, cast(Tensor, mixed_label), cast(Tensor, label))}
         if self.mixup:
             weight = torch.where(by_box, 1.0, self._weights(self.mixup, random_weights[:, 0]))
             image = torch.lerp(partner_image, image, weight[:, None, None, None].to(image.dtype))

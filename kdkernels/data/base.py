@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -53,7 +54,7 @@ class ImageData(L.LightningDataModule):
         require_at_least("batch_size", batch_size, 1)
         require_at_least("num_workers", num_workers, 0)
         self.batch_size, self.augment, self.order_seed, self.num_workers = batch_size, augment, order_seed, num_workers
-        self.splits: dict[str, Dataset] = {}
+        self.splits: Mapping[str, Dataset] = {}
         self._scale: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}  # mean and std by device and dtype of the images
 
     @property
@@ -61,7 +62,7 @@ class ImageData(L.LightningDataModule):
         """Number of augmented images per training sample; ``None``: a new one each epoch."""
         return self.augment.views if self.augment is not None else 1
 
-    def make_splits(self) -> dict[str, Dataset]:
+    def make_splits(self) -> Mapping[str, Dataset]:
         """Return the datasets "train", "val" and optionally "test".
 
         A dataset is indexed with a :class:`BatchRequest` and returns a batch that is not
@@ -76,9 +77,9 @@ class ImageData(L.LightningDataModule):
             raise ValueError(MIXUP_WITH_LABEL_MAPS)
 
     def train_dataloader(self) -> Loader:
-        order = {"shuffle": True, "seed": self.order_seed, "views": self.views, "min_samples": 2}
-        if self.trainer is not None:
-            trainer = self.trainer
+        order: dict[str, Any] = {"shuffle": True, "seed": self.order_seed, "views": self.views, "min_samples": 2}
+        trainer: Any = self.trainer  # Lightning does not declare overfit_batches
+        if trainer is not None:
             order |= {"accumulate": lambda: trainer.accumulate_grad_batches, "limit": trainer.overfit_batches or trainer.limit_train_batches}
             order["shuffle"] = not trainer.overfit_batches
         return self._loader("train", **order)
@@ -93,17 +94,17 @@ class ImageData(L.LightningDataModule):
         """Return a loader of the test split or, if there is none, of the validation split."""
         return self._loader("test" if "test" in self.splits else "val", shuffle=False)
 
-    def _loader(self, split: str, **order) -> Loader:
+    def _loader(self, split: str, **order: Any) -> Loader:
         if split not in self.splits:
             raise ValueError(
                 f"{type(self).__name__} has no split {split!r}, only {', '.join(self.splits)}"
                 if self.splits
                 else "call setup() before requesting a dataloader"
             )
-        process = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
+        process: dict[str, Any] = {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer is not None else {}
         dataset = self.splits[split]
         batches = Batches if order["shuffle"] else OrderedBatches
-        return Loader(dataset, sampler=batches(len(dataset), self.batch_size, **order, **process), num_workers=self.num_workers)
+        return Loader(dataset, sampler=batches(len(cast(Sized, dataset)), self.batch_size, **order, **process), num_workers=self.num_workers)
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         batch = self.finish(batch)
@@ -126,7 +127,8 @@ class ImageData(L.LightningDataModule):
             return image
         key = (image.device, image.dtype)
         if key not in self._scale:
-            self._scale[key] = tuple(torch.tensor(v, device=image.device, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
+            mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
+            self._scale[key] = mean, std
         mean, std = self._scale[key]
         return (image - mean) / std
 
@@ -141,7 +143,7 @@ class ImageData(L.LightningDataModule):
 
     def fingerprint(self, split: str = "train") -> str:
         """Return a hash, the key of caches, that changes when the images of a split change."""
-        description = f"{self.splits[split].fingerprint()} {self.augment!r} {self.mean} {self.std}"
+        description = f"{cast(Any, self.splits[split]).fingerprint()} {self.augment!r} {self.mean} {self.std}"
         return hashlib.sha256(description.encode()).hexdigest()
 
 
@@ -179,7 +181,7 @@ class ItemImages(Dataset):
         self.samples, self.seed, self._fingerprint, self.num_classes, self.split = samples, seed, fingerprint, num_classes, split
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(cast(Sized, self.samples))
 
     def __getitem__(self, request: BatchRequest | int | list[int]) -> dict:
         if isinstance(request, int):
@@ -213,6 +215,8 @@ class ItemImages(Dataset):
                 raise ValueError(
                     f"all labels must have the same shape; sample {i} has {list(label.shape)}, sample {index[0]} has {list(labels[0].shape)}"
                 )
+            if self.num_classes is None:
+                continue
             if label.dim() == 0 and not 0 <= label < self.num_classes:
                 raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], the classes of the data; sample {i} has {int(label)}")
             if label.dim() == 1 and len(label) != self.num_classes:

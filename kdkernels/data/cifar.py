@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -55,13 +57,13 @@ class _CIFAR(ImageData):
         parts = {"train": rest, "val": val}
         return {**{k: TensorImages(**{f: v[p] for f, v in train.items()}) for k, p in parts.items()}, "test": TensorImages(**test)}
 
-    def _reader(self):
+    def _reader(self) -> Callable[[str, str], bytes]:
         """Return a function (name, md5) -> verified bytes of a file, from archive or folder."""
         archive, folder = self.root / self.archive, self.root / self.folder
         if archive.is_file():
             _verify(archive.read_bytes(), self.archive_md5, archive)
             with tarfile.open(archive) as tar:
-                members = {name: tar.extractfile(f"{self.folder}/{name}").read() for files in self.files.values() for name in files}
+                members = {name: cast(IO[bytes], tar.extractfile(f"{self.folder}/{name}")).read() for files in self.files.values() for name in files}
             return lambda name, md5: _verify(members[name], md5, archive / name)
         if folder.is_dir():
 
@@ -154,7 +156,7 @@ def _verify(content: bytes, md5: str, path: Path) -> bytes:
 class _Unpickler(pickle.Unpickler):
     """Unpickles arrays, lists, dicts and strings. Any other object raises UnpicklingError."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return np.empty(0).__reduce__()[0]  # the module of this function depends on the version of numpy
         if module == "numpy" and name in ("ndarray", "dtype"):

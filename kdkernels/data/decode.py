@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ def read_image(path: str | os.PathLike, size: int, mode: str = "RGB") -> Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = to_8_bits(ImageOps.exif_transpose(image), mode)
+        with Image.open(path) as file:
+            file.load()
+            image = to_8_bits(ImageOps.exif_transpose(file), mode)
     except Exception as error:  # for damaged files, decoders raise many kinds of exceptions
         raise ValueError(f"cannot read the image {path}: {error}") from error
     width, height = image.size
@@ -78,7 +78,7 @@ def _scaled(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def is_pil(image: object) -> bool:
+def is_pil(image: object) -> TypeGuard[Image.Image]:
     """Whether ``image`` is a Pillow image, tested without importing Pillow."""
     return hasattr(image, "convert") and hasattr(image, "getbands")
 

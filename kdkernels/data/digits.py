@@ -25,6 +25,7 @@ class Digits(ImageData):
 
     num_classes = 10
     classes = tuple("0123456789")
+    image_shape: tuple[int, int, int]
 
     def __init__(self, channels: int = 3, batch_size: int = 64, augment: Augment | None = None, order_seed: int = 0, num_workers: int = 0):
         super().__init__(batch_size, augment, order_seed, num_workers)

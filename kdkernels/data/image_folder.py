@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class ImageFolder(ImageData):
     """
 
     resize = CENTER_SQUARE
+    classes: list[str]
 
     def __init__(
         self,
@@ -133,7 +134,8 @@ class ImageFolder(ImageData):
         if not fits:
             files = [file for file, _ in readable]
             return ItemImages(FileImages(files, self.size), fingerprint=_hash_listing(files, self.size))
-        return TensorImages(image=torch.stack([image for _, image in readable]), label=torch.tensor([label for (_, label), _ in readable]))
+        images = cast(list[Tensor], [image for _, image in readable])
+        return TensorImages(image=torch.stack(images), label=torch.tensor([label for (_, label), _ in readable]))
 
 
 class FileImages(Dataset):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = {
@@ -51,7 +51,7 @@ class Listing:
         if len(self.classes) < 2:
             raise ValueError(f"root: {str(folder)!r} must contain a folder for each of at least 2 classes, found {self.classes}")
 
-    def files(self, classes: list[str], left_out: LeftOut, require_all: bool) -> list[tuple[Path, int]]:
+    def files(self, classes: Sequence[str], left_out: LeftOut, require_all: bool) -> list[tuple[Path, int]]:
         """Return the image files, each with the index of its class in ``classes``.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
@@ -14,7 +14,7 @@ from .keyed_random import permuted
 class BatchRequest(NamedTuple):
     """The index with which a loader asks a dataset for a batch."""
 
-    index: list[int]  # positions of the samples in the dataset
+    index: list[int]  # type: ignore[assignment]  # positions of the samples in the dataset; tuple.index is not used
     view: int | None  # number of the augmentation; None: samples are not augmented
     share: float  # weight of the mean loss of this batch, see Batches
 
@@ -62,7 +62,7 @@ class Batches(DistributedSampler):  # Lightning does not replace a sampler that 
         rank: int = 0,
         world: int = 1,
     ):
-        super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
+        super().__init__(cast(Dataset, range(size)), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.batch_size, self.views, self.accumulate, self.world = size, batch_size, views, accumulate, world
         if size < world:
             raise ValueError(f"the data must have at least one sample per process, got {size} samples for {world} processes")
@@ -100,7 +100,7 @@ class Batches(DistributedSampler):  # Lightning does not replace a sampler that 
             yield BatchRequest(order[low - offset : high - offset].tolist(), view, share)
 
 
-class OrderedBatches(Batches, SequentialSampler):  # Lightning's overfit_batches accepts only a SequentialSampler
+class OrderedBatches(Batches, SequentialSampler):  # type: ignore[misc]  # Lightning's overfit_batches accepts only a SequentialSampler
     """Sampler of batches in the order of the dataset."""
 
 
@@ -111,11 +111,14 @@ class Loader(DataLoader):
     they have no effect.
     """
 
+    sampler: Batches
+
     def __init__(self, dataset: Dataset, sampler: Batches, num_workers: int = 0, shuffle: bool = False, batch_sampler: None = None):
         super().__init__(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
-        self.returned, self._resume = 0, None  # number of batches returned in this epoch; state to resume from
+        self.returned = 0  # number of batches returned in this epoch
+        self._resume: dict | None = None  # state to resume from
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # Lightning only iterates
         # As this method is a generator, it runs when the first batch is requested, after the epoch
         # is set.
         epoch = self.sampler.epoch

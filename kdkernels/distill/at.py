@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +63,15 @@ class AttentionTransfer(Distiller):
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         pairs = pair_features(student, teacher)
-        attention_transfer_losses(*zip(*pairs, strict=True), p=self.p, reduce=self.reduce, variant=self.variant)
+        student_maps, teacher_maps = zip(*pairs, strict=True)
+        attention_transfer_losses(student_maps, teacher_maps, p=self.p, reduce=self.reduce, variant=self.variant)
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits, teacher_features = self.teacher_outputs(batch)
         logits, features = self.student_outputs(batch)
         pairs = pair_features(features, teacher_features)
-        attention = sum(attention_transfer_losses(*zip(*pairs, strict=True), p=self.p, reduce=self.reduce, variant=self.variant))
+        student_maps, teacher_maps = zip(*pairs, strict=True)
+        attention = cast(Tensor, sum(attention_transfer_losses(student_maps, teacher_maps, p=self.p, reduce=self.reduce, variant=self.variant)))
         losses = self.label_losses(logits, batch, self.gamma) | {"attention": self.beta * attention}
         if self.alpha:
             losses["kl"] = self.alpha * self.task.divergence(logits, teacher_logits, self.temperature, batch)
@@ -112,7 +114,7 @@ class GradientAttentionTransfer(Distiller):
             mirrored, _ = input_gradient(self.student, image.flip(-1), task.mirrored_label(label), create_graph=True, task=task)
             target = mirrored.flip(-1)
         else:
-            target, _ = input_gradient(self.teacher, image, label, task=task)
+            target, _ = input_gradient(cast(nn.Module, self.teacher), image, label, task=task)
         attention = gradient_attention_loss(gradient, target)
         return logits, self.label_losses(logits, batch) | {"gradient": self.beta * attention}
 
@@ -187,7 +189,8 @@ def gradient_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _operations(output: Tensor) -> list[str]:
     """Return the names of the nodes in the autograd graph of a tensor, without duplicates."""
-    names, seen, queue = {}, set(), [output.grad_fn]
+    names: dict[str, None] = {}
+    seen, queue = set(), [output.grad_fn]
     while queue:
         node = queue.pop()
         if node is None or node in seen:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -22,6 +23,11 @@ from .checks import TeacherAccuracy, TrainerCheck, total_steps
 from .engine import OutputCheck
 from .network_checks import check_networks, check_not_shared, check_sizes
 from .teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from torchmetrics import Metric
+    from typing_extensions import Self
 
 
 def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -146,12 +152,12 @@ class Distiller(L.LightningModule):
             return {"teacher": self._teachers[0]}
         return {f"teacher {i}": teacher for i, teacher in enumerate(self._teachers, 1)}
 
-    def _apply(self, fn, recurse=True):  # .to(device), .double(), ... reach the teachers too
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:  # .to(device), .double(), ... reach the teachers too
         for teacher in self._teachers:
             teacher._apply(fn)
         return super()._apply(fn)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.hold_teachers()
         return self
@@ -193,7 +199,7 @@ class Distiller(L.LightningModule):
         return self._run_teacher(batch["image"])
 
     def _run_teacher(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        output, features = self.teacher_taps(image)
+        output, features = cast(FeatureTaps, self.teacher_taps)(image)
         return self.task.logits(output), features
 
     @torch.no_grad()
@@ -240,16 +246,16 @@ class Distiller(L.LightningModule):
         # If only some layers are in eval mode, this is intentional, and their mode is kept.
         if not any(module.training for module in self.student.modules()):
             self.student.train()
-        data = self.trainer.datamodule
+        data = cast(Any, self.trainer).datamodule
         self.preprocessing = data.preprocessing() if hasattr(data, "preprocessing") else None
         if getattr(data, "image_shape", None) is not None:
-            self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=self.dtype), data.num_classes)
+            self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=cast(torch.dtype, self.dtype)), data.num_classes)
         if self.teacher_cache is not None:
-            self.teacher_cache.open(self.teacher, self.teacher_taps.names, data, str(self.trainer.precision))
+            self.teacher_cache.open(self._teachers[0], cast(FeatureTaps, self.teacher_taps).names, data, str(self.trainer.precision))
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         # Random numbers, for example of dropout, depend only on the seed, the process and the step.
-        torch.manual_seed(int(bits(self._seed, self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
+        torch.manual_seed(int(bits(cast(int, self._seed), self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
         if self.image_shape is None:
             batch = as_batch(batch)
             self.image_shape = list(batch["image"].shape[1:])
@@ -274,13 +280,13 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
-        return sum(self.checked_losses(batch, batch_idx).values()) * batch.get("share", 1.0)
+        return cast(Tensor, sum(self.checked_losses(batch, batch_idx).values())) * batch.get("share", 1.0)
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         """Compute, check and log the :meth:`losses` of a training step."""
         self._check_labels(batch, self._num_classes, "training")
         logits, losses = self.losses(batch)
-        total = sum(losses.values())
+        total = cast(Tensor, sum(losses.values()))
         if self.check_finite and not torch.isfinite(total):
             self._raise_not_finite(batch, batch_idx, losses)
         values = {f"train/loss_{name}": value.detach() for name, value in losses.items()} | {"train/loss": total.detach()}
@@ -295,7 +301,8 @@ class Distiller(L.LightningModule):
         if key not in self.stage_metrics:
             self.stage_metrics[key] = nn.ModuleDict(self.task.metrics(logits.shape[1])).to(logits.device)
         prediction, target = self.task.metric_inputs(logits, batch)
-        for name, metric in self.stage_metrics[key].items():
+        metrics = cast("Mapping[str, Metric]", self.stage_metrics[key])
+        for name, metric in metrics.items():
             metric.update(prediction, target)
             shown = name == self.task.main_metric and stage != "train"
             attribute = f"stage_metrics.{key}.{name}"
@@ -334,7 +341,7 @@ class Distiller(L.LightningModule):
         if "label" not in batch:
             return
         logits = self(batch["image"])
-        classes = getattr(self.trainer.datamodule, "num_classes", None)
+        classes = getattr(cast(Any, self.trainer).datamodule, "num_classes", None)
         if classes is not None and logits.shape[1] != classes:
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
@@ -347,7 +354,7 @@ class Distiller(L.LightningModule):
         """Whether the default schedule is used, which needs the total number of training steps."""
         return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.student.parameters())
         if self.make_scheduler is not None:
             schedule = self.make_scheduler(optimizer)
@@ -395,7 +402,7 @@ class Distiller(L.LightningModule):
         if previous is None and states:  # a checkpoint of an old version, without the class names
             previous = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
             differs = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
-        if differs:
+        if previous is not None and differs:
             raise ValueError(
                 f"the checkpoint was trained with {' and '.join(previous)}, and cannot be resumed with {' and '.join(self._optimizer_and_schedule)}: "
                 "use the same optimizer and schedule, or start a new run from its weights (student_weights)"

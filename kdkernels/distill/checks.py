@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -11,16 +12,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from .batch import as_batch
 
+if TYPE_CHECKING:
+    from .base import Distiller
+
 
 def total_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps in the whole run, or infinity if the run has no end.
 
     The number is also right if a callback changes the gradient accumulation during training.
     """
-    schedules = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    schedules = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, GradientAccumulationScheduler)]
     steps = trainer.estimated_stepping_batches
-    if schedules and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        windows = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
+    max_epochs = cast(int, trainer.max_epochs)  # the trainer has replaced None by -1 or 1000
+    if schedules and max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        windows = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(max_epochs))
         steps = sum(math.ceil(trainer.num_training_batches / window) for window in windows)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     return steps if steps > 0 else math.inf
@@ -36,7 +41,7 @@ class TrainerCheck(L.Callback):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        for callback in trainer.callbacks:
+        for callback in cast(Any, trainer).callbacks:
             self._check_monitor(trainer, module, type(callback).__name__, getattr(callback, "monitor", None))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -52,17 +57,18 @@ class TrainerCheck(L.Callback):
             return
         is_builtin = type(module).__module__.startswith("kdkernels.")  # others may log any value
         if is_builtin and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module)):
-            training = f"train/{module.task.main_metric}, train/loss"
+            task = cast("Distiller", module).task
+            training = f"train/{task.main_metric}, train/loss"
             raise ValueError(f"{watcher} monitors {name!r}, which is not logged: use {', '.join(logged)}, {training}, or another value of training")
         validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
-        if name.startswith("val/") and not validated and not trainer.fast_dev_run:
+        if name.startswith("val/") and not validated and not cast(Any, trainer).fast_dev_run:
             raise ValueError(
                 f"{watcher} monitors {name!r}, but there is no validation: limit_val_batches is 0, or the data have no validation images"
             )
 
 
 def _logged_in_validation(module: L.LightningModule) -> list[str]:
-    return [f"val/{name}" for name in (*module.task.metrics(2), "cross_entropy")]
+    return [f"val/{name}" for name in (*cast("Distiller", module).task.metrics(2), "cross_entropy")]
 
 
 class TeacherAccuracy(L.Callback):
@@ -71,15 +77,18 @@ class TeacherAccuracy(L.Callback):
     Warn about a teacher that is no better than chance: probably its weights were not loaded.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._reported = self._warned = False
         self._correct: list[float] = []  # correctly classified rows, by teacher
         self._count, self._num_classes = 0, 1
 
-    def _is_due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+    def _is_due(self, trainer: L.Trainer, module: Distiller) -> bool:
         return bool(module.teachers) and not self._reported and trainer.state.fn == "fit"
 
-    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        module = cast("Distiller", module)
         batch = as_batch(batch)
         if not self._is_due(trainer, module) or "label" not in batch:
             return
@@ -93,6 +102,7 @@ class TeacherAccuracy(L.Callback):
         self._num_classes = logits.shape[1]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        module = cast("Distiller", module)
         if not self._is_due(trainer, module):
             return
         correct = self._correct or [0.0] * len(module.teachers)

@@ -10,11 +10,15 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+if TYPE_CHECKING:
+    from .base import Distiller
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     file is copied and not renamed if its destination is on another disk.
     """
 
-    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -54,12 +58,12 @@ def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: in
     writes another one too (seen in 2.6.6). ``save_on_train_epoch_end=True`` is given, because by
     default Lightning writes the checkpoint only after validation.
     """
-    options = {"enable_version_counter": False}
-    callbacks = [LastCheckpoint(folder, "last", save_on_train_epoch_end=True, **options)]
+    folder = Path(folder)
+    callbacks: list[ModelCheckpoint] = [LastCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
     if every is not None:
-        callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, **options))
+        callbacks.append(ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False))
     if monitor is not None:
-        callbacks.append(BestCheckpoint(folder, "best", monitor=monitor, mode="max", **options))
+        callbacks.append(BestCheckpoint(folder, "best", monitor=monitor, mode="max", enable_version_counter=False))
     return callbacks
 
 
@@ -70,7 +74,7 @@ class LastCheckpoint(ModelCheckpoint):
     so that a resumed run trains the rest of the epoch.
     """
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         run_ends = trainer.should_stop or trainer.global_step >= trainer.max_steps != -1
         if run_ends and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -80,7 +84,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step not in (0, self._last_global_step_saved) and not trainer.fast_dev_run:
+        if trainer.global_step not in (0, self._last_global_step_saved) and not cast(Any, trainer).fast_dev_run:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -101,7 +105,8 @@ class EpochLines(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        names = ("train/loss", f"val/{module.task.main_metric}")
+        task = cast("Distiller", module).task
+        names = ("train/loss", f"val/{task.main_metric}")
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         values = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
@@ -115,7 +120,7 @@ class OutputCheck(L.Callback):
     """
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+        if stage != "fit" or not trainer.is_global_zero or cast(Any, trainer).fast_dev_run:
             return
         weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
         checkpoint = 3 * weights + 2**20  # the optimizer may store two moments per weight, as Adam

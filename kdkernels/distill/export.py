@@ -9,8 +9,9 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,8 @@ def export_student(
     network = student if output is expected else LogitsOnly(student)
     metadata = json.dumps(metadata_of(description, spec, image_shape))
     differences = {}
-    for name, target in targets.items():
-        target = Path(target)
+    for name, file in targets.items():
+        target = Path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             temporary = Path(folder) / target.name
@@ -139,7 +140,7 @@ def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: s
     import onnxruntime
 
     with _silence():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(  # not None, because no path is given
             student,
             (image,),
             input_names=["image"],
@@ -161,7 +162,7 @@ _FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict, str], Tensor]] = {
 
 
 @contextlib.contextmanager
-def _silence():
+def _silence() -> Iterator[None]:
     """Suppress the warnings of the ONNX exporter, and the progress that it prints to stdout."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

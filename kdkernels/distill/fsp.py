@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from .two_stage import TwoStage
 
 __all__ = ["FSP", "fsp_loss", "fsp_matrix"]
 
-_POOLING = {"paper": "max", "sskd": "max", "torchdistill": "max", "repdistiller": "avg"}
-_POOLS = {
+_POOLING: dict[str, Literal["max", "avg"]] = {"paper": "max", "sskd": "max", "torchdistill": "max", "repdistiller": "avg"}
+_POOLS: dict[str, dict[int, Callable[..., Tensor]]] = {
     "max": {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d},
     "avg": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
 }
@@ -85,7 +85,8 @@ def fsp_loss(
         raise ValueError(f"variant must be one of {tuple(_POOLING)}, got {variant!r}")
     if len(student) != len(teacher) or not len(student):
         raise ValueError(f"student and teacher must have the same number of pairs, at least one, got {len(student)} and {len(teacher)}")
-    total, elements = 0.0, 0
+    total: float | Tensor = 0.0
+    elements = 0
     for i, pairs in enumerate(zip(student, teacher, strict=True)):
         s, t = (fsp_matrix(*pair, pooling=_POOLING[variant]) for pair in pairs)
         if s.shape != t.shape:
@@ -100,7 +101,7 @@ def fsp_loss(
             total = total + difference.square().mean()
         else:
             total = total + difference.square().sum() / len(s)
-    return total / (2 * elements) if variant == "sskd" else total
+    return cast(Tensor, total / (2 * elements) if variant == "sskd" else total)
 
 
 class FSP(TwoStage):

@@ -59,8 +59,7 @@ class KD(Distiller):
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         teachers = self.teacher_logits(batch)
         logits, _ = self.student_outputs(batch)
-        options = {"combine": self.combine, "weights": self.combine_weights}
-        divergence = self.task.divergence(logits, teachers, self.temperature, batch, **options)
+        divergence = self.task.divergence(logits, teachers, self.temperature, batch, combine=self.combine, weights=self.combine_weights)
         return logits, self.label_losses(logits, batch, self.gamma) | {"kl": self.alpha * divergence}
 
     def check_unlabelled(self) -> None:

@@ -6,8 +6,8 @@ S. H. Lee, D. H. Kim, B. C. Song, ECCV 2018.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,17 @@ def clip_transfer(
     else:
         factors = torch.where(t < m, torch.sigmoid(m / t - epoch), 1.0)
     return [g * factor.to(g.dtype) for g, factor in zip(transfer, factors.unbind(), strict=True)]
+
+
+class _Terms(TypedDict):
+    """The options of :func:`svd_kd_loss`, except beta."""
+
+    k: int
+    align: Literal["teacher", "student"]
+    grad: Literal["exact", "rank1", "authors"]
+    weighting: Literal["sigma", "none"]
+    loss: Literal["authors", "mean"]
+    extra: int
 
 
 class SVDKD(TwoStage):
@@ -126,7 +137,7 @@ class SVDKD(TwoStage):
         super().__init__(student, teacher, first_stage_epochs, student_taps=student_taps, teacher_taps=teacher_taps, **options)
         if len(self.student_taps.names) < 2:
             raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
-        self.terms = {"k": k, "align": align, "grad": grad, "weighting": weighting, "loss": loss, "extra": extra}
+        self.terms: _Terms = {"k": k, "align": align, "grad": grad, "weighting": weighting, "loss": loss, "extra": extra}
         # Validate the options now rather than at the first batch.
         clip_transfer([], [], 0, rule=rule)
         svd_kd_loss([torch.ones(1, 1, 1)] * 2, [torch.ones(1, 1, 1)] * 2, **self.terms)
@@ -153,7 +164,8 @@ class SVDKD(TwoStage):
         losses = self.main_losses(logits, teacher_logits, batch)
         if self.first_stage or not self.first_stage_epochs:
             pairs = pair_features(features, teacher_features, channels=True)
-            transfer, kept = svd_kd_terms(*zip(*pairs, strict=True), **self.terms)
+            student_maps, teacher_maps = zip(*pairs, strict=True)
+            transfer, kept = svd_kd_terms(student_maps, teacher_maps, **self.terms)
             losses["svd"] = self.beta * transfer
             self._left_out = (~kept.all(0)).sum()
         return logits, losses
@@ -163,12 +175,12 @@ class SVDKD(TwoStage):
         losses = self.checked_losses(batch, batch_idx)
         share = batch.get("share", 1.0)
         if "svd" in losses:
-            self.log("train/left_out", self._left_out.float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+            self.log("train/left_out", cast(Tensor, self._left_out).float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
             # "mean" is a mean over the samples of all micro-batches and processes, like the other
             # losses; "authors" is a sum over them.
             parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
             self._accumulate(losses.pop("svd") * (share / parts if self.terms["loss"] == "mean" else 1.0))
-        return sum(losses.values()) * share
+        return cast(Tensor, sum(losses.values())) * share
 
     def _trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]
@@ -188,15 +200,15 @@ class SVDKD(TwoStage):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.scale(torch.ones_like(like))
 
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         """Add the transfer gradient to the main gradient before the optimizer's step.
 
         This happens after the backward pass of the step's last micro-batch, and before the loss
         scaler's factor is removed from the gradients.
         """
 
-        def closure():
-            loss = optimizer_closure()
+        def closure() -> Any:
+            loss = cast(Callable[[], Any], optimizer_closure)()
             self._add_transfer(optimizer)
             return loss
 
@@ -213,13 +225,13 @@ class SVDKD(TwoStage):
             flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)])
             flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
             gradients = [g.view_as(p) for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True)]
-        parameters, transfer = zip(*((p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None), strict=True)
+        trained, transfer = map(list, zip(*((p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None), strict=True))
         if not self.first_stage:
             decay = self._weight_decay(optimizer)
-            main = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            main = [g + decay[p] * self._scale(g.new_empty(())) * p if decay.get(p) else g for p, g in zip(parameters, main, strict=True)]
+            main = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+            main = [g + decay[p] * self._scale(g.new_empty(())) * p if decay.get(p) else g for p, g in zip(trained, main, strict=True)]
             transfer = clip_transfer(main, transfer, self.current_epoch, rule=self.rule)
-        for p, g in zip(parameters, transfer, strict=True):
+        for p, g in zip(trained, transfer, strict=True):
             p.grad = g if p.grad is None else p.grad + g
 
     def _weight_decay(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:

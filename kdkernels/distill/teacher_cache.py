@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class TeacherCache:
         self.folder: Path | None = None
         self.hits = self.misses = 0
 
-    def open(self, teacher: nn.Module, taps: list[str], data: object, precision: str = "32-true") -> None:
+    def open(self, teacher: nn.Module, taps: list[str], data: Any, precision: str = "32-true") -> None:
         """Find or create the folder for this teacher and these training images.
 
         Args:
@@ -90,15 +90,16 @@ class TeacherCache:
         cached = view.read(index) if view is not None else None
         is_valid = cached.is_valid if cached is not None else np.zeros(len(index), bool)
         self.hits, self.misses = self.hits + int(is_valid.sum()), self.misses + int((~is_valid).sum())
-        if is_valid.all():
+        if cached is not None and is_valid.all():
             logits, features = _split_outputs({k: torch.from_numpy(v).to(image.device) for k, v in cached.values.items()})
             return logits.to(image.dtype), {k: v.to(image.dtype) for k, v in features.items()}
         missing = torch.from_numpy(np.flatnonzero(~is_valid)).to(image.device)
         logits, features = compute(image if not is_valid.any() else image[missing])
         computed = _join_outputs(logits, features)
         self._store_shapes(computed)
-        self._view(batch["view"]).write(index[~is_valid], {k: v.detach().float().cpu().numpy() for k, v in computed.items()})
-        if not is_valid.any():
+        view = cast(_View, self._view(batch["view"]))  # the shapes are known now
+        view.write(index[~is_valid], {k: v.detach().float().cpu().numpy() for k, v in computed.items()})
+        if cached is None or not is_valid.any():
             return logits, features
         merged = {}
         for name, value in computed.items():
@@ -112,18 +113,18 @@ class TeacherCache:
             shapes = self._shapes or self._stored_shapes()
             if shapes is None:
                 return None
-            self._views[number] = _View(self.folder, number, self.size, shapes, self.dtype)
+            self._views[number] = _View(cast(Path, self.folder), number, self.size, shapes, self.dtype)
         return self._views[number]
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        path = self.folder / "shapes.json"
+        path = cast(Path, self.folder) / "shapes.json"
         self._shapes = {k: tuple(v) for k, v in json.loads(path.read_text()).items()} if path.exists() else None
         return self._shapes
 
     def _store_shapes(self, outputs: dict[str, Tensor]) -> None:
         shapes = {name: tuple(value.shape[1:]) for name, value in outputs.items()}
         if self._shapes is None:
-            _write_atomically(self.folder / "shapes.json", json.dumps(shapes))
+            _write_atomically(cast(Path, self.folder) / "shapes.json", json.dumps(shapes))
             self._shapes = shapes
         elif shapes != self._shapes:
             raise ValueError(f"the teacher's outputs have the shapes {shapes}, but the cache has entries of the shapes {self._shapes}")

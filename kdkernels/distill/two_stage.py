@@ -21,6 +21,10 @@ class TwoStage(Distiller):
         **options: the other arguments of :class:`Distiller`.
     """
 
+    gamma: float
+    alpha: float
+    temperature: float
+
     def __init__(self, student: nn.Module, teacher: nn.Module, first_stage_epochs: int = 0, **options):
         super().__init__(student, teacher, **options)
         if first_stage_epochs < 0:

@@ -35,12 +35,13 @@ class MobileNetV2(nn.Module):
                 inputs = outputs
             self.blocks.append(nn.Sequential(*blocks))
         self.conv2 = _conv_bn_relu(inputs, last, 1)
-        self.classifier = nn.Sequential(nn.Linear(last, num_classes))
+        linear = nn.Linear(last, num_classes)
+        self.classifier = nn.Sequential(linear)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier[0].weight, std=0.01)
-        nn.init.zeros_(self.classifier[0].bias)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, num_classes]
         x = self.conv1(x)

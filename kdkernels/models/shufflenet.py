@@ -34,12 +34,13 @@ class ShuffleNetV1(nn.Module):
         self.conv1 = nn.Conv2d(3, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu = nn.ReLU()
-        inputs = 24
+        inputs, stages = 24, []
         for i, (outputs, count) in enumerate(zip(widths, blocks, strict=True), start=1):
             first = GroupedBottleneck(inputs, outputs, 2, groups, first_groups=1 if i == 1 else groups)
             rest = [GroupedBottleneck(outputs, outputs, 1, groups, groups) for _ in range(count - 1)]
-            setattr(self, f"layer{i}", nn.Sequential(first, *rest))
+            stages.append(nn.Sequential(first, *rest))
             inputs = outputs
+        self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, num_classes]
@@ -101,10 +102,11 @@ class ShuffleNetV2(nn.Module):
         self.conv1 = nn.Conv2d(3, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu = nn.ReLU()
-        inputs = 24
-        for i, (outputs, count) in enumerate(zip(widths[:3], blocks, strict=True), start=1):
-            setattr(self, f"layer{i}", nn.Sequential(DownBlock(inputs, outputs), *[SplitBlock(outputs) for _ in range(count)]))
+        inputs, stages = 24, []
+        for outputs, count in zip(widths[:3], blocks, strict=True):
+            stages.append(nn.Sequential(DownBlock(inputs, outputs), *[SplitBlock(outputs) for _ in range(count)]))
             inputs = outputs
+        self.layer1, self.layer2, self.layer3 = stages
         self.conv2 = nn.Conv2d(inputs, widths[3], 1, bias=False)
         self.bn2 = nn.BatchNorm2d(widths[3])
         self.linear = nn.Linear(widths[3], num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,9 +41,9 @@ class FeatureTaps:
                 similar = difflib.get_close_matches(name, layers, n=3, cutoff=0.3)
                 raise ValueError(f"{type(module).__name__} has no layer {name!r}; did you mean one of {similar or [k for k in layers if k][:8]}?")
 
-    def __call__(self, *args, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the module; return its output, and the output of each tapped layer."""
-        features: dict[str, Tensor] = {}
+        features: dict[str, Any] = {}
         versions: dict[str, int] = {}
 
         def record(name: str, output: object) -> None:
@@ -73,7 +74,7 @@ class FeatureTaps:
 
 def _check_not_compiled(module: nn.Module, name: str) -> None:
     """Raise ValueError for a layer inside a compiled module, where hooks may not be called."""
-    layer = module
+    layer: Any = module
     for part in ["", *name.split(".")]:
         inside = part != "" and hasattr(layer, "_orig_mod")
         layer = getattr(layer, part, None) if part else layer

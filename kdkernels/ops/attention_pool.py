@@ -62,8 +62,8 @@ def attention_pool(
         ICCV 2019. https://arxiv.org/abs/1908.00821
     """
     _check_features("x", x)
-    reduce = _check_options(p, reduce, eps)
-    return _pool(x, p, reduce, checks.option("normalize", normalize), eps)
+    reduce_value = _check_options(p, reduce, eps)
+    return _pool(x, p, reduce_value, checks.option("normalize", normalize), eps)
 
 
 def attention_transfer_loss(
@@ -132,11 +132,11 @@ def attention_transfer_loss(
         raise ValueError(
             f"student and teacher must have the same batch size and number of dimensions, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    reduce, variant = _check_options(p, reduce, eps), checks.option("variant", variant)
+    reduce_value, variant_value = _check_options(p, reduce, eps), checks.option("variant", variant)
     if student.shape[2:] != teacher.shape[2:]:
         extents = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         student, teacher = average_to(student, extents), average_to(teacher, extents)
-    return _loss(student, teacher, p, variant, reduce, eps, False)
+    return _loss(student, teacher, p, variant_value, reduce_value, eps, False)
 
 
 def _check_features(name: str, x: Tensor) -> None:

@@ -20,6 +20,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def register(
     elif vmap == "each":
         derive_vmap(name, all_results)
     else:
-        torch.library.register_vmap(f"kdkernels::{name}", vmap)
+        torch.library.register_vmap(f"kdkernels::{name}", cast(Callable, vmap))
     _complete_rescale(name)
     if launchers is not None:
         for op_name in (name, backward.name, f"{name}_rescale", f"{name}_rescale_"):
@@ -128,7 +129,8 @@ class _Reference:
 
     def all_results(self, arguments: Sequence) -> Tensor | tuple[Tensor, ...]:
         """Return as many results as the op, with empty tensors for those without a derivative."""
-        results = self(arguments)
+        # Only the reference of truncated_svd returns None. It is not called here, because the op has its own vmap rule.
+        results = cast(tuple[Tensor, ...], self(arguments))
         return (*results, *(results[0].new_empty(0) for _ in range(self.op.results - len(results)))) if self.op.results > 1 else results[0]
 
     def kernel(self, *arguments) -> Tensor | tuple[Tensor, ...]:
@@ -176,7 +178,7 @@ def derive_double_backward(backward: _Schema, reference: _Reference, inputs: Seq
         to_upstream, to_inputs = second_derivative(
             from_inputs, [arguments[i] for i in input_positions], [arguments[i] for i in backward.upstream], wanted_inputs, cotangents
         )
-        result = [None] * len(arguments)
+        result: list[Tensor | None] = [None] * len(arguments)
         for position, gradient in zip((*backward.upstream, *input_positions), (*to_upstream, *to_inputs), strict=True):
             result[position] = gradient
         return tuple(result)

@@ -113,8 +113,8 @@ def temperature_kl(
     if not torch.compiler.is_compiling() and is_transformed() and not is_linearized():  # the reference does not check them
         checks.positive_values("temperature", rows_temperature)
         checks.positive_values("normalizer", normalizer)
-    direction, reduction = checks.option("direction", direction), checks.option("reduction", reduction)
-    options = (dim, direction, beta, reduction, scale_by_t2, include_entropy, target_eps)
+    values = checks.option("direction", direction), beta, checks.option("reduction", reduction)
+    options = (dim, *values, scale_by_t2, include_entropy, target_eps)
     return _divergence(student, teacher, temperature, rows_temperature, mask, normalizer, *options, False)
 
 

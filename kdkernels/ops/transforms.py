@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def takes_reference(*arguments) -> bool:
+def takes_reference(*arguments: object) -> bool:
     """Return whether this call must use the reference instead of the op.
 
     The op has no derivative for ``torch.func`` transforms such as ``grad``, ``vjp`` and ``jvp``,
@@ -47,16 +48,24 @@ def is_linearized() -> bool:
     return get_proxy_mode() is not None
 
 
-def is_batched(t) -> bool:
+def is_batched(t: object) -> bool:
     """Return whether ``torch.func.vmap`` or the vmap of ``is_grads_batched`` wraps t."""
     functorch = torch._C._functorch
     return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
 
 
-def clone_inference_tensor(tensor: Tensor | None) -> Tensor | None:
+@overload
+def clone_inference_tensor(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def clone_inference_tensor(tensor: Any) -> Any: ...
+
+
+def clone_inference_tensor(tensor: Any) -> Any:
     """Copy a tensor that was created under ``torch.inference_mode``, which autograd cannot save.
 
-    Other tensors, and all tensors while inference mode is active, are returned as they are.
+    Other values, and all tensors while inference mode is active, are returned as they are.
     """
     if torch.compiler.is_compiling():  # compiled code cannot query this, and runs outside inference mode
         return tensor
@@ -89,8 +98,9 @@ def second_derivative(
         require one.
     """
     create_graph = torch.is_grad_enabled()
-    differentiated = [i for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None]
-    to_upstream, to_inputs = [None] * len(upstream), [None] * len(inputs)
+    differentiated = {i: c for i, c in enumerate(cotangents) if c is not None and wanted[i] and inputs[i] is not None}
+    to_upstream: list[Tensor | None] = [None] * len(upstream)
+    to_inputs: list[Tensor | None] = [None] * len(inputs)
     if not differentiated:
         return to_upstream, to_inputs
     with torch.enable_grad():
@@ -101,12 +111,12 @@ def second_derivative(
             return to_upstream, to_inputs
         first_gradients = torch.autograd.grad(
             [r for r, _ in results],
-            [input_views[i] for i in differentiated],
+            [t for i, t in enumerate(input_views) if t is not None and i in differentiated],
             [g.to(r.dtype) for r, g in results],
             create_graph=True,
             allow_unused=True,
         )
-        pairs = [(f, cotangents[i]) for f, i in zip(first_gradients, differentiated, strict=True) if f is not None and f.requires_grad]
+        pairs = [(f, c) for f, c in zip(first_gradients, differentiated.values(), strict=True) if f is not None and f.requires_grad]
         # Only tensors that require a gradient get one. One list of upstream gradients and inputs is
         # enough for a single call of autograd.grad.
         sources = [(to_upstream, j, g) for j, g in enumerate(upstream_views) if g is not None and g.requires_grad]
@@ -121,6 +131,6 @@ def second_derivative(
     return to_upstream, to_inputs
 
 
-def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Tensor | None]:
+def examples_first(size: int, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
     """Move the vmap dimension of each tensor to the front; expand tensors that have none."""
     return [None if t is None else t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims, strict=True)]

@@ -88,10 +88,10 @@ def truncated_svd(
         Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
     _check_matrices("x", x)
-    k, sign, gap_eps = _check_options(k, min(x.shape[-2:]), sign, return_u, gap_eps, compute_dtype(x))
+    k, sign_value, floor = _check_options(k, min(x.shape[-2:]), sign, return_u, gap_eps, compute_dtype(x))
     if k == 0:
         return _no_triplets(x, return_u)
-    u, s, v = _decompose(x, k, sign, return_u, gap_eps, False, chosen.implementation)
+    u, s, v = _decompose(x, k, sign_value, return_u, floor, False, chosen.implementation)
     return u if return_u else None, s, v
 
 
@@ -228,8 +228,11 @@ def align_singular_vectors(
     checks.choice("flip", flip, _FLIPS)
     if 0 in teacher.shape[-2:]:
         dtype = compute_dtype(student, teacher)
-        results = (_empty(x, teacher.shape, dtype) for x in (student, teacher))
-        return tuple(x if weight is None else x * weight.to(dtype)[..., None, :] for x in results)
+        of_student, of_teacher = (_empty(x, teacher.shape, dtype) for x in (student, teacher))
+        if weight is None:
+            return of_student, of_teacher
+        factor = weight.to(dtype)[..., None, :]
+        return of_student * factor, of_teacher * factor
     return _align(student, teacher, weight, flip == "teacher", chosen.implementation)
 
 

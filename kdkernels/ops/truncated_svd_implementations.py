@@ -16,6 +16,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def _problem(name: str, args: tuple) -> tuple[Tensor, int]:
 
 
 def _fits_cuda(x: Tensor, k: int) -> bool:
-    shared_memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(x.device)  # torch does not declare shared_memory_per_block_optin
+    shared_memory = properties.shared_memory_per_block_optin
     return torch.ops.kdkernels._truncated_svd_fits_cuda(min(x.shape[-2:]), k, x.dtype == torch.float64, shared_memory)
 
 

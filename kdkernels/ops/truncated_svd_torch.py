@@ -5,6 +5,8 @@ Schemas and results are those of the other implementations. No tensor is read ba
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -57,13 +59,15 @@ def truncated_svd_backward(
         return _gradient(grad_u, grad_s, grad_v, x, s, v, u if u.dim() == x.dim() else None, gap_eps)
 
 
-def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor | None, gap_eps: float) -> Tensor:
+def _gradient(
+    grad_u: Tensor | None, grad_s: Tensor | None, grad_v: Tensor | None, x: Tensor, s: Tensor, v: Tensor, u: Tensor | None, gap_eps: float
+) -> Tensor:
     broken = ~x.isfinite().flatten(-2).all(-1)[..., None, None]
     tall = x.shape[-2] >= x.shape[-1]
     solve_dtype = torch.float64 if x.device.type != "mps" else torch.float32  # MPS devices do not support float64
     m = x.to(solve_dtype).masked_fill(broken, 0)
     m = m.mT if tall else m  # [..., p, q]
-    a = (v if tall else u).to(solve_dtype).nan_to_num()
+    a = cast(Tensor, v if tall else u).to(solve_dtype).nan_to_num()
     ga, gb = (grad_v, grad_u) if tall else (grad_u, grad_v)
     if u is None or gb is None or gb.dim() != x.dim():
         gb = None
@@ -108,7 +112,7 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
     w = m.mT @ a
     y = m.mT @ z
     if gb is not None:
-        b = (u if tall else v).to(solve_dtype).nan_to_num()
+        b = cast(Tensor, u if tall else v).to(solve_dtype).nan_to_num()
         y = (
             y
             + (gb.to(solve_dtype) - b @ (b.mT @ gb.to(solve_dtype))) * inverse
@@ -121,9 +125,9 @@ def _gradient(grad_u, grad_s, grad_v, x: Tensor, s: Tensor, v: Tensor, u: Tensor
         gradient = gradient.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     gradient = (gradient.mT if tall else gradient).masked_fill(broken, float("nan"))
     unused = broken  # a non-finite matrix gets gradient 0 if all upstream gradients of its triplets are 0
-    for g, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
-        if g is not None and g.dim() == rank:
-            unused = unused & (g == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
+    for upstream, rank in ((grad_u, x.dim()), (grad_s, x.dim() - 1), (grad_v, x.dim())):
+        if upstream is not None and upstream.dim() == rank:
+            unused = unused & (upstream == 0).flatten(x.dim() - 2).all(-1)[..., None, None]
     gradient = gradient.masked_fill(unused, 0).to(x.dtype)
     return torch.empty_like(x).copy_(gradient)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -119,16 +119,20 @@ class Task:
                 teachers.
         """
         mask = self.mask(batch)
-        options = {"dim": 1, "mask": mask, "normalizer": None if mask is None else float(mask.numel())}
+        normalizer = None if mask is None else float(mask.numel())
+
+        def divergence_from(target: Tensor) -> Tensor:
+            return temperature_kl(student, target, temperature, dim=1, mask=mask, normalizer=normalizer)
+
         if isinstance(teacher, Tensor):
-            return temperature_kl(student, teacher, temperature, **options)
+            return divergence_from(teacher)
         shares = teacher_shares(len(teacher), weights)
         if len(teacher) == 1:
-            return temperature_kl(student, teacher[0], temperature, **options)
+            return divergence_from(teacher[0])
         if combine == "probabilities":
-            return temperature_kl(student, mean_teacher(teacher, temperature, shares), temperature, **options)
+            return divergence_from(mean_teacher(teacher, temperature, shares))
         if combine == "divergences":
-            return sum(share * temperature_kl(student, t, temperature, **options) for share, t in zip(shares, teacher, strict=True))
+            return cast(Tensor, sum(share * divergence_from(t) for share, t in zip(shares, teacher, strict=True)))
         raise ValueError(f"combine must be 'probabilities' or 'divergences', got {combine!r}")
 
     def metrics(self, num_classes: int) -> dict[str, Metric]:

@@ -72,8 +72,11 @@ class Segmentation(Task):
     def metrics(self, num_classes: int) -> dict[str, Metric]:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-        options = {"num_classes": num_classes, "ignore_index": self.ignore_index, "validate_args": False}
-        return {"mean_iou": MulticlassJaccardIndex(average="macro", **options), "pixel_accuracy": MulticlassAccuracy(average="micro", **options)}
+        ignored = self.ignore_index
+        return {
+            "mean_iou": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignored, validate_args=False),
+            "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=ignored, validate_args=False),
+        }
 
     def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         return logits.argmax(1), batch["label"]

@@ -170,5 +170,5 @@ def align_singular_vectors_backward(
     return (
         torch.empty_like(student).copy_(grad_s.mT) if wanted[0] else student.new_empty(0),
         torch.empty_like(teacher).copy_(grad_t.mT) if wanted[1] else student.new_empty(0),
-        torch.empty_like(weight).copy_(grad_w) if wanted[2] else student.new_empty(0),
+        torch.empty_like(weight).copy_(grad_w) if wanted[2] and weight is not None else student.new_empty(0),
     )

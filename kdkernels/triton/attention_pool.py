@@ -12,6 +12,8 @@ another:
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -323,7 +325,10 @@ def _row_block(positions: int) -> dict[str, int | bool]:
     return {"BLOCK": block} | compile_options(max(1, block // 256))
 
 
-def _strides(x: Tensor) -> tuple[int, int, int] | None:
+Strides = tuple[int, int, int]  # of samples, channels and positions
+
+
+def _strides(x: Tensor) -> Strides | None:
     """Return the strides of samples, channels and positions; None if positions have several."""
     position_stride, next_stride = None, None
     for dim in range(x.dim() - 1, 1, -1):
@@ -354,7 +359,7 @@ def _pool(x: Tensor, p: float, reduce: int, compute: torch.dtype) -> tuple[Tenso
         return maps, channel
     x = _with_position_stride(x)
     channels, positions = x.shape[1], x.shape[2:].numel()
-    strides = _strides(x)
+    strides = cast(Strides, _strides(x))
     sizes = block_sizes(channels, positions, strides[2], compute == torch.float64)
     with device_of(x):
         _pool_kernel[(x.shape[0] * triton.cdiv(positions, sizes["BLOCK_S"]),)](
@@ -372,11 +377,11 @@ def _scatter(x: Tensor, weight: Tensor, channel: Tensor, p: float, reduce: int, 
     x = _with_position_stride(x)
     out = grad if _strides(grad) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
     channels, positions = x.shape[1], x.shape[2:].numel()
-    strides = _strides(x)
+    strides = cast(Strides, _strides(x))
     sizes = block_sizes(channels, positions, strides[2], compute == torch.float64)
     with device_of(x):
         _scatter_kernel[(x.shape[0] * triton.cdiv(positions, sizes["BLOCK_S"]) * triton.cdiv(channels, sizes["BLOCK_C"]),)](
-            x, out, weight, channel if reduce == Reduce.MAX else weight, *strides, *_strides(out), channels, positions, p,
+            x, out, weight, channel if reduce == Reduce.MAX else weight, *strides, *cast(Strides, _strides(out)), channels, positions, p,
             MAX=reduce == Reduce.MAX, POWER=_power(p), COMPUTE=as_tl(compute), **sizes,
         )  # fmt: skip
     return grad if out is grad else grad.copy_(out)
@@ -439,26 +444,26 @@ def _transfer(student, teacher, p, variant, reduce, eps, upstream, wanted, saved
     empty, no_scale = student.new_empty(0), losses.new_empty(0, dtype=torch.float32)
     scaled = saved and student.dtype == torch.float16
     if batch == 0:
-        grads = (torch.empty_like(x) if w else empty for x, w in zip((student, teacher), wanted, strict=True))
+        grad_student, grad_teacher = (torch.empty_like(x) if w else empty for x, w in zip((student, teacher), wanted, strict=True))
         maps = torch.empty(0, *(student.shape[2:] if saved else ()), dtype=compute, device=student.device)
-        return losses.sum().to(compute), *grads, no_scale, maps
+        return losses.sum().to(compute), grad_student, grad_teacher, no_scale, maps
     (s_map, s_channel), (t_map, t_channel) = (_pool(x, p, reduce, compute) for x in (student, teacher))
-    weights = [torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True)]
+    s_weight, t_weight = (torch.empty_like(m) if w else None for m, w in zip((s_map, t_map), wanted, strict=True))
     eps_and_factors = (eps, _factor(student, p, reduce), _factor(teacher, p, reduce))
     positions = s_map.shape[1:].numel()
     with device_of(student):
         _transfer_kernel[(batch,)](
-            s_map, t_map, losses, *(s_map if w is None else w for w in weights), s_map if upstream is None else upstream, *eps_and_factors,
-            batch, positions,
+            s_map, t_map, losses, *(s_map if w is None else w for w in (s_weight, t_weight)), s_map if upstream is None else upstream,
+            *eps_and_factors, batch, positions,
             PAPER=variant == Variant.PAPER, HAS_UPSTREAM=upstream is not None, WANT_STUDENT=wanted[0], WANT_TEACHER=wanted[1],
             COMPUTE=as_tl(compute), **_row_block(positions),
         )  # fmt: skip
     scale = no_scale
-    if scaled:
-        scale = _float16_scale(weights[0], s_map, student.shape[1], p, reduce)
-        weights[0] /= scale.view(-1, *(1,) * (s_map.dim() - 1))
-    grad_student = _scatter(student, weights[0], s_channel, p, reduce, compute) if wanted[0] else empty
-    grad_teacher = _scatter(teacher, weights[1], t_channel, p, reduce, compute) if wanted[1] else empty
+    if scaled and s_weight is not None:
+        scale = _float16_scale(s_weight, s_map, student.shape[1], p, reduce)
+        s_weight /= scale.view(-1, *(1,) * (s_map.dim() - 1))
+    grad_student = _scatter(student, s_weight, s_channel, p, reduce, compute) if s_weight is not None else empty
+    grad_teacher = _scatter(teacher, t_weight, t_channel, p, reduce, compute) if t_weight is not None else empty
     return (losses.sum() / batch).to(compute), grad_student, grad_teacher, scale, t_map if saved else t_map.new_empty(0)
 
 

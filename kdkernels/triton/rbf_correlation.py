@@ -387,14 +387,14 @@ def _check_reduction(reduction: int) -> None:
         raise ValueError(f"reduction must be one of 0 (none), 1 (sum), 3 (batchmean), got {reduction}")
 
 
-def rbf_correlation_loss(sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def rbf_correlation_loss(sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, ...]:
     """Implements kdkernels::rbf_correlation_loss."""
     _check_reduction(reduction)
     loss, gradients = _loss((sx, sy, tx, ty), beta, reduction, wanted)
     return loss, *gradients
 
 
-def rbf_correlation_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rbf_correlation_loss_backward(grad_loss, sx, sy, tx, ty, beta, reduction, wanted) -> tuple[Tensor, ...]:
     """Implements kdkernels::rbf_correlation_loss_backward."""
     _check_reduction(reduction)
     inputs = (sx, sy, tx, ty)

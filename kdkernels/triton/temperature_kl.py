@@ -8,7 +8,7 @@ the forward pass saved by the upstream gradient.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .temperature_kl_checks import check_operands
 from .temperature_kl_divergence import divergence
 from .temperature_kl_forms import SUM_UNIT, jsd_gradients, jsd_means, kl_gradients, kl_means
 from .temperature_kl_rescale import temperature_kl_rescale, temperature_kl_rescale_  # noqa: F401  the same set of ops
-from .temperature_kl_rows import Tile, as_rows, block_logits, columns, powers_of_two, read_logits, row_pointers, row_shape, store_gradient
+from .temperature_kl_rows import Rows, Tile, as_rows, block_logits, columns, powers_of_two, read_logits, row_pointers, row_shape, store_gradient
 
 
 @triton.jit
@@ -219,10 +219,11 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     layout = as_rows(operands, a.dim)
     if layout is None:  # rows with three strides or more: work on copies with the classes last
         copies = [None if x is None else x.movedim(a.dim, -1).contiguous() for x in operands]
-        moved = a._replace(student=copies[0], teacher=copies[1], dim=-1)
+        student_copy, teacher_copy = cast(list[Tensor], copies[:2])
+        moved = a._replace(student=student_copy, teacher=teacher_copy, dim=-1)
         _launch(moved, r._replace(grad_student=copies[2], grad_teacher=copies[3]), weight, weight_tensor, upstream)
         for x, copy in zip(operands[2:], copies[2:], strict=True):
-            if x is not None:
+            if x is not None and copy is not None:
                 x.copy_(copy.movedim(-1, a.dim))
         return
     inner_size, (student, teacher, grad_student, grad_teacher) = layout
@@ -232,7 +233,7 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     classes = a.student.shape[a.dim]
     rows = a.student.numel() // classes
     compute = compute_dtype(a.student, a.teacher)
-    sizes = block_sizes(classes, student.class_stride, compute == torch.float64)
+    sizes = block_sizes(classes, cast(Rows, student).class_stride, compute == torch.float64)
     with device_of(a.student):
         _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             base, other, grad_base, grad_other, r.row_scale, r.loss, r.grad_temperature, row_temperature,
@@ -259,12 +260,12 @@ def temperature_kl(student, teacher, temperature, row_temperature, mask, normali
     _launch(arguments, results, weight, weight_tensor)
     if reduction == Reduction.NONE:
         return row_loss, grad, row_scale
-    weight = weight if weight_tensor is None else weight * weight_tensor
-    return (row_loss.sum(dtype=torch.float64) * weight).to(compute), grad, row_scale
+    factor = weight if weight_tensor is None else weight * weight_tensor
+    return (row_loss.sum(dtype=torch.float64) * factor).to(compute), grad, row_scale
 
 
 def temperature_kl_backward(grad_loss, student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,
-                            include_entropy, target_eps, wanted) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                            include_entropy, target_eps, wanted) -> tuple[Tensor, ...]:  # fmt: skip
     """Implements kdkernels::temperature_kl_backward."""
     check_operands(student, teacher, row_temperature, mask, normalizer, dim, grad_loss, reduction)
     arguments = _Arguments(student, teacher, temperature, row_temperature, mask, normalizer, dim, direction, beta, reduction, scale_by_t2,

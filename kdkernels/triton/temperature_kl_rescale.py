@@ -6,6 +6,8 @@ for each row (row_scale), by which it is also multiplied here.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from ..dtypes import compute_dtype
 from ..options import Reduction
 from .launch import as_tl, compile_options, device_of, is_dense
 from .temperature_kl_checks import check_operands
-from .temperature_kl_rows import as_rows, row_pointers, row_shape, store_gradient
+from .temperature_kl_rows import Rows, as_rows, row_pointers, row_shape, store_gradient
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, ma
         _rescale(moved, moved, row_scale, grad_loss, mask, -1)
         out.copy_(moved.movedim(-1, dim))
         return
-    inner_size, (gradients, results) = layout
+    inner_size, (gradients, results) = cast(tuple[int, list[Rows]], layout)
     classes = grad.shape[dim]
     rows = grad.numel() // classes
     scaled = tuple(row_scale.shape) == row_shape(grad, dim)
