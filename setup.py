@@ -87,7 +87,7 @@ def extensions() -> list:
     ops = [path for path in sorted_glob("csrc/*/*.cpp") if Path(path).stem == Path(path).parent.name]
     modules = []
     for isa in isas:
-        modules.append(extension(f"_cpu_{isa}", ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")], ISA_FLAGS[isa]))
+        modules.append(extension(f"_cpu_{isa}", ["csrc/library_cpu.cpp", *sorted_glob("csrc/*/cpu.cpp")], ISA_FLAGS[isa], "-O3"))
     modules.append(extension("_C", ["csrc/library.cpp", *ops], define_macros=defines))
     if os.environ.get("KDKERNELS_TESTING") == "1":
         isa_sources = sorted_glob("csrc/testing/*_cpu.cpp")
@@ -111,11 +111,11 @@ def sorted_glob(pattern: str) -> list[str]:
     return sorted(glob(pattern))
 
 
-def extension(name: str, files: list[str], flags: Sequence[str] = (), **options):
+def extension(name: str, files: list[str], flags: Sequence[str] = (), optimize: str = "-O2", **options):
     # -fopenmp is passed only to the compiler, not to the linker: the extension must use the OpenMP
     # runtime that torch has loaded, and not load a second one.
     flags = [
-        "-O2",
+        optimize,
         "-g0",  # Python's default flags request debug symbols: nine tenths of a module's size, half of its build time
         "-fopenmp",
         "-fvisibility=hidden",
