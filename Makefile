@@ -18,16 +18,30 @@ endif
 # (KDKERNELS_TESTING=0 below).
 export KDKERNELS_TESTING ?= 1
 
+# Only kernels that this CPU can run. Wheels contain the kernels for all instruction sets.
+ISAS_OF_WHEEL := $(KDKERNELS_ISAS)
+FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
+BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
+ISAS_avx512 := avx512,avx2,baseline
+ISAS_avx2 := avx2,baseline
+ISAS_baseline := baseline
+export KDKERNELS_ISAS ?= $(ISAS_$(BEST_ISA))
+
 # Folder for the results of the benches, one for each class of machine.
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo test test-torch bench bench-quick bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo test test-all test-torch bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
 
+# Without the tests in tests/slow_tests.txt.
 test: $(BUILT)
+	$(PY) -m pytest --durations=15 -m "not slow" $(WORKERS) $(TEST_FLAGS)
+
+# All tests, and the kernels for all instruction sets: those of a wheel.
+test-all: wheel
 	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
 
 # Run the tests with another release of torch and its Triton, in a separate virtual environment:
@@ -36,8 +50,6 @@ test: $(BUILT)
 # the best instruction set of this CPU. The interpreter of Triton 3.6, which torch 2.10 and 2.11
 # use, needs NumPy < 2.4.
 TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
-FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
-BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
 
 test-torch:
 	$(if $(VERSION),,$(error VERSION is missing; give the release of torch: make test-torch VERSION=2.10.0))
@@ -95,7 +107,7 @@ format: $(BUILT)
 
 wheel: $(BUILT)
 	rm -rf build/lib*
-	KDKERNELS_TESTING=0 $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	KDKERNELS_TESTING=0 KDKERNELS_ISAS=$(ISAS_OF_WHEEL) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation

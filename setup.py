@@ -79,7 +79,7 @@ if CUDA.home:
 
 
 def extensions() -> list:
-    isas = os.environ.get("KDKERNELS_ISAS", ",".join(ISA_FLAGS)).split(",")
+    isas = (os.environ.get("KDKERNELS_ISAS") or ",".join(ISA_FLAGS)).split(",")
     if not set(isas) <= set(ISA_FLAGS):
         raise SystemExit(f"KDKERNELS_ISAS must be a comma-separated list of instruction sets from {','.join(ISA_FLAGS)}, got {','.join(isas)}")
     build_facts = {"KDKERNELS_ISAS": ",".join(isas), "KDKERNELS_CUDA_ARCHS": ";".join(CUDA.architectures), "KDKERNELS_WITHOUT_CUDA": CUDA.reason}

@@ -2,6 +2,7 @@
 file, and the table at the end. ``kdkernels bench`` runs pytest with it.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import cast
@@ -36,6 +37,10 @@ class ReplayTimer:
 
 
 TIMER = ReplayTimer()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # suite.py freezes what exists
 
 
 def pytest_configure(config):

@@ -1,4 +1,6 @@
+import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,35 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kdkernels")
+
+# The beginnings of the names of tests that `make test` leaves out.
+SLOW_TESTS = [line for line in (Path(__file__).parent / "slow_tests.txt").read_text().splitlines() if line and not line.startswith("#")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
+def pytest_collection_modifyitems(config, items):
+    found = set()
+    for item in items:
+        test = f"{item.path.name}{item.nodeid[item.nodeid.index('::') :]}"
+        beginnings = {beginning for beginning in SLOW_TESTS if test.startswith(beginning)}
+        if beginnings:
+            item.add_marker("slow")
+            found |= beginnings
+    files = {item.path.name for item in items}
+    unknown = [line for line in SLOW_TESTS if line not in found and line.partition("::")[0] in files]
+    if unknown and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/slow_tests.txt: there is no test {unknown[0]!r}")
+
+
+def pytest_collection_finish():
+    # Otherwise each collection by gc would visit a million objects of imported modules.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

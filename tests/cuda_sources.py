@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -52,13 +53,13 @@ def check_syntax() -> int:
     return result.returncode
 
 
-def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """Compile every kernel in csrc/*/kernels.cu, and return its resources by target and kernel.
+def resources(targets: Sequence[str] = TARGETS) -> dict[str, dict[str, dict[str, int]]]:
+    """Compile every kernel in csrc/*/kernels.cu for the targets, and return its resources by target and kernel.
 
     The keys are registers, and in bytes stack, spill_stores, spill_loads and shared.
     """
-    architectures = [f for t in TARGETS for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
-    result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in TARGETS}
+    architectures = [f for t in targets for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
+    result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in targets}
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*/kernels.cu")):
             command = [nvcc(), "-std=c++17", "-t", "2", *architectures, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
