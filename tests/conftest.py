@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -21,8 +22,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kdkernels")
 
-# The beginnings of the names of tests that `make test` leaves out.
-SLOW_TESTS = [line for line in (Path(__file__).parent / "slow_tests.txt").read_text().splitlines() if line and not line.startswith("#")]
+# The tests that `make test` leaves out: a line is the beginning of a test's name, with * for any text.
+SLOW_TESTS = {
+    line: re.compile(re.escape(line).replace(r"\*", ".*"))
+    for line in (Path(__file__).parent / "slow_tests.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
@@ -30,10 +35,10 @@ def pytest_collection_modifyitems(config, items):
     found = set()
     for item in items:
         test = f"{item.path.name}{item.nodeid[item.nodeid.index('::') :]}"
-        beginnings = {beginning for beginning in SLOW_TESTS if test.startswith(beginning)}
-        if beginnings:
+        lines = {line for line, pattern in SLOW_TESTS.items() if pattern.match(test)}
+        if lines:
             item.add_marker("slow")
-            found |= beginnings
+            found |= lines
     files = {item.path.name for item in items}
     unknown = [line for line in SLOW_TESTS if line not in found and line.partition("::")[0] in files]
     if unknown and not any("::" in argument for argument in config.args):

@@ -53,15 +53,15 @@ def check_syntax() -> int:
     return result.returncode
 
 
-def resources(targets: Sequence[str] = TARGETS) -> dict[str, dict[str, dict[str, int]]]:
-    """Compile every kernel in csrc/*/kernels.cu for the targets, and return its resources by target and kernel.
+def resources(targets: Sequence[str] = TARGETS, ops: str = "*") -> dict[str, dict[str, dict[str, int]]]:
+    """Compile every kernel in csrc/<ops>/kernels.cu for the targets, and return its resources by target and kernel.
 
     The keys are registers, and in bytes stack, spill_stores, spill_loads and shared.
     """
     architectures = [f for t in targets for f in ("-gencode", f"arch=compute_{t.removeprefix('sm_')},code={t}")]
     result: dict[str, dict[str, dict[str, int]]] = {target: {} for target in targets}
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(SOURCES.glob("*/kernels.cu")):
+        for source in sorted(SOURCES.glob(f"{ops}/kernels.cu")):
             command = [nvcc(), "-std=c++17", "-t", "2", *architectures, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:

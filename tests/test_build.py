@@ -280,7 +280,8 @@ def setups(tmp_path_factory):
 
 def test_setup_builds_the_cuda_module_first(setups):
     home, printed, (built, *_) = setups
-    assert built["modules"][:2] == ["kdkernels._cuda", "kdkernels._C"]
+    assert built["modules"][0] == "kdkernels._cuda"
+    assert "kdkernels._C" in built["modules"]
     assert built["home"] == home
     flags = [flag for flag in built["flags"]["nvcc"] if "arch" in flag]
     assert flags == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_86,code=compute_86"]
@@ -295,7 +296,7 @@ def test_setup_without_a_toolkit(setups):
     With KDKERNELS_CUDA=1 setup.py stops with a one-line error.
     """
     _, printed, (_, without, required, wrong, _) = setups
-    assert without["modules"][0] == "kdkernels._C"
+    assert "kdkernels._C" in without["modules"]
     assert "kdkernels._cuda" not in without["modules"]
     assert "/opt/cuda is CUDA 11.8, not CUDA 13" in without["defines"]["KDKERNELS_WITHOUT_CUDA"]
     assert any(line.startswith("kdkernels: the CUDA kernels are not built: torch") for line in printed)

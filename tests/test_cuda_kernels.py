@@ -118,13 +118,15 @@ def test_too_large_matrices_and_unknown_implementations_raise():
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("target", TARGETS)
-def test_registers_and_spills_are_within_the_budget(target):
+@pytest.mark.parametrize("op", sorted(path.parent.name for path in SOURCES.glob("*/kernels.cu")))
+def test_registers_and_spills_are_within_the_budget(op, target):
     """No kernel uses more registers, stack, spills or static shared memory than the committed
     budget allows.
     """
-    budget, found = json.loads(BUDGET.read_text()), resources([target])[target]
+    budget, found = json.loads(BUDGET.read_text()), resources([target], op)[target]
     assert set(budget) == set(TARGETS)
-    assert set(found) == set(budget[target])
+    assert found
+    assert set(found) == {kernel for kernel in budget[target] if kernel.startswith("align") == op.startswith("align")}
     over = [
         f"{kernel}: {name} {value}, budget {budget[target][kernel][name]}"
         for kernel, uses in found.items()

@@ -54,14 +54,11 @@ def check_available(implementation: Implementation) -> None:
     """Raise RuntimeError if an implementation cannot run on any device of this machine."""
     if implementation == Implementation.TRITON and importlib.util.find_spec("triton") is None:
         raise RuntimeError('the implementation "triton" needs Triton, which is not installed: pip install triton')
-    if implementation == Implementation.CUDA and not HAS_CUDA_KERNELS and not _cuda_runs_on_cpu():
+    if torch.compiler.is_compiling():  # which cannot trace the next call; the op raises an error too
+        return
+    on_host = torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::truncated_svd_cuda", "CPU")
+    if implementation == Implementation.CUDA and not HAS_CUDA_KERNELS and not on_host:
         raise RuntimeError('the implementation "cuda" was not built: kdkernels.show_config() prints the reason, and what to do')
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the call
-def _cuda_runs_on_cpu() -> bool:
-    """Return whether kdkernels._testing, which runs the CUDA kernels on CPU tensors, is imported."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::truncated_svd_cuda", "CPU")
 
 
 def _cuda_runs(args: Sequence) -> bool:
