@@ -241,9 +241,10 @@ for environment, fault, text in json.loads(sys.stdin.read()):
     cuda_toolkit.find_toolkit = (lambda *_, fault=fault: (None, [fault])) if fault else find
     try:
         names = runpy.run_path("setup.py")
-        first, *rest = names["extensions"]()
-        results.append({"modules": [first.name, *(m.name for m in rest)], "home": os.environ.get("CUDA_HOME"), "literal": names["c_string"](text),
-            "defines": dict((rest[0] if first.name == "kdkernels._cuda" else first).define_macros), "flags": first.extra_compile_args})
+        modules = {m.name: m for m in names["extensions"]()}
+        first = next(iter(modules.values()))
+        results.append({"modules": list(modules), "home": os.environ.get("CUDA_HOME"), "literal": names["c_string"](text),
+            "defines": dict(modules["kdkernels._C"].define_macros), "flags": first.extra_compile_args})
     except SystemExit as error:
         results.append({"error": str(error)})
     for name in (*environment, "CUDA_HOME"):
