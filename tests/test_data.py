@@ -317,6 +317,16 @@ def test_from_datasets_raises_for_unsupported_datasets():
         next(iter(data.train_dataloader()))
 
 
+def test_labels_of_different_shapes_raise():
+    """Also if the data do not know the number of classes."""
+    items = [(torch.zeros(1, 4, 4), torch.tensor(0) if i else torch.tensor([0.5, 0.5])) for i in range(6)]
+    data = FromDatasets(items, items, batch_size=6)
+    data.setup()
+    assert data.num_classes is None
+    with pytest.raises(ValueError, match="all labels must have the same shape; sample"):
+        next(iter(data.train_dataloader()))
+
+
 def test_views_repeat_over_epochs():
     data = Digits(augment=Augment(crop=1, views=3))
     data.setup()
