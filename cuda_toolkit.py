@@ -1,4 +1,4 @@
-"""Decides whether the CUDA kernels can be built, with which toolkit, and for which GPU architectures.
+"""Decides whether the CUDA kernels can be built, with which toolkit, and for which GPUs.
 
 setup.py calls `plan`.
 """
@@ -49,7 +49,7 @@ class Toolkit:
     def supports(self, architecture: str) -> bool:
         """Whether nvcc compiles for an architecture such as "9.0", "9.0a" or "10.0f".
 
-        Some releases of nvcc list "compute_90a" in addition to "compute_90", others only the latter.
+        Some releases of nvcc list "compute_90a" in addition to "compute_90", others do not.
         """
         number, suffix = re.fullmatch(r"([\d.]+)([af]?)", architecture).groups()
         target = f"compute_{number.replace('.', '')}"
@@ -208,7 +208,10 @@ def _default_architectures(toolkit: Toolkit) -> tuple[str, ...]:
 
 
 def _parse_architectures(requested: str) -> list[tuple[str, bool]]:
-    """Parse TORCH_CUDA_ARCH_LIST into (architecture, with PTX), replacing names of generations by their architectures."""
+    """Parse TORCH_CUDA_ARCH_LIST into (architecture, with PTX).
+
+    Names of generations are replaced by their architectures.
+    """
     parsed = []
     for entry in re.split(r"[;,\s]+", requested):
         for part in filter(None, GENERATIONS.get(entry, GENERATIONS.get(entry.removesuffix("+PTX"), entry)).split(";")):

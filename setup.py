@@ -51,8 +51,8 @@ ISA_FLAGS = {
 def plan_cuda() -> cuda_toolkit.Plan:
     """Decide whether and how to build the CUDA kernels, and print the decision.
 
-    They are built if torch is a CUDA build and a toolkit of the same major version is found. No GPU is
-    required.
+    They are built if torch is a CUDA build and a toolkit of the same major version is found. No
+    GPU is required.
     """
 
     def visible_gpus() -> list[tuple[int, int]]:
@@ -132,7 +132,7 @@ def extension(name: str, files: list[str], flags: Sequence[str] = (), optimize: 
 
 
 def c_string(text: str) -> str:
-    """Return a C string literal that ninja (for which $ is special) and the shell pass on unchanged."""
+    """Return a C string literal that ninja and the shell pass on unchanged ($ is special)."""
     return json.dumps(text.encode("ascii", "replace").decode()).replace("$", r"\044")
 
 
@@ -149,8 +149,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.parallel = self.parallel or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
     def build_extension(self, ext):
-        # The same source is compiled for several instruction sets, so each module has its own folder
-        # of object files. The copy of this object keeps concurrent builds of other modules apart.
+        # The same source is compiled for several instruction sets, so each module has its own
+        # folder of object files. The copy of this object keeps concurrent builds of other modules
+        # apart.
         build = copy.copy(self)
         build.build_temp = os.path.abspath(os.path.join(self.build_temp, ext.name))
         if getattr(ext, "unite", False):
@@ -169,7 +170,7 @@ def unite(sources: list[str], folder: Path) -> str:
 
 
 def packages() -> list[str]:
-    """Return every folder of kdkernels/ with an __init__.py, and the two packages that are outside it.
+    """Return every folder of kdkernels/ with an __init__.py, and the two packages outside it.
 
     package-dir in pyproject.toml maps these two.
     """

@@ -22,7 +22,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kdkernels")
 
-# The tests that `make test` leaves out: a line is the beginning of a test's name, with * for any text.
+# The tests that `make test` leaves out: a line is the beginning of a test's name, with * for any
+# text.
 SLOW_TESTS = {
     line: re.compile(re.escape(line).replace(r"\*", ".*"))
     for line in (Path(__file__).parent / "slow_tests.txt").read_text().splitlines()

@@ -54,7 +54,9 @@ def check_syntax() -> int:
 
 
 def resources(targets: Sequence[str] = TARGETS, ops: str = "*") -> dict[str, dict[str, dict[str, int]]]:
-    """Compile every kernel in csrc/<ops>/kernels.cu for the targets, and return its resources by target and kernel.
+    """Compile every kernel in csrc/<ops>/kernels.cu for the targets.
+
+    Return its resources by target and kernel.
 
     The keys are registers, and in bytes stack, spill_stores, spill_loads and shared.
     """

@@ -259,8 +259,8 @@ def test_raw_ops_check_shapes_and_options():
 def test_gradient_is_accurate_for_many_channels(shape, device):
     """The error of the gradient is at most twice that of PyTorch's pairwise sums.
 
-    Maps of thousands of channels differ by a few percent only, so the gradient is computed from small
-    differences.
+    Maps of thousands of channels differ by a few percent only, so the gradient is computed from
+    small differences.
     """
     torch.manual_seed(0)
     s, t = _features(*shape, device=device).requires_grad_(), _features(*shape, device=device)

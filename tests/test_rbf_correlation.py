@@ -44,8 +44,8 @@ def _compute(*features):
 def _exact_loss(inputs, beta):
     """Return the loss of each sample, its gradients, and the sums of the magnitudes of their terms.
 
-    They are computed from the definition in numpy's longdouble, because S - T is inaccurate in float64
-    if S is close to T.
+    They are computed from the definition in numpy's longdouble, because S - T is inaccurate in
+    float64 if S is close to T.
     """
     sx, sy, tx, ty = (x.detach().cpu().double().numpy().astype(np.longdouble) for x in inputs)
     with np.errstate(invalid="ignore"):

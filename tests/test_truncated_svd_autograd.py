@@ -78,8 +78,8 @@ def test_against_float64_autograd(m, n, k, dtype, svd):
 def test_unused_small_values_do_not_reduce_accuracy(m, n, svd):
     """A small second singular value does not reduce the accuracy if only the first triplet is used.
 
-    In SVD-KD the student has a spare vector that is seldom used. Here the second value is a hundredth
-    of the first. Some samples use the second triplet too.
+    In SVD-KD the student has a spare vector that is seldom used. Here the second value is a
+    hundredth of the first. Some samples use the second triplet too.
     """
     p = min(m, n)
     values = torch.cat([torch.tensor([1.0, 0.01]), 0.005 * torch.linspace(1, 0.5, p - 2)])

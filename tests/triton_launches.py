@@ -172,7 +172,8 @@ def flattened(arguments: tuple):
 def front_end_property(constant) -> str:
     """Return the property of a constant on which the front end depends.
 
-    It depends on the value of a switch, but not on the exact value of block sizes and other numbers.
+    It depends on the value of a switch, but not on the exact value of block sizes and other
+    numbers.
     """
     if isinstance(constant, int) and constant > 3:
         return "several"

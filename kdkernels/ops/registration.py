@@ -129,7 +129,8 @@ class _Reference:
 
     def all_results(self, arguments: Sequence) -> Tensor | tuple[Tensor, ...]:
         """Return as many results as the op, with empty tensors for those without a derivative."""
-        # Only the reference of truncated_svd returns None. It is not called here, because the op has its own vmap rule.
+        # Only the reference of truncated_svd returns None. It is not called here, because the op
+        # has its own vmap rule.
         results = cast(tuple[Tensor, ...], self(arguments))
         return (*results, *(results[0].new_empty(0) for _ in range(self.op.results - len(results)))) if self.op.results > 1 else results[0]
 
