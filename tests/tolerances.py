@@ -31,8 +31,8 @@ def assert_close(
     """Check that `actual` is close to `expected`, and has infinities and NaN at the same positions.
 
     The bound is |actual - expected| <= rtol * max(|expected|, scale) + atol + half a unit of
-    actual's dtype. ``truncated`` allows a whole unit of bfloat16: Triton's interpreter truncates float32 to
-    bfloat16, while a GPU rounds.
+    actual's dtype. ``truncated`` allows a whole unit of bfloat16: Triton's interpreter truncates
+    float32 to bfloat16, while a GPU rounds.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
