@@ -18,14 +18,12 @@ endif
 # (KDKERNELS_TESTING=0 below).
 export KDKERNELS_TESTING ?= 1
 
-# Only kernels that this CPU can run. Wheels contain the kernels for all instruction sets.
-ISAS_OF_WHEEL := $(KDKERNELS_ISAS)
+# Only the kernels for the best instruction set of this CPU. Wheels, and the build of `make test-all`,
+# contain those for all instruction sets.
+ALL_ISAS := $(KDKERNELS_ISAS)
 FLAGS_OF_CPU := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 BEST_ISA := $(if $(filter avx512vl,$(FLAGS_OF_CPU)),avx512,$(if $(filter avx2,$(FLAGS_OF_CPU)),avx2,baseline))
-ISAS_avx512 := avx512,avx2,baseline
-ISAS_avx2 := avx2,baseline
-ISAS_baseline := baseline
-export KDKERNELS_ISAS ?= $(ISAS_$(BEST_ISA))
+export KDKERNELS_ISAS ?= $(BEST_ISA)
 
 # Folder for the results of the benches, one for each class of machine.
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
@@ -40,8 +38,9 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PY) -m pytest --durations=15 -m "not slow" $(WORKERS) $(TEST_FLAGS)
 
-# All tests, and the kernels for all instruction sets: those of a wheel.
-test-all: wheel
+# All tests, with the kernels for all instruction sets.
+test-all: $(BUILT)
+	KDKERNELS_ISAS=$(ALL_ISAS) $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PY) -m pytest --durations=15 $(WORKERS) $(TEST_FLAGS)
 
 # Run the tests with another release of torch and its Triton, in a separate virtual environment:
@@ -107,7 +106,7 @@ format: $(BUILT)
 
 wheel: $(BUILT)
 	rm -rf build/lib*
-	KDKERNELS_TESTING=0 KDKERNELS_ISAS=$(ISAS_OF_WHEEL) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	KDKERNELS_TESTING=0 KDKERNELS_ISAS=$(ALL_ISAS) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
@@ -115,11 +114,21 @@ sdist: $(BUILT)
 clean:
 	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
+# Prints the dependencies. The parser is pip's, because Python 3.10 has none.
+PRINT_REQUIREMENTS = from pip._vendor import tomli; \
+  project = tomli.load(open("pyproject.toml", "rb"))["project"]; \
+  extras = [requirement for extra in ("train", "export", "dev") for requirement in project["optional-dependencies"][extra]]; \
+  print(*project["dependencies"], *extras, sep="\n")
+
+# The package is built while pip installs the dependencies that the build does not need.
 .venv/.dependencies: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q -c constraints.txt torch 'setuptools>=77' ninja pybind11 wheel
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,export,dev]'
+	$(PY) -m pip install -q -c constraints.txt torch numpy 'setuptools>=77' ninja pybind11 wheel
+	$(PY) -c '$(PRINT_REQUIREMENTS)' > .venv/requirements.txt
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e . & build=$$!; \
+	  $(PY) -m pip install -q -c constraints.txt -r .venv/requirements.txt; dependencies=$$?; \
+	  wait $$build && exit $$dependencies
 	touch $@ .venv/.fresh
 
 # The rule for .venv/.dependencies also builds the package and creates .venv/.fresh; in this case

@@ -10,6 +10,7 @@ Environment variables:
   built.
 - TORCH_CUDA_ARCH_LIST lists the GPU architectures of the CUDA kernels.
 - KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
+- KDKERNELS_UNITE=0 compiles each source separately.
 - KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
 """
 
