@@ -383,8 +383,8 @@ def test_gpu_rows_have_a_separate_section(smoke_run, tmp_path, monkeypatch):
 # The command.
 
 
-def _bench(*arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def _bench(*arguments, settings=(), **options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(settings)
     return subprocess.run(
         [sys.executable, "-m", "kdkernels", "bench", *map(str, arguments)], capture_output=True, text=True, env=environment, **options
     )
@@ -393,11 +393,26 @@ def _bench(*arguments, **options):
 @pytest.fixture(scope="module")
 def smoke_run(tmp_path_factory):
     """Run the benchmarks of a few rows: an op in all directions, points of sweeps, and a training
-    step.
+    step. The contender "Inductor" runs without being compiled, which would take most of the time;
+    `make bench-smoke` compiles it.
     """
     out = tmp_path_factory.mktemp("bench")
+    settings = {"TORCHDYNAMO_DISABLE": "1"}
     run = _bench(
-        "--smoke", "--device", "cpu", "--report", "--out", out, "--select", "128 x 100,", "--select", "rows of 1000", "--select", "FSP", cwd=out
+        "--smoke",
+        "--device",
+        "cpu",
+        "--report",
+        "--out",
+        out,
+        "--select",
+        "128 x 100,",
+        "--select",
+        "rows of 1000",
+        "--select",
+        "FSP",
+        cwd=out,
+        settings=settings,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return out, run

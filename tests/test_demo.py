@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lightning")
+from kdkernels.cli import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -53,12 +55,10 @@ def test_interrupted_demo_can_be_resumed(tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # the page loads no external files
 
 
-def test_demo_in_a_folder_that_cannot_be_created_is_an_error(tmp_path):
+def test_demo_in_a_folder_that_cannot_be_created_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "kdkernels", "demo", "--out", str(tmp_path / "file" / "sub")]
-    run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--out: cannot create the folder" in run.stderr
+    assert main(["demo", "--out", str(tmp_path / "file" / "sub")]) == 2
+    assert "--out: cannot create the folder" in capsys.readouterr().err
 
 
 def test_fit_with_the_configs_of_the_readme(tmp_path):
