@@ -128,6 +128,33 @@ def test_predictions_are_written_whole_or_not_at_all(exported, tmp_path, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"images", "out.csv"}
 
 
+def test_file_names_that_are_not_utf8(exported, tmp_path):
+    """The name in the CSV file has the same bytes as the name of the image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    _photo(folder / "a.jpg", 0)
+    try:
+        os.rename(folder / "a.jpg", os.fsencode(folder) + b"/bad\xff.jpg")
+    except OSError:
+        pytest.skip("this file system allows only names in UTF-8")
+    assert predict_images(exported[0] / "student.ckpt", folder, tmp_path / "out.csv") == 1
+    assert b"bad\xff.jpg," in (tmp_path / "out.csv").read_bytes()
+
+
+def test_predict_checks_its_output_before_any_work(exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("not an image")
+    model, images = exported[0] / "student.ckpt", tmp_path / "broken"
+    with pytest.raises(ValueError, match=r"out must be a file, but .* is a folder"):
+        predict_images(model, images, images)
+    with pytest.raises(ValueError, match=r"out must be in a folder, but .*file' is a file"):
+        predict_images(model, images, tmp_path / "file" / "out.csv")
+    with pytest.raises(ValueError, match=r"images: no file in .* can be read as an image"):
+        predict_images(model, images, tmp_path / "out.csv", on_error="skip")
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_predict_raises_for_invalid_arguments(exported, tmp_path):
     folder, _ = exported
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ teachers, and data without labels.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -350,6 +351,19 @@ def test_invalid_teachers_raise():
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
+    for weights in (1.0, "11", ["1", 2.0]):
+        with pytest.raises(TypeError, match="combine_weights must be a list of numbers, got"):
+            KD(student, teachers, combine_weights=weights)
+
+
+def test_label_maps_may_be_arrays_of_any_strides_and_byte_order():
+    labels = np.arange(16 * 16).reshape(16, 16) % 3
+    for array in (labels[:, ::-1], labels.astype(">u2"), labels.T, labels.astype("uint8")[::-1]):
+        items = [(torch.zeros(3, 16, 16), array)] * 4
+        data = FromDatasets(items, items, num_classes=3, batch_size=4)
+        data.setup()
+        got = next(iter(data.val_dataloader()))["label"]
+        assert torch.equal(got[0].long(), torch.from_numpy(array.astype("int64")))
 
 
 def test_tasks_and_teachers_in_a_config(tmp_path):

@@ -282,7 +282,11 @@ _RESERVED_FIELDS = {"index", "view", "share", "mix", "mixed_label"}
 
 def _as_tensor(value: object, name: str, index: int) -> Tensor:
     try:
-        return torch.as_tensor(np.array(value) if is_pil(value) else value)  # for a PIL image with a palette: the indices, not the colours
+        if is_pil(value):
+            value = np.array(value)  # of an image with a palette the indices, not the colours
+        if isinstance(value, np.ndarray):  # torch supports neither negative strides nor other byte orders
+            value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"field {name!r} of sample {index} must be a number, an array or a tensor, got {type(value).__name__}") from error
 

@@ -64,6 +64,11 @@ def predict_images(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if on_error not in ("fail", "skip"):
         raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
+    if Path(out).is_dir():
+        raise ValueError(f"out must be a file, but {str(out)!r} is a folder")
+    not_a_folder = next((str(parent) for parent in Path(out).parents if parent.exists() and not parent.is_dir()), None)
+    if not_a_folder is not None:
+        raise ValueError(f"out must be in a folder, but {not_a_folder!r} is a file")
     folder, left_out = Path(images), LeftOut(Path(images))
     files = image_files(folder, left_out)
     network, metadata = load_model(model)
@@ -75,10 +80,19 @@ def predict_images(
             for path, cells in zip(paths, top_classes, strict=True):
                 yield [path.relative_to(folder).as_posix(), *cells]
 
-    count = _write_csv(Path(out), columns, rows())
+    count = _write_csv(Path(out), columns, _require_rows(rows(), images))
     if left_out:
         print(left_out, file=sys.stderr)
     return count
+
+
+def _require_rows(rows: Iterator[list], images: object) -> Iterator[list]:
+    """Yield the rows; raise ValueError if there is none."""
+    row = next(rows, None)
+    if row is None:
+        raise ValueError(f"images: no file in {str(images)!r} can be read as an image")
+    yield row
+    yield from rows
 
 
 def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
@@ -183,7 +197,7 @@ def _write_csv(path: Path, header: list[str], rows: Iterator[list]) -> int:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         count = 0
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for row in rows:

@@ -161,13 +161,16 @@ def teacher_shares(count: int, weights: Sequence[float] | None) -> list[float]:
     """Return the weights of ``count`` teachers, scaled so that their sum is 1.
 
     Raises:
+        TypeError: ``weights`` is not a list of numbers.
         ValueError: the number of weights is not ``count``, or a weight is not positive and finite.
     """
-    weights = [1.0] * count if weights is None else list(weights)
+    weights = [1.0] * count if weights is None else weights
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float)) for weight in weights):
+        raise TypeError(f"combine_weights must be a list of numbers, got {weights!r}")
     if len(weights) != count:
-        raise ValueError(f"there must be one weight for each of the {count} teachers, got {len(weights)}")
+        raise ValueError(f"combine_weights must have one weight for each of the {count} teachers, got {len(weights)}")
     if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"the teachers' weights must be > 0 and finite, got {weights}")
+        raise ValueError(f"combine_weights must be > 0 and finite, got {list(weights)}")
     return [weight / sum(weights) for weight in weights]
 
 
