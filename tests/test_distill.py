@@ -9,6 +9,7 @@ from torch import nn
 L = pytest.importorskip("lightning")
 from kdkernels.data import Augment, ClutterDigits  # noqa: E402
 from kdkernels.distill import KD, Distiller, Supervised, kd_loss  # noqa: E402
+from kdkernels.distill.batch import as_batch  # noqa: E402
 from kdkernels.models import TinyCNN, pair_features  # noqa: E402
 from kdkernels.tasks import Classification  # noqa: E402
 
@@ -183,3 +184,16 @@ def test_non_finite_loss_stops_training_before_the_step(data, tmp_path):
 def test_method_without_teacher_raises():
     with pytest.raises(ValueError, match="need a teacher"):
         Distiller(TinyCNN(2), teacher_weights="file.pt")
+
+
+@pytest.mark.parametrize("name", ["labels", "target", "targets", "y"])
+def test_labels_under_another_key_raise(name):
+    """Otherwise the network would be trained without labels."""
+    with pytest.raises(ValueError, match=f"must have the key \"label\", but the batch has the key '{name}': rename it"):
+        as_batch({"image": torch.zeros(4, 3, 8, 8), name: torch.zeros(4, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("label", [torch.zeros(3), torch.tensor(1), torch.zeros(8, 1)])
+def test_another_number_of_labels_than_of_images_raises(label):
+    with pytest.raises(ValueError, match="one label for each of its 4 images, got labels of shape"):
+        as_batch({"image": torch.zeros(4, 3, 8, 8), "label": label})
