@@ -45,7 +45,7 @@ STEPS = [
 @contextlib.contextmanager
 def references():
     """Replace the fused ops by the references in losses and methods, and restore them on exit."""
-    modules = [m for name, m in sys.modules.items() if name == "kdkernels.nn" or name.startswith(("kdkernels.tasks", "kdkernels.distill"))]
+    modules = [m for name, m in sys.modules.items() if name.startswith("kdkernels.") and not name.startswith(("kdkernels.ops", "kdkernels.benches"))]
     imported_ops = [(m, name) for m in modules for name in REPLACEMENTS if getattr(m, name, None) is getattr(kdkernels, name)]
     for module, name in imported_ops:
         setattr(module, name, REPLACEMENTS[name])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from pathlib import Path
 
+from kdkernels.files import replaced_atomically
 from kdkernels.plots.page import STYLE
 
 from .pictures import draw, sweeps_of, title_of
@@ -74,9 +74,8 @@ rounds, with its 95 % interval. Errors are measured against float64. Click a col
 {"".join(_picture(op, sweeps, result) for op, sweeps in sweeps_of(result).items()) or "<p>No sweep was measured.</p>"}
 <script>{SCRIPT}</script></body></html>
 """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

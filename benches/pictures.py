@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
+
+from kdkernels.files import replaced_atomically
 
 from .tables import CONTENDER_LABELS, rows_of, share_of_limit
 
@@ -92,9 +93,8 @@ def write_pictures(result: dict, folder: Path) -> list[Path]:
             path = folder / f"{op}_sweeps.{kind}"
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, **options)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, path)
+            with replaced_atomically(path) as temporary:
+                temporary.write_bytes(buffer.getvalue())
             written.append(path)
         plt.close(figure)
     return written

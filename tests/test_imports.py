@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the lowest to the highest layer. A part may import the parts listed before it. "kdkernels" is
 # the module kdkernels/__init__.py.
 LAYERS = [
-    {"options", "dtypes"},
+    {"options", "dtypes", "files"},
     {"reference", "triton"},
     {"ops"},
     {"testing"},

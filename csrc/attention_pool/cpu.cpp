@@ -7,6 +7,7 @@
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
+#include "../common/convert.h"
 #include "../common/memory.h"
 #include "maps.h"
 #include "scatter.h"
@@ -15,16 +16,6 @@ namespace kdkernels::attention_pool {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // with fewer numbers per thread, a second thread costs more than it saves
-
-// Calls body with a null pointer to the type in which the features are stored.
-template <typename T, typename Body>
-void with_storage(at::ScalarType stored, Body&& body) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
-    if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
-  }
-  body(static_cast<T*>(nullptr));
-}
 
 // The features of one network, with the functions that compute its map and its gradient.
 template <typename T>

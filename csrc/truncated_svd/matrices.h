@@ -76,16 +76,6 @@ class Matrices {
   at::Tensor x_;
 };
 
-// Calls body with a null pointer to the dtype in which the numbers are stored.
-template <typename T, typename Body>
-void with_storage(at::ScalarType stored, Body&& body) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
-    if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
-  }
-  body(static_cast<T*>(nullptr));
-}
-
 // Reads blocks of one matrix after another. Owns the memory to which a block is copied if it cannot
 // be read in place.
 template <typename T>

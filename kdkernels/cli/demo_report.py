@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import os
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from .. import config
+from ..files import replaced_atomically
 from ..plots.demo import accuracy_curves, loss_times, sample_images
 from ..plots.page import STYLE, image_tag
 from .demo_results import STAGES, STUDENT_WIDTH, TEACHER_WIDTH, mean_and_spread, summary
@@ -48,9 +48,8 @@ labels alone, then again, from the same initial weights, with the teacher's soft
 {torch.get_num_threads()} threads. Ratios are medians over interleaved rounds in one process.</p>
 </body></html>
 """
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import replaced_atomically
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,9 +48,8 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=1))
-        temporary.replace(self.path)
+        with replaced_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self.values, indent=1))
 
 
 def summary(results: dict, seeds: int) -> list[tuple[str, list[float]]]:

@@ -17,6 +17,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ..files import replaced_atomically
+
 if TYPE_CHECKING:
     from .base import Distiller
 
@@ -33,19 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replaced_atomically(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def checkpoints(folder: str | os.PathLike, monitor: str | None = None, every: int | None = None) -> list[ModelCheckpoint]:
@@ -173,13 +164,6 @@ def reserve(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
     elif os.fstat(handle).st_size < size:
         os.truncate(handle, size)
-
-
-def umask() -> int:
-    """Return the umask of the process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def silence_lightning() -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..files import replaced_atomically
 from ..models.weights import build, describe, load_weights
 from ..tasks import find_logits
-from .engine import umask
 
 __all__ = ["export_student"]
 
@@ -74,15 +73,11 @@ def export_student(
     differences = {}
     for name, file in targets.items():
         target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            temporary = Path(folder) / target.name
+        with replaced_atomically(target) as temporary:
             logits = _FORMATS[name](network, image, temporary, spec, metadata)
             difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")
-            os.chmod(temporary, 0o666 & ~umask())  # safetensors' files are private to the owner
-            os.replace(temporary, target)
         differences[name] = difference
     return differences
 

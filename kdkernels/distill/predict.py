@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from ..data.decode import read_image
 from ..data.listing import LeftOut, image_files
+from ..files import replaced_atomically
 from ..models.weights import build, describe, from_checkpoint, load_weights
 from ..tasks import find_logits
-from .engine import umask
 from .export import METADATA_KEY, metadata_of
 
 __all__ = ["predict_images"]
@@ -192,22 +191,12 @@ def _top_classes(logits: Tensor, metadata: dict, top_k: int) -> list[list]:
 
 
 def _write_csv(path: Path, header: list[str], rows: Iterator[list]) -> int:
-    """Write a CSV file to a temporary file and rename it; return the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        count = 0
-        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for row in rows:
-                writer.writerow(row)
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a CSV file, and return the number of rows."""
+    count = 0
+    with replaced_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow(row)
+            count += 1
     return count

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from ..tasks import Task
 from .base import Distiller
 
 
@@ -23,12 +20,12 @@ class Supervised(Distiller):
         self,
         student: nn.Module,
         student_weights: str | os.PathLike | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        scheduler: LRSchedulerCallable | None = None,
-        check_finite: bool = True,
-        task: Task | None = None,
+        **options,
     ):
-        super().__init__(student, student_weights=student_weights, optimizer=optimizer, scheduler=scheduler, check_finite=check_finite, task=task)
+        # The arguments that are given here are options neither in Python nor on the command line.
+        super().__init__(
+            student, None, student_weights=student_weights, teacher_weights=None, student_taps=(), teacher_taps=(), teacher_cache=None, **options
+        )
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         logits, _ = self.student_outputs(batch)

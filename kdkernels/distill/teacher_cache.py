@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import replaced_atomically
 from .engine import reserve
 
 Outputs = tuple[Tensor, dict[str, Tensor]]  # logits, tapped features
@@ -201,7 +201,5 @@ def _split_outputs(values: dict[str, Tensor]) -> Outputs:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(text)

@@ -1,10 +1,11 @@
-"""Helpers for all plots: figures, and files that are written completely or not at all."""
+"""Helpers for all plots: figures and their files."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+
+from ..files import replaced_atomically
 
 
 def subplots(rows: int = 1, columns: int = 1, **options):
@@ -34,10 +35,7 @@ def picture_path(out: str | os.PathLike) -> Path:
 
 def write_picture(figure, out: Path) -> Path:
     """Write the figure, completely or not at all, and close it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        temporary = Path(folder) / out.name
+    with replaced_atomically(out) as temporary:
         figure.savefig(temporary, dpi=110)
-        os.replace(temporary, out)
     close(figure)
     return out
