@@ -102,10 +102,26 @@ def section(file: Path) -> str:
 
 def page() -> str:
     files = sorted((ROOT / "benches" / "results").glob("*/bench.json"))
-    parts = [HEAD, *(section(f) for f in files)]
-    if not any(json.loads(f.read_text())["benchmarks"][0]["extra_info"].get("device") == "cuda" for f in files):
-        parts.append("## GPU\n\nNot measured yet.\n")
-    return "\n".join(parts)
+    return "\n".join([HEAD, *(section(f) for f in files), *(kernels(f) for f in sorted((ROOT / "benches" / "results").glob("*/kernels.json")))])
+
+
+def kernels(path: Path) -> str:
+    """Return the section of a file kernels.json, whose tables were measured outside the suite."""
+    measured = json.loads(path.read_text())
+    lines = [
+        f"## {measured['gpu']}: kernels",
+        "",
+        f"torch {measured['torch']}, Triton {measured['triton']}, CUDA {measured['cuda']}. The suite has not been run on this GPU yet.",
+        f"These tables come from shorter measurements (`benches/results/{path.parent.name}/kernels.json`).",
+        "",
+    ]
+    for table in measured["tables"]:
+        columns = list(table["rows"][0])
+        lines += [f"### {table['title']} (commit {table['commit']})", "", table["note"], "", "| " + " | ".join(columns) + " |"]
+        lines += ["|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join("-" if row[c] is None else str(row[c]) for c in columns) + " |" for row in table["rows"]]
+        lines += [""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

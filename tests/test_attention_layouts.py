@@ -154,9 +154,10 @@ def test_triton_saves_half_precision_gradients_like_the_cpu():
     op = torch.ops.kdkernels.attention_transfer_loss
     for p, reduce in ((2.0, Reduce.MEAN), (0.5, Reduce.SUM), (3.0, Reduce.MAX)):
         s, t = torch.randn(3, 5, 4, 3).half(), torch.randn(3, 2, 4, 3)
-        (loss, grad, scale, maps), (want_loss, want, want_scale, want_maps) = (
-            f(s, t, p, Variant.AUTHORS, reduce, 1e-12, True) for f in (kernels.attention_transfer_loss, op)
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = (p, Variant.AUTHORS, reduce, 1e-12, True)
+        loss, grad, scale, maps = (x.cpu() for x in kernels.attention_transfer_loss(s.to(device), t.to(device), *options))
+        want_loss, want, want_scale, want_maps = op(s, t, *options)
         torch.testing.assert_close(loss, want_loss)
         torch.testing.assert_close(maps, want_maps)
         assert torch.equal(scale.frexp()[0], torch.full_like(scale, 0.5))

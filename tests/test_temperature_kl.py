@@ -1,5 +1,6 @@
 """temperature_kl against the reference in float64, for every backend, and known values."""
 
+import contextlib
 import functools
 
 import pytest
@@ -13,14 +14,48 @@ from tolerances import assert_close, rounding, sum_error
 from kdkernels import reference, temperature_kl
 from kdkernels.options import VALUES
 
+# "triton short" and "triton long" use the kernels for short and for long rows of
+# temperature_kl_fast.py for rows of every length, where these kernels compute the result.
+BACKENDS = [*DEVICES, "triton", "triton short", "triton long"]
+
+
+def device_of_backend(backend: str) -> str:
+    """Return the device for tensors of a backend. Without a GPU, Triton's interpreter runs."""
+    return "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+
+
+@contextlib.contextmanager
+def fast_kernels(backend: str):
+    """Use the kernels of temperature_kl_fast.py also for small tensors."""
+    from kdkernels.triton import temperature_kl_fast
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(temperature_kl_fast, "SMALLEST", 0)
+        patch.setattr(temperature_kl_fast, "SHORTEST_ROW", 1)
+        patch.setattr(temperature_kl_fast, "LONGEST_SHORT_ROW", 0 if backend == "triton long" else 4096)
+        yield
+
 
 def _operators(backend: str):
     """Return (forward, backward) with the signatures of the ops."""
-    if backend == "triton":
-        from kdkernels.triton import temperature_kl as kernels
+    if not backend.startswith("triton"):
+        return torch.ops.kdkernels.temperature_kl.default, torch.ops.kdkernels.temperature_kl_backward.default
+    from kdkernels.triton import temperature_kl as kernels
 
+    if backend == "triton":
         return kernels.temperature_kl, kernels.temperature_kl_backward
-    return torch.ops.kdkernels.temperature_kl.default, torch.ops.kdkernels.temperature_kl_backward.default
+
+    def forward(*arguments):
+        with fast_kernels(backend):
+            return kernels.temperature_kl(*arguments)
+
+    def backward(*arguments):
+        # The fast kernels compute no gradients of teacher and temperature.
+        with fast_kernels(backend):
+            student = kernels.temperature_kl_backward(*arguments[:-1], [True, False, False])[0]
+        return student, *kernels.temperature_kl_backward(*arguments[:-1], [False, True, True])[1:]
+
+    return forward, backward
 
 
 def _reference_loss_and_gradients(case, x, upstream_rows=None):
@@ -74,9 +109,9 @@ def _largest_logit(x) -> float:
 
 
 @pytest.mark.parametrize("case", KL_CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_gradients(case, backend):
-    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    device = device_of_backend(backend)
     x = case.make(device)
     forward, backward = _operators(backend)
     loss, saved, row_scale = forward(*_arguments(case, x), True)
@@ -107,7 +142,7 @@ def test_forward_and_gradients(case, backend):
     row_t = lowest_t if x["temperature"] is None else x["temperature"].double().cpu().unsqueeze(case.dim)
     p, q = (torch.softmax(x[k].double().cpu() / row_t, case.dim).nan_to_num(1.0) for k in ("teacher", "student"))
     scale = weight * (torch.maximum(p, q) * min(1.0, case.noise) + case.target_eps)
-    close = functools.partial(assert_close, rtol=rtol, atol=1e-15, truncated=backend == "triton" and device == "cpu")
+    close = functools.partial(assert_close, rtol=rtol, atol=1e-15, truncated=backend.startswith("triton") and device == "cpu")
     if case.student_dtype == torch.float16:
         powers = row_scale.unsqueeze(case.dim)
         assert torch.equal(powers.log2(), powers.log2().round())
@@ -121,6 +156,55 @@ def test_forward_and_gradients(case, backend):
     close("grad_teacher", teacher, to_teacher, scale=scale * spread)
     per_row = weight.squeeze(case.dim) * (1 + _largest_logit(x) / lowest_t) / lowest_t * (1 + torch.nan_to_num(expected, posinf=0.0).max())
     close("grad_temperature", temperature, to_temperature, rtol=4 * rtol, scale=per_row)
+
+
+@pytest.mark.parametrize("classes", [21, 1000, 5000])
+@pytest.mark.parametrize("backend", ["triton short", "triton long"])
+def test_fast_kernels_leave_only_rows_that_are_not_ordinary(backend, classes, monkeypatch):
+    pytest.importorskip("triton")
+    from kdkernels.triton import temperature_kl_fast
+
+    student, teacher = (2 * torch.randn(9, classes) for _ in range(2))
+    for x in (student, teacher):
+        x[1, 1::2] = -torch.inf  # both networks exclude these classes
+    student[2, 3] = torch.nan
+    teacher[3, classes - 1] = torch.inf
+    student[4, 0] = 500.0  # the student is far more confident than the teacher
+    teacher[5, :20] = -torch.inf
+    teacher[6] += 1e4
+    student[7], teacher[7] = -torch.inf, -torch.inf
+    mask = torch.ones(9, dtype=torch.bool)
+    mask[8] = False
+    results = []
+    launch = temperature_kl_fast.launch
+    monkeypatch.setattr(temperature_kl_fast, "launch", lambda *arguments: results.append(launch(*arguments)) or results[-1])
+    device = device_of_backend(backend)
+    arguments = (
+        student.to(device),
+        teacher.to(device),
+        2.0,
+        None,
+        mask.to(device),
+        None,
+        -1,
+        VALUES["direction"]["forward"],
+        0.5,
+        VALUES["reduction"]["none"],
+        True,
+        True,
+        0.0,
+    )
+    loss, grad, _ = _operators(backend)[0](*arguments, True)
+    (left,) = results
+    assert left.state.tolist() == [1, 1, 2, 2, 2, 2, 2, 2, 1]
+    assert left.count[0].item() == 6
+    s = student.double().requires_grad_()
+    expected = reference.temperature_kl(s, teacher.double(), 2.0, mask=mask, reduction="none")
+    (to_student,) = torch.autograd.grad(expected.nan_to_num().sum(), s)
+    assert_close("loss", loss, expected.detach(), rtol=1e-5)
+    finite = torch.tensor([0, 1, 4, 6, 8])
+    assert_close("gradient", grad[finite], to_student[finite], rtol=1e-5, scale=1e-2)
+    assert grad[2].isnan().all()
 
 
 def test_known_values():

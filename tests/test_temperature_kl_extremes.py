@@ -7,9 +7,8 @@ import random
 
 import pytest
 import torch
-from conftest import DEVICES
 from layouts import random_layout, random_shape
-from test_temperature_kl import _operators
+from test_temperature_kl import BACKENDS, _operators, device_of_backend
 from tolerances import assert_close
 
 from kdkernels import reference, temperature_kl
@@ -33,9 +32,10 @@ def _run_backend_and_reference(backend, student, teacher, temperature, dim=-1, *
     o = dict(direction="forward", beta=0.5, reduction="none", scale_by_t2=True, include_entropy=True, target_eps=0.0) | options
     forward, backward = _operators(backend)
     raw = o | {name: VALUES[name][o[name]] for name in ("direction", "reduction")}
-    arguments = (student, teacher, 1.0, temperature, None, None, dim, *raw.values())
+    arguments = (*(x.to(device_of_backend(backend)) for x in (student, teacher)), 1.0, temperature.to(device_of_backend(backend)), None, None)
+    arguments = (*arguments, dim, *raw.values())
     loss = forward(*arguments, False)[0]
-    got = (loss, *backward(torch.ones_like(loss), *arguments, [True, True, True]))
+    got = tuple(x.cpu() for x in (loss, *backward(torch.ones_like(loss), *arguments, [True, True, True])))
     inputs = [x.double().clone().requires_grad_() for x in (student, teacher, temperature)]
     exact = reference.temperature_kl(*inputs, dim=dim, **o)
     return got, (exact.detach(), *torch.autograd.grad(exact.sum(), inputs))
@@ -65,7 +65,7 @@ def _exclude(kind, x, low):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_classes_can_be_excluded_by_low_logits(backend, form):
     """Finite logits have finite divergences and gradients, which agree with float64."""
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,9 @@ def test_classes_can_be_excluded_by_low_logits(backend, form):
         ("all but one", ""),
         ("", "all but one"),
     ]
-    for dtype, dim in itertools.product([torch.float32] if backend == "triton" else LOWEST, [-1] if backend == "triton" else [-1, 0]):
+    for dtype, dim in itertools.product(
+        [torch.float32] if backend.startswith("triton") else LOWEST, [-1] if backend.startswith("triton") else [-1, 0]
+    ):
         lowest = max(LOWEST[dtype], -1e300)  # lower values would exceed the range of the float64 reference
         for low in {lowest, max(lowest, -1e9)}:
             s, t = (2 * torch.randn(len(sides), 3, 21, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -106,7 +108,7 @@ def test_classes_can_be_excluded_by_low_logits(backend, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_may_have_the_largest_magnitude(backend, form):
     """Differences of finite logits, and differences of these differences, may overflow."""
     end = torch.finfo(torch.float32).max
@@ -126,7 +128,7 @@ def test_logits_may_have_the_largest_magnitude(backend, form):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_offset_between_the_networks_does_not_change_the_result(backend, direction):
     """Adding a constant of any size to the logits of one network does not change the result (the
     sums are exact here).
@@ -150,11 +152,9 @@ def test_uniform_teacher_matches_value_computed_by_hand():
     assert temperature_kl(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), low).item() == pytest.approx(0.553896, abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_before_the_first_remaining_class_may_be_excluded(backend):
     """Rows of several blocks, of which at least one network excludes the first ones."""
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("operands are on the CPU")
     for low, (student_kind, teacher_kind) in itertools.product((LOWEST[torch.float32], -torch.inf), (("", "a block"), ("a block", "a block"))):
         s = torch.randn(1, 5000)
         t = s + 0.1 * torch.randn(1, 5000)
@@ -177,7 +177,7 @@ def _exact_jsd(s, t, beta):
 
 
 @pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_jsd_is_accurate_for_beta_near_0_and_1(backend, beta):
     for spread, rows, classes in ((0.3, 6, 10), (1.0, 6, 10), (3.0, 6, 10), (10.0, 200, 3)):
         s, t = (spread * torch.randn(rows, classes) for _ in range(2))
@@ -190,11 +190,11 @@ def test_jsd_is_accurate_for_beta_near_0_and_1(backend, beta):
     assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-15 / min(beta, 1 - beta) + 1e-12)
 
 
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spread", [5.0, 10.0, 20.0])
 def test_jsd_is_accurate_for_confident_networks(backend, spread):
     """The error against float64 is at most twice that of the textbook form in float32."""
-    rows = 20 if backend == "triton" else 200
+    rows = 20 if backend.startswith("triton") else 200
     s, t = (spread * torch.randn(rows, 1000) for _ in range(2))
     got, want = _run_backend_and_reference(backend, s, t, torch.ones(rows), direction="jsd")
     a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
@@ -387,13 +387,13 @@ def test_reference_accepts_the_smallest_float64(temperature):
     torch.testing.assert_close(reference.temperature_kl(low[0].T, low[1].T, t_rows.T, dim=0, reduction="none"), got)
 
 
-@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("gap", "classes"), [(8, 2), (12, 10), (16, 10), (16, 2100)])
 def test_jsd_gradient_is_accurate_for_confident_networks_that_agree(backend, gap, classes):
     """The error of each row's gradient is small relative to the row, also for the class that has
     nearly all of the probability.
     """
-    rows = 4 if backend == "triton" else 50
+    rows = 4 if backend.startswith("triton") else 50
     for temperature, beta in ((1.0, 0.5), (0.5, 0.1), (1.0, 1e-3)):
         s = 0.05 * torch.randn(rows, classes)
         s[:, 0] += gap

@@ -46,7 +46,7 @@ if triton_launches.STACK:
 
 
 KERNELS = {
-    "temperature_kl": ["_kl_kernel", "_rescale_kernel", "_rescale_rows_kernel"],
+    "temperature_kl": ["_kl_kernel", "_rescale_kernel", "_rescale_rows_kernel", "_short_rows_kernel", "_long_rows_kernel"],
     "attention_pool": ["_pool_kernel", "_normalize_kernel", "_weight_kernel", "_transfer_kernel", "_scatter_kernel"],
     "rbf_correlation": ["_mark_kernel", "_terms_kernel", "_pairs_kernel", "_correlation_kernel", "_correlation_backward_kernel"],
     "truncated_svd": [

@@ -222,7 +222,9 @@ def check_raw_calls_raise(kernels):
 def test_raw_ops_raise_for_unsupported_inputs(kernels):
     """Run in a separate process, so that a crash fails this test only."""
     if kernels == "triton":
-        pytest.importorskip("triton")
+        triton = pytest.importorskip("triton")
+        if triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+            pytest.skip("the interpreter of Triton 3.6 needs NumPy < 2.4")
     code = (
         f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import test_truncated_svd_calls as t; t.check_raw_calls_raise({kernels!r})"
     )

@@ -60,6 +60,9 @@ from kdkernels.options import VALUES, Reduction, Sign
 # registers less well: it spills up to 128 bytes in two kernels that later versions compile without
 # spills.
 STACK = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
+# Kernels that may spill more: with a limit of 80 registers, more programs share a multiprocessor,
+# and on an H100 the kernel is faster than without a limit and without spills.
+STACKS = {"_short_rows_kernel": 128}
 # Bytes of shared memory that a program may use on each GPU.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
@@ -108,7 +111,7 @@ class FakeDriver:
         if self.target.backend == "hip":
             return object(), name, 0, 0, 1024
         registers, stack = resource_usage(binary)
-        if stack > STACK:
+        if stack > max(STACK, STACKS.get(name, 0)):
             raise AssertionError(f"{name} spills: {registers} registers and {stack} bytes of stack")
         return object(), name, registers, stack, min(1024, 65536 // (registers + -registers % 8) // 32 * 32)
 
@@ -251,6 +254,7 @@ def fake_gpu(target: str, first_device: int = 0):
     # These methods query the device before they check whether the tensor is fake.
     FakeTensor.contiguous, FakeTensor.copy_ = _contiguous, _copy_
     torch.cuda.device = fake_driver.current
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     torch.version.hip = "6.4" if fake_driver.target.backend == "hip" else None
     with FakeTensorMode():
         yield fake_driver
@@ -325,6 +329,14 @@ def kl_calls(kind: str):
             yield f"jsd {shape}", partial(call, KLCase("", shape, **rows, direction="jsd"), ["loss and gradient"])
             jsd = KLCase("", shape, **rows, direction="jsd", student_dtype=float16, teacher_dtype=float16)
             yield f"jsd backward {shape}", partial(call, jsd, [everything])
+        for shape in ((16384, 1000), (2048, 32000), (512, 128256)):
+            for dtype in (torch.float32, bfloat16):
+                yield (
+                    f"fast {shape} {dtype}",
+                    partial(call, KLCase("", shape, student_dtype=dtype, teacher_dtype=dtype), ["loss", "loss and gradient"]),
+                )
+        yield "fast map", partial(call, KLCase("", (32, 21, 128, 128), dim=1, mask=True, rows_temperature=True), ["loss and gradient", "student"])
+        yield "fast rows", partial(call, KLCase("", (512, 32000), mask=True, rows_temperature=True), ["loss", "student"])
         yield "reverse", partial(call, KLCase("", (256, 1000), direction="reverse"), ["loss and gradient"])
         yield "cross entropy", partial(call, KLCase("", (256, 1000), include_entropy=False, rows_temperature=True, mask=True), [everything])
         yield "double", partial(call, KLCase("", (128, 100), student_dtype=float64, teacher_dtype=float64), ["loss and gradient", everything])
@@ -496,6 +508,8 @@ def svd_calls(kind: str):
 COMPILED = {
     "main": {
         "(512, 32000) torch.bfloat16",
+        "fast (16384, 1000) torch.float32",
+        "fast (512, 128256) torch.bfloat16",
         "(8, 21, 64, 64) torch.float32",
         "backward (512, 32000)",
         "jsd backward (8, 1000, 8, 8)",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +29,12 @@ from .registration import DEVICES_WITHOUT_KERNELS
 _OPS = ("truncated_svd", "truncated_svd_backward", "align_singular_vectors", "align_singular_vectors_backward")
 
 
-class _Chosen(threading.local):  # not a contextvar: torch.compile cannot trace contextvars
-    implementation = int(Implementation.FASTEST)
+class _Chosen:  # torch.compile cannot trace contextvars, and torch 2.11 ignores threading.local
+    implementation: int
 
 
 chosen = _Chosen()
+chosen.implementation = int(Implementation.FASTEST)
 
 
 def fastest(name: str, args: tuple) -> str:

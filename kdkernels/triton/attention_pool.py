@@ -22,7 +22,8 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..options import Normalize, Reduce, Variant
 from .launch import as_tl, compile_options, device_of
-from .math import cast_scalar
+from .math import cast_scalar, divide, square_root
+from .rescale import rescale_
 
 _SIMPLE_POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -131,9 +132,9 @@ def _norm(map_ptr, positions, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     divisor = tl.where(is_positive_finite, top, 1.0)
     squares = tl.zeros([BLOCK], COMPUTE)
     for start in range(0, positions, BLOCK):
-        a = tl.load(map_ptr + start + lane, start + lane < positions, other=0.0) / divisor
+        a = divide(tl.load(map_ptr + start + lane, start + lane < positions, other=0.0), divisor)
         squares += a * a
-    return tl.where(is_positive_finite, top * tl.sqrt(tl.sum(squares, 0)), top)
+    return tl.where(is_positive_finite, top * square_root(tl.sum(squares, 0)), top)
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def _normalize_kernel(map_ptr, norm_ptr, positions, eps: tl.float64, SOFTMAX: tl
         tl.store(norm_ptr + sample, norm.to(tl.float64))
         for start in range(0, positions, BLOCK):
             a = tl.load(row + start + lane, start + lane < positions, other=0.0)
-            tl.store(row + start + lane, a / divisor, start + lane < positions)
+            tl.store(row + start + lane, divide(a, divisor), start + lane < positions)
 
 
 @triton.jit
@@ -242,7 +243,8 @@ def _transfer_kernel(
     s_products, t_products = tl.zeros([BLOCK], COMPUTE), tl.zeros([BLOCK], COMPUTE)
     for start in range(0, positions, BLOCK):
         inside = start + lane < positions
-        q_s, q_t = tl.load(s_row + start + lane, inside, other=0.0) / s_divisor, tl.load(t_row + start + lane, inside, other=0.0) / t_divisor
+        q_s = divide(tl.load(s_row + start + lane, inside, other=0.0), s_divisor)
+        q_t = divide(tl.load(t_row + start + lane, inside, other=0.0), t_divisor)
         squares += (q_s - q_t) * (q_s - q_t)
         s_products += q_s * (q_s - q_t)
         t_products += q_t * (q_s - q_t)
@@ -261,7 +263,8 @@ def _transfer_kernel(
         student_scale, teacher_scale = scale * cast_scalar(student_factor, COMPUTE), -scale * cast_scalar(teacher_factor, COMPUTE)
         for start in range(0, positions, BLOCK):
             inside = start + lane < positions
-            q_s, q_t = tl.load(s_row + start + lane, inside, other=0.0) / s_divisor, tl.load(t_row + start + lane, inside, other=0.0) / t_divisor
+            q_s = divide(tl.load(s_row + start + lane, inside, other=0.0), s_divisor)
+            q_t = divide(tl.load(t_row + start + lane, inside, other=0.0), t_divisor)
             d = q_s - q_t
             if WANT_STUDENT:
                 g = tl.where(s_norm > eps, d - q_s * s_dot, d) / s_divisor
@@ -480,11 +483,8 @@ def attention_transfer_loss_backward(grad_loss, student, teacher, p, variant, re
 
 def attention_transfer_loss_rescale_(grad: Tensor, scale: Tensor, grad_loss: Tensor) -> None:
     """Implements kdkernels::attention_transfer_loss_rescale_."""
-    compute = compute_dtype(grad)
-    factor = grad_loss.to(compute)
-    if scale.numel():
-        factor = (factor * scale).view(-1, *(1,) * (grad.dim() - 1))
-    if grad.dtype == compute:
-        grad.mul_(factor)
-    else:
-        grad.copy_(grad.to(compute) * factor)
+    if not scale.numel():
+        rescale_(grad, grad_loss)
+        return
+    factor = (grad_loss.to(compute_dtype(grad)) * scale).view(-1, *(1,) * (grad.dim() - 1))
+    grad.copy_(grad.to(factor.dtype) * factor)

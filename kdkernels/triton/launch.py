@@ -15,6 +15,11 @@ def device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Return the number of multiprocessors of the device of x."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def compile_options(num_warps: int) -> dict[str, int | bool]:
     """Return options for Triton's compiler.
 

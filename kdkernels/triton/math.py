@@ -15,6 +15,28 @@ def cast_scalar(value, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b):
+    """Compute a / b, rounded to nearest.
+
+    By default Triton divides float32 numbers approximately, and the compiler may fuse the quotient
+    with a later subtraction, so that x / y - x / y is not 0.
+    """
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(a):
+    """Compute the square root, rounded to nearest. By default it is approximate in float32."""
+    if a.dtype == tl.float64:
+        return tl.sqrt(a)
+    else:
+        return tl.sqrt_rn(a)
+
+
+@triton.jit
 def exp_parts(y):
     """Split e^y = scale (1 + r + h) into scale, r and h.
 

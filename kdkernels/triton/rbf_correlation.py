@@ -20,6 +20,7 @@ from ..dtypes import compute_dtype
 from ..options import Reduction
 from .launch import as_tl, compile_options, device_of
 from .math import cast_scalar, exp_nonpositive, exp_parts
+from .rescale import rescale_
 
 # The mark of a column: the number of terms that are enough, or that its pairs are summed. More than
 # 16 terms do not fit the registers, and summing pairs is cheap on a GPU.
@@ -440,7 +441,7 @@ def rbf_correlation_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float) ->
 def rbf_correlation_loss_rescale_(grad: Tensor, grad_loss: Tensor) -> None:
     """Implements kdkernels::rbf_correlation_loss_rescale_."""
     if grad_loss.dim() == 0:
-        grad.mul_(grad_loss)
+        rescale_(grad, grad_loss)
         return
     factor = grad_loss.view(-1, 1, 1)
     grad.mul_(factor).masked_fill_(factor == 0, 0)  # a sample whose factor is 0 has gradient 0, even if the saved gradient is not finite

@@ -3,7 +3,8 @@
 docs/temperature_kl.md derives the formulas. temperature_kl_rows.py reads and writes rows,
 temperature_kl_divergence.py computes the statistics of a row, temperature_kl_forms.py computes
 values and gradients from the statistics, and temperature_kl_rescale.py multiplies a gradient that
-the forward pass saved by the upstream gradient.
+the forward pass saved by the upstream gradient. temperature_kl_fast.py has faster kernels for the
+most common call.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..options import Direction, Reduction
-from .launch import as_tl, compile_options, device_of
+from . import temperature_kl_fast
+from .launch import as_tl, compile_options, device_of, multiprocessors
 from .math import cast_scalar
 from .temperature_kl_checks import check_operands
 from .temperature_kl_divergence import divergence
+from .temperature_kl_fast import LEFT
 from .temperature_kl_forms import SUM_UNIT, jsd_gradients, jsd_means, kl_gradients, kl_means
 from .temperature_kl_rescale import temperature_kl_rescale, temperature_kl_rescale_  # noqa: F401  the same set of ops
 from .temperature_kl_rows import Rows, Tile, as_rows, block_logits, columns, powers_of_two, read_logits, row_pointers, row_shape, store_gradient
@@ -48,39 +51,17 @@ def _block_gradients(
 
 
 @triton.jit
-def _kl_kernel(
-    base,  # Rows of logits [rows, C]: the teacher's in "forward" and "jsd", the student's in "reverse"
-    other,  # Rows of logits [rows, C]: the other network's
-    grad_base,  # Rows, or None if this gradient is not wanted
-    grad_other,
-    row_scale_ptr,  # [rows] float32, or None: the powers of two by which the rows of one gradient are divided
-    loss_ptr,  # [rows], or None
-    grad_temperature_ptr,  # [rows], or None
-    temperature_ptr,  # [rows], or None: all rows use `temperature`
-    mask_ptr,  # [rows], or None
-    weight_ptr,  # [], or None: a factor of `weight`
-    upstream_ptr,  # [] or [rows] (see upstream_stride), or None: gradient of the loss
-    upstream_stride,  # 0 or 1
-    temperature: tl.float64,
-    weight: tl.float64,  # of a row in the loss
-    beta: tl.float64,
-    eps: tl.float64,
-    rows,
-    classes,
-    inner_size,
-    JSD: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    T_SQUARED: tl.constexpr,
-    SCALE_BASE: tl.constexpr,  # row_scale belongs to the gradient of the base network, not to that of the other
-    COMPUTE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Compute the losses of rows, and the gradients of the logits of both networks and of T."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _kl_rows(
+    block, base, other, grad_base, grad_other, row_scale_ptr, loss_ptr, grad_temperature_ptr, temperature_ptr, mask_ptr, weight_ptr, upstream_ptr,
+    upstream_stride, state_ptr, temperature, weight, beta, eps, rows, classes, inner_size,
+    JSD: tl.constexpr, HAS_EPS: tl.constexpr, ENTROPY: tl.constexpr, T_SQUARED: tl.constexpr, SCALE_BASE: tl.constexpr, COMPUTE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the rows of a block; see _kl_kernel for the arguments."""
+    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = row < rows
+    if state_ptr is not None:
+        in_batch = in_batch & (tl.load(state_ptr + row, mask=in_batch, other=0) == LEFT)
     kept = in_batch
     if mask_ptr is not None:
         kept = in_batch & tl.load(mask_ptr + row, mask=in_batch, other=0).to(tl.int1)
@@ -142,6 +123,57 @@ def _kl_kernel(
             grad_temperature = 2.0 * row_value - row_products if T_SQUARED else -row_products / t / t
             grad_temperature = (grad_temperature * row_weight) * (4.0 / SUM_UNIT)
             tl.store(grad_temperature_ptr + row, tl.where(kept, grad_temperature, 0.0).to(grad_temperature_ptr.dtype.element_ty), mask=in_batch)
+
+
+@triton.jit
+def _kl_kernel(
+    base,  # Rows of logits [rows, C]: the teacher's in "forward" and "jsd", the student's in "reverse"
+    other,  # Rows of logits [rows, C]: the other network's
+    grad_base,  # Rows, or None if this gradient is not wanted
+    grad_other,
+    row_scale_ptr,  # [rows] float32, or None: the powers of two by which the rows of one gradient are divided
+    loss_ptr,  # [rows], or None
+    grad_temperature_ptr,  # [rows], or None
+    temperature_ptr,  # [rows], or None: all rows use `temperature`
+    mask_ptr,  # [rows], or None
+    weight_ptr,  # [], or None: a factor of `weight`
+    upstream_ptr,  # [] or [rows] (see upstream_stride), or None: gradient of the loss
+    upstream_stride,  # 0 or 1
+    state_ptr,  # [rows], or None: the states of rows, of which only those that are LEFT are computed
+    left_ptr,  # [], or None: the number of rows that are LEFT
+    temperature: tl.float64,
+    weight: tl.float64,  # of a row in the loss
+    beta: tl.float64,
+    eps: tl.float64,
+    rows,
+    classes,
+    inner_size,
+    JSD: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    T_SQUARED: tl.constexpr,
+    SCALE_BASE: tl.constexpr,  # row_scale belongs to the gradient of the base network, not to that of the other
+    COMPUTE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute the losses of rows, and the gradients of the logits of both networks and of T."""
+    if left_ptr is None:
+        _kl_rows(
+            tl.program_id(0), base, other, grad_base, grad_other, row_scale_ptr, loss_ptr, grad_temperature_ptr, temperature_ptr, mask_ptr,
+            weight_ptr, upstream_ptr, upstream_stride, state_ptr, temperature, weight, beta, eps, rows, classes, inner_size,
+            JSD, HAS_EPS, ENTROPY, T_SQUARED, SCALE_BASE, COMPUTE, ONE_BLOCK, ROWS, BLOCK,
+        )  # fmt: skip
+    elif tl.load(left_ptr) > 0:
+        for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+            row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+            if tl.max(tl.load(state_ptr + row, mask=row < rows, other=0), 0) == LEFT:
+                _kl_rows(
+                    block, base, other, grad_base, grad_other, row_scale_ptr, loss_ptr, grad_temperature_ptr, temperature_ptr, mask_ptr,
+                    weight_ptr, upstream_ptr, upstream_stride, state_ptr, temperature, weight, beta, eps, rows, classes, inner_size,
+                    JSD, HAS_EPS, ENTROPY, T_SQUARED, SCALE_BASE, COMPUTE, ONE_BLOCK, ROWS, BLOCK,
+                )  # fmt: skip
 
 
 def block_sizes(classes: int, class_stride: int, double: bool = False) -> dict[str, int | bool]:
@@ -206,6 +238,21 @@ class _Results(NamedTuple):
     row_scale: Tensor | None = None  # of grad_student
 
 
+def _has_fast_kernel(arguments: _Arguments, results: _Results, compute: torch.dtype) -> bool:
+    """Return whether a kernel of temperature_kl_fast.py computes these results, and is faster."""
+    a, r = arguments, results
+    return (
+        a.direction == Direction.FORWARD
+        and a.include_entropy
+        and a.target_eps == 0
+        and compute == torch.float32
+        and r.grad_teacher is None
+        and r.grad_temperature is None
+        and r.row_scale is None
+        and a.student.numel() >= temperature_kl_fast.SMALLEST
+    )
+
+
 def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tensor: Tensor | None, upstream: Tensor | None = None) -> None:
     """Run the kernel.
 
@@ -234,11 +281,19 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     rows = a.student.numel() // classes
     compute = compute_dtype(a.student, a.teacher)
     sizes = block_sizes(classes, cast(Rows, student).class_stride, compute == torch.float64)
+    upstream_stride = int(upstream is not None and upstream.dim() > 0)
+    mask_bytes = None if mask is None else mask.view(torch.uint8)
+    blocks = triton.cdiv(rows, sizes["ROWS"])
+    state, left = None, None
     with device_of(a.student):
-        _kl_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
+        if _has_fast_kernel(a, r, compute):
+            row_arguments = (row_temperature, mask_bytes, weight_tensor, upstream, upstream_stride, a.temperature, weight)
+            fast = temperature_kl_fast.launch(base, other, grad_other, r.loss, row_arguments, rows, classes, inner_size, a.scale_by_t2)
+            if fast is not None:
+                (state, left), blocks = fast, min(blocks, 4 * multiprocessors(a.student))
+        _kl_kernel[(blocks,)](
             base, other, grad_base, grad_other, r.row_scale, r.loss, r.grad_temperature, row_temperature,
-            None if mask is None else mask.view(torch.uint8), weight_tensor, upstream, int(upstream is not None and upstream.dim() > 0),
-            a.temperature, weight, a.beta, a.target_eps, rows, classes, inner_size,
+            mask_bytes, weight_tensor, upstream, upstream_stride, state, left, a.temperature, weight, a.beta, a.target_eps, rows, classes, inner_size,
             JSD=a.direction == Direction.JSD, HAS_EPS=a.target_eps > 0, ENTROPY=a.include_entropy, T_SQUARED=a.scale_by_t2, SCALE_BASE=reverse,
             COMPUTE=as_tl(compute), **sizes,
         )  # fmt: skip

@@ -15,19 +15,10 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..options import Reduction
-from .launch import as_tl, compile_options, device_of, is_dense
+from .launch import as_tl, compile_options, device_of
+from .rescale import rescale_
 from .temperature_kl_checks import check_operands
 from .temperature_kl_rows import Rows, as_rows, row_pointers, row_shape, store_gradient
-
-
-@triton.jit
-def _rescale_kernel(grad_ptr, scale_ptr, count, BLOCK: tl.constexpr):
-    """Compute grad *= scale in place. Return at once if scale is 1, as in a plain .backward()."""
-    scale = tl.load(scale_ptr)
-    if scale != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + at, mask=at < count)
-        tl.store(grad_ptr + at, (grad.to(scale.dtype) * scale).to(grad.dtype), mask=at < count)
 
 
 @triton.jit
@@ -114,9 +105,7 @@ def temperature_kl_rescale(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, m
 def temperature_kl_rescale_(grad: Tensor, row_scale: Tensor, grad_loss: Tensor, mask: Tensor | None, dim: int) -> None:
     """Implements kdkernels::temperature_kl_rescale_."""
     _check_rescale(grad, row_scale, grad_loss, mask, dim)
-    plain = row_scale.numel() == 0 and grad_loss.dim() == 0 and mask is None
-    if not plain or not is_dense(grad):
+    if row_scale.numel() == 0 and grad_loss.dim() == 0 and mask is None:
+        rescale_(grad, grad_loss)
+    else:
         _rescale(grad, grad, row_scale, grad_loss, mask, dim)
-    elif grad.numel():
-        with device_of(grad):
-            _rescale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, grad_loss, grad.numel(), BLOCK=4096, **compile_options(4))
