@@ -5,6 +5,7 @@ Usage: python -m benches.performance [--check]. Each number of the page comes fr
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 from .pictures import sweeps_of
@@ -15,7 +16,7 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
 `python -m benches.performance` generates this page from the files in `benches/results/`, which
-`make bench` and `make gpu` write. No number in the tables is typed by hand.
+`make bench` and `make gpu` write. No number of the suite is typed by hand.
 [benchmarks.md](benchmarks.md) describes how to run the benchmarks.
 
 **Contenders.** The fused op is compared with other implementations, here called contenders or
@@ -112,12 +113,14 @@ def kernels(path: Path) -> str:
         f"## {measured['gpu']}: kernels",
         "",
         f"torch {measured['torch']}, Triton {measured['triton']}, CUDA {measured['cuda']}. The suite has not been run on this GPU yet.",
-        f"These tables come from shorter measurements (`benches/results/{path.parent.name}/kernels.json`).",
+        "These tables come from shorter measurements, whose output was copied to",
+        f"`benches/results/{path.parent.name}/kernels.json`.",
         "",
     ]
     for table in measured["tables"]:
         columns = list(table["rows"][0])
-        lines += [f"### {table['title']} (commit {table['commit']})", "", table["note"], "", "| " + " | ".join(columns) + " |"]
+        note = textwrap.fill(table["note"], 100)
+        lines += [f"### {table['title']}", "", f"Commit {table['commit']}.", "", note, "", "| " + " | ".join(columns) + " |"]
         lines += ["|" + "---|" * len(columns)]
         lines += ["| " + " | ".join("-" if row[c] is None else str(row[c]) for c in columns) + " |" for row in table["rows"]]
         lines += [""]

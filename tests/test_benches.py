@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -539,3 +540,17 @@ def test_report_fits_a_phone(smoke_run, browser):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables have their own scroll bar
     assert float(re.match(r"[\d.]+", page.locator("p").first.evaluate("e => getComputedStyle(e).fontSize")).group()) >= 14
     page.close()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_keeps_the_measured_rows(sent, tmp_path):
+    """Only the command receives the signal, as from `timeout` or a job scheduler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-m", "kdkernels", "bench", "--smoke", "--device", "cpu", "--op", "temperature_kl", "--out", str(tmp_path)]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.read(1) == "."  # a row is measured
+    run.send_signal(sent)
+    _, errors = run.communicate()
+    assert run.returncode == 130
+    assert "the rows that were measured are saved" in errors
+    assert len(rows_of(load(tmp_path / "bench.json"))) >= 1

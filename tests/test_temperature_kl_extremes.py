@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from conftest import DEVICES
 from layouts import random_layout, random_shape
 from test_temperature_kl import BACKENDS, _operators, device_of_backend
 from tolerances import assert_close
@@ -177,7 +178,7 @@ def _exact_jsd(s, t, beta):
 
 
 @pytest.mark.parametrize("beta", [1e-12, 1e-6, 1e-4, 0.3, 1 - 1e-4, 1 - 1e-12])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 def test_jsd_is_accurate_for_beta_near_0_and_1(backend, beta):
     for spread, rows, classes in ((0.3, 6, 10), (1.0, 6, 10), (3.0, 6, 10), (10.0, 200, 3)):
         s, t = (spread * torch.randn(rows, classes) for _ in range(2))
@@ -190,7 +191,7 @@ def test_jsd_is_accurate_for_beta_near_0_and_1(backend, beta):
     assert_close("the reference", want[0], _exact_jsd(s.double(), t.double(), beta), rtol=1e-15 / min(beta, 1 - beta) + 1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 @pytest.mark.parametrize("spread", [5.0, 10.0, 20.0])
 def test_jsd_is_accurate_for_confident_networks(backend, spread):
     """The error against float64 is at most twice that of the textbook form in float32."""
@@ -387,7 +388,7 @@ def test_reference_accepts_the_smallest_float64(temperature):
     torch.testing.assert_close(reference.temperature_kl(low[0].T, low[1].T, t_rows.T, dim=0, reduction="none"), got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
 @pytest.mark.parametrize(("gap", "classes"), [(8, 2), (12, 10), (16, 10), (16, 2100)])
 def test_jsd_gradient_is_accurate_for_confident_networks_that_agree(backend, gap, classes):
     """The error of each row's gradient is small relative to the row, also for the class that has

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,10 +81,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
         suite = str(Path(compare.__file__).resolve().parent)
         command = [sys.executable, "-m", "pytest", suite, "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-quiet"]
         command += [f"--benchmark-storage=file://{folder}", f"--benchmark-json={new_file}"]
-        try:
-            code = subprocess.run(command, env=environment).returncode
-        except KeyboardInterrupt:
-            code = 130
+        code = _run_until_interrupted(command, environment)
         result = json.loads(new_file.read_text()) if new_file.exists() and new_file.stat().st_size else {"benchmarks": []}
         if not result["benchmarks"]:
             print(
@@ -100,6 +98,27 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
     if code:
         print("kdkernels bench: some rows failed, or the run was interrupted; the rows that were measured are saved", file=sys.stderr)
     return code
+
+
+def _run_until_interrupted(command: list[str], environment: dict[str, str]) -> int:
+    """Run pytest and return its exit status.
+
+    If this process is interrupted or terminated, pytest is interrupted once, and then writes the
+    rows that it has measured. It has its own session, so that Ctrl-C in a terminal reaches it only
+    in this way.
+    """
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        return 130
+    finally:
+        if child.poll() is None:  # interrupted again
+            child.kill()
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _load_earlier(parser: argparse.ArgumentParser, results_file: Path, mode: str, machine_name: str) -> dict | None:
