@@ -18,10 +18,10 @@ def implementation(name: str) -> Iterator[None]:
     device. For tests and benchmarks.
 
     The selection affects ``truncated_svd``, ``truncated_svds``, ``feature_svd`` and
-    ``align_singular_vectors``, and no other op. It applies to calls inside the ``with`` block (or
-    the decorated function), and to the backward passes of these calls, even if they run later. As
-    long as the block runs, it also applies to calls in other threads. ``torch.func`` transforms and
-    second derivatives always use the reference.
+    ``align_singular_vectors``, and no other op. Call it anew for each block. It applies to calls
+    inside the ``with`` block (or the decorated function), and to the backward passes of these
+    calls, even if they run later. As long as the block runs, it also applies to calls in other
+    threads. ``torch.func`` transforms and second derivatives always use the reference.
 
     Args:
         name: "cuda" (CUDA C++ kernels), "triton", "torch" (plain PyTorch), or "fastest", the

@@ -4,6 +4,7 @@ Also its output without errors.
 """
 
 import logging
+import re
 import textwrap
 
 import numpy as np
@@ -193,3 +194,33 @@ def test_messages_of_one_line():
         line = one_line(error)
     assert line.startswith("the checkpoint belongs to a different network: size mismatch for weight")
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("trainer", "3", "section trainer of .* must be a mapping, got 3"),
+        ("trainer", "", "section trainer of .* must be a mapping, got None"),
+        ("model", "", "section model of .* must be a mapping, or the import path of a class, got None"),
+        ("data", "[1]", r"section data of .* must be a mapping, or the import path of a class, got \[1\]"),
+        ("base", "", "base of .* must be the name of a file, got None"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--print_config",)], ids=["fit", "print_config"])
+def test_sections_that_are_not_mappings_are_errors(config, capfd, section, value, message, options):
+    lines = config.read_text().splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"{section}:")), len(lines))
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
+    config.write_text("\n".join([*lines[:start], f"{section}: {value}", *lines[end:]]))
+    assert re.search(message, _error_line(capfd, "fit", "--config", config, *options))
+
+
+def test_options_do_not_change_a_list_of_teachers(config, capfd):
+    text = config.read_text()
+    config.write_text(text.replace("teacher: {class", "teacher: [{class").replace("{width: 6}}", "{width: 6}}, {class_path: its_nets.Small}]"))
+    line = _error_line(capfd, "fit", "--config", config, "--model.teacher.width", "5", "--print_config")
+    assert "--model.teacher.width: the config has a list of 2 teachers, so this option is ambiguous: change the list in the config" in line
+    overlay = config.parent / "overlay.yaml"
+    overlay.write_text(f"base: {config.name}\nmodel: {{init_args: {{teacher: {{init_args: {{width: 3}}}}}}}}\n")
+    line = _error_line(capfd, "fit", "--config", overlay, "--print_config")
+    assert "changes model.init_args.teacher by a mapping, but its base has a list there: give the whole list" in line

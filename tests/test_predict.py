@@ -197,3 +197,17 @@ def test_student_that_returns_a_dict_can_be_exported(tmp_path):
         torch.testing.assert_close(torch.export.load(tmp_path / "t.pt2").module()(image), network(image)["out"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must be a student for classification, but its task is segmentation"):
         predict_module.load_model(tmp_path / "t.pt2")
+
+
+@pytest.mark.parametrize("file", [*FORMATS.values(), "student.ckpt"])
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_damaged_models_are_named(exported, tmp_path, file, kept, capfd):
+    content = (exported[0] / file).read_bytes()
+    damaged = tmp_path / file
+    damaged.write_bytes(content[: int(kept * len(content))])
+    assert main(["predict", "--model", str(damaged), "--images", str(exported[0] / "photos"), "--out", str(tmp_path / "out.csv")]) != 0
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert str(damaged) in errors[0]
+    assert "cannot be read" in errors[0]
+    assert not (tmp_path / "out.csv").exists()

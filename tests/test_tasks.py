@@ -12,6 +12,7 @@ from torch import nn
 
 pytest.importorskip("lightning")
 import lightning as L
+from PIL import Image
 
 from kdkernels import reference
 from kdkernels.data import Augment, FromDatasets, SegmentedClutterDigits
@@ -437,3 +438,98 @@ def test_two_stage_training_without_labels():
     method = FSP(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3), blocks, blocks, first_stage_epochs=1, alpha=0.5)
     data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)
     assert _fit(method, data, max_epochs=2).callback_metrics["train/loss_kl"] > 0
+
+
+def _loader(*batches):
+    return torch.utils.data.DataLoader(list(batches), batch_size=None, shuffle=False)
+
+
+@pytest.mark.parametrize("labels_first", [True, False])
+def test_batches_with_and_without_labels_in_one_run_raise(labels_first):
+    image, label = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    batches = [{"image": image, "label": label}, {"image": image}]
+    method = KD(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3))
+    first, second = ("labels", "none") if labels_first else ("none", "labels")
+    message = f"training batches must have labels or none: the first has {first}, but batch 1 of epoch 0 has {second}"
+    with pytest.raises(ValueError, match=message):
+        _trainer(limit_val_batches=0).fit(method, _loader(*batches[:: 1 if labels_first else -1]))
+
+
+def test_weights_that_leave_nothing_to_train():
+    make = lambda: TinyCNN(2, num_classes=3)  # noqa: E731
+    data = FromDatasets(_images(True), _images(True), num_classes=3, batch_size=4)
+    with pytest.raises(ValueError, match="the loss of KD is always 0: gamma"):
+        _fit(KD(make(), make(), gamma=0.0, alpha=0.0), data)
+    blocks = ["block1", "block2"]
+    for cls in (AttentionTransfer, FSP, SVDKD):
+        with pytest.warns(UserWarning, match=f"{cls.__name__} trains only the layers up to the last tap: gamma"):
+            _fit(cls(make(), make(), blocks, blocks, gamma=0.0), data)
+
+
+def test_validation_without_a_labelled_pixel_warns():
+    image = torch.rand(4, 3, 16, 16)
+    labelled, ignored = ({"image": image, "label": torch.full((4, 16, 16), value)} for value in (1, 255))
+    method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation())
+    with pytest.warns(UserWarning, match="none of the pixels of the val images"):
+        _trainer().fit(method, _loader(labelled), _loader(ignored))
+
+
+@pytest.mark.filterwarnings("error:none of the pixels")
+def test_validation_with_some_ignored_maps_does_not_warn():
+    image = torch.rand(4, 3, 16, 16)
+    labelled, ignored = ({"image": image, "label": torch.full((4, 16, 16), value)} for value in (1, 255))
+    method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation())
+    _trainer(max_epochs=2).fit(method, _loader(labelled), _loader(ignored, labelled))
+
+
+def _maps(label):
+    return [(torch.rand(3, 16, 16), label)] * 4
+
+
+def test_label_fill_may_exceed_the_dtype_of_the_label_maps():
+    augment = Augment(crop=4, label_fill=-100)
+    data = FromDatasets(_maps(np.zeros((16, 16), "uint8")), _maps(np.zeros((16, 16), "uint8")), num_classes=3, batch_size=4, augment=augment)
+    seen = []
+    method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation(ignore_index=-100))
+    check_labels = method.task.check_labels
+    method.task.check_labels = lambda label, *arguments, **options: seen.append(label.unique().tolist()) or check_labels(label, *arguments, **options)
+    _fit(method, data)
+    assert seen[0] == [-100, 0]
+
+
+@pytest.mark.parametrize(
+    ("fill", "ignored", "message"), [(255, -100, "ignore_index of Segmentation \\(-100\\), got 255"), (2, -100, ""), (255, 255, "")]
+)
+def test_label_fill_must_be_a_class_or_ignored(fill, ignored, message):
+    label = torch.zeros(16, 16).long()
+    data = FromDatasets(_maps(label), _maps(label), num_classes=3, batch_size=4, augment=Augment(crop=4, label_fill=fill))
+    method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation(ignored))
+    if not message:
+        _fit(method, data)
+        return
+    with pytest.raises(ValueError, match=f"label_fill of Augment.*{message}"):
+        _fit(method, data)
+
+
+@pytest.mark.parametrize("label", [torch.zeros(1, 16, 16).long(), torch.zeros(16, 16), Image.new("RGB", (16, 16))], ids=["[1, H, W]", "float", "RGB"])
+def test_errors_for_wrong_label_maps_name_the_expected_shape(label):
+    data = FromDatasets(_maps(label), _maps(label), num_classes=3, batch_size=4)
+    with pytest.raises(ValueError, match=r"the label of sample 0 must be .* or a label map of integers \[H, W\], got"):
+        data.setup()
+
+
+def test_samples_with_the_label_none_have_no_label():
+    items = [(image, None) for image in torch.rand(8, 3, 8, 8)]
+    data = FromDatasets(items, _images(True), num_classes=3, batch_size=4)
+    assert "train/loss_kl" in _fit(KD(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3)), data).callback_metrics
+    mixed = FromDatasets([*items[:4], *_images(True)], _images(True), num_classes=3, batch_size=12)
+    with pytest.raises(ValueError, match="all samples must have the same fields"):
+        _fit(KD(TinyCNN(2, num_classes=3), TinyCNN(2, num_classes=3)), mixed)
+
+
+def test_teachers_may_be_a_module_list():
+    teachers = nn.ModuleList([TinyCNN(2, num_classes=3), TinyCNN(3, num_classes=3)])
+    method = KD(TinyCNN(2, num_classes=3), teachers, combine_weights=[1.0, 2.0])
+    assert method.teachers == list(teachers)
+    with pytest.raises(ValueError, match="AttentionTransfer takes one teacher, got 2"):
+        AttentionTransfer(TinyCNN(2), teachers, ["block1"], ["block1"])

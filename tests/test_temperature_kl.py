@@ -197,7 +197,7 @@ def test_fast_kernels_leave_only_rows_that_are_not_ordinary(backend, classes, mo
     loss, grad, _ = _operators(backend)[0](*arguments, True)
     (left,) = results
     assert left.state.tolist() == [1, 1, 2, 2, 2, 2, 2, 2, 1]
-    assert left.count[0].item() == 6
+    assert left.number[0].item() == 6
     s = student.double().requires_grad_()
     expected = reference.temperature_kl(s, teacher.double(), 2.0, mask=mask, reduction="none")
     (to_student,) = torch.autograd.grad(expected.nan_to_num().sum(), s)

@@ -38,12 +38,19 @@ def _load(path: Path, extended_by: tuple[Path, ...]) -> dict:
         origin = f" (base of {os.fspath(extended_by[-1])!r})" if extended_by else ""
         raise FileNotFoundError(f"config: there is no file {os.fspath(path)!r}{origin}")
     config = _read(path)
-    base = config.pop("base", None)
-    if base is None:
+    if "base" not in config:
         return config
+    base = config.pop("base")
     if not isinstance(base, str):
         raise ValueError(f"config: base of {os.fspath(path)!r} must be the name of a file, got {base!r}")
-    return merged(_load(path.parent / base, (*extended_by, path.resolve())), config)
+    try:
+        return merged(_load(path.parent / base, (*extended_by, path.resolve())), config)
+    except _NotMergeable as error:
+        raise ValueError(f"config: {os.fspath(path)!r} changes {error} by a mapping, but its base has a list there: give the whole list") from error
+
+
+class _NotMergeable(Exception):
+    """The message is the path of keys to a list that would be replaced by a mapping."""
 
 
 def _read(path: Path) -> dict:
@@ -59,13 +66,18 @@ def _read(path: Path) -> dict:
 def merged(base: dict, changes: dict) -> dict:
     """Return ``base`` with the values of ``changes``, which replace values of the same keys.
 
-    Mappings are merged key by key unless their ``class_path`` differs.
+    Mappings are merged key by key unless their ``class_path`` differs. Lists are replaced.
     """
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
+        if isinstance(old, list) and isinstance(value, dict) and "class_path" not in value:
+            raise _NotMergeable(key)
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
-            result[key] = merged(old, value)
+            try:
+                result[key] = merged(old, value)
+            except _NotMergeable as error:
+                raise _NotMergeable(f"{key}.{error}") from None
         else:
             result[key] = value
     return result
@@ -89,6 +101,37 @@ def options_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
 def config_files(arguments: list[str]) -> list[str]:
     """Return the files given by ``--config``."""
     return [value for name, value in options_in(arguments) if name in _CONFIG_OPTIONS]
+
+
+def check(arguments: list[str]) -> None:
+    """Check the sections of the config files, and that no option changes a list of teachers.
+
+    The parser would accept some wrong sections, which would fail later without naming them. It
+    would apply ``--model.teacher.width`` to the last teacher of a list only.
+
+    Raises:
+        ValueError: a section is neither a mapping nor, for model and data, the path of a class; or
+            an option changes a teacher although the config has a list of teachers.
+    """
+    config: dict = {}
+    for path in config_files(arguments):
+        if not os.path.isfile(path):
+            continue
+        try:
+            changes = load_config(path)
+        except (ValueError, OSError):
+            continue  # with_bases or the parser reports it
+        for section in ("model", "data", "trainer"):
+            value = changes.get(section, {})
+            if not isinstance(value, dict) and (section == "trainer" or not isinstance(value, str)):
+                expected = "a mapping" if section == "trainer" else "a mapping, or the import path of a class"
+                raise ValueError(f"config: section {section} of {path!r} must be {expected}, got {value!r}")
+        config |= changes
+    model = config.get("model")
+    teacher = (model.get("init_args") or {}).get("teacher") if isinstance(model, dict) else None
+    for name, _ in options_in(arguments):
+        if isinstance(teacher, list) and name.startswith(("--model.teacher.", "--model.init_args.teacher.")):
+            raise ValueError(f"{name}: the config has a list of {len(teacher)} teachers, so this option is ambiguous: change the list in the config")
 
 
 def with_bases(arguments: list[str]) -> list[str]:

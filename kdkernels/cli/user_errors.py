@@ -100,7 +100,7 @@ def _suggest_option(name: str, path: str) -> str:
         options = list(options_of(import_class(path)))
     except Exception:  # no suggestions for a class that cannot be imported or inspected
         return ""
-    return close_match(name, options) or (f"; it has {', '.join(options)}" if len(options) < 20 else "")
+    return close_match(name, options) or (f"; it has {', '.join(options)}" if 0 < len(options) < 20 else "")
 
 
 def close_match(name: str, options: Sequence[str]) -> str:

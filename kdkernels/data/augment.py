@@ -87,7 +87,12 @@ class Augment:
         index, view = batch["index"], batch["view"]
         batch = dict(batch)
         rows, columns = self._source_pixels(index, view, batch["image"].shape[-2:])
-        fills = {"image": 0, "mask": 0} | ({"label": self.label_fill} if has_label_maps(batch) else {})
+        fills = {"image": 0, "mask": 0}
+        if has_label_maps(batch):
+            fills["label"] = self.label_fill
+            limits = torch.iinfo(batch["label"].dtype)
+            if not limits.min <= self.label_fill <= limits.max:
+                batch["label"] = batch["label"].long()
         for name, fill in fills.items():
             if name in batch and (self.crop or self.flip):
                 batch[name] = _gather(batch[name], rows[:, :, None], columns[:, None], self.crop, fill)

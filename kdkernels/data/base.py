@@ -269,7 +269,8 @@ def as_sample(sample: object, index: int) -> dict[str, Tensor]:
             f'sample {index} must be an image, (image, label), or a dict with "image" and optionally "label", got {type(sample).__name__}'
         )
     image = as_pixels(sample["image"], f"the image of sample {index}")
-    label = {"label": as_label(_as_tensor(sample["label"], "label", index), index, image.shape[1:])} if "label" in sample else {}
+    has_label = sample.get("label") is not None
+    label = {"label": as_label(_as_tensor(sample["label"], "label", index), index, image.shape[1:])} if has_label else {}
     others = {name: _as_tensor(value, name, index) for name, value in sample.items() if name not in ("image", "label")}
     reserved = sorted(_RESERVED_FIELDS.intersection(others))
     if reserved:
@@ -306,7 +307,11 @@ def as_label(label: Tensor, index: int, size: Sequence[int] = ()) -> Tensor:
             raise TypeError(f"the label of sample {index} must be a class number, or class probabilities [K], got {label.item()!r}")
         return label.long()
     if label.dim() != 1:
-        raise ValueError(f"the label of sample {index} must be a class number, or class probabilities [K], got shape {list(label.shape)}")
+        kind = "floating point" if label.is_floating_point() else "integers"
+        raise ValueError(
+            f"the label of sample {index} must be a class number, class probabilities [K], or a label map of integers [H, W], got {kind} of shape "
+            f"{list(label.shape)}"
+        )
     label = label.float()
     if not (label.min() >= 0 and (label.sum() - 1).abs() <= 1e-3):
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
@@ -76,6 +77,13 @@ class AttentionTransfer(Distiller):
         if self.alpha:
             losses["kl"] = self.alpha * self.task.divergence(logits, teacher_logits, self.temperature, batch)
         return logits, losses
+
+    def check_labelled(self) -> None:
+        if not self.alpha and not self.gamma:
+            rank_zero_warn(
+                f"{type(self).__name__} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the "
+                "weight of T^2 KL, are both 0"
+            )
 
     def check_unlabelled(self) -> None:
         if not self.alpha:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .. import __version__
@@ -45,7 +46,8 @@ class Distiller(L.LightningModule):
     Args:
         student: maps images [B, C, H, W] to logits in the shape of ``task``. They may be in a
             tuple, a dict or an object (:func:`kdkernels.tasks.find_logits`).
-        teacher: network like ``student``, a list of several, or ``None`` for methods without one.
+        teacher: network like ``student``, a list (or nn.ModuleList) of several, or ``None`` for
+            methods without one.
         student_weights: initial weights, a file for :func:`kdkernels.models.load_weights`.
         teacher_weights: file with the teacher's weights: a state dict, ``.safetensors``, or a
             checkpoint of this package, whose student becomes the teacher. For a list of teachers,
@@ -121,14 +123,16 @@ class Distiller(L.LightningModule):
         self._networks_checked = False
         self._num_classes = 0  # of the networks; known after they have been checked
         self._label_stages_checked: set[str] = set()
+        self._has_labels: bool | None = None  # whether the training batches of this run have labels
         self.stage_metrics = nn.ModuleDict()  # torchmetrics by stage and data loader
+        self._labelled_rows: dict[str, int | Tensor] = {}  # of this epoch, by stage and data loader, if the task ignores rows
 
     def _checked_teachers(self, teacher: nn.Module | list[nn.Module] | None, teacher_cache: TeacherCache | None) -> list[nn.Module]:
-        teachers = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+        teachers = _as_list(teacher)
         for network in teachers:
             if not isinstance(network, nn.Module):
                 raise TypeError(f"teacher must be an nn.Module, got {type(network).__name__}")
-        if isinstance(teacher, (list, tuple)):
+        if isinstance(teacher, _LISTS):
             if not teachers:
                 raise ValueError("teacher is an empty list: give at least one network")
             if len(teachers) > 1 and not self.takes_several_teachers:
@@ -182,6 +186,12 @@ class Distiller(L.LightningModule):
 
     def check_unlabelled(self) -> None:
         """Raise ValueError if the method needs labels; called before training without labels."""
+
+    def check_labelled(self) -> None:
+        """Raise ValueError if the loss is always 0, and warn if it does not train all layers.
+
+        Called before training with labels.
+        """
 
     def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits and tapped features of the student."""
@@ -246,7 +256,9 @@ class Distiller(L.LightningModule):
         # If only some layers are in eval mode, this is intentional, and their mode is kept.
         if not any(module.training for module in self.student.modules()):
             self.student.train()
+        self._has_labels = None
         data = cast(Any, self.trainer).datamodule
+        self.task.check_data(data)
         self.preprocessing = data.preprocessing() if hasattr(data, "preprocessing") else None
         if getattr(data, "image_shape", None) is not None:
             self._check_networks(torch.zeros(2, *data.image_shape, device=self.device, dtype=cast(torch.dtype, self.dtype)), data.num_classes)
@@ -256,11 +268,18 @@ class Distiller(L.LightningModule):
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         # Random numbers, for example of dropout, depend only on the seed, the process and the step.
         torch.manual_seed(int(bits(cast(int, self._seed), self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
+        batch = as_batch(batch)
+        if self._has_labels is None:
+            self._has_labels = "label" in batch
+            self.check_labelled() if self._has_labels else self.check_unlabelled()
+        elif self._has_labels != ("label" in batch):
+            first, this = ("labels", "none") if self._has_labels else ("none", "labels")
+            raise ValueError(
+                "either all training batches must have labels or none: the first has "
+                f"{first}, but batch {batch_idx} of epoch {self.current_epoch} has {this}"
+            )
         if self.image_shape is None:
-            batch = as_batch(batch)
             self.image_shape = list(batch["image"].shape[1:])
-            if "label" not in batch:
-                self.check_unlabelled()
             if not self._networks_checked:  # the data module does not give the shape of its images
                 image = batch["image"].to(self.dtype)
                 self._check_networks(torch.cat([image, image])[:2], None)  # batch norm needs two
@@ -346,8 +365,28 @@ class Distiller(L.LightningModule):
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
+        mask = self.task.mask(batch)
+        if mask is not None:
+            key = f"{stage}_{loader}"
+            self._labelled_rows[key] = self._labelled_rows.get(key, 0) + mask.sum()
         self._update_metrics(stage, logits, batch, loader)
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self._warn_without_labelled_rows()
+
+    def on_test_epoch_end(self) -> None:
+        self._warn_without_labelled_rows()
+
+    def _warn_without_labelled_rows(self) -> None:
+        for key, count in self._labelled_rows.items():
+            if not count:
+                stage, _, loader = key.partition("_")
+                rank_zero_warn(
+                    f"none of the {self.task.rows} of the {stage} images (data loader {loader}) has a label: all are ignored, and the metrics "
+                    "have no meaning"
+                )
+        self._labelled_rows = {}
 
     @property
     def uses_default_schedule(self) -> bool:
@@ -409,9 +448,16 @@ class Distiller(L.LightningModule):
             )
 
 
-def _weights_by_teacher(weights: object, teacher: nn.Module | Sequence[nn.Module] | None) -> list:
+_LISTS = (list, tuple, nn.ModuleList)
+
+
+def _as_list(teacher: object) -> list:
+    return [] if teacher is None else list(teacher) if isinstance(teacher, _LISTS) else [teacher]
+
+
+def _weights_by_teacher(weights: object, teacher: object) -> list:
     """Return the weights' file of each teacher, or ``None``."""
-    count = 0 if teacher is None else len(teacher) if isinstance(teacher, (list, tuple)) else 1
+    count = len(_as_list(teacher))
     if weights is None:
         return [None] * count
     files = list(weights) if isinstance(weights, (list, tuple)) else [weights]

@@ -62,6 +62,10 @@ class KD(Distiller):
         divergence = self.task.divergence(logits, teachers, self.temperature, batch, combine=self.combine, weights=self.combine_weights)
         return logits, self.label_losses(logits, batch, self.gamma) | {"kl": self.alpha * divergence}
 
+    def check_labelled(self) -> None:
+        if not self.alpha and not self.gamma:
+            raise ValueError("the loss of KD is always 0: gamma, the weight of the loss on the labels, and alpha, the weight of T^2 KL, are both 0")
+
     def check_unlabelled(self) -> None:
         if not self.alpha:
             raise ValueError("without labels, KD trains on T^2 KL alone: set alpha, its weight, to > 0")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -101,8 +102,8 @@ def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has none of the four formats, or contains no metadata; or the student
-            is not for classification, or not for square images of 1 or 3 channels.
+        ValueError: the file has none of the four formats, cannot be read, or contains no metadata;
+            or the student is not for classification, or not for square images of 1 or 3 channels.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,7 +111,12 @@ def load_model(path: str | os.PathLike) -> tuple[Logits, dict]:
     loaders = {".onnx": _load_onnx, ".pt2": _load_torch_export, ".safetensors": _load_safetensors, ".ckpt": _load_checkpoint}
     if path.suffix not in loaders:
         raise ValueError(f"model: {str(path)!r} must end in one of {', '.join(loaders)}")
-    network, metadata = loaders[path.suffix](path)
+    try:
+        network, metadata = loaders[path.suffix](path)
+    except (ImportError, ValueError):  # messages of this package
+        raise
+    except Exception as error:  # each format's library raises its own kinds for a damaged file
+        raise ValueError(f"model: {str(path)!r} cannot be read, it may be damaged or incomplete: {str(error).splitlines()[0]}") from error
     if metadata.get("task") != "classification":
         raise ValueError(f"model: {str(path)!r} must be a student for classification, but its task is {metadata.get('task')}")
     channels, height, width = metadata["image_shape"]
@@ -130,6 +136,8 @@ def _load_onnx(path: Path) -> tuple[Logits, dict]:
 
 
 def _load_torch_export(path: Path) -> tuple[Logits, dict]:
+    if not zipfile.is_zipfile(path):  # torch.export.load would log a traceback
+        raise ValueError(f"model: {str(path)!r} cannot be read, it may be damaged or incomplete: it is not a zip file")
     extra = {f"{METADATA_KEY}.json": ""}
     program = torch.export.load(path, extra_files=extra)
     return torch.no_grad()(program.module()), _metadata(path, extra[f"{METADATA_KEY}.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .base import Distiller
@@ -49,6 +50,13 @@ class TwoStage(Distiller):
         if self.alpha:
             losses["kl"] = self.alpha * self.task.divergence(logits, teacher_logits, self.temperature, batch)
         return losses
+
+    def check_labelled(self) -> None:
+        if not self.alpha and not self.gamma:
+            rank_zero_warn(
+                f"{type(self).__name__} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the "
+                "weight of T^2 KL, are both 0"
+            )
 
     def check_unlabelled(self) -> None:
         if not self.alpha:

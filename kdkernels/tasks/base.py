@@ -70,6 +70,12 @@ class Task:
         """
         raise NotImplementedError
 
+    def check_data(self, data: object) -> None:
+        """Raise ValueError if the options of a data module do not fit this task.
+
+        Called before training. ``data`` is ``None`` if there is no data module.
+        """
+
     def label_loss(self, logits: Tensor, batch: dict, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Compute the loss on the labels: the mean, or the sum, of the losses of the samples.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,16 @@ class Segmentation(Task):
             raise ValueError(
                 f"labels must lie in [0, {num_classes - 1}], the classes of the networks, or be ignore_index ({self.ignore_index}); "
                 f"a {stage} batch has {low} to {high}"
+            )
+
+    def check_data(self, data: object) -> None:
+        augment: Any = getattr(data, "augment", None)
+        fill, classes = getattr(augment, "label_fill", None), getattr(data, "num_classes", None)
+        is_used = fill is not None and (augment.crop or augment.rotate)
+        if is_used and fill != self.ignore_index and not (classes and 0 <= fill < classes):
+            raise ValueError(
+                f"label_fill of Augment, the label of pixels from outside the image, must be a class or ignore_index of Segmentation "
+                f"({self.ignore_index}), got {fill}"
             )
 
     def label_loss(self, logits: Tensor, batch: dict, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -288,7 +288,9 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     with device_of(a.student):
         if _has_fast_kernel(a, r, compute):
             row_arguments = (row_temperature, mask_bytes, weight_tensor, upstream, upstream_stride, a.temperature, weight)
-            fast = temperature_kl_fast.launch(base, other, grad_other, r.loss, row_arguments, rows, classes, inner_size, a.scale_by_t2)
+            fast = temperature_kl_fast.launch(
+                cast(Rows, base), cast(Rows, other), grad_other, r.loss, row_arguments, rows, classes, inner_size, a.scale_by_t2
+            )
             if fast is not None:
                 (state, left), blocks = fast, min(blocks, 4 * multiprocessors(a.student))
         _kl_kernel[(blocks,)](

@@ -372,7 +372,7 @@ class Left(NamedTuple):
     """The rows that _kl_kernel has to compute."""
 
     state: Tensor  # [rows] int32
-    count: Tensor  # int32, in its first element
+    number: Tensor  # of these rows, int32, in its first element
 
 
 def launch(
