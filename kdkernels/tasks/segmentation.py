@@ -63,7 +63,8 @@ class Segmentation(Task):
 
     def check_data(self, data: object) -> None:
         augment: Any = getattr(data, "augment", None)
-        fill, classes = getattr(augment, "label_fill", None), getattr(data, "num_classes", None)
+        fill: Any = getattr(augment, "label_fill", None)
+        classes = getattr(data, "num_classes", None)
         is_used = fill is not None and (augment.crop or augment.rotate)
         if is_used and fill != self.ignore_index and not (classes and 0 <= fill < classes):
             raise ValueError(
