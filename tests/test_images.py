@@ -257,7 +257,7 @@ def test_probability_labels_are_kept():
         (True, "must be a class number"),
         (torch.tensor([1.0, 1.0, 0.0]), "a sum of 2"),
         (torch.tensor([-0.5, 1.5, 0.0]), "a minimum of -0.5"),
-        (torch.zeros(2, 2), r"got shape \[2, 2\]"),
+        (torch.zeros(2, 2), r"got floating point of shape \[2, 2\]"),
         (3, r"labels must lie in \[0, 2\], the classes of the data; sample \d has 3"),
         (-1, r"sample \d has -1"),
         (torch.tensor([0.5, 0.5]), r"probabilities of 3 classes; the label of sample \d has 2"),

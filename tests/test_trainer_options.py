@@ -495,7 +495,7 @@ def test_splits_use_different_random_numbers():
         (lambda i, image, label: ((image * 255).byte() if i % 2 else image, label), "all images must have the same dtype"),
         (lambda i, image, label: {"image": image, "label": label, "mix": 0.5}, r"fields \['mix'\], names that are reserved in a batch"),
         (lambda i, image, label: {"image": image, "label": label, "name": "x"}, r"field 'name' of sample \d+ must be a number, .*, got str"),
-        (lambda i, image, label: (image, None), r"field 'label' of sample \d+ must be a number, .*, got NoneType"),
+        (lambda i, image, label: (image, "cat"), r"field 'label' of sample \d+ must be a number, .*, got str"),
         (lambda i, image, label: {"image": image, "label": label} | ({"x": 1} if i else {}), "all samples must have the same fields"),
         (lambda i, image, label: next(iter(())), r"the dataset raised StopIteration for sample \d+"),
     ],
