@@ -480,6 +480,8 @@ def test_validation_with_some_ignored_maps_does_not_warn():
     labelled, ignored = ({"image": image, "label": torch.full((4, 16, 16), value)} for value in (1, 255))
     method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation())
     _trainer(max_epochs=2).fit(method, _loader(labelled), _loader(ignored, labelled))
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    L.Trainer(max_epochs=1, num_sanity_val_steps=1, **options).fit(method, _loader(labelled), _loader(ignored, labelled))
 
 
 def _maps(label):

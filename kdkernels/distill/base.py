@@ -380,7 +380,7 @@ class Distiller(L.LightningModule):
 
     def _warn_without_labelled_rows(self) -> None:
         for key, count in self._labelled_rows.items():
-            if not count:
+            if not count and not self.trainer.sanity_checking:
                 stage, _, loader = key.partition("_")
                 rank_zero_warn(
                     f"none of the {self.task.rows} of the {stage} images (data loader {loader}) has a label: all are ignored, and the metrics "
