@@ -533,5 +533,7 @@ def test_teachers_may_be_a_module_list():
     teachers = nn.ModuleList([TinyCNN(2, num_classes=3), TinyCNN(3, num_classes=3)])
     method = KD(TinyCNN(2, num_classes=3), teachers, combine_weights=[1.0, 2.0])
     assert method.teachers == list(teachers)
+    with pytest.raises(ValueError, match="KD needs a teacher, got teacher=None"):
+        KD(TinyCNN(2), None)
     with pytest.raises(ValueError, match="AttentionTransfer takes one teacher, got 2"):
         AttentionTransfer(TinyCNN(2), teachers, ["block1"], ["block1"])

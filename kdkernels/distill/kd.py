@@ -48,6 +48,8 @@ class KD(Distiller):
         **options,
     ):
         super().__init__(student, teacher, **options)
+        if not self.teachers:
+            raise ValueError("KD needs a teacher, got teacher=None")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         if combine not in ("probabilities", "divergences"):
