@@ -203,6 +203,7 @@ def test_messages_of_one_line():
         ("trainer", "", "section trainer of .* must be a mapping, got None"),
         ("model", "", "section model of .* must be a mapping, or the import path of a class, got None"),
         ("data", "[1]", r"section data of .* must be a mapping, or the import path of a class, got \[1\]"),
+        ("model", "{class_path: kdkernels.distill.KD, init_args: }", "init_args of section model of .* must be a mapping, got None"),
         ("base", "", "base of .* must be the name of a file, got None"),
     ],
 )

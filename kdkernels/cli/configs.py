@@ -126,6 +126,8 @@ def check(arguments: list[str]) -> None:
             if not isinstance(value, dict) and (section == "trainer" or not isinstance(value, str)):
                 expected = "a mapping" if section == "trainer" else "a mapping, or the import path of a class"
                 raise ValueError(f"config: section {section} of {path!r} must be {expected}, got {value!r}")
+            if isinstance(value, dict) and not isinstance(value.get("init_args", {}), dict):
+                raise ValueError(f"config: init_args of section {section} of {path!r} must be a mapping, got {value['init_args']!r}")
         config |= changes
     model = config.get("model")
     teacher = (model.get("init_args") or {}).get("teacher") if isinstance(model, dict) else None
