@@ -537,3 +537,11 @@ def test_teachers_may_be_a_module_list():
         KD(TinyCNN(2), None)
     with pytest.raises(ValueError, match="AttentionTransfer takes one teacher, got 2"):
         AttentionTransfer(TinyCNN(2), teachers, ["block1"], ["block1"])
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weights_must_be_finite_and_not_negative(weight):
+    make, blocks = (lambda: TinyCNN(2, num_classes=3)), (["block1", "block2"],) * 2
+    for cls, taps, name in ((KD, (), "gamma"), (AttentionTransfer, blocks, "beta"), (FSP, blocks, "alpha"), (SVDKD, blocks, "beta")):
+        with pytest.raises(ValueError, match=f"{name}, the weight of a term of the loss, must be finite and >= 0, got"):
+            cls(make(), make(), *taps, **{name: weight})

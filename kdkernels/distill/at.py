@@ -13,6 +13,7 @@ from ..models.taps import pair_features
 from ..nn import attention_transfer_losses  # in kdkernels.nn, because it does not need Lightning
 from ..tasks import Classification, Task
 from .base import Distiller
+from .checks import check_weights
 
 __all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer_losses", "gradient_attention_loss", "input_gradient"]
 
@@ -59,6 +60,7 @@ class AttentionTransfer(Distiller):
         super().__init__(student, teacher, student_taps=student_taps, teacher_taps=teacher_taps, **options)
         if not self.student_taps.names:
             raise ValueError("student_taps and teacher_taps must name at least one pair of layers")
+        check_weights(beta=beta, gamma=gamma, alpha=alpha)
         self.p, self.reduce, self.variant = p, reduce, variant
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
 
@@ -113,6 +115,7 @@ class GradientAttentionTransfer(Distiller):
         super().__init__(student, teacher, **options)
         if not symmetry and teacher is None:
             raise ValueError("GradientAttentionTransfer needs a teacher, or symmetry=True; got neither")
+        check_weights(beta=beta)
         self.beta, self.symmetry = beta, symmetry
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from .base import Distiller
 
 
+def check_weights(**weights: float) -> None:
+    """Raise ValueError unless the weights of the terms of a loss are finite and >= 0."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}, the weight of a term of the loss, must be finite and >= 0, got {weight}")
+
+
 def total_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps in the whole run, or infinity if the run has no end.
 

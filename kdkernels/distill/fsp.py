@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
+from .checks import check_weights
 from .two_stage import TwoStage
 
 __all__ = ["FSP", "fsp_loss", "fsp_matrix"]
@@ -143,6 +144,7 @@ class FSP(TwoStage):
         if len(self.student_taps.names) < 2:
             raise ValueError(f"student_taps and teacher_taps must name at least two layers each, got {self.student_taps.names}")
         self.variant = variant
+        check_weights(beta=beta, gamma=gamma, alpha=alpha)
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
 
     def check_features(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:

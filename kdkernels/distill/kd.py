@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..nn import kd_loss  # in kdkernels.nn, because it does not need Lightning
 from ..tasks.base import Combine, teacher_shares
 from .base import Distiller
+from .checks import check_weights
 
 __all__ = ["KD", "kd_loss"]
 
@@ -54,6 +55,7 @@ class KD(Distiller):
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         if combine not in ("probabilities", "divergences"):
             raise ValueError(f"combine must be 'probabilities' or 'divergences', got {combine!r}")
+        check_weights(gamma=gamma, alpha=alpha)
         teacher_shares(len(self.teachers), combine_weights)
         self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
         self.combine, self.combine_weights = combine, combine_weights

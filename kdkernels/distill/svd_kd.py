@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.taps import pair_features
 from ..nn import svd_kd_loss, svd_kd_terms  # in kdkernels.nn, because they do not need Lightning
 from .batch import as_batch
+from .checks import check_weights
 from .two_stage import TwoStage
 
 __all__ = ["SVDKD", "clip_transfer", "svd_kd_loss"]
@@ -142,6 +143,7 @@ class SVDKD(TwoStage):
         clip_transfer([], [], 0, rule=rule)
         svd_kd_loss([torch.ones(1, 1, 1)] * 2, [torch.ones(1, 1, 1)] * 2, **self.terms)
         self.rule, self.decay_in_norm = rule, decay_in_norm
+        check_weights(beta=beta, gamma=gamma, alpha=alpha)
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
         self._left_out: Tensor | None = None
         # Transfer gradient of the current step, summed over its micro-batches so far.
