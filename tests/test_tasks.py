@@ -472,6 +472,8 @@ def test_validation_without_a_labelled_pixel_warns():
     method = KD(TinyFCN(2, num_classes=3), TinyFCN(2, num_classes=3), task=Segmentation())
     with pytest.warns(UserWarning, match="none of the pixels of the val images"):
         _trainer().fit(method, _loader(labelled), _loader(ignored))
+    with pytest.warns(UserWarning, match="none of the pixels of the train images"):
+        _trainer().fit(method, _loader(ignored), _loader(labelled))
 
 
 @pytest.mark.filterwarnings("error:none of the pixels")

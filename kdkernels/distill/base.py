@@ -311,6 +311,7 @@ class Distiller(L.LightningModule):
         values = {f"train/loss_{name}": value.detach() for name, value in losses.items()} | {"train/loss": total.detach()}
         if "label" in batch:
             values["train/cross_entropy"] = self.task.label_loss(logits.detach(), batch)
+            self._count_labelled_rows("train", batch)
             self._update_metrics("train", logits.detach(), batch)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["image"]), sync_dist=True)
         return losses
@@ -365,28 +366,34 @@ class Distiller(L.LightningModule):
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
+        self._count_labelled_rows(stage, batch, loader)
+        self._update_metrics(stage, logits, batch, loader)
+        self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        self._warn_without_labelled_rows("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._warn_without_labelled_rows("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._warn_without_labelled_rows("test")
+
+    def _count_labelled_rows(self, stage: str, batch: dict, loader: int = 0) -> None:
         mask = self.task.mask(batch)
         if mask is not None:
             key = f"{stage}_{loader}"
             self._labelled_rows[key] = self._labelled_rows.get(key, 0) + mask.sum()
-        self._update_metrics(stage, logits, batch, loader)
-        self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
-    def on_validation_epoch_end(self) -> None:
-        self._warn_without_labelled_rows()
-
-    def on_test_epoch_end(self) -> None:
-        self._warn_without_labelled_rows()
-
-    def _warn_without_labelled_rows(self) -> None:
-        for key, count in self._labelled_rows.items():
+    def _warn_without_labelled_rows(self, of_stage: str) -> None:
+        for key in [key for key in self._labelled_rows if key.startswith(f"{of_stage}_")]:
+            count = self._labelled_rows.pop(key)
             if not count and not self.trainer.sanity_checking:
                 stage, _, loader = key.partition("_")
                 rank_zero_warn(
                     f"none of the {self.task.rows} of the {stage} images (data loader {loader}) has a label: all are ignored, and the metrics "
                     "have no meaning"
                 )
-        self._labelled_rows = {}
 
     @property
     def uses_default_schedule(self) -> bool:
