@@ -216,6 +216,15 @@ def test_sections_that_are_not_mappings_are_errors(config, capfd, section, value
     assert re.search(message, _error_line(capfd, "fit", "--config", config, *options))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "must be a mapping"), (b"- a: b", "must be a mapping"), (b"a: [", "is not valid YAML"), (b"\xff", "is not UTF-8 text")],
+)
+def test_errors_of_a_config_file_name_it(config, capfd, content, message):
+    config.write_bytes(content)
+    assert f"config: {str(config)!r} {message}" in _error_line(capfd, "fit", "--config", config, "--print_config")
+
+
 def test_options_do_not_change_a_list_of_teachers(config, capfd):
     text = config.read_text()
     config.write_text(text.replace("teacher: {class", "teacher: [{class").replace("{width: 6}}", "{width: 6}}, {class_path: its_nets.Small}]"))

@@ -55,7 +55,9 @@ class _NotMergeable(Exception):
 
 def _read(path: Path) -> dict:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {os.fspath(path)!r} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config: {os.fspath(path)!r} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
@@ -117,10 +119,7 @@ def check(arguments: list[str]) -> None:
     for path in config_files(arguments):
         if not os.path.isfile(path):
             continue
-        try:
-            changes = load_config(path)
-        except (ValueError, OSError):
-            continue  # with_bases or the parser reports it
+        changes = load_config(path)
         for section in ("model", "data", "trainer"):
             value = changes.get(section, {})
             if not isinstance(value, dict) and (section == "trainer" or not isinstance(value, str)):
