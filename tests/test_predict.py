@@ -205,9 +205,19 @@ def test_damaged_models_are_named(exported, tmp_path, file, kept, capfd):
     content = (exported[0] / file).read_bytes()
     damaged = tmp_path / file
     damaged.write_bytes(content[: int(kept * len(content))])
-    assert main(["predict", "--model", str(damaged), "--images", str(exported[0] / "photos"), "--out", str(tmp_path / "out.csv")]) != 0
+    _check_unreadable(damaged, exported[0] / "photos", tmp_path / "out.csv", capfd)
+
+
+def test_checkpoint_named_like_an_exported_program_is_one_line(exported, tmp_path, capfd):
+    renamed = tmp_path / "student.pt2"
+    renamed.write_bytes((exported[0] / "student.ckpt").read_bytes())
+    _check_unreadable(renamed, exported[0] / "photos", tmp_path / "out.csv", capfd)
+
+
+def _check_unreadable(model, images, out, capfd):
+    assert main(["predict", "--model", str(model), "--images", str(images), "--out", str(out)]) != 0
     errors = capfd.readouterr().err.strip().splitlines()
     assert len(errors) == 1
-    assert str(damaged) in errors[0]
+    assert str(model) in errors[0]
     assert "cannot be read" in errors[0]
-    assert not (tmp_path / "out.csv").exists()
+    assert not out.exists()

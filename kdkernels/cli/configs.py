@@ -105,7 +105,7 @@ def config_files(arguments: list[str]) -> list[str]:
     return [value for name, value in options_in(arguments) if name in _CONFIG_OPTIONS]
 
 
-def check(arguments: list[str]) -> None:
+def check_configs(arguments: list[str]) -> None:
     """Check the sections of the config files, and that no option changes a list of teachers.
 
     The parser would accept some wrong sections, which would fail later without naming them. It
@@ -129,7 +129,7 @@ def check(arguments: list[str]) -> None:
                 raise ValueError(f"config: init_args of section {section} of {path!r} must be a mapping, got {value['init_args']!r}")
         config |= changes
     model = config.get("model")
-    teacher = (model.get("init_args") or {}).get("teacher") if isinstance(model, dict) else None
+    teacher = model.get("init_args", {}).get("teacher") if isinstance(model, dict) else None
     for name, _ in options_in(arguments):
         if isinstance(teacher, list) and name.startswith(("--model.teacher.", "--model.init_args.teacher.")):
             raise ValueError(f"{name}: the config has a list of {len(teacher)} teachers, so this option is ambiguous: change the list in the config")
@@ -138,7 +138,8 @@ def check(arguments: list[str]) -> None:
 def with_bases(arguments: list[str]) -> list[str]:
     """Replace each config file that has a base by the text of the merged config.
 
-    Other arguments, and config files without a base, are not changed: the parser reads them.
+    Other arguments, and config files without a base, are not changed: the parser reads them. The
+    files must have passed :func:`check_configs`.
     """
     result = list(arguments)
     for i, argument in enumerate(arguments):
@@ -151,10 +152,4 @@ def with_bases(arguments: list[str]) -> list[str]:
 
 
 def _has_base(path: str) -> bool:
-    if not os.path.isfile(path):
-        return False
-    try:
-        config = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False  # the parser's error names the file
-    return isinstance(config, dict) and "base" in config
+    return os.path.isfile(path) and "base" in _read(Path(path))

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from ..distill import Distiller
 from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, silence_lightning
 from ..models.weights import describe
-from .configs import check, config_files, with_bases
+from .configs import check_configs, config_files, with_bases
 from .fit_help import brief_help
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(brief_help(arguments), end="")
         return 0
-    check(arguments)
+    check_configs(arguments)
     arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
     arguments = ["--print_config=skip_null" if argument == "--print_config" else argument for argument in arguments]
     # Write enum members, such as the default of Timer's interval, to config.yaml as their values.

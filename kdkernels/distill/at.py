@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
 from ..nn import attention_transfer_losses  # in kdkernels.nn, because it does not need Lightning
 from ..tasks import Classification, Task
 from .base import Distiller
-from .checks import check_weights
+from .checks import check_layers_behind_taps, check_weights
 
 __all__ = ["AttentionTransfer", "GradientAttentionTransfer", "attention_transfer_losses", "gradient_attention_loss", "input_gradient"]
 
@@ -81,17 +80,10 @@ class AttentionTransfer(Distiller):
         return logits, losses
 
     def check_labelled(self) -> None:
-        if not self.alpha and not self.gamma:
-            rank_zero_warn(
-                f"{type(self).__name__} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the "
-                "weight of T^2 KL, are both 0"
-            )
+        check_layers_behind_taps(type(self).__name__, self.alpha, self.gamma)
 
     def check_unlabelled(self) -> None:
-        if not self.alpha:
-            raise ValueError(
-                "without labels, AttentionTransfer would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
-            )
+        check_layers_behind_taps(type(self).__name__, self.alpha)
 
 
 class GradientAttentionTransfer(Distiller):

@@ -268,7 +268,19 @@ class Distiller(L.LightningModule):
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         # Random numbers, for example of dropout, depend only on the seed, the process and the step.
         torch.manual_seed(int(bits(cast(int, self._seed), self.global_rank, self.current_epoch, batch_idx)) & 0x7FFFFFFFFFFFFFFF)
-        batch = as_batch(batch)
+        if self.image_shape is None:
+            batch = as_batch(batch)
+            self.image_shape = list(batch["image"].shape[1:])
+            if not self._networks_checked:  # the data module does not give the shape of its images
+                image = batch["image"].to(self.dtype)
+                self._check_networks(torch.cat([image, image])[:2], None)  # batch norm needs two
+
+    def _check_networks(self, image: Tensor, classes: int | None) -> None:
+        self._num_classes = check_networks(self, image, classes)
+        self._networks_checked = True
+
+    def _check_presence_of_labels(self, batch: dict, batch_idx: int) -> None:
+        """Check that the training batches have labels if the method needs them, and all or none."""
         if self._has_labels is None:
             self._has_labels = "label" in batch
             self.check_labelled() if self._has_labels else self.check_unlabelled()
@@ -278,15 +290,6 @@ class Distiller(L.LightningModule):
                 "either all training batches must have labels or none: the first has "
                 f"{first}, but batch {batch_idx} of epoch {self.current_epoch} has {this}"
             )
-        if self.image_shape is None:
-            self.image_shape = list(batch["image"].shape[1:])
-            if not self._networks_checked:  # the data module does not give the shape of its images
-                image = batch["image"].to(self.dtype)
-                self._check_networks(torch.cat([image, image])[:2], None)  # batch norm needs two
-
-    def _check_networks(self, image: Tensor, classes: int | None) -> None:
-        self._num_classes = check_networks(self, image, classes)
-        self._networks_checked = True
 
     def _check_labels(self, batch: dict, classes: int, stage: str) -> None:
         if "label" not in batch:
@@ -303,6 +306,7 @@ class Distiller(L.LightningModule):
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         """Compute, check and log the :meth:`losses` of a training step."""
+        self._check_presence_of_labels(batch, batch_idx)
         self._check_labels(batch, self._num_classes, "training")
         logits, losses = self.losses(batch)
         total = cast(Tensor, sum(losses.values()))

@@ -23,6 +23,23 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name}, the weight of a term of the loss, must be finite and >= 0, got {weight}")
 
 
+def check_layers_behind_taps(method: str, alpha: float, gamma: float | None = None) -> None:
+    """Check that a method with taps trains the layers behind the last tap too.
+
+    Only the loss on the labels, of weight ``gamma``, and T^2 KL, of weight ``alpha``, train them.
+    If ``gamma`` is 0 as well, the user may want this, and is warned. Without labels (``gamma`` is
+    ``None``), ValueError is raised.
+    """
+    if alpha or gamma:
+        return
+    if gamma is None:
+        raise ValueError(f"without labels, {method} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0")
+    rank_zero_warn(
+        f"{method} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the weight of T^2 KL, "
+        "are both 0"
+    )
+
+
 def total_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps in the whole run, or infinity if the run has no end.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -136,10 +136,13 @@ def _load_onnx(path: Path) -> tuple[Logits, dict]:
 
 
 def _load_torch_export(path: Path) -> tuple[Logits, dict]:
-    if not zipfile.is_zipfile(path):  # torch.export.load would log a traceback
-        raise ValueError(f"model: {str(path)!r} cannot be read, it may be damaged or incomplete: it is not a zip file")
     extra = {f"{METADATA_KEY}.json": ""}
-    program = torch.export.load(path, extra_files=extra)
+    logger = logging.getLogger("torch.export")
+    logger.disabled, before = True, logger.disabled  # it logs the traceback of an error that it also raises
+    try:
+        program = torch.export.load(path, extra_files=extra)
+    finally:
+        logger.disabled = before
     return torch.no_grad()(program.module()), _metadata(path, extra[f"{METADATA_KEY}.json"])
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .base import Distiller
+from .checks import check_layers_behind_taps
 
 
 class TwoStage(Distiller):
@@ -52,17 +52,10 @@ class TwoStage(Distiller):
         return losses
 
     def check_labelled(self) -> None:
-        if not self.alpha and not self.gamma:
-            rank_zero_warn(
-                f"{type(self).__name__} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the "
-                "weight of T^2 KL, are both 0"
-            )
+        check_layers_behind_taps(type(self).__name__, self.alpha, self.gamma)
 
     def check_unlabelled(self) -> None:
-        if not self.alpha:
-            raise ValueError(
-                f"without labels, {type(self).__name__} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0"
-            )
+        check_layers_behind_taps(type(self).__name__, self.alpha)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.first_stage:

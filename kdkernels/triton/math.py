@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def cast_scalar(value, COMPUTE: tl.constexpr):
@@ -57,6 +59,22 @@ def exp_parts(y):
             h = 1.0 + h * (r * (1.0 / (7 - k)))
         scale = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return scale, r, h * r * r * 0.5
+
+
+@triton.jit
+def exp2_parts(t):
+    """Split 2^t = scale (1 + r + h), as exp_parts, for t in [-infinity, 126].
+
+    Adding 1.5 * 2^23 rounds t to an integer, whose low bits are then the exponent of the scale.
+    """
+    t = tl.maximum(t, -126.0)
+    shifted = t + 12582912.0
+    f = t - (shifted - 12582912.0)
+    scale = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    # ln(2)^n / n!
+    series = 1.3333558146e-3 + f * (1.5403530393e-4 + f * 1.5252733804e-5)
+    series = 0.2402265069591 + f * (5.5504108664822e-2 + f * (9.6181291076285e-3 + f * series))
+    return scale, f * LN2, (f * f) * series
 
 
 @triton.jit

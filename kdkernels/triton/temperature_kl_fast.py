@@ -20,14 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import compile_options, multiprocessors
-from .math import cast_scalar, centred_kl
-from .temperature_kl_rows import Rows, row_pointers
+from .math import LN2, cast_scalar, centred_kl, exp2_parts
+from .temperature_kl_rows import Rows, row_offset, row_pointers
 
 # The states of a row.
 _COMPUTED = tl.constexpr(1)
 LEFT = tl.constexpr(2)  # left to _kl_kernel
 
-_LN2 = tl.constexpr(0.6931471805599453)
 _STEEP = tl.constexpr(90.0)  # the largest t of an ordinary row
 _FAR = tl.constexpr(90.0)  # the largest mean difference of the logits of an ordinary row, in the unit of t
 
@@ -75,27 +74,11 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def _exp2_parts(t):
-    """Split 2^t = scale (1 + r + h), as exp_parts, for t in [-infinity, 126].
-
-    Adding 1.5 * 2^23 rounds t to an integer, whose low bits are then the exponent of the scale.
-    """
-    t = tl.maximum(t, -126.0)
-    shifted = t + 12582912.0
-    f = t - (shifted - 12582912.0)
-    scale = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-    # ln(2)^n / n!
-    series = 1.3333558146e-3 + f * (1.5403530393e-4 + f * 1.5252733804e-5)
-    series = 0.2402265069591 + f * (5.5504108664822e-2 + f * (9.6181291076285e-3 + f * series))
-    return scale, f * _LN2, (f * f) * series
-
-
-@triton.jit
 def _terms(teacher, student, top, mean, c):
     """Compute t, the parts of 2^t and the terms of a tile; c = log2(e) / T."""
     weight = tl.exp2((teacher - top) * c)
     t = (mean - (teacher - student)) * c
-    scale, r, h = _exp2_parts(t)
+    scale, r, h = exp2_parts(t)
     return t, scale, r, h, Terms(weight, weight * (scale * (r + h) + (scale - 1.0)))
 
 
@@ -107,9 +90,9 @@ def _statistics(teacher, student, c):
     total = tl.sum(weight, 1, keep_dims=True)
     mean = tl.sum(weight * (teacher - student), 1, keep_dims=True) / total
     t, scale, r, h, terms = _terms(teacher, student, top, mean, c)
-    convex = weight * (scale * h + (scale * r + ((scale - 1.0) - t * _LN2)))
+    convex = weight * (scale * h + (scale * r + ((scale - 1.0) - t * LN2)))
     convex = tl.where(t > _STEEP, float("inf"), convex)
-    sums = Statistics(top, total, mean, tl.sum(convex, 1, keep_dims=True), tl.sum(weight * t, 1, keep_dims=True) * -_LN2)
+    sums = Statistics(top, total, mean, tl.sum(convex, 1, keep_dims=True), tl.sum(weight * t, 1, keep_dims=True) * -LN2)
     return sums, terms
 
 
@@ -125,12 +108,12 @@ def _merge(tiles, c):
     total = tl.sum(share, 1, keep_dims=True)
     mean = tl.sum(share * tiles.mean, 1, keep_dims=True) / total
     delta = (tiles.mean - mean) * c
-    scale, r, h = _exp2_parts(-delta)
+    scale, r, h = exp2_parts(-delta)
     growth = scale * (r + h) + (scale - 1.0)
-    rest = scale * h + (scale * r + ((scale - 1.0) + delta * _LN2))
+    rest = scale * h + (scale * r + ((scale - 1.0) + delta * LN2))
     convex = (tiles.convex * (1.0 + growth) - tiles.drift * growth) * shrink + share * rest
     convex = tl.where(-delta > _STEEP, float("inf"), convex)
-    drift = tiles.drift * shrink + share * (delta * _LN2)
+    drift = tiles.drift * shrink + share * (delta * LN2)
     return Statistics(top, total, mean, tl.sum(convex, 1, keep_dims=True), tl.sum(drift, 1, keep_dims=True))
 
 
@@ -218,11 +201,6 @@ def _short_rows_kernel(
 
 
 @triton.jit
-def _row_pointer(rows, row, inner_size):
-    return rows.pointer + (row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride)
-
-
-@triton.jit
 def _merge_row(row, sums_ptr, value_ptr, loss_ptr, left_ptr, t, c, row_weight, tiles, T_SQUARED: tl.constexpr, TILES: tl.constexpr):
     """Merge the statistics of all tiles of a row, write its results, and return its state."""
     tile = tl.arange(0, TILES)[None, :]
@@ -297,10 +275,10 @@ def _long_rows_kernel(
                 row + tl.arange(0, 1), tl.full([1], True, tl.int1), temperature_ptr, temperature, weight_ptr, weight, upstream_ptr, upstream_stride
             )
             c = 1.4426950408889634 / t
-            teacher_row, student_row = _row_pointer(base, row, inner_size), _row_pointer(other, row, inner_size)
+            teacher_row, student_row = base.pointer + row_offset(base, row, inner_size), other.pointer + row_offset(other, row, inner_size)
             if is_gradient:
                 if grad is not None:
-                    gradient_row = _row_pointer(grad, row, inner_size)
+                    gradient_row = grad.pointer + row_offset(grad, row, inner_size)
                     state = tl.full([], _COMPUTED, tl.int32)
                     if kept:
                         state = tl.atomic_add(state_ptr + row, 0)
@@ -406,6 +384,7 @@ def launch(
         return None
     programs = _PROGRAMS * multiprocessors(x)
     groups = triton.cdiv(classes, sizes["TILE"] * sizes["GROUP"])
+    # The ticket, and the number of rows that are left with padding, have 8 bytes each.
     counters = torch.zeros(2 * rows + 4, dtype=torch.int32, device=x.device)
     ticket, left, state, groups_done = counters.split((2, 2, rows, rows))
     sums = torch.empty(rows * 5 * groups * sizes["GROUP"], dtype=torch.float32, device=x.device)

@@ -38,9 +38,15 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def row_offset(rows, row, inner_size):
+    """Return the offset of the first class of a row, or of rows [ROWS]."""
+    return row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride
+
+
+@triton.jit
 def row_pointers(rows, row, inner_size):
     """Return pointers [ROWS, 1] to the first class of rows [ROWS]."""
-    return rows.pointer + (row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride)[:, None]
+    return rows.pointer + row_offset(rows, row, inner_size)[:, None]
 
 
 @triton.jit
