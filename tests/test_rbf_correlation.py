@@ -2,6 +2,7 @@
 known values.
 """
 
+import decimal
 import itertools
 import math
 
@@ -44,15 +45,17 @@ def _compute(*features):
 def _exact_loss(inputs, beta):
     """Return the loss of each sample, its gradients, and the sums of the magnitudes of their terms.
 
-    They are computed from the definition in numpy's longdouble, because S - T is inaccurate in
-    float64 if S is close to T.
+    They are computed in numpy's longdouble, and S - T as max(S, T) expm1(-|log S - log T|), because
+    a subtraction is inaccurate if S is close to T (even of longdoubles: to 4e-11 for S - T = 1e-9).
     """
     sx, sy, tx, ty = (x.detach().cpu().double().numpy().astype(np.longdouble) for x in inputs)
     with np.errstate(invalid="ignore"):
         ds, dt = sx[:, :, None] - sy[:, None], tx[:, :, None] - ty[:, None]
         s, t = np.exp(-ds * ds / beta), np.exp(-dt * dt / beta)
-        to_s, to_t = (s - t) * s * ds * (-4 / np.longdouble(beta)), (t - s) * t * dt * (-4 / np.longdouble(beta))
-    loss = ((s - t) ** 2).sum((1, 2, 3))
+        log_quotient = ((tx - sx)[:, :, None] - (ty - sy)[:, None]) * (ds + dt) / beta  # log S - log T
+        difference = np.sign(log_quotient) * np.maximum(s, t) * -np.expm1(-np.abs(log_quotient))
+        to_s, to_t = difference * s * ds * (-4 / np.longdouble(beta)), difference * t * dt * (4 / np.longdouble(beta))
+    loss = (difference**2).sum((1, 2, 3))
     gradients = [to_s.sum(2), -to_s.sum(1), to_t.sum(2), -to_t.sum(1)]
     sizes = [np.abs(g).sum(axis) for g, axis in ((to_s, 2), (to_s, 1), (to_t, 2), (to_t, 1))]
 
@@ -60,6 +63,17 @@ def _exact_loss(inputs, beta):
         return [torch.from_numpy(a.astype(np.float64)) for a in arrays]
 
     return tensors([loss])[0], tensors(gradients), tensors(sizes)
+
+
+def test_expected_loss_is_accurate_for_close_correlations():
+    torch.manual_seed(0)
+    tx, ty = (torch.rand(2, 50, 1, 1, dtype=torch.float64) - 0.5) / 64
+    inputs = [tx * (1 + 1e-5 * torch.randn_like(tx)), ty * (1 + 1e-5 * torch.randn_like(ty)), tx, ty]
+    for sample, loss in enumerate(_exact_loss(inputs, 0.25)[0].tolist()):
+        with decimal.localcontext(decimal.Context(prec=60)):
+            sx, sy, tx, ty = (decimal.Decimal(x[sample].item()) for x in inputs)
+            exact = ((-4 * (sx - sy) ** 2).exp() - (-4 * (tx - ty) ** 2).exp()) ** 2
+        assert loss == pytest.approx(float(exact), rel=1e-13, abs=0)
 
 
 def _nan_where_not_finite(inputs, loss, gradients):
