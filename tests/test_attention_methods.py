@@ -52,10 +52,10 @@ def test_attention_transfer_loss_is_the_sum_over_pairs(data):
     pairs = [(s[name].double(), t[name].double()) for name in BLOCKS]
     expected = reference.attention_transfer_loss(*pairs[0], 1.0, variant="paper", reduce="sum")
     expected = expected + reference.attention_transfer_loss(*pairs[1], 2.0, variant="paper", reduce="max")
-    assert losses["attention"].item() == pytest.approx(0.3 * expected.item(), rel=1e-5)
-    assert losses["cross_entropy"].item() == pytest.approx(0.1 * nn.functional.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
+    assert losses["attention"].item() == pytest.approx(0.3 * expected.item(), rel=1e-5, abs=0)
+    assert losses["cross_entropy"].item() == pytest.approx(0.1 * nn.functional.cross_entropy(logits, batch["label"]).item(), rel=1e-5, abs=0)
     kl = reference.temperature_kl(logits.double(), method.teacher(batch["image"]).double(), 3.0)
-    assert losses["kl"].item() == pytest.approx(0.9 * kl.item(), rel=1e-5)
+    assert losses["kl"].item() == pytest.approx(0.9 * kl.item(), rel=1e-5, abs=0)
 
 
 def test_attention_transfer_brings_the_student_maps_closer_to_the_teacher(data, tmp_path):
@@ -135,7 +135,7 @@ def test_gradient_attention_is_differentiated_twice(symmetry):
         values.append(loss().item())
         with torch.no_grad():
             weight -= sign * step * direction
-    assert (analytic * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+    assert (analytic * direction).sum().item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6, abs=0)
     if not symmetry:
         student_gradient, _ = input_gradient(student, batch["image"], batch["label"])
         teacher_gradient, _ = input_gradient(teacher, batch["image"], batch["label"])

@@ -45,12 +45,12 @@ def test_known_values(align):
     """The values of docs/svd_kd.md, which were computed once in float64 from the definition."""
     student, teacher = _known_inputs()
     loss = svd_kd_loss(student, teacher, 1, align=align)
-    assert loss.item() == pytest.approx(0.00712241968721437, rel=1e-12)
+    assert loss.item() == pytest.approx(0.00712241968721437, rel=1e-12, abs=0)
     gradients = torch.autograd.grad(loss, student)
-    assert [g.norm().item() for g in gradients] == pytest.approx([0.000103448975, 0.005778711687, 0.002371823111], rel=1e-8)
-    assert svd_kd_loss(student[:2], teacher[:2], 1).item() == pytest.approx(0.0018329981924634, rel=1e-12)
-    assert svd_kd_loss(student[1:], teacher[1:], 1).item() == pytest.approx(0.0052894214947510, rel=1e-12)
-    assert svd_kd_loss(student, teacher, 1, loss="mean").item() == pytest.approx(2 * 0.00712241968721437 / 2, rel=1e-12)
+    assert [g.norm().item() for g in gradients] == pytest.approx([0.000103448975, 0.005778711687, 0.002371823111], rel=1e-8, abs=0)
+    assert svd_kd_loss(student[:2], teacher[:2], 1).item() == pytest.approx(0.0018329981924634, rel=1e-12, abs=0)
+    assert svd_kd_loss(student[1:], teacher[1:], 1).item() == pytest.approx(0.0052894214947510, rel=1e-12, abs=0)
+    assert svd_kd_loss(student, teacher, 1, loss="mean").item() == pytest.approx(2 * 0.00712241968721437 / 2, rel=1e-12, abs=0)
 
 
 def test_known_values_of_the_authors_code():
@@ -65,12 +65,12 @@ def test_known_values_of_the_authors_code():
         vectors = [sign * feature_svd(x, 1)[2] for sign, x in zip((1, *signs), student, strict=True)]
         sides = [align_singular_vectors(v, feature_svd(t, 1)[2]) for v, t in zip(vectors, teacher, strict=True)]
         pairs = [0.5 * rbf_correlation_loss(a[0], b[0], a[1], b[1]) for a, b in itertools.pairwise(sides)]
-        if sum(pairs).item() == pytest.approx(0.0281186823, rel=1e-8):
+        if sum(pairs).item() == pytest.approx(0.0281186823, rel=1e-8, abs=0):
             found.append((parts, vectors, pairs))
     ((parts, vectors, pairs),) = found
-    assert [p.item() for p in pairs] == pytest.approx([0.0228292608, 0.0052894215], rel=1e-8)
+    assert [p.item() for p in pairs] == pytest.approx([0.0228292608, 0.0052894215], rel=1e-8, abs=0)
     exact = torch.autograd.grad(sum(pairs), student, retain_graph=True)
-    assert [g.norm().item() for g in exact] == pytest.approx([0.00392359, 0.04425679, 0.00237182], rel=1e-5)
+    assert [g.norm().item() for g in exact] == pytest.approx([0.00392359, 0.04425679, 0.00237182], rel=1e-5, abs=0)
     # The authors' gradient of the two wide maps. Their code omits samples that have a zero singular
     # value, and multiplies by B / (B + 0.001).
     of_vectors = torch.autograd.grad(sum(pairs), vectors)
@@ -295,7 +295,7 @@ def test_known_clips():
     assert clipped([6.0, 8.0], 0, main=[torch.zeros(2, dtype=torch.float64)]) == [0, 0]
     assert clipped([0.0, 0.0], 0, main=[torch.zeros(2, dtype=torch.float64)]) == [0, 0]
     for epoch, factor in {0: 0.8808, 1: 0.7311, 2: 0.5, 5: 0.0474}.items():
-        assert clipped([1.5, 2.0], epoch, rule="poster") == pytest.approx([1.5 * factor, 2.0 * factor], rel=1e-3)
+        assert clipped([1.5, 2.0], epoch, rule="poster") == pytest.approx([1.5 * factor, 2.0 * factor], rel=1e-3, abs=0)
     assert clipped([6.0, 8.0], 0, rule="poster") == [6, 8]  # longer than the main gradient: unchanged
     assert clipped([0.0, 0.0], 3, rule="poster") == [0, 0]
 
@@ -397,7 +397,7 @@ def test_clipping_threshold_grows_with_the_epochs():
     plain, clipped = lengths[:9], lengths[9:]
     assert [epoch for epoch, _ in clipped] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for (epoch, main), (_, both) in zip(plain, clipped, strict=True):
-        assert (both - main).norm().item() == pytest.approx(main.norm().item() / (1 + math.exp(-epoch)), rel=1e-6)
+        assert (both - main).norm().item() == pytest.approx(main.norm().item() / (1 + math.exp(-epoch)), rel=1e-6, abs=0)
 
 
 def test_training_in_two_stages():
