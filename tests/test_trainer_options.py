@@ -12,15 +12,14 @@ from torch import nn
 
 pytest.importorskip("lightning")
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from tiny_runs import IMAGES, Small, data_of, fit, loader_of
 
 from kdkernels.data import Digits, FromDatasets
 from kdkernels.data.loading import Batches
 from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, Supervised
 from kdkernels.distill.engine import checkpoints
 from kdkernels.models import FeatureTaps, TinyCNN
-
-IMAGES = [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,27 +28,6 @@ def _use_temporary_folder(tmp_path_factory, monkeypatch):
     current folder.
     """
     monkeypatch.chdir(tmp_path_factory.mktemp("current"))
-
-
-class Small(nn.Module):
-    def __init__(self, width=4):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1))
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x):
-        return self.head(self.features(x).mean((2, 3)))
-
-
-def _data(images=IMAGES, **options):
-    return FromDatasets(images, IMAGES, num_classes=3, **{"batch_size": 4} | options)
-
-
-def _fit(method, data=None, **options):
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options
-    trainer = L.Trainer(enable_progress_bar=False, enable_model_summary=False, **options)
-    trainer.fit(method, data or _data())
-    return trainer
 
 
 # Checkpoints.
@@ -72,7 +50,7 @@ def _fit(method, data=None, **options):
 def test_last_checkpoint_holds_the_last_step(tmp_path, options, step):
     monitor = None if options.get("limit_val_batches") == 0 else "val/accuracy"
     method = KD(Small(), Small(8))
-    trainer = _fit(method, callbacks=checkpoints(tmp_path, monitor), enable_checkpointing=True, **options)
+    trainer = fit(method, callbacks=checkpoints(tmp_path, monitor), enable_checkpointing=True, **options)
     assert trainer.global_step == step
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert stored["global_step"] == step
@@ -80,7 +58,7 @@ def test_last_checkpoint_holds_the_last_step(tmp_path, options, step):
 
 
 def test_resuming_with_another_optimizer_raises(tmp_path):
-    _fit(KD(Small(), Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True)
+    fit(KD(Small(), Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True)
     old = torch.load(tmp_path / "last.ckpt", weights_only=True)
     del old["kdkernels"]["stepped_by"]  # written by a version that did not store this entry
     torch.save(old, tmp_path / "old.ckpt")
@@ -92,43 +70,10 @@ def test_resuming_with_another_optimizer_raises(tmp_path):
         for file in ("last.ckpt", "old.ckpt") if name == "optimizer" else ("last.ckpt",):
             trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
             with pytest.raises(ValueError, match=r"the checkpoint was trained with .*cannot be resumed with .*(AdamW|MultiStepLR).*student_weights"):
-                trainer.fit(KD(Small(), Small(), **{name: other}), _data(), ckpt_path=tmp_path / file, weights_only=True)
+                trainer.fit(KD(Small(), Small(), **{name: other}), data_of(), ckpt_path=tmp_path / file, weights_only=True)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(KD(Small(), Small()), _data(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+    trainer.fit(KD(Small(), Small()), data_of(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
     assert trainer.global_step == 6
-
-
-# Learning-rate schedules, and the metrics that callbacks monitor.
-
-
-@pytest.mark.parametrize("mode", ["max", "min"])
-@pytest.mark.parametrize("every", [1, 2])
-def test_plateau_schedule_monitors_a_validation_metric(mode, every):
-    method = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, mode, patience=0, factor=0.5, threshold=10.0))
-    trainer = _fit(method, max_epochs=4, check_val_every_n_epoch=every)
-    config = trainer.lr_scheduler_configs[0]
-    assert config.monitor == {"max": "val/accuracy", "min": "val/cross_entropy"}[mode]
-    assert config.scheduler.last_epoch == 4 // every
-    with pytest.raises(ValueError, match=r"monitors 'val/.*there is no validation"):
-        _fit(method, limit_val_batches=0)
-
-
-@pytest.mark.parametrize("watcher", [EarlyStopping, ModelCheckpoint])
-def test_monitoring_a_metric_that_is_not_logged_raises_before_training(watcher, tmp_path):
-    student = Small()
-    before = copy.deepcopy(student.state_dict())
-    for name in ("val_loss", "val_acc"):
-        with pytest.raises(ValueError, match=rf"{watcher.__name__} monitors '{name}', which is not logged: use val/accuracy, val/cross_entropy"):
-            _fit(KD(student, Small()), callbacks=[watcher(monitor=name)], enable_checkpointing=True, default_root_dir=tmp_path)
-    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
-    _fit(KD(student, Small()), callbacks=[watcher(monitor="train/loss")], enable_checkpointing=True, default_root_dir=tmp_path)
-
-
-def test_default_schedule_requires_max_epochs_or_max_steps():
-    with pytest.raises(ValueError, match="give max_epochs or max_steps, or a scheduler"):
-        _fit(KD(Small(), Small()), max_epochs=-1, max_time="00:00:00:20")
-    constant = KD(Small(), Small(), scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o))
-    assert _fit(constant, max_epochs=-1, max_time="00:00:00:01").global_step > 0
 
 
 # Weights of micro-batches, with options that change the number of micro-batches per optimizer step.
@@ -167,7 +112,7 @@ class Recorder(L.Callback):
 def test_all_samples_of_an_optimizer_step_have_equal_weight(options, count):
     recorder = Recorder()
     options = options | {"callbacks": [*options.get("callbacks", []), recorder], "max_epochs": 4, "limit_val_batches": 0}
-    trainer = _fit(Supervised(Small()), _data(IMAGES[:count], batch_size=2), **options)
+    trainer = fit(Supervised(Small()), data_of(IMAGES[:count], batch_size=2), **options)
     assert len(recorder.steps) == trainer.global_step
     assert not recorder.window
     for weights in recorder.steps:
@@ -187,7 +132,7 @@ def test_every_batch_of_every_process_has_at_least_two_samples(world):
 
 def test_batch_norm_never_receives_a_batch_of_one_sample():
     student = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    assert _fit(Supervised(student), _data(IMAGES[:9])).global_step == 2
+    assert fit(Supervised(student), data_of(IMAGES[:9])).global_step == 2
 
 
 # Overfitting, predicting, pickling.
@@ -200,14 +145,14 @@ def test_overfit_batches_repeats_the_same_batches_in_order():
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             seen.append(batch["index"].tolist())
 
-    _fit(Supervised(Small()), max_epochs=2, overfit_batches=2, callbacks=[RecordIndices()])
+    fit(Supervised(Small()), max_epochs=2, overfit_batches=2, callbacks=[RecordIndices()])
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
 
 
 def test_predict_returns_logits_in_dataset_order():
     method = KD(Small(), Small()).eval()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    found = trainer.predict(method, _data(batch_size=5))
+    found = trainer.predict(method, data_of(batch_size=5))
     assert torch.cat([f["index"] for f in found]).tolist() == list(range(12))
     with torch.no_grad():
         expected = method.student(torch.stack([image for image, _ in IMAGES]))
@@ -250,7 +195,7 @@ def test_teacher_stays_unchanged_even_if_train_is_called_on_it():
 
     teacher.train()
     before = copy.deepcopy(teacher.state_dict())
-    _fit(method, callbacks=[Unfreeze()])
+    fit(method, callbacks=[Unfreeze()])
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     method.train()
     assert not any(part.training for part in teacher.modules())
@@ -299,7 +244,7 @@ class Broken(Small):
 def test_networks_are_checked_in_training_mode(student, message, loader):
     data = torch.utils.data.DataLoader(IMAGES, batch_size=1) if loader else None  # a first batch of one image
     with pytest.raises(ValueError, match=message):
-        _fit(Supervised(student()), data)
+        fit(Supervised(student()), data)
 
 
 def test_network_check_changes_neither_student_nor_random_state():
@@ -335,7 +280,7 @@ def test_layers_inside_compiled_modules_cannot_be_tapped():
     inside.features.compile(backend="eager")
     with pytest.raises(ValueError, match="cannot be tapped"):
         FeatureTaps(inside, ["features.0"])
-    _fit(KD(network, Small()))
+    fit(KD(network, Small()))
 
 
 def test_labels_are_checked_in_every_batch_of_training():
@@ -344,7 +289,7 @@ def test_labels_are_checked_in_every_batch_of_training():
     """
     late = IMAGES[:8] + [(image, 7) for image, _ in IMAGES[8:]]
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
-        _fit(Supervised(Small()), _data(late))
+        fit(Supervised(Small()), data_of(late))
     loaders = [torch.utils.data.DataLoader(images, batch_size=4) for images in (late, IMAGES)]
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="a training batch has 7 to 7"):
@@ -354,9 +299,9 @@ def test_labels_are_checked_in_every_batch_of_training():
 def test_soft_labels_train():
     soft = [(image, torch.eye(3)[label] * 0.9 + 1 / 30) for image, label in IMAGES]
     method = KD(Small(), Small())
-    metrics = _fit(method, FromDatasets(soft, soft, num_classes=3, batch_size=4)).callback_metrics
+    metrics = fit(method, FromDatasets(soft, soft, num_classes=3, batch_size=4)).callback_metrics
     assert metrics["val/cross_entropy"].isfinite()
-    hard = _fit(method, _data(), max_epochs=0).validate(method, _data(), verbose=False)[0]
+    hard = fit(method, data_of(), max_epochs=0).validate(method, data_of(), verbose=False)[0]
     assert hard["val/accuracy"] == pytest.approx(float(metrics["val/accuracy"]))
 
 
@@ -366,7 +311,7 @@ def test_soft_labels_train():
 def test_teacher_no_better_than_chance_causes_a_warning(caplog):
     data = Digits(batch_size=200)
     with pytest.warns(UserWarning, match=r"the teacher \(TinyCNN\) classifies .* no better than chance with 10 classes: check that its weights"):
-        _fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
+        fit(KD(TinyCNN(2), TinyCNN(2)), data, limit_train_batches=1)
 
 
 def test_teacher_accuracy_is_logged_once(caplog):
@@ -379,7 +324,7 @@ def test_teacher_accuracy_is_logged_once(caplog):
             return nn.functional.one_hot(torch.where(nearest % 3 == 2, 0, nearest % 3), 3).float()
 
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        _fit(KD(Small(), PartlyCorrect()), max_epochs=3)
+        fit(KD(Small(), PartlyCorrect()), max_epochs=3)
     messages = [r.getMessage() for r in caplog.records if "teacher's accuracy" in r.getMessage()]
     assert messages == ["the teacher's accuracy on the 12 validation images: 0.6667"]
 
@@ -393,7 +338,7 @@ def test_cross_entropy_has_the_same_definition_in_training_and_validation():
             part.momentum = 0.0
             part.track_running_stats = False
             part.running_mean = part.running_var = None
-    metrics = _fit(method, _data(batch_size=12)).callback_metrics
+    metrics = fit(method, data_of(batch_size=12)).callback_metrics
     torch.testing.assert_close(metrics["train/cross_entropy"], metrics["val/cross_entropy"])
     torch.testing.assert_close(metrics["train/loss_cross_entropy"], 0.25 * metrics["train/cross_entropy"])
     torch.testing.assert_close(metrics["train/loss"], metrics["train/loss_cross_entropy"] + metrics["train/loss_kl"])
@@ -425,7 +370,7 @@ def test_first_stage_trains_branches_whose_scale_is_initially_zero():
     before = copy.deepcopy(student.state_dict())
     optimizer = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1)  # noqa: E731
     taps = ["stem", "a"]
-    _fit(FSP(student, ResidualNet(), taps, taps, first_stage_epochs=2, optimizer=optimizer), max_epochs=2)
+    fit(FSP(student, ResidualNet(), taps, taps, first_stage_epochs=2, optimizer=optimizer), max_epochs=2)
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"stem.weight", "stem.bias", "a.conv.weight", "a.conv.bias", "a.scale"}
 
@@ -445,28 +390,28 @@ def test_run_ended_by_max_steps_resumes_exactly(tmp_path, options):
 
     common = {key: value for key, value in options.items() if key != "max_steps"} | {"max_epochs": 3}
     whole, first, second = method(), method(), method()
-    expected = _fit(whole, **common)
-    _fit(first, callbacks=checkpoints(tmp_path), enable_checkpointing=True, **common | options)
+    expected = fit(whole, **common)
+    fit(first, callbacks=checkpoints(tmp_path), enable_checkpointing=True, **common | options)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, **common)
-    trainer.fit(second, _data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer.fit(second, data_of(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert trainer.global_step == expected.global_step
     assert all(torch.equal(v, second.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 6}, {"order_seed": 1}], ids=str)
 def test_resuming_within_an_epoch_in_another_sample_order_raises(tmp_path, options):
-    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
+    fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_steps=2)
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"within an epoch of 12 samples in batches of 4 .*, and cannot be resumed within it with 12 samples"):
-        trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    _fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # allowed at the end of an epoch
+        trainer.fit(Supervised(Small()), data_of(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    fit(Supervised(Small()), callbacks=checkpoints(tmp_path), enable_checkpointing=True, max_epochs=1)  # allowed at the end of an epoch
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    trainer.fit(Supervised(Small()), _data(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer.fit(Supervised(Small()), data_of(**options), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
 def test_load_from_checkpoint_restores_a_method(tmp_path):
     method = KD(Small(), Small())
-    trainer = _fit(method)
+    trainer = fit(method)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = KD.load_from_checkpoint(tmp_path / "a.ckpt", student=Small(), teacher=Small(), weights_only=True)
     assert all(torch.equal(v, loaded.student.state_dict()[k]) for k, v in method.student.state_dict().items())
@@ -509,28 +454,24 @@ def test_invalid_samples_raise(change, message):
             return change(i, *IMAGES[i])
 
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
-        _fit(Supervised(Small()), FromDatasets(Odd(), Odd(), num_classes=3, batch_size=4))
-
-
-def _loader(images, labels):
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+        fit(Supervised(Small()), FromDatasets(Odd(), Odd(), num_classes=3, batch_size=4))
 
 
 def test_label_formats_of_plain_data_loaders():
     images, labels = torch.stack([image for image, _ in IMAGES]), torch.tensor([label for _, label in IMAGES])
     for good in (labels[:, None], labels.int(), labels.to(torch.uint8), torch.eye(3)[labels]):
-        assert _fit(Supervised(Small()), _loader(images, good)).callback_metrics["train/loss"] > 0
+        assert fit(Supervised(Small()), loader_of(images, good)).callback_metrics["train/loss"] > 0
     for bad, message in (
         (torch.eye(3)[labels] * 5 - 2, "must be >= 0 and have the sum 1 for each image"),
         (torch.eye(3).long()[labels], r"must be class indices \[B\], or probabilities \[B, K\] of a floating-point dtype"),
         (torch.eye(4)[labels], r"must have the shape \[B, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            _fit(Supervised(Small()), _loader(images, bad))
+            fit(Supervised(Small()), loader_of(images, bad))
     with pytest.raises(TypeError, match=r"images must be floating point, got torch.uint8"):
-        _fit(Supervised(Small()), _loader((images * 255).byte(), labels))
+        fit(Supervised(Small()), loader_of((images * 255).byte(), labels))
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    trainer.fit(Supervised(Small()), _loader(images, labels), [_loader(images, labels), _loader(images, labels)])
+    trainer.fit(Supervised(Small()), loader_of(images, labels), [loader_of(images, labels), loader_of(images, labels)])
     assert "val/accuracy/dataloader_idx_1" in trainer.callback_metrics
 
 
@@ -542,11 +483,11 @@ def test_validation_checks_the_number_of_classes():
 
 def test_student_passed_in_eval_mode_is_set_to_training_mode():
     method = Supervised(Small().eval())
-    _fit(method)
+    fit(method)
     assert method.student.features[1].num_batches_tracked == 3
     partly = Small()
     partly.features.eval()  # intended: frozen statistics
-    _fit(Supervised(partly))
+    fit(Supervised(partly))
     assert partly.features[1].num_batches_tracked == 0
 
 
@@ -558,7 +499,7 @@ class Detached(Small):
 def test_students_without_trainable_outputs_and_invalid_temperatures_raise():
     for student in (Small().requires_grad_(False), Detached()):
         with pytest.raises(ValueError, match="do not depend on any trainable parameter"):
-            _fit(Supervised(student))
+            fit(Supervised(student))
     for temperature in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be > 0 and finite"):
             KD(Small(), Small(), temperature=temperature)
@@ -569,9 +510,3 @@ def test_tensor_memory_shared_with_the_teacher_raises():
     teacher.head.weight.data = student.head.weight.data
     with pytest.raises(ValueError, match=r"share 1 tensors \(head.weight\)"):
         KD(student, teacher)
-
-
-@pytest.mark.parametrize("name", ["val/acc", "val/loss", "lr"])
-def test_early_stopping_on_other_metrics_that_are_not_logged_raises(name):
-    with pytest.raises(ValueError, match=f"EarlyStopping monitors '{name}', which is not logged"):
-        _fit(Supervised(Small()), callbacks=[EarlyStopping(monitor=name)])

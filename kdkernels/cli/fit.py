@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ..distill import Distiller
-from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, silence_lightning
+from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, of_first_loader, silence_lightning
 from ..models.weights import describe
 from .configs import check_configs, config_files, with_bases
 from .fit_help import brief_help
@@ -98,7 +98,8 @@ def report(trainer: L.Trainer) -> str:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             kind, name = ("last", main) if callback.monitor is None else ("best", callback.monitor)
-            value = trainer.callback_metrics.get(name) if kind == "last" else callback.best_model_score
+            last = trainer.callback_metrics.get(name, trainer.callback_metrics.get(of_first_loader(name)))
+            value = last if kind == "last" else callback.best_model_score
             shown = f"{name} {float(value):.4f}  " if value is not None else ""
             lines[kind] = f"{kind}  {shown}{os.path.relpath(callback.best_model_path)}"
     return "\n".join(lines.values())

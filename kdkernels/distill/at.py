@@ -122,7 +122,9 @@ class GradientAttentionTransfer(Distiller):
         return logits, self.label_losses(logits, batch) | {"gradient": self.beta * attention}
 
     def check_unlabelled(self) -> None:
-        raise ValueError("GradientAttentionTransfer needs labels, because it differentiates the loss on the labels; the training data have none")
+        raise ValueError(
+            "GradientAttentionTransfer needs labels, because it differentiates the loss on the labels; the first training batch has none"
+        )
 
     def check_method(self, image: Tensor) -> None:
         """Check that the student can be differentiated twice."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from .batch import as_batch
+from .engine import BestCheckpoint, of_first_loader
 
 if TYPE_CHECKING:
     from .base import Distiller
@@ -33,7 +34,10 @@ def check_layers_behind_taps(method: str, alpha: float, gamma: float | None = No
     if alpha or gamma:
         return
     if gamma is None:
-        raise ValueError(f"without labels, {method} would train only the layers up to the last tap: set alpha, the weight of T^2 KL, to > 0")
+        raise ValueError(
+            f"the first training batch has no labels, and {method} without labels would train only the layers up to the last tap: "
+            "set alpha, the weight of T^2 KL, to > 0"
+        )
     rank_zero_warn(
         f"{method} trains only the layers up to the last tap: gamma, the weight of the loss on the labels, and alpha, the weight of T^2 KL, "
         "are both 0"
@@ -59,8 +63,11 @@ class TrainerCheck(L.Callback):
     """Check options that would otherwise fail only later during training.
 
     Raises ValueError for a monitored value that is not logged, and for the default schedule in a
-    run without an end.
+    run without an end. Whether validation batches have labels is known from the sanity check.
     """
+
+    def __init__(self) -> None:
+        self._labelled: dict[int, bool] = {}  # whether the batches of each validation loader had labels in the sanity check
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -68,9 +75,22 @@ class TrainerCheck(L.Callback):
         for callback in cast(Any, trainer).callbacks:
             self._check_monitor(trainer, module, type(callback).__name__, getattr(callback, "monitor", None))
 
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.sanity_checking:
+            self._labelled[dataloader_idx] = self._labelled.get(dataloader_idx, False) or "label" in as_batch(batch)
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
+            by_default = getattr(config.scheduler, "monitor", None) is None
+            if by_default and config.monitor is not None and len(trainer.num_val_batches) > 1:
+                config.monitor = of_first_loader(config.monitor)
             self._check_monitor(trainer, module, type(config.scheduler).__name__, config.monitor)
+            self._check_loader(trainer, module, type(config.scheduler).__name__, config.monitor)
+        for callback in cast(Any, trainer).callbacks:
+            if not isinstance(callback, BestCheckpoint):  # which does without its value
+                self._check_loader(trainer, module, type(callback).__name__, getattr(callback, "monitor", None))
         if getattr(module, "uses_default_schedule", False) and not math.isfinite(total_steps(trainer)):
             raise ValueError(
                 "the default schedule decays to zero at the end of training, but this run has no end: give max_epochs or max_steps, or a scheduler"
@@ -79,8 +99,11 @@ class TrainerCheck(L.Callback):
     def _check_monitor(self, trainer: L.Trainer, module: L.LightningModule, watcher: str, name: str | None) -> None:
         if name is None:
             return
-        is_builtin = type(module).__module__.startswith("kdkernels.")  # others may log any value
-        if is_builtin and not name.startswith("train/") and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module)):
+        if (
+            _is_builtin(module)
+            and not name.startswith("train/")
+            and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module))
+        ):
             task = cast("Distiller", module).task
             training = f"train/{task.main_metric}, train/loss"
             raise ValueError(f"{watcher} monitors {name!r}, which is not logged: use {', '.join(logged)}, {training}, or another value of training")
@@ -89,6 +112,25 @@ class TrainerCheck(L.Callback):
             raise ValueError(
                 f"{watcher} monitors {name!r}, but there is no validation: limit_val_batches is 0, or the data have no validation images"
             )
+
+    def _check_loader(self, trainer: L.Trainer, module: L.LightningModule, watcher: str, name: str | None) -> None:
+        """Check that the validation loader of a monitored value exists and has labels."""
+        loaders = len(trainer.num_val_batches)  # 0 before the loaders are made
+        if name is None or not name.startswith("val/") or not loaders or not _is_builtin(module):
+            return
+        value, _, loader = name.partition("/dataloader_idx_")
+        names = [f"{value}/dataloader_idx_{i}" for i in range(loaders)] if loaders > 1 else [value]
+        if name not in names:
+            count = f"are {loaders} validation loaders" if loaders > 1 else "is one validation loader"
+            raise ValueError(f"{watcher} monitors {name!r}, but there {count}: use {' or '.join(names)}")
+        if not self._labelled.get(int(loader or 0), True):
+            which = f"validation loader {loader}" if loader else "validation"
+            raise ValueError(f"{watcher} monitors {name!r}, which is not logged: the batches of {which} have no labels")
+
+
+def _is_builtin(module: L.LightningModule) -> bool:
+    """Whether the package defines the method. Others may log any value."""
+    return type(module).__module__.startswith("kdkernels.")
 
 
 def _logged_in_validation(module: L.LightningModule) -> list[str]:

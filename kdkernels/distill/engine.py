@@ -79,8 +79,21 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+def of_first_loader(name: str) -> str:
+    """Return the name of a validation metric of the first of several validation loaders."""
+    return f"{name}/dataloader_idx_0"
+
+
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the highest metric. Without labels in validation, there is none."""
+    """Keep the checkpoint with the highest metric. Without labels in validation, there is none.
+
+    With several validation loaders, the metric is that of the first one.
+    """
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict:
+        candidates = super()._monitor_candidates(trainer)
+        first = of_first_loader(str(self.monitor))
+        return candidates | {self.monitor: candidates[first]} if first in candidates else candidates
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict) -> None:
         if self.monitor in monitor_candidates:
@@ -97,7 +110,7 @@ class EpochLines(L.Callback):
         if not trainer.is_global_zero:
             return
         task = cast("Distiller", module).task
-        names = ("train/loss", f"val/{task.main_metric}")
+        names = ("train/loss", f"val/{task.main_metric}", of_first_loader(f"val/{task.main_metric}"))
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         values = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())

@@ -72,4 +72,4 @@ class KD(Distiller):
 
     def check_unlabelled(self) -> None:
         if not self.alpha:
-            raise ValueError("without labels, KD trains on T^2 KL alone: set alpha, its weight, to > 0")
+            raise ValueError("the first training batch has no labels, and KD without labels trains on T^2 KL alone: set alpha, its weight, to > 0")

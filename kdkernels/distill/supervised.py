@@ -32,4 +32,6 @@ class Supervised(Distiller):
         return logits, self.label_losses(logits, batch)
 
     def check_unlabelled(self) -> None:
-        raise ValueError("Supervised trains on labels alone, and the training data have none: give labels, or use KD, which can train without them")
+        raise ValueError(
+            "Supervised trains on labels alone, and the first training batch has none: give labels, or use KD, which can train without them"
+        )
