@@ -142,6 +142,8 @@ def test_config_with_bases_is_merged(tmp_path):
     ("text", "message"),
     [
         ("base: absent.yaml", "config: there is no file '{folder}/absent.yaml' (base of '{folder}/c.yaml')"),
+        ("base: .", "config: '{folder}' (base of '{folder}/c.yaml') is a folder, expected a file"),
+        ("base: ''", "config: base of '{folder}/c.yaml' must be the name of a file, got ''"),
         ("base: [a.yaml]", "config: base of '{folder}/c.yaml' must be the name of a file, got ['a.yaml']"),
         ("base: c.yaml", "config: '{folder}/c.yaml' extends itself: c.yaml -> c.yaml"),
         ("base: list.yaml", "config: '{folder}/list.yaml' must be a mapping with sections such as model, data and trainer, got list"),

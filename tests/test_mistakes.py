@@ -81,8 +81,14 @@ USER_ERRORS = {
     "--trainer.max_epohs 3": "kdkernels fit: there is no option --trainer.max_epohs; did you mean 'max_epochs'?",
     "--optimizer torch.optim.Adam": "kdkernels fit: there is no option --optimizer; did you mean --model.optimizer?",
     "--foo 3": "kdkernels fit: there is no option --foo",
-    "--trainer.max_epochs three": "kdkernels fit: --trainer.max_epochs: Expected a <class 'int'>",
-    "--model.temperature cold": "Expected a <class 'float'>. Got value: cold",
+    "--trainer.max_epochs three": "kdkernels fit: --trainer.max_epochs: expected int or null, got three",
+    "--model.student.width wide": "kdkernels fit: --model.student.width: expected int, got wide",
+    "--model.combine_weights 1": "kdkernels fit: --model.combine_weights: expected list or null, got 1",
+    "--model.optimizer.lr fast": "kdkernels fit: --model.optimizer.lr: expected float or the import path of a class, got fast",
+    "--data.batch_size 1.5": "kdkernels fit: --data.batch_size: expected int, got 1.5",
+    "--seed_everything abc": "kdkernels fit: --seed_everything: expected bool or int, got abc",
+    "--data.batch_size null": "kdkernels fit: --data.batch_size must be int, got null",
+    "--model.temperature cold": "kdkernels fit: --model.temperature: expected float, got cold",
     "--model no.Such": "kdkernels fit: --model: No module named 'no' (modules are searched in ",
     "--model.student its_nests.Small": "No module named 'its_nests' (modules are searched in ",
     "--trainer.callbacks EarlyStoping": "kdkernels fit: --trainer.callbacks: there is no class 'EarlyStoping'",
@@ -108,8 +114,9 @@ def test_invalid_config_is_an_error(config, capfd):
     text = config.read_text()
     config.write_text("model: [")
     _error_line(capfd, "fit", "--config", config)
-    config.write_text(text + "modle: {width: 3}\n")
-    assert "the config has no option 'modle.width'; did you mean 'model'?" in _error_line(capfd, "fit", "--config", config)
+    for empty in ("{width: 3}", "{}", ""):
+        config.write_text(text + f"modle: {empty}\n")
+        assert "c.yaml' has an unknown section 'modle'; did you mean 'model'?" in _error_line(capfd, "fit", "--config", config)
 
 
 def test_traceback_is_shown_on_request(config, monkeypatch):
@@ -218,11 +225,38 @@ def test_sections_that_are_not_mappings_are_errors(config, capfd, section, value
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "must be a mapping"), (b"- a: b", "must be a mapping"), (b"a: [", "is not valid YAML"), (b"\xff", "is not UTF-8 text")],
+    [
+        (b"", "must be a mapping"),
+        (b"- a: b", "must be a mapping"),
+        (b"a: [", "is not valid YAML"),
+        (b"\xff", "is not UTF-8 text"),
+        (b"model: KD\nmodel: KD", "is not valid YAML: the key 'model' occurs twice in a mapping"),
+    ],
 )
 def test_errors_of_a_config_file_name_it(config, capfd, content, message):
     config.write_bytes(content)
     assert f"config: {str(config)!r} {message}" in _error_line(capfd, "fit", "--config", config, "--print_config")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{width: 6}", "{width: }", "model.teacher.width must be int, got null"),
+        ("{class_path: its_nets.Small}", "null", "model.student must be torch.nn.modules.module.Module, got null"),
+        ("size: 8", "size: 8, zzz: {}", "data (ImageFolder) has no option 'zzz'"),
+        ("{width: 6}", "{width: 6, head: {}}", "model.teacher (Small) has no option 'head'"),
+        ("max_epochs: 2", "max_epochs: 2, max_epoch: {}", "trainer (Trainer) has no option 'max_epoch'; did you mean 'max_epochs'?"),
+    ],
+)
+def test_null_and_unknown_empty_arguments_of_a_config_are_errors(config, capfd, old, new, message):
+    """The parser itself accepts them."""
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    for options in ((), ("--print_config",)):
+        line = _error_line(capfd, "fit", "--config", config, *options)
+        assert line.startswith(f"kdkernels fit: config: {message}")
+        assert line.endswith(f"(in {str(config)!r})")
 
 
 def test_options_do_not_change_a_list_of_teachers(config, capfd):

@@ -148,6 +148,8 @@ def test_predict_checks_its_output_before_any_work(exported, tmp_path):
     model, images = exported[0] / "student.ckpt", tmp_path / "broken"
     with pytest.raises(ValueError, match=r"out must be a file, but .* is a folder"):
         predict_images(model, images, images)
+    with pytest.raises(ValueError, match="out must be the name of a file, got ''"):
+        predict_images(model, images, "")
     with pytest.raises(ValueError, match=r"out must be in a folder, but .*file' is a file"):
         predict_images(model, images, tmp_path / "file" / "out.csv")
     with pytest.raises(ValueError, match=r"images: no file in .* can be read as an image"):
@@ -220,4 +222,5 @@ def _check_unreadable(model, images, out, capfd):
     assert len(errors) == 1
     assert str(model) in errors[0]
     assert "cannot be read" in errors[0]
+    assert "damaged or incomplete" in errors[0]
     assert not out.exists()

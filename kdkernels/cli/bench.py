@@ -101,20 +101,27 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, out: Path
 
 
 def _run_until_interrupted(command: list[str], environment: dict[str, str]) -> int:
-    """Run pytest and return its exit status.
+    """Run pytest and return its exit status; or 130 after Ctrl-C, 143 after SIGTERM.
 
     If this process is interrupted or terminated, pytest is interrupted once, and then writes the
     rows that it has measured. It has its own session, so that Ctrl-C in a terminal reaches it only
     in this way.
     """
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    received = signal.SIGINT
+
+    def terminate(number: int, frame: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return child.wait()
     except KeyboardInterrupt:
         child.send_signal(signal.SIGINT)
         child.wait()
-        return 130
+        return 128 + received
     finally:
         if child.poll() is None:  # interrupted again
             child.kill()

@@ -25,8 +25,8 @@ def load_config(path: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: the file or a base does not exist.
-        ValueError: a file is not a YAML mapping, ``base`` is not a file name, or the bases form a
-            cycle.
+        ValueError: a file is not a YAML mapping or contains a key twice, ``base`` is not a file
+            name, or the bases form a cycle.
     """
     return _load(Path(path), ())
 
@@ -34,14 +34,16 @@ def load_config(path: str | os.PathLike) -> dict:
 def _load(path: Path, extended_by: tuple[Path, ...]) -> dict:
     if path.resolve() in extended_by:
         raise ValueError(f"config: {os.fspath(path)!r} extends itself: {' -> '.join(p.name for p in (*extended_by, path))}")
+    origin = f" (base of {os.fspath(extended_by[-1])!r})" if extended_by else ""
+    if path.is_dir():
+        raise ValueError(f"config: {os.fspath(path)!r}{origin} is a folder, expected a file")
     if not path.is_file():
-        origin = f" (base of {os.fspath(extended_by[-1])!r})" if extended_by else ""
         raise FileNotFoundError(f"config: there is no file {os.fspath(path)!r}{origin}")
     config = _read(path)
     if "base" not in config:
         return config
     base = config.pop("base")
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not base:
         raise ValueError(f"config: base of {os.fspath(path)!r} must be the name of a file, got {base!r}")
     try:
         return merged(_load(path.parent / base, (*extended_by, path.resolve())), config)
@@ -53,9 +55,22 @@ class _NotMergeable(Exception):
     """The message is the path of keys to a list that would be replaced by a mapping."""
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader that rejects duplicate keys, of which YAML's parser would use the last one."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} occurs twice in a mapping", key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return node
+
+
 def _read(path: Path) -> dict:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"config: {os.fspath(path)!r} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
@@ -105,41 +120,11 @@ def config_files(arguments: list[str]) -> list[str]:
     return [value for name, value in options_in(arguments) if name in _CONFIG_OPTIONS]
 
 
-def check_configs(arguments: list[str]) -> None:
-    """Check the sections of the config files, and that no option changes a list of teachers.
-
-    The parser would accept some wrong sections, which would fail later without naming them. It
-    would apply ``--model.teacher.width`` to the last teacher of a list only.
-
-    Raises:
-        ValueError: a section is neither a mapping nor, for model and data, the path of a class; or
-            an option changes a teacher although the config has a list of teachers.
-    """
-    config: dict = {}
-    for path in config_files(arguments):
-        if not os.path.isfile(path):
-            continue
-        changes = load_config(path)
-        for section in ("model", "data", "trainer"):
-            value = changes.get(section, {})
-            if not isinstance(value, dict) and (section == "trainer" or not isinstance(value, str)):
-                expected = "a mapping" if section == "trainer" else "a mapping, or the import path of a class"
-                raise ValueError(f"config: section {section} of {path!r} must be {expected}, got {value!r}")
-            if isinstance(value, dict) and not isinstance(value.get("init_args", {}), dict):
-                raise ValueError(f"config: init_args of section {section} of {path!r} must be a mapping, got {value['init_args']!r}")
-        config |= changes
-    model = config.get("model")
-    teacher = model.get("init_args", {}).get("teacher") if isinstance(model, dict) else None
-    for name, _ in options_in(arguments):
-        if isinstance(teacher, list) and name.startswith(("--model.teacher.", "--model.init_args.teacher.")):
-            raise ValueError(f"{name}: the config has a list of {len(teacher)} teachers, so this option is ambiguous: change the list in the config")
-
-
 def with_bases(arguments: list[str]) -> list[str]:
     """Replace each config file that has a base by the text of the merged config.
 
     Other arguments, and config files without a base, are not changed: the parser reads them. The
-    files must have passed :func:`check_configs`.
+    files must have passed :func:`~kdkernels.cli.config_checks.check_configs`.
     """
     result = list(arguments)
     for i, argument in enumerate(arguments):

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from ..distill import Distiller
 from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, of_first_loader, silence_lightning
 from ..models.weights import describe
-from .configs import check_configs, config_files, with_bases
+from .config_checks import check_configs, wrong_arguments
+from .configs import config_files, with_bases
 from .fit_help import brief_help
 
 
@@ -40,6 +41,9 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        for section in ("model", "data"):
+            for problem in wrong_arguments(config[section].as_dict(), section):
+                raise ValueError(f"--{problem}")
         last = _run_folder(config.trainer) / "last.ckpt"
         if self.subcommand == "fit" and last.exists() and not (config.get("ckpt_path") or config.restart or config.trainer.fast_dev_run):
             raise ValueError(

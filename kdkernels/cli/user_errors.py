@@ -17,6 +17,7 @@ TRACEBACK = "set KDKERNELS_TRACEBACK=1 to see the traceback"
 # errors in an option or its value.
 _REPORT = re.compile(r"(Parser key .*\n?\s*)?(Does not validate against any of|Problem with given class_path)")
 _OPTION_ERROR = re.compile(r"Expected a|Option |Key |Problem with|Not a |Unable to|Does not|Parser key|Import path|No module named|Unexpected")
+_TYPE_NAMES = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "list", "dict": "a mapping", "Mapping": "a mapping"}
 # Exceptions whose message is printed without the name of the exception. This package raises them.
 _PLAIN = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 
@@ -65,14 +66,56 @@ def _find_cause(error: BaseException) -> BaseException:
     return error if _OPTION_ERROR.match(str(inner)) else inner
 
 
+def _split_report(text: str) -> tuple[str, list[str]]:
+    """Return the option that a report of the parser is about, and the lines on its value.
+
+    The report names the keys of the option in lines of increasing indentation. The lines below the
+    last key are on the value.
+    """
+    keys: list[str] = []
+    value_lines: list[str] = []
+    indent = -1
+    for line in text.splitlines():
+        key, depth = re.search(r'Parser key "([^"]*)"', line), len(line) - len(line.lstrip())
+        if key and depth > indent:
+            keys, indent, value_lines = [*keys, key.group(1)], depth, []
+        elif depth > indent or not line.strip():
+            value_lines.append(line.strip(" -"))
+        elif keys:
+            break
+    return ".".join(keys), value_lines
+
+
+def _wrong_type(lines: list[str]) -> str | None:
+    """Return ``expected TYPE, got VALUE`` if the value is only of a wrong type.
+
+    If the value could be the name of a class, ``None`` is returned: it is a wrong name.
+    """
+    value = next((found.group(1) for line in lines if (found := re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", line))), None)
+    errors = [
+        line for line in lines if line and not line.startswith(("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but"))
+    ]
+    matches = [re.match(r"Expected a (?:<class '(?:[^']*\.)?(\w+)'>|typing\.Literal\[(.*)\]|dot import path string:)", line) for line in errors]
+    if value is None or not matches or not all(matches):
+        return None
+    kinds = [m.group(1) or (m.group(2) or "the import path of a class").replace(", ", " or ") for m in matches if m]
+    if "the import path of a class" in kinds and {"the import path of a class", "list", "NoneType"}.issuperset(kinds):
+        return None
+    return f"expected {' or '.join(dict.fromkeys(_TYPE_NAMES.get(kind, kind) for kind in kinds))}, got {_join_lines(value, 100)}"
+
+
 def _rewrite_parser_message(text: str) -> str:
-    parser_key = re.search(r'Parser key "([^"]*)"', text)
-    key = f"--{parser_key.group(1)}: " if parser_key else ""
+    name, value_lines = _split_report(text)
+    key = f"--{name}: " if name else ""
+    wrong_type = _wrong_type(value_lines)
+    if wrong_type:
+        return key + wrong_type
     option = re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", text)
     owner = (re.findall(r"class_path '([^']+)'", text) or [None])[-1]
     if option:
-        name = option.group(1)
-        return f"{key}{owner.rpartition('.')[2] if owner else 'the config'} has no option {name!r}{_suggest_option(name, owner) if owner else ''}"
+        unknown_name = option.group(1)
+        suggestion = _suggest_option(unknown_name, owner) if owner else ""
+        return f"{key}{owner.rpartition('.')[2] if owner else 'the config'} has no option {unknown_name!r}{suggestion}"
     section = re.search(r"does not accept option '([^']+)'", text)
     if section:
         return f"{key}the config has no option {section.group(1)!r}{close_match(section.group(1).partition('.')[0], ['model', 'data', 'trainer'])}"
@@ -86,7 +129,7 @@ def _rewrite_parser_message(text: str) -> str:
         problem = (missing.group(1) and f"there is no class {missing.group(1)!r}") or missing.group(0)
         return f"{key}{problem} (modules are searched in {os.getcwd()} and in the folder of the config)"
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>", "Parser key", "- Expected a path but")
-    lines = [line.strip() for line in text.splitlines()]
+    lines = value_lines or [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(noise)] or [line for line in lines if line]
     first = text.splitlines()[0] if text else ""
     if key and first.startswith("Parser key"):

@@ -64,6 +64,8 @@ def predict_images(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if on_error not in ("fail", "skip"):
         raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
+    if not os.fspath(out):
+        raise ValueError("out must be the name of a file, got ''")
     if Path(out).is_dir():
         raise ValueError(f"out must be a file, but {str(out)!r} is a folder")
     not_a_folder = next((str(parent) for parent in Path(out).parents if parent.exists() and not parent.is_dir()), None)
@@ -156,8 +158,11 @@ def _load_safetensors(path: Path) -> tuple[Logits, dict]:
 
 
 def _load_checkpoint(path: Path) -> tuple[Logits, dict]:
-    description = describe(path)
-    network = from_checkpoint(path).eval()
+    try:
+        description = describe(path)
+        network = from_checkpoint(path).eval()
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
     return torch.no_grad()(lambda image: find_logits(network(image))), metadata_of(description, description["student"], description["image_shape"])
 
 

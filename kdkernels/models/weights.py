@@ -197,8 +197,10 @@ def _load(path: str) -> object:
                 f"{path!r} cannot be read as weights: it contains objects of {', '.join(classes)}, and loading them could run arbitrary code. If you "
                 'trust the file, save its weights alone: torch.save(torch.load(path, weights_only=False)["model"], "weights.pth"), with the right key'
             ) from error
-        reason = str(error).split("\n", 1)[0] or type(error).__name__
-        raise ValueError(f"{path!r} cannot be read as weights (tensors and plain values; nothing else is unpickled): {reason}") from error
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0].removesuffix(": ")
+        raise ValueError(
+            f"{path!r} cannot be read as weights (tensors and plain values; nothing else is unpickled); it may be damaged or incomplete: {reason}"
+        ) from error
 
 
 def _plain_types() -> list:
