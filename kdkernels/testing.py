@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ContextDecorator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .ops import checks
 from .ops.truncated_svd_implementations import check_available, chosen
@@ -11,15 +12,16 @@ from .options import Implementation
 __all__ = ["implementation"]
 
 
-def implementation(name: str) -> _Selection:
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
     """Select one implementation of the ops that have several, instead of the fastest one for the
     device. For tests and benchmarks.
 
     The selection affects ``truncated_svd``, ``truncated_svds``, ``feature_svd`` and
-    ``align_singular_vectors``, and no other op. It applies to calls inside the ``with`` block (or
-    the decorated function), and to the backward passes of these calls, even if they run later. As
-    long as the block runs, it also applies to calls in other threads. ``torch.func`` transforms and
-    second derivatives always use the reference.
+    ``align_singular_vectors``, and no other op. Call it anew for each block. It applies to calls
+    inside the ``with`` block (or the decorated function), and to the backward passes of these
+    calls, even if they run later. As long as the block runs, it also applies to calls in other
+    threads. ``torch.func`` transforms and second derivatives always use the reference.
 
     Args:
         name: "cuda" (CUDA C++ kernels), "triton", "torch" (plain PyTorch), or "fastest", the
@@ -33,19 +35,9 @@ def implementation(name: str) -> _Selection:
     """
     value = checks.option("implementation", name)
     check_available(Implementation(value))
-    return _Selection(value)
-
-
-class _Selection(ContextDecorator):
-    """Context manager and decorator. It can be used several times, also within itself."""
-
-    def __init__(self, value: int):
-        self._value = value
-        self._previous: list[int] = []
-
-    def __enter__(self) -> None:
-        self._previous.append(chosen.implementation)
-        chosen.implementation = self._value
-
-    def __exit__(self, *error: object) -> None:
-        chosen.implementation = self._previous.pop()
+    previous = chosen.implementation
+    chosen.implementation = value
+    try:
+        yield
+    finally:
+        chosen.implementation = previous

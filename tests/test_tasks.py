@@ -423,10 +423,10 @@ def test_methods_that_need_labels_raise_without_them():
     data = FromDatasets(_images(False), _images(True), num_classes=3, batch_size=4)
     blocks = ["block1", "block2"]
     for method, message in {
-        Supervised(make()): "Supervised trains on labels alone, and the training data have none",
-        KD(make(), make(), alpha=0.0): "without labels, KD trains on T\\^2 KL alone: set alpha",
-        AttentionTransfer(make(), make(), blocks, blocks): "without labels, AttentionTransfer would train only the layers up to the last tap",
-        FSP(make(), make(), blocks, blocks): "without labels, FSP would train only the layers up to the last tap",
+        Supervised(make()): "Supervised trains on labels alone, and the first training batch has none",
+        KD(make(), make(), alpha=0.0): "the first training batch has no labels, and KD without labels trains on T\\^2 KL alone: set alpha",
+        AttentionTransfer(make(), make(), blocks, blocks): "AttentionTransfer without labels would train only the layers up to the last tap",
+        FSP(make(), make(), blocks, blocks): "FSP without labels would train only the layers up to the last tap",
         GradientAttentionTransfer(make(), make()): "GradientAttentionTransfer needs labels, because it differentiates the loss on the labels",
     }.items():
         with pytest.raises(ValueError, match=message):
