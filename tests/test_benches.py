@@ -293,10 +293,10 @@ def test_references_replace_the_ops_temporarily():
 
     with bench_step.references():
         assert base.temperature_kl is kdkernels.reference.temperature_kl
-        assert kdkernels.nn.attention_transfer_loss is kdkernels.reference.attention_transfer_loss
+        assert kdkernels.nn.attention.attention_transfer_loss is kdkernels.reference.attention_transfer_loss
         assert kdkernels.temperature_kl is not kdkernels.reference.temperature_kl
     assert base.temperature_kl is kdkernels.temperature_kl
-    assert kdkernels.nn.attention_transfer_loss is kdkernels.attention_transfer_loss
+    assert kdkernels.nn.attention.attention_transfer_loss is kdkernels.attention_transfer_loss
 
 
 # Result files.

@@ -14,7 +14,7 @@ from torch import nn
 
 import kdkernels
 from kdkernels import align_singular_vectors, feature_svd, rbf_correlation_loss, reference
-from kdkernels.nn import svd_kd_loss, svd_kd_terms
+from kdkernels.nn.svd_kd import svd_kd_loss, svd_kd_terms
 
 L = pytest.importorskip("lightning")
 from kdkernels.data import ClutterDigits  # noqa: E402

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.taps import pair_features
-from ..nn import svd_kd_loss, svd_kd_terms  # in kdkernels.nn, because they do not need Lightning
+from ..nn.svd_kd import svd_kd_loss, svd_kd_terms  # in kdkernels.nn, because they do not need Lightning
 from .batch import as_batch
 from .checks import check_weights
 from .two_stage import TwoStage
