@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from kdkernels.data import Augment, ClutterDigits
-from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill import BYOT, FSP, KD, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
 
 
 def network(width: int) -> nn.Module:
@@ -31,6 +31,29 @@ def network(width: int) -> nn.Module:
     )
 
 
+def with_exits(method: nn.Module) -> nn.Module:
+    """Replace batch norm in the exits of a method."""
+    for name, layer in list(method.exits.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            parent, _, attribute = name.rpartition(".")
+            setattr(method.exits.get_submodule(parent), attribute, nn.GroupNorm(1, layer.num_features))
+    return method
+
+
+class Halving(nn.Module):
+    """A network without batch norm whose blocks, in a container, halve the resolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(channels, width, 3, 2, 1) for channels in (3, width, width))
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.fc(x.mean((2, 3)))
+
+
 def plain_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.5)  # the step is proportional to the gradient
 
@@ -39,6 +62,8 @@ def constant(optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
+BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
+
 # All methods. test_engine.py compares the names with kdkernels.distill.
 METHODS = {
     "Supervised": lambda options: Supervised(network(4), **options),
@@ -46,6 +71,8 @@ METHODS = {
     "AttentionTransfer": lambda options: AttentionTransfer(network(4), network(6), ["2", "4"], ["2", "4"], alpha=0.9, beta=10.0, **options),
     "GradientAttentionTransfer": lambda options: GradientAttentionTransfer(network(4), network(6), **options),
     "SVDKD": lambda options: SVDKD(network(6), network(6), ["2", "4"], ["2", "4"], k=2, **options),
+    "BYOT": lambda options: with_exits(BYOT(Halving(4), BLOCKS, image_shape=[3, 32, 32], **options)),
+    "DeepSupervision": lambda options: with_exits(DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
 }
 

@@ -5,6 +5,7 @@ The modules need the optional dependencies of ``kdkernels[train]``.
 
 from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention_loss, input_gradient
 from .base import Distiller
+from .exits import BYOT, DeepSupervision
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
 from .supervised import Supervised
@@ -12,10 +13,12 @@ from .svd_kd import SVDKD, clip_transfer, svd_kd_loss
 from .teacher_cache import TeacherCache
 
 __all__ = [
+    "BYOT",
     "FSP",
     "KD",
     "SVDKD",
     "AttentionTransfer",
+    "DeepSupervision",
     "Distiller",
     "GradientAttentionTransfer",
     "Supervised",

@@ -54,7 +54,7 @@ class Distiller(L.LightningModule):
             a list of files, with ``None`` for teachers that already have their weights.
         student_taps, teacher_taps: names of layers whose outputs :meth:`losses` uses.
         teacher_cache: stores the teacher's outputs for the training images on disk.
-        optimizer: function that returns the optimizer for the student's parameters. The default is
+        optimizer: function that returns the optimizer for the trained parameters. The default is
             SGD with learning rate 0.1, Nesterov momentum 0.9 and weight decay 5e-4.
         scheduler: function that returns the schedule for the optimizer; it makes one step per
             epoch. ``ReduceLROnPlateau`` makes one step per validation. The value that it monitors
@@ -172,6 +172,10 @@ class Distiller(L.LightningModule):
             if any(module.training for module in teacher.modules()):
                 teacher.eval()
 
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Return the modules that are optimized, by their names in messages."""
+        return {"student": self.student}
+
     # For subclasses: methods to override, then methods to call.
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -233,19 +237,21 @@ class Distiller(L.LightningModule):
         return [OutputCheck(), TrainerCheck(), TeacherAccuracy()]
 
     def configure_model(self) -> None:
-        """Shard the student's children and the student (FSDP2) under ModelParallelStrategy."""
+        """Shard the trained modules and their children (FSDP2) under ModelParallelStrategy."""
         if self.device_mesh is None:
             return
         if not self.can_be_sharded:
             raise ValueError(f"{type(self).__name__} needs two backward passes, and FSDP frees the weights after the first one: use DDP")
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        if not isinstance(self.student, FSDPModule):
-            mesh = self.device_mesh["data_parallel"]
-            for child in self.student.children():
-                if any(True for _ in child.parameters()):
-                    fully_shard(child, mesh=mesh)
-            fully_shard(self.student, mesh=mesh)
+        mesh = self.device_mesh["data_parallel"]
+        for module in self.trained_modules().values():
+            if not isinstance(module, FSDPModule):
+                for child in module.children():
+                    has_forward = not isinstance(child, (nn.ModuleList, nn.ModuleDict))  # FSDP does not support containers
+                    if has_forward and any(True for _ in child.parameters()):
+                        fully_shard(child, mesh=mesh)
+                fully_shard(module, mesh=mesh)
 
     def setup(self, stage: str) -> None:
         self.stage_metrics.clear()  # metrics made in inference mode cannot be updated outside of it
@@ -254,8 +260,9 @@ class Distiller(L.LightningModule):
 
     def on_fit_start(self) -> None:
         # If only some layers are in eval mode, this is intentional, and their mode is kept.
-        if not any(module.training for module in self.student.modules()):
-            self.student.train()
+        for trained in self.trained_modules().values():
+            if not any(module.training for module in trained.modules()):
+                trained.train()
         self._has_labels = None
         data = cast(Any, self.trainer).datamodule
         self.task.check_data(data)
@@ -320,17 +327,19 @@ class Distiller(L.LightningModule):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["image"]), sync_dist=True)
         return losses
 
-    def _update_metrics(self, stage: str, logits: Tensor, batch: dict, loader: int = 0) -> None:
-        key = f"{stage}_{loader}"
+    def _update_metrics(self, stage: str, logits: Tensor, batch: dict, loader: int = 0, suffix: str = "") -> None:
+        key = f"{stage}{suffix}_{loader}"
         if key not in self.stage_metrics:
             self.stage_metrics[key] = nn.ModuleDict(self.task.metrics(logits.shape[1])).to(logits.device)
         prediction, target = self.task.metric_inputs(logits, batch)
         metrics = cast("Mapping[str, Metric]", self.stage_metrics[key])
         for name, metric in metrics.items():
             metric.update(prediction, target)
-            shown = name == self.task.main_metric and stage != "train"
+            shown = name == self.task.main_metric and stage != "train" and not suffix
             attribute = f"stage_metrics.{key}.{name}"
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits), metric_attribute=attribute)
+            self.log(
+                f"{stage}/{name}{suffix}", metric, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits), metric_attribute=attribute
+            )
 
     def _raise_not_finite(self, batch: dict, batch_idx: int, losses: dict[str, Tensor]) -> None:
         folder = Path(self.trainer.default_root_dir)
@@ -361,17 +370,30 @@ class Distiller(L.LightningModule):
         batch = as_batch(batch)
         return {"logits": self(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
 
+    def predictions(self, image: Tensor) -> dict[str, Tensor]:
+        """Return the logits that validation and test evaluate, by the suffix of their metrics.
+
+        The student's logits have the suffix "".
+        """
+        return {"": self(image)}
+
+    def prediction_names(self) -> list[str]:
+        """Return the keys of :meth:`predictions`."""
+        return [""]
+
     def _evaluate(self, stage: str, batch: dict, loader: int) -> None:
         if "label" not in batch:
             return
-        logits = self(batch["image"])
+        predictions = self.predictions(batch["image"])
+        logits = predictions[""]
         classes = getattr(cast(Any, self.trainer).datamodule, "num_classes", None)
         if classes is not None and logits.shape[1] != classes:
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
         self._count_labelled_rows(stage, batch, loader)
-        self._update_metrics(stage, logits, batch, loader)
+        for suffix, values in predictions.items():
+            self._update_metrics(stage, values, batch, loader, suffix)
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
@@ -405,7 +427,7 @@ class Distiller(L.LightningModule):
         return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.student.parameters())
+        optimizer = self.make_optimizer(p for module in self.trained_modules().values() for p in module.parameters())
         if self.make_scheduler is not None:
             schedule = self.make_scheduler(optimizer)
             self._check_resumed(optimizer, schedule)

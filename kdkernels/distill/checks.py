@@ -134,7 +134,9 @@ def _is_builtin(module: L.LightningModule) -> bool:
 
 
 def _logged_in_validation(module: L.LightningModule) -> list[str]:
-    return [f"val/{name}" for name in (*cast("Distiller", module).task.metrics(2), "cross_entropy")]
+    method = cast("Distiller", module)
+    metrics = method.task.metrics(2)
+    return [*(f"val/{name}{suffix}" for suffix in method.prediction_names() for name in metrics), "val/cross_entropy"]
 
 
 class TeacherAccuracy(L.Callback):

@@ -35,7 +35,7 @@ def check_networks(method: Distiller, image: Tensor, classes: int | None) -> int
         ValueError: a network cannot process the images or returns no logits, the numbers of classes
             differ, or the method cannot compare the tapped features.
     """
-    with unchanged(method.student), method.trainer.precision_plugin.forward_context():
+    with unchanged(*method.trained_modules().values()), method.trainer.precision_plugin.forward_context():
         method.hold_teachers()
         with torch.no_grad():
             teacher_outputs = {name: _outputs(method, name, image) for name in method.teachers_by_name()}
@@ -105,14 +105,14 @@ def checked_logits(task: Task, output: object, image: Tensor, network_name: str)
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Restore on exit what a forward pass of the module changes.
+def unchanged(*modules: nn.Module) -> Iterator[None]:
+    """Restore on exit what a forward pass of the modules changes.
 
     This is the buffers (for example of batch norm), the modes of the layers, and the states of the
     random number generators.
     """
-    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
-    training = {layer: layer.training for layer in module.modules()}
+    buffers = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
+    training = {layer: layer.training for module in modules for layer in module.modules()}
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
             yield

@@ -1,5 +1,6 @@
 """Networks, taps into any network's layers, and weights from files."""
 
+from .exits import Exits
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import (
     ResNet,
@@ -50,6 +51,7 @@ TAPS: dict[type, tuple[str, ...]] = {
 __all__ = [
     "TAPS",
     "VGG",
+    "Exits",
     "FeatureTaps",
     "MobileNet",
     "MobileNetV2",

@@ -1,9 +1,10 @@
-"""Checks of lists of features, one tensor for each layer."""
+"""Checks of lists of features, one tensor for each layer, and of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..ops import checks
@@ -16,3 +17,20 @@ def features_of_layers(name: str, features: object) -> list[Tensor]:
     for i, x in enumerate(features):
         checks.tensor(f"{name}[{i}]", x, "features")
     return list(features)
+
+
+def check_labels(labels: object, name: str, logits: Tensor, dim: int) -> None:
+    """Check that labels are class indices or class probabilities that F.cross_entropy accepts.
+
+    ``name`` is the name of the logits in messages, and ``dim`` their dimension of the classes.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8, *checks.FLOATING):
+        raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
+    rows = (*logits.shape[:dim], *logits.shape[dim:][1:])
+    expected = tuple(logits.shape) if labels.is_floating_point() else tuple(rows)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels must have the shape {expected} for {name} {tuple(logits.shape)} with the classes in dim={dim}, got {tuple(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
+from .features import check_labels
 
 
 class TemperatureKLLoss(nn.Module):
@@ -113,7 +114,7 @@ def kd_loss(
     checks.integer("dim", dim)
     if not -student.dim() <= dim < student.dim():
         raise ValueError(f"dim must lie in [{-student.dim()}, {student.dim() - 1}] for logits of {student.dim()} dimensions, got {dim}")
-    _check_labels(labels, student, dim)
+    check_labels(labels, "student", student, dim)
     for name, weight in (("gamma", gamma), ("alpha", alpha)):
         if isinstance(weight, Tensor):
             checks.tensor(name, weight, "weights")
@@ -125,17 +126,3 @@ def kd_loss(
     elif student.dim() == 2 and dim in (0, -2):
         logits, labels = logits.T, labels.T if labels.is_floating_point() else labels
     return gamma * F.cross_entropy(logits, labels) + alpha * temperature_kl(student, teacher.detach(), temperature, dim=dim)
-
-
-def _check_labels(labels: Tensor, student: Tensor, dim: int) -> None:
-    """Check that labels are class indices or class probabilities that F.cross_entropy accepts."""
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.uint8, *checks.FLOATING):
-        raise TypeError(f"labels must be a tensor of int64 class indices or of probabilities, got {checks.kind(labels)}")
-    rows = (*student.shape[:dim], *student.shape[dim:][1:])
-    expected = tuple(student.shape) if labels.is_floating_point() else tuple(rows)
-    if tuple(labels.shape) != expected:
-        raise ValueError(
-            f"labels must have the shape {expected} for student {tuple(student.shape)} with the classes in dim={dim}, got {tuple(labels.shape)}"
-        )
-    if labels.device != student.device:
-        raise ValueError(f"labels must be on the logits' device {student.device}, got {labels.device}")
