@@ -211,7 +211,7 @@ def test_which_parameter_receives_which_gradient():
     assert student.fc.weight.grad is None
     assert all(p.grad is None for p in student.block3.parameters())  # only targets depend on the last block
     assert all(p.grad is not None for p in [*student.block1.parameters(), *student.block2.parameters()])
-    assert all(p.grad is not None for p in method.exits.parameters())
+    assert all(p.grad is not None for p in method.branches.parameters())
     method.zero_grad()
     sum(method.losses(batch)[1].values()).backward()
     assert all(p.grad is not None for p in method.parameters())
@@ -221,18 +221,18 @@ def test_which_parameter_receives_which_gradient():
 def test_training_evaluates_every_exit_and_exports_the_plain_network(make, tmp_path):
     data = data_of()
     method = make(TinyCNN(4, num_classes=3), image_shape=[3, 8, 8])
-    before = [p.detach().clone() for p in method.exits.parameters()]
+    before = [p.detach().clone() for p in method.branches.parameters()]
     trainer = fit(method, data, max_epochs=2)
     names = {"val/accuracy", "val/accuracy_exit_1", "val/accuracy_exit_2", "val/accuracy_ensemble"}
     assert names <= set(trainer.callback_metrics)
-    assert any(not torch.equal(a, b) for a, b in zip(before, method.exits.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.branches.parameters(), strict=True))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     plain = load_weights(TinyCNN(4, num_classes=3), tmp_path / "a.ckpt")
     assert all(torch.equal(v, method.student.state_dict()[k]) for k, v in plain.state_dict().items())
     again = make(TinyCNN(4, num_classes=3))
-    assert again.exits is None
+    assert again.branches is None
     trainer.validate(again, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
-    assert all(torch.equal(a, b) for a, b in zip(again.exits.parameters(), method.exits.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again.branches.parameters(), method.branches.parameters(), strict=True))
 
 
 def test_exits_on_label_maps():
@@ -251,7 +251,7 @@ class Pooled(nn.Module):
 
 
 def test_invalid_options_raise_before_training():
-    with pytest.raises(ValueError, match="student_taps must name at least two layers"):
+    with pytest.raises(ValueError, match="student_taps must name at least 2 layers"):
         BYOT(Small(), ["features"])
     with pytest.raises(ValueError, match="the network is its own teacher"):
         BYOT(Small(), ["features.0", "features"], teacher=Small())

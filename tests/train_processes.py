@@ -33,10 +33,10 @@ def network(width: int) -> nn.Module:
 
 def with_exits(method: nn.Module) -> nn.Module:
     """Replace batch norm in the exits of a method."""
-    for name, layer in list(method.exits.named_modules()):
+    for name, layer in list(method.branches.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             parent, _, attribute = name.rpartition(".")
-            setattr(method.exits.get_submodule(parent), attribute, nn.GroupNorm(1, layer.num_features))
+            setattr(method.branches.get_submodule(parent), attribute, nn.GroupNorm(1, layer.num_features))
     return method
 
 

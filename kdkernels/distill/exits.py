@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..data.keyed_random import bits
 from ..models.exits import Branch, ExitOutputs, Exits
 from ..nn.byot import byot_feature_losses, byot_weights
-from .base import Distiller
 from .checks import check_weights
-from .network_checks import unchanged
+from .self_distiller import SelfDistiller
 
 __all__ = ["BYOT", "DeepSupervision", "ExitDistiller"]
 
 
-class ExitDistiller(Distiller):
+class ExitDistiller(SelfDistiller):
     """Base class of methods that train a network together with exits at its inner layers.
 
-    The exits (:class:`kdkernels.models.Exits`) are trained and saved in checkpoints, but they are
-    no part of the student: an exported student is the plain network. Validation evaluates the
-    student, each exit (``val/accuracy_exit_1``, ...) and the mean of all logits
-    (``val/accuracy_ensemble``).
-
-    The sizes of the exits are known after one run of the student. This is done in the constructor
-    if ``image_shape`` is given, else when training begins, with the shape that the data module
-    gives.
+    The branches are :class:`kdkernels.models.Exits`. Validation evaluates the student, each exit
+    (``val/accuracy_exit_1``, ...) and the mean of all logits (``val/accuracy_ensemble``).
 
     Args:
         student: maps images [B, C, H, W] to logits in the shape of ``task``.
         student_taps: names of the layers of the exits, from the front to the back, and last the
             layer whose feature map the student itself classifies.
         branch: "bottleneck" or "separable", see :class:`kdkernels.models.Exits`.
-        image_shape: [C, H, W], if the data module does not give it.
+        image_shape: see :class:`SelfDistiller`.
         adapters: whether the exits have a linear layer for their features.
         **options: the other arguments of :class:`Distiller`. There is no teacher.
     """
@@ -49,66 +42,12 @@ class ExitDistiller(Distiller):
         adapters: bool = False,
         **options,
     ):
-        super().__init__(student, student_taps=student_taps, **options)
-        if self.teachers:
-            raise ValueError(f"{type(self).__name__} has no teacher: the network is its own teacher; got teacher={type(self.teacher).__name__}")
-        if len(self.student_taps.names) < 2:
-            raise ValueError(f"student_taps must name at least two layers, that of an exit and the last one, got {self.student_taps.names}")
-        self.branch: Branch = branch
-        self.adapters = adapters
-        self.exits: Exits | None = None
-        if image_shape is not None:
-            self.build_exits(image_shape)
-
-    def build_exits(self, image_shape: Sequence[int]) -> None:
-        """Construct the exits for images [C, H, W], unless they exist.
-
-        Raises:
-            ValueError: the student cannot process such images, or a tapped layer has no feature map
-                [B, C, H, W] of a suitable size.
-        """
-        if self.exits is not None:
-            return
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be [C, H, W], got {list(image_shape)}")
-        parameter = next(self.student.parameters())
-        image = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
-        with unchanged(self.student), torch.no_grad():
-            self.student.eval()
-            logits, features = self.student_outputs({"image": image})
-        for name, feature in features.items():
-            if not isinstance(feature, Tensor) or feature.dim() != 4:
-                shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-                raise ValueError(f"student_taps: the output of layer {name!r} must be a feature map [B, C, H, W], got {shape}")
-        shapes = {name: tuple(feature.shape[1:]) for name, feature in features.items()}
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(bits(torch.initial_seed() & 0x7FFFFFFFFFFFFFFF, 1)) & 0x7FFFFFFFFFFFFFFF)
-            self.exits = Exits(shapes, logits.shape[1], logits.dim() == 4, self.branch, self.adapters)
-        self.exits.to(parameter.device, parameter.dtype)
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        exits: dict[str, nn.Module] = {} if self.exits is None else {"exits": self.exits}
-        return super().trained_modules() | exits
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.exits is not None:
-            return
-        shape: Sequence[int] | None = getattr(cast(Any, self.trainer).datamodule, "image_shape", None)
-        if shape is None:
-            raise ValueError(f"{type(self).__name__} needs image_shape=[C, H, W], because the data do not give it")
-        self.build_exits(shape)
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        shape = checkpoint.get("kdkernels", {}).get("image_shape")
-        if shape is not None:
-            self.build_exits(shape)
+        super().__init__(student, student_taps, partial(_make_exits, branch=branch, adapters=adapters), image_shape, **options)
 
     def run_exits(self, image: Tensor) -> tuple[Tensor, ExitOutputs]:
         """Return the student's logits, and the outputs of the exits."""
         logits, features = self.student_outputs({"image": image})
-        return logits, cast(Exits, self.exits)(list(features.values()), image.shape[2:])
+        return logits, cast(Exits, self.branches)(list(features.values()), image.shape[2:])
 
     def predictions(self, image: Tensor) -> dict[str, Tensor]:
         logits, outputs = self.run_exits(image)
@@ -117,6 +56,10 @@ class ExitDistiller(Distiller):
 
     def prediction_names(self) -> list[str]:
         return ["", *(f"_exit_{i}" for i in range(1, len(self.student_taps.names))), "_ensemble"]
+
+
+def _make_exits(shapes: dict[str, tuple[int, ...]], logits: Tensor, branch: Branch, adapters: bool) -> Exits:
+    return Exits(shapes, logits.shape[1], logits.dim() == 4, branch, adapters)
 
 
 class DeepSupervision(ExitDistiller):
