@@ -5,9 +5,11 @@ The modules need the optional dependencies of ``kdkernels[train]``.
 
 from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention_loss, input_gradient
 from .base import Distiller
-from .exits import BYOT, DeepSupervision
+from .byot import BYOT
+from .deep_supervision import DeepSupervision
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
+from .sad import SAD
 from .supervised import Supervised
 from .svd_kd import SVDKD, clip_transfer, svd_kd_loss
 from .teacher_cache import TeacherCache
@@ -16,6 +18,7 @@ __all__ = [
     "BYOT",
     "FSP",
     "KD",
+    "SAD",
     "SVDKD",
     "AttentionTransfer",
     "DeepSupervision",
