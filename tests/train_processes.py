@@ -73,7 +73,7 @@ METHODS = {
     "SVDKD": lambda options: SVDKD(network(6), network(6), ["2", "4"], ["2", "4"], k=2, **options),
     "BYOT": lambda options: with_exits(BYOT(Halving(4), BLOCKS, image_shape=[3, 32, 32], **options)),
     "DeepSupervision": lambda options: with_exits(DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)),
-    "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=10.0, start_step=2, **options),
+    "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
 }
 

@@ -70,7 +70,7 @@ class SAD(Distiller):
         steps = total_steps(self.trainer)
         if self.start_step >= steps and not cast(Any, self.trainer).fast_dev_run:
             raise ValueError(
-                f"start_step must be below the number of steps of the run, {steps:.0f}, got {self.start_step}: the attention loss would never be added"
+                f"start_step must be below the number of steps of the run, {steps:.0f}, got {self.start_step}: the loss would never be added"
             )
 
     def attention_loss(self, features: dict[str, Tensor]) -> Tensor:
