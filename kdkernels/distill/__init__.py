@@ -7,6 +7,7 @@ from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention
 from .base import Distiller
 from .byot import BYOT
 from .deep_supervision import DeepSupervision
+from .exit_network import ExitNetwork, exit_network
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
 from .sad import SAD
@@ -23,10 +24,12 @@ __all__ = [
     "AttentionTransfer",
     "DeepSupervision",
     "Distiller",
+    "ExitNetwork",
     "GradientAttentionTransfer",
     "Supervised",
     "TeacherCache",
     "clip_transfer",
+    "exit_network",
     "fsp_loss",
     "fsp_matrix",
     "gradient_attention_loss",

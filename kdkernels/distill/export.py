@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .. import __version__
 from ..files import replaced_atomically
 from ..models.weights import build, describe, load_weights
 from ..tasks import find_logits
+from .exit_network import exit_network
 
 __all__ = ["export_student"]
 
@@ -30,7 +31,11 @@ TOLERANCE = 1e-4
 
 
 def export_student(
-    ckpt: str | os.PathLike, targets: dict[str, str], spec: dict | None = None, image_shape: list[int] | None = None
+    ckpt: str | os.PathLike,
+    targets: dict[str, str],
+    spec: dict | None = None,
+    image_shape: list[int] | None = None,
+    exit: int | Literal["ensemble"] | None = None,
 ) -> dict[str, float]:
     """Write the student of a checkpoint to files of one or several formats.
 
@@ -44,6 +49,9 @@ def export_student(
         spec: ``{"class_path", "init_args"}`` of the student; needed if the checkpoint does not
             contain it.
         image_shape: [C, H, W]; needed if the checkpoint does not contain it.
+        exit: export an exit of a network that BYOT or DeepSupervision has trained, see
+            :class:`kdkernels.distill.ExitNetwork`. Not possible as "safetensors", which contains
+            the weights of the student alone.
 
     Returns:
         For each format the largest difference between a logit of the exported student and of the
@@ -63,7 +71,9 @@ def export_student(
         )
     if image_shape is None:
         raise ValueError(f"{ckpt} does not contain the shape of the images: give it, for example --image_shape '[3, 32, 32]'")
-    student = load_weights(build(spec), ckpt).eval()
+    if exit is not None and "safetensors" in targets:
+        raise ValueError(f"{targets['safetensors']!r} cannot contain an exit, only the weights of the student: export it as .onnx or .pt2")
+    student = load_weights(build(spec), ckpt).eval() if exit is None else exit_network(ckpt, exit).eval()
     image = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = student(image)
@@ -127,6 +137,8 @@ def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict, meta
 
 def _torch_export(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
     program = torch.export.export(student, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program.graph_module.graph.eliminate_dead_code()  # for an exit, the layers behind it
+    program.graph_module.recompile()
     torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata})
     return torch.export.load(path).module()(image).detach()
 
