@@ -1,7 +1,6 @@
 """Deep supervision and Be Your Own Teacher: known answers, gradients, exits and training."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,7 +161,7 @@ import lightning as L  # noqa: E402
 from tiny_runs import IMAGES, Small, data_of, fit, loader_of  # noqa: E402
 
 from kdkernels.data import SegmentedClutterDigits  # noqa: E402
-from kdkernels.distill import BYOT, KD, DeepSupervision, ExitNetwork, exit_network  # noqa: E402
+from kdkernels.distill import BYOT, KD, DeepSupervision  # noqa: E402
 from kdkernels.models import Exits, TinyCNN, TinyFCN, load_weights  # noqa: E402
 from kdkernels.tasks import Segmentation  # noqa: E402
 
@@ -275,130 +274,3 @@ def test_invalid_options_raise_before_training():
         with pytest.raises(ValueError, match="labels alone, and the first training batch has none"):
             fit(method, unlabelled)
     assert KD(Small(), Small()).prediction_names() == [""]
-
-
-# Inference by exits.
-
-
-class Skipping(nn.Module):
-    """A network whose last layer reads the image again, so that images cannot be left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Linear(7, 3)
-
-    def forward(self, x):
-        return self.fc(torch.cat([self.last(self.first(x)).mean((2, 3)), x.mean((2, 3))], 1))
-
-
-def _exit_network(exit=None):
-    torch.manual_seed(0)
-    backbone = TinyCNN(4, num_classes=3)
-    exits = Exits({"block1": (4, 4, 4), "block2": (8, 2, 2), "block3": (16, 1, 1)}, 3)
-    for module in (backbone, exits):  # larger weights, so that the exits differ in their confidence
-        for parameter in module.parameters():
-            parameter.data *= 2
-    return ExitNetwork(backbone, BLOCKS, exits, exit).eval()
-
-
-@torch.no_grad()
-def test_logits_of_each_exit():
-    image = torch.randn(5, 3, 8, 8)
-    last, exits = _exit_network().all_logits(image)
-    assert torch.equal(_exit_network()(image), last)
-    for i in (1, 2):
-        assert torch.equal(_exit_network(i)(image), exits[i - 1])
-    torch.testing.assert_close(_exit_network("ensemble")(image), (exits[0] + exits[1] + last) / 3)
-    for bad in (0, 3, True, "mean", 1.0):
-        with pytest.raises(ValueError, match=r"exit must be a number in \[1, 2\], 'ensemble' or None"):
-            _exit_network(bad)
-
-
-def test_exit_stops_the_backbone():
-    network = _exit_network(1)
-    ran = []
-    network.backbone.block2.register_forward_hook(lambda *_: ran.append(2))
-    network(torch.randn(2, 3, 8, 8))
-    assert not ran
-
-
-@given(seed=st.integers(0, 1000), threshold=st.floats(0, 1))
-def test_adaptive_depth_takes_the_first_confident_exit(seed, threshold):
-    network = _exit_network()
-    image = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        last, exits = network.all_logits(image)
-        logits, number = network.adaptive(image, threshold)
-    for row in range(6):
-        confidences = [z[row].double().softmax(0).max().item() for z in exits]
-        expected = next((i for i, c in enumerate(confidences, 1) if c >= threshold), 3)
-        if all(abs(c - threshold) > 1e-5 for c in confidences):
-            assert number[row] == expected
-            torch.testing.assert_close(logits[row], [*exits, last][expected - 1][row], rtol=1e-4, atol=1e-5)
-
-
-def test_adaptive_depth_computes_only_the_remaining_images():
-    network = _exit_network()
-    sizes = {}
-    for name in BLOCKS:
-        network.backbone.get_submodule(name).register_forward_hook(lambda _, inputs, out, name=name: sizes.update({name: len(inputs[0])}))
-    image = torch.randn(16, 3, 8, 8)
-    _, number = network.adaptive(image, 0.6)
-    left = [int((number > i).sum()) for i in range(3)]
-    assert [sizes.get(name, 0) for name in BLOCKS] == left
-    assert left[0] == 16
-    assert 0 < left[1] < 16
-    assert network.adaptive(image, 0.0)[1].tolist() == [1] * 16
-    for bad in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\]"):
-            network.adaptive(image, bad)
-
-
-def test_adaptive_depth_needs_networks_in_which_images_can_be_left_out():
-    exits = Exits({"first": (4, 4, 4), "last": (4, 2, 2)}, 3)
-    network = ExitNetwork(Skipping(), ["first", "last"], exits).eval()
-    image = torch.cat([torch.zeros(3, 3, 8, 8), 9 * torch.randn(3, 3, 8, 8)])
-    confidence = network.all_logits(image)[1][0].double().softmax(1).amax(1)
-    with pytest.raises(RuntimeError, match="Skipping reads more than the output of the tapped layers"):
-        network.adaptive(image, ((confidence.min() + confidence.max()) / 2).item())
-
-
-def test_operations_counted_by_hand():
-    """Two operations for each multiplication with an addition."""
-    backbone = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    exits = Exits({"0": (2, 4, 4), "1": (4, 4, 4)}, 5)
-    branch = 2 * 16 * (2 * 1 + 1 * 1 + 1 * 4) + 2 * 4 * 5  # 1x1 convolutions to 1, 1 and 4 channels, and the classifier
-    first = 2 * 16 * 3 * 2
-    whole = first + 2 * 16 * 2 * 4 + 2 * 4 * 5
-    assert ExitNetwork(backbone, ["0", "1"], exits).eval().operations(torch.zeros(1, 3, 4, 4)) == [first + branch, whole + branch]
-
-
-def test_exits_of_a_checkpoint(tmp_path, monkeypatch, capsys):
-    """kdkernels fit, then inference, and export of the plain network and of each exit."""
-    import onnxruntime
-
-    from kdkernels.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    config = Path(__file__).parent.parent / "configs" / "byot_clutter_digits.yaml"
-    small = ["--model.student.width=4", "--data.train_size=64", "--data.val_size=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    assert main(["fit", "--config", str(config), *small, "--trainer.enable_progress_bar=false"]) == 0
-    network = exit_network("runs/byot/last.ckpt").eval()
-    image = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        last, exits = network.all_logits(image)
-    for exit, expected in ((None, last), (1, exits[0]), ("ensemble", (last + exits[0] + exits[1]) / 3)):
-        option = [] if exit is None else ["--exit", str(exit)]
-        assert main(["export", "--ckpt", "runs/byot/last.ckpt", "--out", "a.onnx", "a.pt2", *option]) == 0
-        session = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"])
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(torch.export.load("a.pt2").module()(image).detach(), expected, rtol=1e-4, atol=1e-4)
-    capsys.readouterr()
-    for option, message in (
-        (["--out", "b.onnx", "--exit", "3"], "exit must be a number in [1, 2], 'ensemble' or None, got 3"),
-        (["--out", "b.onnx", "--exit", "first"], "--exit must be a number from 1, or ensemble, got 'first'"),
-        (["--out", "b.safetensors", "--exit", "1"], "'b.safetensors' cannot contain an exit"),
-    ):
-        assert main(["export", "--ckpt", "runs/byot/last.ckpt", *option]) in (1, 2)
-        assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("b.*"))

@@ -17,6 +17,8 @@ USAGE = """usage: kdkernels COMMAND [options]
   predict                  classify a folder of images: kdkernels predict --model student.onnx --images photos --out classes.csv
   plot attention           plot images and their attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   plot dfv                 plot singular values, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
+  plot exits               plot accuracy against computation of a network with exits, and print the table
+  plot robustness          plot accuracy under noise in the weights, and the sizes of gradients: --ckpt a.ckpt b.ckpt
   bench                    time each op, its reference and its peers, and compare with hardware limits: kdkernels bench --quick --report
   demo                     train a teacher, a student alone and a distilled student on generated images, and write a report
   info                     print which kernels are built, and which implementation runs each op

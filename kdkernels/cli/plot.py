@@ -1,4 +1,4 @@
-"""``kdkernels plot attention|dfv``: plots of the features of a trained student and its teacher."""
+"""``kdkernels plot``: pictures of the features, exits and robustness of trained students."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..distill.exit_curve import THRESHOLDS
 from ..plots.attention import plot_attention
 from ..plots.dfv import plot_dfv
+from ..plots.exits import plot_exits
+from ..plots.exits import table as table_of_exits
+from ..plots.robustness import NOISE, plot_robustness
+from ..plots.robustness import table as table_of_robustness
 from .arguments import UsageError, parse_typed
 
-_USAGE = "usage: kdkernels plot {attention,dfv} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
+_USAGE = "usage: kdkernels plot {attention,dfv,exits,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
 
 
 def main(arguments: list[str]) -> int:
-    kinds = {"attention": _attention, "dfv": _dfv}
+    kinds = {"attention": _attention, "dfv": _dfv, "exits": _exits, "robustness": _robustness}
     kind = arguments[0] if arguments else None
     if kind in ("-h", "--help"):
         print(_USAGE)
         return 0
     if kind not in kinds:
-        raise UsageError(f"the first argument must be one of {{attention,dfv}}, got {kind!r}")
+        raise UsageError(f"the first argument must be one of {{{','.join(kinds)}}}, got {kind!r}")
     parser = ArgumentParser(prog=f"kdkernels plot {kind}", exit_on_error=False, allow_abbrev=False)
     draw = kinds[kind](parser)
     parser.add_argument("--out", type=str, default=f"{kind}.png", help="file to write: .png, .svg or .pdf")
+    print(draw(parse_typed(parser, arguments[1:])))
+    return 0
+
+
+def _add_layers(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         type=list[str],
@@ -32,18 +42,17 @@ def main(arguments: list[str]) -> int:
         help="layers of the student; by default the taps of the method or of its family",
     )
     parser.add_argument("--teacher_layers", type=list[str], default=[], help="layers of the teacher, one for each layer of the student")
-    print(draw(parse_typed(parser, arguments[1:])))
-    return 0
 
 
-def _attention(parser: ArgumentParser) -> Callable[[Namespace], Path]:
+def _attention(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of kdkernels fit")
     parser.add_argument("--images", type=int, default=6, help="number of images of the validation split")
     parser.add_argument("--p", type=float, default=2.0, help="exponent of the attention maps")
+    _add_layers(parser)
     return lambda o: plot_attention(o.ckpt, o.out, o.layers, o.teacher_layers, o.images, o.p)
 
 
-def _dfv(parser: ArgumentParser) -> Callable[[Namespace], Path]:
+def _dfv(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
     parser.add_argument(
         "--ckpt",
         type=str,
@@ -53,4 +62,28 @@ def _dfv(parser: ArgumentParser) -> Callable[[Namespace], Path]:
     )
     parser.add_argument("--image", type=int, default=0, help="index of the image in the validation split")
     parser.add_argument("--vector", type=int, default=1, help="number of the teacher's singular vector, from 1")
+    _add_layers(parser)
     return lambda o: plot_dfv(o.ckpt, o.out, o.layers, o.teacher_layers, o.image, o.vector)
+
+
+def _exits(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of BYOT or DeepSupervision")
+    parser.add_argument("--thresholds", type=list[float], default=list(THRESHOLDS), help="confidences at which adaptive depth stops, in [0, 1]")
+
+    def draw(options: Namespace) -> str:
+        out, points = plot_exits(options.ckpt, options.out, options.thresholds)
+        return f"{table_of_exits(points)}\n{out}"
+
+    return draw
+
+
+def _robustness(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    parser.add_argument("--ckpt", type=str, nargs="+", required=True, help="checkpoints of kdkernels fit, each a curve")
+    parser.add_argument("--noise", type=list[float], default=list(NOISE), help="standard deviations of the noise, relative to those of the weights")
+    parser.add_argument("--repeats", type=int, default=5, help="number of random draws for each level of noise")
+
+    def draw(options: Namespace) -> str:
+        out, results = plot_robustness(options.ckpt, options.out, options.noise, options.repeats)
+        return f"{table_of_robustness(results, options.noise)}\n{out}"
+
+    return draw
