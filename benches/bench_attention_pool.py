@@ -1,4 +1,4 @@
-"""Times of attention_transfer_loss and attention_pool against PyTorch, Inductor and a copy."""
+"""Times of attention_transfer_loss, attention_pool and sad_loss against eager, Inductor and a copy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from kdkernels import attention_pool, attention_transfer_loss, reference
+from kdkernels.nn import sad_loss
 
 from .suite import DEVICE, Cell, Problem, compiled, for_cells, limit_shape
 
@@ -30,6 +31,25 @@ def problem(shape, p=2.0, dtype=torch.float32, channels_last=False, pool=False, 
     return Problem(functions, inputs, eager, error_inputs, {"value": value, "gradient": 4 * gradient}, upstream, moved)
 
 
+def sad_problem(shape, source_shape=None) -> Problem:
+    """Self attention distillation between two layers, of which the first is trained.
+
+    The features are scaled so that the attention maps are not one-hot.
+    """
+    shapes = [limit_shape(s, 9) for s in (source_shape or shape, shape)]
+    source, target = (torch.randn(s, device=DEVICE) / s[1] ** 0.5 for s in shapes)
+    inputs = (source.requires_grad_(), target)
+    functions: dict[str, Callable] = {
+        "fused": lambda *x: sad_loss(x),
+        "eager": lambda *x: reference.sad_loss(x),
+        "Inductor": compiled(lambda *x: reference.sad_loss(x)),
+    }
+    error_inputs = tuple(x[:4].detach().requires_grad_(x.requires_grad) for x in inputs)
+    value = 2.0**-22 * (56 + shapes[0][1] ** 0.5 / 4)  # rounding errors of a sum over the channels, and of the softmax
+    moved = {"forward": source.nbytes + target.nbytes, "forward + backward": 3 * source.nbytes + target.nbytes}
+    return Problem(functions, inputs, functions["eager"], error_inputs, {"value": value, "gradient": 16 * value}, None, moved)
+
+
 def cell(name, *args, seconds=3.0, main=False, **options) -> Cell:
     return Cell("attention_pool", name, partial(problem, *args, **options), seconds, main)
 
@@ -49,6 +69,10 @@ CELLS = [
     cell("128 x 512 x 2 x 2", (128, 512, 2, 2), seconds=2.0),
     cell("pool 128 x 64 x 32 x 32, l2", (128, 64, 32, 32), pool=True, normalize="l2"),
     cell("pool 64 x 256 x 56 x 56", (64, 256, 56, 56), pool=True, seconds=6.0),
+]
+CELLS += [
+    Cell("attention_pool", "SAD 64 x 128 x 36 x 100", partial(sad_problem, (64, 128, 36, 100)), 4.0, True),
+    Cell("attention_pool", "SAD 64 x 128 x 36 x 100 to half of the size", partial(sad_problem, (64, 128, 18, 50), (64, 128, 36, 100)), 4.0, False),
 ]
 GPU_CELLS = [cell("128 x 512 x 56 x 56", (128, 512, 56, 56), main=True)]
 

@@ -7,6 +7,7 @@ same name.
 
 from .attention_pool import attention_pool, attention_transfer_loss
 from .rbf_correlation import rbf_correlation, rbf_correlation_loss
+from .sad_loss import sad_loss
 from .svd_kd import svd_kd_loss
 from .temperature_kl import temperature_kl
 from .truncated_svd import align_singular_vectors, truncated_svd
@@ -17,6 +18,7 @@ __all__ = [
     "attention_transfer_loss",
     "rbf_correlation",
     "rbf_correlation_loss",
+    "sad_loss",
     "svd_kd_loss",
     "temperature_kl",
     "truncated_svd",
