@@ -1,4 +1,4 @@
-"""Times of attention_transfer_loss, attention_pool and sad_loss against eager, Inductor and a copy."""
+"""Times of attention_transfer_loss, attention_pool and sad_loss against eager and Inductor."""
 
 from collections.abc import Callable
 from functools import partial
