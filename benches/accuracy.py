@@ -21,7 +21,7 @@ import lightning as L
 import torch
 
 from kdkernels.data import ClutterDigits
-from kdkernels.distill import FSP, KD, SVDKD, AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill import BYOT, FSP, KD, SAD, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
 from kdkernels.models import TinyCNN, load_weights
 
 BLOCKS = ["block1", "block2", "block3"]
@@ -48,6 +48,23 @@ METHODS: dict[str, tuple[int, str | None, Callable]] = {
     },
     "SVD-KD, k = 1, poster's rule": (6, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, rule="poster")),
     "SVD-KD, k = 1, two stages": (8, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, loss="mean", first_stage_epochs=2)),
+}
+# Self-distillation: without a teacher. The attention loss of SAD begins after two thirds of the steps.
+LATE = 252
+METHODS |= {
+    "deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
+    "BYOT": (6, None, lambda s, t: BYOT(s, BLOCKS)),
+    "BYOT, no feature loss": (6, None, lambda s, t: BYOT(s, BLOCKS, beta=0.0)),
+    "BYOT, authors": (6, None, lambda s, t: BYOT(s, BLOCKS, variant="authors")),
+    "BYOT, luanyunteng": (6, None, lambda s, t: BYOT(s, BLOCKS, variant="luanyunteng")),
+    "BYOT, separable branches": (6, None, lambda s, t: BYOT(s, BLOCKS, branch="separable")),
+    "SAD": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE)),
+    "SAD, from the start": (6, None, lambda s, t: SAD(s, BLOCKS)),
+    "SAD, not detached": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE, detach_target=False)),
+    "SAD, block 2 to 3": (6, None, lambda s, t: SAD(s, BLOCKS, paths=[BLOCKS[1:]], start_step=LATE)),
+    "SAD, block 1 to 3": (6, None, lambda s, t: SAD(s, BLOCKS, paths=[[BLOCKS[0], BLOCKS[2]]], start_step=LATE)),
+    "SAD, reversed": (6, None, lambda s, t: SAD(s, BLOCKS, paths=[[BLOCKS[1], BLOCKS[0]], [BLOCKS[2], BLOCKS[1]]], start_step=LATE)),
+    "SAD, gamma = 1": (6, None, lambda s, t: SAD(s, BLOCKS, gamma=1.0, start_step=LATE)),
 }
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
 
