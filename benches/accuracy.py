@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[int, str | None, Callable]] = {
     "SVD-KD, k = 1, poster's rule": (6, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, rule="poster")),
     "SVD-KD, k = 1, two stages": (8, "deep", lambda s, t: SVDKD(s, t, BLOCKS, BLOCKS, loss="mean", first_stage_epochs=2)),
 }
-# Self-distillation: without a teacher. The attention loss of SAD begins after two thirds of the steps.
+# Self-distillation has no teacher. The attention loss of SAD begins after two thirds of the steps.
 LATE = 252
 METHODS |= {
     "deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
