@@ -75,7 +75,7 @@ METHODS = {
     "DeepSupervision": lambda options: without_batch_norm(
         DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)
     ),
-    "FRSKD": lambda options: without_batch_norm(FRSKD(Halving(4), BLOCKS, alpha=0.5, beta=1.0, sla=True, image_shape=[3, 32, 32], **options)),
+    "FRSKD": lambda options: without_batch_norm(FRSKD(Halving(4), BLOCKS, 0.5, 1.0, width=1, depth=1, sla=True, image_shape=[3, 32, 32], **options)),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
     "SLA": lambda options: SLA(Halving(4), ["blocks.2"], image_shape=[3, 32, 32], **options),
 }

@@ -155,13 +155,14 @@ class BiFPNLayer(nn.Module):
         self.bottom_up = nn.ModuleList(FusionNode(3 if i < inner else 2, d, depth) for i, d in enumerate(channels[1:]) if bottom_up)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        maps = [F.relu(x) for x in maps]
-        laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)] if len(self.laterals) else maps
+        laterals = [lateral(F.relu(x)) for lateral, x in zip(self.laterals, maps, strict=True)] if len(self.laterals) else maps
         refined = self.refine_top_down(laterals)
         if not len(self.bottom_up):
             return refined
-        again = [lateral(x) for lateral, x in zip(self.bottom_up_laterals, maps[1:], strict=True)] if len(self.laterals) else maps[1:]
-        return self.refine_bottom_up(again, refined)
+        behind = maps[1:]
+        if len(self.laterals):
+            behind = [lateral(F.relu(x)) for lateral, x in zip(self.bottom_up_laterals, behind, strict=True)]
+        return self.refine_bottom_up(behind, refined)
 
     def refine_top_down(self, laterals: list[Tensor]) -> list[Tensor]:
         refined = [laterals[-1]]

@@ -48,13 +48,17 @@ def aggregate_rotations(
     """Return the aggregated logits of the images: the mean over the rotations k of the logits of
     (class c, rotation k) for the image rotated k times.
 
+    Returns:
+        float32 or float64.
+
     Raises:
         ValueError: a dimension of the logits is not a multiple of 4.
     """
     if joint.dim() != 2 or joint.shape[0] % 4 or joint.shape[1] % 4:
         raise ValueError(f"joint logits must have the shape [4 B, 4 K], got {tuple(joint.shape)}")
     batch, classes = joint.shape[0] // 4, joint.shape[1] // 4
-    return joint.reshape(batch, 4, classes, 4).diagonal(dim1=1, dim2=3).mean(-1)
+    of_own_rotation = joint.reshape(batch, 4, classes, 4).diagonal(dim1=1, dim2=3)  # [B, K, 4]
+    return of_own_rotation.mean(-1, dtype=torch.promote_types(joint.dtype, torch.float32))
 
 
 def sla_loss(
