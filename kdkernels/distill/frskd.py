@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.bifpn import SelfTeacher, projection
+from ..models.bifpn import SelfTeacher, check_sizes, projection
 from ..nn.frskd import check_frskd_options, frskd_feature_losses, frskd_ramp
 from ..nn.sla import aggregate_rotations, four_rotations
 from .checks import check_weights
@@ -149,7 +149,7 @@ class FRSKD(SelfDistiller):
     ):
         check_frskd_options(temperature, alpha, beta, feature_loss)
         check_weights(sla_alpha=sla_alpha)
-        self._check_sizes(width=width, depth=depth, layers=1 if layers is None else layers)
+        check_sizes(width=width, depth=depth, layers=1 if layers is None else layers)
         frskd_ramp(0, ramp_start, ramp_epochs)  # validate the options
         if sla:
             check_rotatable("FRSKD with sla=True", options.get("task"), image_shape)
@@ -161,12 +161,6 @@ class FRSKD(SelfDistiller):
         self.sla, self.sla_alpha = sla, sla_alpha
         if image_shape is not None:
             self.build_branches(image_shape)
-
-    @staticmethod
-    def _check_sizes(**sizes: int) -> None:
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def build_branches(self, image_shape: Sequence[int]) -> None:
         if self.sla:

@@ -71,9 +71,7 @@ class SelfTeacher(nn.Module):
     ):
         super().__init__()
         layers = (2 if label_maps else 1) if layers is None else layers
-        for name, value in {"width": width, "depth": depth, "layers": layers}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(width=width, depth=depth, layers=layers)
         check_pyramid(shapes)
         self.label_maps, self.with_margins = label_maps, margins
         inputs = [shape[0] for shape in shapes.values()]
@@ -105,6 +103,13 @@ class SelfTeacher(nn.Module):
             found = cast(BiFPNLayer, layer).output_norms()
             norms = found if len(found) == len(self.channels) else [*found, norms[-1]]
         return [overhaul_margins(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless all sizes are at least 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_pyramid(shapes: Mapping[str, Sequence[int]]) -> None:
