@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdkernels.nn import SLALoss, aggregate_rotations, four_rotations, joint_labels, sla_loss
@@ -29,6 +29,7 @@ def test_known_aggregation():
     assert aggregate_rotations(joint).tolist() == [[151.5, 161.5], [1151.5, 1161.5]]
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), soft=st.booleans(), temperature=st.sampled_from([1.0, 4.0]))
 def test_loss_is_the_sum_of_its_terms(seed, soft, temperature):
     """Compared with loops over images and rotations in float64."""
