@@ -174,7 +174,8 @@ class BiFPNLayer(nn.Module):
         for i in range(len(self.top_down) - 1, -1, -1):
             # The authors enlarge before the projection, which takes four times the work. The maps
             # are the same: the projection acts on each position alone, and the mean and variance of
-            # batch norm do not change if each position occurs four times.
+            # batch norm do not change if each position occurs four times. Only the running variance
+            # differs a little, because it is multiplied by n / (n - 1) for n positions.
             coarser = F.relu(self.enlarging[i](F.relu(refined[0])))
             refined.insert(0, self.top_down[i](laterals[i], F.interpolate(coarser, laterals[i].shape[2:], mode="nearest")))
         return refined
