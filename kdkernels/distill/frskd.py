@@ -107,7 +107,8 @@ class FRSKD(SelfDistiller):
         student_taps: names of at least two layers, from the finest to the coarsest feature map. For
             "od", they should be outputs before a ReLU.
         alpha: weight of T^2 KL from the self-teacher.
-        beta: weight of the feature loss.
+        beta: weight of the feature loss. 100 is made for "att"; "od" is a sum over the elements of
+            a map, for which Heo et al. use 0.001.
         temperature: T.
         feature_loss: "att", "fit" or "od", see :func:`kdkernels.nn.frskd_feature_losses`; ``None``
             is FRSKD\F, without a feature loss.

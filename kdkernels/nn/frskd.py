@@ -99,7 +99,8 @@ def frskd_loss(
             (FRSKD\F).
         temperature: T > 0.
         alpha: weight of T^2 KL.
-        beta: weight of the feature loss.
+        beta: weight of the feature loss. 100 is made for "att"; "od" is a sum over the elements of
+            a map, for which Heo et al. use 0.001.
         feature_loss: "att", "fit", "od", or ``None`` for FRSKD\F.
         margins: for "od", see :func:`kdkernels.nn.overhaul_margins`.
 
