@@ -156,7 +156,7 @@ def test_other_wrong_arguments_raise():
         overhaul_loss(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.zeros(3))
     with pytest.raises(ValueError, match=r"weight and bias must have the same shape \[C\]"):
         overhaul_margins(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match="start must be a finite number >= 0, got -1"):
+    with pytest.raises(ValueError, match="ramp_start must be a finite number >= 0, got -1"):
         frskd_ramp(0, -1, 2)
     with pytest.raises(TypeError, match="features must be a list"):
         frskd_feature_losses(torch.ones(1, 1, 1), [torch.ones(1, 1, 1)])
@@ -318,7 +318,7 @@ def test_invalid_options_raise_before_training():
         ({"feature_loss": "at"}, "feature_loss must be one of"),
         ({"alpha": -1.0}, "alpha must"),
         ({"temperature": 0.0}, "temperature must"),
-        ({"ramp_epochs": -1}, "length must be"),
+        ({"ramp_epochs": -1}, "ramp_epochs must be a finite number >= 0, got -1"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"teacher": Small()}, "the network is its own teacher"),
         ({"sla": True, "task": Segmentation()}, "needs the task Classification, got Segmentation"),

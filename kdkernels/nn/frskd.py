@@ -142,23 +142,23 @@ def check_frskd_options(temperature: float, alpha: float, beta: float, feature_l
     checks.choice("feature_loss", feature_loss, (*_FEATURE_LOSSES, None))
 
 
-def frskd_ramp(epoch: int, start: int, length: int) -> float:
+def frskd_ramp(epoch: int, ramp_start: int, ramp_epochs: int) -> float:
     r"""Return the factor of alpha and beta in an epoch, counted from 0.
 
-    It is 0 before epoch ``start``. In the next ``length`` epochs it is :math:`\exp(-5 (1-t)^2)`,
-    where t = (epoch + 1 - start) / length grows to 1; afterwards it is 1. The authors use start 40
-    and length 20 for segmentation, and no ramp for classification (0 and 0).
+    It is 0 before epoch ``ramp_start``. In the next ``ramp_epochs`` epochs it is :math:`\exp(-5 (1-t)^2)`,
+    where t = (epoch + 1 - ramp_start) / ramp_epochs grows to 1; afterwards it is 1. The authors use
+    40 and 20 for segmentation, and no ramp for classification (0 and 0).
 
     Raises:
         TypeError: an argument is not an integer.
         ValueError: an argument is negative.
     """
-    for name, value in {"epoch": epoch, "start": start, "length": length}.items():
+    for name, value in {"epoch": epoch, "ramp_start": ramp_start, "ramp_epochs": ramp_epochs}.items():
         checks.integer(name, value)
         checks.not_negative(name, value)
-    if epoch < start:
+    if epoch < ramp_start:
         return 0.0
-    progress = min(1.0, (epoch + 1 - start) / length) if length else 1.0
+    progress = min(1.0, (epoch + 1 - ramp_start) / ramp_epochs) if ramp_epochs else 1.0
     return math.exp(-5 * (1 - progress) ** 2)
 
 
