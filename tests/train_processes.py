@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from kdkernels.data import Augment, ClutterDigits
-from kdkernels.distill import BYOT, FSP, KD, SAD, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
+from kdkernels.distill import BYOT, FRSKD, FSP, KD, SAD, SLA, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
 
 
 def network(width: int) -> nn.Module:
@@ -31,8 +31,8 @@ def network(width: int) -> nn.Module:
     )
 
 
-def with_exits(method: nn.Module) -> nn.Module:
-    """Replace batch norm in the exits of a method."""
+def without_batch_norm(method: nn.Module) -> nn.Module:
+    """Replace batch norm in the branches of a method."""
     for name, layer in list(method.branches.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             parent, _, attribute = name.rpartition(".")
@@ -71,10 +71,14 @@ METHODS = {
     "AttentionTransfer": lambda options: AttentionTransfer(network(4), network(6), ["2", "4"], ["2", "4"], alpha=0.9, beta=10.0, **options),
     "GradientAttentionTransfer": lambda options: GradientAttentionTransfer(network(4), network(6), **options),
     "SVDKD": lambda options: SVDKD(network(6), network(6), ["2", "4"], ["2", "4"], k=2, **options),
-    "BYOT": lambda options: with_exits(BYOT(Halving(4), BLOCKS, image_shape=[3, 32, 32], **options)),
-    "DeepSupervision": lambda options: with_exits(DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)),
-    "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
+    "BYOT": lambda options: without_batch_norm(BYOT(Halving(4), BLOCKS, image_shape=[3, 32, 32], **options)),
+    "DeepSupervision": lambda options: without_batch_norm(
+        DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)
+    ),
+    "FRSKD": lambda options: without_batch_norm(FRSKD(Halving(4), BLOCKS, 0.5, 1.0, width=1, depth=1, sla=True, image_shape=[3, 32, 32], **options)),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
+    "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
+    "SLA": lambda options: SLA(Halving(4), ["blocks.2"], image_shape=[3, 32, 32], **options),
 }
 
 

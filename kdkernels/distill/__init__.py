@@ -8,18 +8,22 @@ from .base import Distiller
 from .byot import BYOT
 from .deep_supervision import DeepSupervision
 from .exit_network import ExitNetwork, exit_network
+from .frskd import FRSKD
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
 from .sad import SAD
+from .sla import SLA
 from .supervised import Supervised
 from .svd_kd import SVDKD, clip_transfer, svd_kd_loss
 from .teacher_cache import TeacherCache
 
 __all__ = [
     "BYOT",
+    "FRSKD",
     "FSP",
     "KD",
     "SAD",
+    "SLA",
     "SVDKD",
     "AttentionTransfer",
     "DeepSupervision",

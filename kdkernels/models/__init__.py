@@ -1,5 +1,6 @@
 """Networks, taps into any network's layers, and weights from files."""
 
+from .bifpn import SelfTeacher
 from .exits import Exits
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import (
@@ -58,6 +59,7 @@ __all__ = [
     "PlainVGG",
     "ResNeXt",
     "ResNet",
+    "SelfTeacher",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "TinyCNN",

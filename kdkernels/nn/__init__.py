@@ -2,20 +2,34 @@
 
 from .attention import AttentionTransferLoss, attention_transfer_losses
 from .byot import BYOTLoss, byot_loss
+from .frskd import FRSKDLoss, frskd_feature_losses, frskd_loss, frskd_ramp
 from .kd import TemperatureKLLoss, kd_loss
+from .overhaul import overhaul_loss, overhaul_margins
 from .sad import SADLoss, sad_attention, sad_loss
+from .sla import SLALoss, aggregate_rotations, four_rotations, joint_labels, sla_loss
 from .svd_kd import SVDKDLoss, svd_kd_loss
 
 __all__ = [
     "AttentionTransferLoss",
     "BYOTLoss",
+    "FRSKDLoss",
     "SADLoss",
+    "SLALoss",
     "SVDKDLoss",
     "TemperatureKLLoss",
+    "aggregate_rotations",
     "attention_transfer_losses",
     "byot_loss",
+    "four_rotations",
+    "frskd_feature_losses",
+    "frskd_loss",
+    "frskd_ramp",
+    "joint_labels",
     "kd_loss",
+    "overhaul_loss",
+    "overhaul_margins",
     "sad_attention",
     "sad_loss",
+    "sla_loss",
     "svd_kd_loss",
 ]

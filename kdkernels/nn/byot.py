@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
-from .features import check_labels, features_of_layers
+from .features import check_labels, cross_entropy, features_of_layers
 
 BYOTVariant = Literal["paper", "authors", "luanyunteng"]
 
@@ -149,17 +148,13 @@ def byot_loss(
     check_labels(labels, "logits", logits[0], 1)
     labels = clone_inference_tensor(labels)
     *exits, last = logits
-    total = weights.last_cross_entropy * _cross_entropy(last, labels)
+    total = weights.last_cross_entropy * cross_entropy(last, labels)
     for z in exits:
-        total = total + weights.cross_entropy * _cross_entropy(z, labels)
+        total = total + weights.cross_entropy * cross_entropy(z, labels)
         total = total + weights.divergence * temperature_kl(z, last.detach(), temperature, dim=1, scale_by_t2=False)
     if features is not None and weights.features:
         total = total + weights.features * cast(Tensor, sum(byot_feature_losses(features, variant)))
     return total
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
 
 class BYOTLoss(nn.Module):

@@ -1,10 +1,11 @@
-"""Checks of lists of features, one tensor for each layer, and of labels."""
+"""Checks of lists of features, one tensor for each layer, and of labels; and the cross-entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import checks
@@ -34,3 +35,8 @@ def check_labels(labels: object, name: str, logits: Tensor, dim: int) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return F.cross_entropy of logits [B, K, ...], computed in float32 or float64."""
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
