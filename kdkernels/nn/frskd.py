@@ -146,8 +146,9 @@ def frskd_ramp(epoch: int, ramp_start: int, ramp_epochs: int) -> float:
     r"""Return the factor of alpha and beta in an epoch, counted from 0.
 
     It is 0 before epoch ``ramp_start``. In the next ``ramp_epochs`` epochs it is
-    :math:`\exp(-5 (1-t)^2)`, where t = (epoch + 1 - ramp_start) / ramp_epochs grows to 1. Afterwards
-    it is 1. The authors use 40 and 20 for segmentation, and no ramp for classification (0 and 0).
+    :math:`\exp(-5 (1-t)^2)`, where t = (epoch + 1 - ramp_start) / ramp_epochs grows to 1.
+    Afterwards it is 1. The authors use 40 and 20 for segmentation, and no ramp for classification
+    (0 and 0).
 
     Raises:
         TypeError: an argument is not an integer.
