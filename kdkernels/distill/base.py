@@ -120,6 +120,7 @@ class Distiller(L.LightningModule):
         self._optimizer_and_schedule: list[str] | None = None  # class names
         # From the checkpoint of a resumed run: the same class names, and the optimizers' states.
         self._resumed: tuple[list[str] | None, list | None] = None, None
+        self._student_output: tuple[object, Tensor] | None = None  # the last output of the student and its logits, see _output_with
         self._networks_checked = False
         self._num_classes = 0  # of the networks; known after they have been checked
         self._label_stages_checked: set[str] = set()
@@ -196,7 +197,24 @@ class Distiller(L.LightningModule):
     def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits and tapped features of the student."""
         output, features = self.student_taps(batch["image"])
-        return self.task.logits(output), features
+        return self.logits_of_student(output), features
+
+    def logits_of_student(self, output: object) -> Tensor:
+        """Return the logits in an output of the student.
+
+        The output is kept until the end of the step, so that :meth:`label_losses` and the metrics
+        can use all of it. Methods that run the student without :meth:`student_outputs` should call
+        this function.
+        """
+        logits = self.task.logits(output)
+        self._student_output = output, logits
+        return logits
+
+    def _output_with(self, logits: Tensor) -> object:
+        """Return the last output of the student if it contains these logits, else the logits."""
+        if self._student_output is not None and self._student_output[1] is logits:
+            return self._student_output[0]
+        return logits
 
     @torch.no_grad()
     def teacher_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,8 +239,15 @@ class Distiller(L.LightningModule):
         return [self.task.logits(teacher(batch["image"])) for teacher in self._teachers]
 
     def label_losses(self, logits: Tensor, batch: dict, weight: float = 1.0) -> dict[str, Tensor]:
-        """Return ``{"cross_entropy": weight * task's loss}``; empty for a batch without labels."""
-        return {"cross_entropy": weight * self.task.label_loss(logits, batch)} if "label" in batch else {}
+        """Return the losses on the labels, multiplied by ``weight``; none without labels.
+
+        They are the task's ``label_loss``, under the name "cross_entropy", and its
+        ``output_losses`` of the student's output that contains these logits.
+        """
+        if "label" not in batch:
+            return {}
+        losses = {"cross_entropy": self.task.label_loss(logits, batch)} | self.task.output_losses(self._output_with(logits), batch)
+        return {name: weight * value for name, value in losses.items()}
 
     def forward(self, image: Tensor) -> Tensor:
         return self.task.logits(self.student(image))
@@ -316,15 +341,17 @@ class Distiller(L.LightningModule):
         if "label" in batch:
             values["train/cross_entropy"] = self.task.label_loss(logits.detach(), batch)
             self._count_labelled_rows("train", batch)
-            self._update_metrics("train", logits.detach(), batch)
+            self._update_metrics("train", self._output_with(logits), batch)
+        self._student_output = None  # otherwise it would keep the graph of this step alive
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["image"]), sync_dist=True)
         return losses
 
-    def _update_metrics(self, stage: str, logits: Tensor, batch: dict, loader: int = 0) -> None:
-        key = f"{stage}_{loader}"
+    @torch.no_grad()
+    def _update_metrics(self, stage: str, output: object, batch: dict, loader: int = 0) -> None:
+        logits, key = self.task.logits(output), f"{stage}_{loader}"
         if key not in self.stage_metrics:
             self.stage_metrics[key] = nn.ModuleDict(self.task.metrics(logits.shape[1])).to(logits.device)
-        prediction, target = self.task.metric_inputs(logits, batch)
+        prediction, target = self.task.output_metric_inputs(output, batch)
         metrics = cast("Mapping[str, Metric]", self.stage_metrics[key])
         for name, metric in metrics.items():
             metric.update(prediction, target)
@@ -348,7 +375,9 @@ class Distiller(L.LightningModule):
         """Compute non-finite losses again, from the file ``path`` that the error named."""
         stored = torch.load(path, map_location=self.device, weights_only=True)
         self.student.load_state_dict(stored["student"])
-        return self.losses(stored["batch"])[1]
+        losses = self.losses(stored["batch"])[1]
+        self._student_output = None
+        return losses
 
     def validation_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", as_batch(batch), dataloader_idx)
@@ -364,14 +393,15 @@ class Distiller(L.LightningModule):
     def _evaluate(self, stage: str, batch: dict, loader: int) -> None:
         if "label" not in batch:
             return
-        logits = self(batch["image"])
+        output = self.student(batch["image"])
+        logits = self.task.logits(output)
         classes = getattr(cast(Any, self.trainer).datamodule, "num_classes", None)
         if classes is not None and logits.shape[1] != classes:
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
         self._count_labelled_rows(stage, batch, loader)
-        self._update_metrics(stage, logits, batch, loader)
+        self._update_metrics(stage, output, batch, loader)
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
