@@ -14,7 +14,7 @@ pytest.importorskip("torchmetrics")
 
 from kdkernels.tasks import Lanes
 from kdkernels.tasks.lane_curves import LaneMaps, culane_rows, draw_lanes, extract_columns, fill_gaps, tusimple_rows
-from kdkernels.tasks.lane_metrics import CULaneF1, LaneIoU, LanePixelAccuracy, TuSimpleScore, count_matches, tusimple_scores
+from kdkernels.tasks.lane_metrics import CULaneF1, LaneIoU, LanePixelAccuracy, TuSimpleScore, count_matches, pairwise_iou, tusimple_scores
 
 NAN = math.nan
 
@@ -130,18 +130,24 @@ def test_line_width_is_scaled_to_the_images():
 
 
 def test_lanes_are_matched_one_to_one_by_the_largest_sum_of_ious():
-    rows = torch.zeros(3, 1, 12, dtype=torch.bool)
-    rows[0, 0, 0:6] = rows[1, 0, 2:8] = rows[2, 0, 8:12] = True
-    assert count_matches(rows[:1], rows[:2]) == 1
-    assert count_matches(rows[[0, 0]], rows[:2]) == 2  # IoU 1 and 4 / 8
-    assert count_matches(rows[[0, 0]], rows[[0, 2]]) == 1
-    assert count_matches(rows[:0], rows) == count_matches(rows, rows[:0]) == 0
+    lanes = torch.zeros(3, 1, 12, dtype=torch.bool)
+    lanes[0, 0, 0:6] = lanes[1, 0, 2:8] = lanes[2, 0, 8:12] = True
+
+    def count(predicted, labelled):
+        return count_matches(pairwise_iou(predicted[None], labelled[None])[0])
+
+    torch.testing.assert_close(pairwise_iou(lanes[None, :2], lanes[None])[0], torch.tensor([[1, 0.5, 0], [0.5, 1, 0]]))
+    assert count(lanes[:1], lanes[:2]) == 1
+    assert count(lanes[[0, 0]], lanes[:2]) == 2  # IoU 1 and 4 / 8
+    assert count(lanes[[0, 0]], lanes[[0, 2]]) == 1
+    nothing = torch.zeros_like(lanes)
+    assert count(nothing, lanes) == count(lanes, nothing) == count(nothing, nothing) == 0
     # A greedy assignment would take the pair with the largest IoU, 4 / 7, and then a pair that does
     # not overlap. The two other pairs have the IoUs 3 / 6 and 3 / 6, whose sum is larger.
     predicted, labelled = torch.zeros(2, 2, 1, 12, dtype=torch.bool)
     for mask, pixels in ((predicted[0], range(6)), (predicted[1], (0, 1, 6, 10)), (labelled[0], (0, 1, 2, 3, 6)), (labelled[1], (2, 4, 5))):
         mask[0, list(pixels)] = True
-    assert count_matches(predicted, labelled) == 2
+    assert count(predicted, labelled) == 2
 
 
 # Scores of TuSimple. In images of 72 x 128 pixels, rows are 16 to 71, and 2 columns are 20 pixels.

@@ -85,10 +85,10 @@ def test_label_maps_are_drawn_with_culanes_width():
     assert np.unique(label).tolist() == [0, 2]
     assert ((label == 2).sum(1) == 17).all()  # 8 pixels on each side of column 800, and the column itself
     small = draw_label_map([np.array([[8.0, 0.0], [8.0, 19.0]]), np.array([[30.0, 10.0], [30.0, 19.0]])], SIZE, (10, 20), 4)
-    # Scaled by 1/2, the column 8 becomes (8 + 0.5) / 2 - 0.5 = 3.75, and pixels within 1 are lanes.
-    assert np.unique(np.nonzero(small == 2)[1]).tolist() == [3, 4]
-    assert np.unique(np.nonzero(small == 3)[1]).tolist() == [14, 15]
-    assert small[:4, 14:16].max() == 0
+    # Scaled by 1/2, the column 8 becomes (8 + 0.5) / 2 - 0.5 = 3.75, and pixels within 1.5 are lanes.
+    assert np.unique(np.nonzero(small == 2)[1]).tolist() == [3, 4, 5]
+    assert np.unique(np.nonzero(small == 3)[1]).tolist() == [14, 15, 16]
+    assert small[:3, 14:17].max() == 0
     outside = draw_label_map([np.array([[-30.0, 19.0], [-5.0, 0.0]]), np.array([[60.0, 30.0], [30.0, 5.0]])], SIZE, SIZE, 2)
     assert np.unique(outside).tolist() == [0, 2]
 
@@ -205,7 +205,7 @@ def test_tusimple(tmp_path):
     order = batch["index"].tolist()
     label, existence = batch["label"][order.index(0)], batch["existence"][order.index(0)]
     assert existence.tolist() == [False, False, True, True, False, False]  # a lane with one point is left out
-    assert (label[9:, 11:14] == 3).all()  # 2 pixels wide: within 1 pixel of column 12
+    assert (label[9:, 11:14] == 3).all()  # 3 pixels wide
     assert (label[:8] == 3).sum() == 0
     assert (label[4:, 25:28] == 4).all()
     assert not batch["existence"][order.index(1)].any()

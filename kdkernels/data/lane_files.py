@@ -198,11 +198,19 @@ def numbered_from_left(curves: Sequence[Curve], height: int, width: int, lanes: 
     return {first + position: curves[i] for position, i in enumerate(order)}
 
 
+def label_width(width: int) -> float:
+    """Return the width of the lanes in label maps of the given width, in pixels.
+
+    It is that of CULane's label maps, 16 pixels in images of width 1640, but at least 3 pixels,
+    because a network can hardly learn thinner lines in small images.
+    """
+    return max(3.0, 16 * width / 1640)
+
+
 def draw_label_map(curves: Sequence[Curve], original: tuple[int, int], size: tuple[int, int], lanes: int) -> np.ndarray:
     """Draw the label map of an image, uint8 [*size].
 
-    The lines are as wide as those of CULane's label maps, 16 pixels in images of width 1640, but at
-    least 2 pixels wide.
+    The lines have the :func:`label_width` of the size.
 
     Args:
         curves: curves in pixels of the image file.
@@ -212,7 +220,7 @@ def draw_label_map(curves: Sequence[Curve], original: tuple[int, int], size: tup
     """
     label = np.zeros(size, dtype=np.uint8)
     scale = np.array([size[1] / original[1], size[0] / original[0]])
-    half = max(2.0, 16 * size[1] / 1640) / 2
+    half = label_width(size[1]) / 2
     rows, columns = np.mgrid[: size[0], : size[1]]
     for lane, curve in numbered_from_left(curves, *original, lanes).items():
         points = (curve + 0.5) * scale - 0.5  # the centre of a pixel has integer coordinates

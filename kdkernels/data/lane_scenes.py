@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .keyed_random import normal, uniform
+from .lane_files import label_width
 
 LANES = 4
-LABEL_WIDTH = 16 / 1640  # of CULane's label maps, as a fraction of the image's width
 _VEHICLES, _LAMPS = 3, 4
 _HORIZON = (0.28, 0.42)  # smallest and largest height of the horizon, from the top, as a fraction of the height
 # The purpose of a random number, a part of the key from which it is computed.
@@ -171,7 +171,7 @@ class _Scene:
         slope = (offset - 2 * (self.curvature * (1 - self.near)).unsqueeze(1)) * self.width / ((1 - self.horizon[:, None]) * self.height)
         distance = distance.abs() * self.width / (1 + slope.square()).sqrt()
         distance, lane = torch.where(self.present[..., None, None], distance, torch.inf).min(1)
-        is_line = (distance <= max(2.0, LABEL_WIDTH * self.width) / 2) & (self.t > 0.07)
+        is_line = (distance <= label_width(self.width) / 2) & (self.t > 0.07)
         return F.pad(torch.where(is_line, lane + 1, 0).to(torch.uint8), [0, 0, self.top, 0])
 
     def ground(self) -> Tensor:

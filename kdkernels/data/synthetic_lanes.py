@@ -25,7 +25,7 @@ class SyntheticLanes(ImageData):
     ``label`` [B, H, W] has 5 classes: 0 for the background, and 1 to 4 for the lines from left to
     right. Lines 2 and 3 are those beside the own vehicle, and each line may be absent. As in
     CULane, a line is labelled through gaps between dashes and through vehicles. Its width in the
-    label map is that of CULane's label maps, 16 pixels in images of width 1640, but at least 2
+    label map is that of CULane's label maps, 16 pixels in images of width 1640, but at least 3
     pixels. There is no field ``existence``: the task derives it from the label map.
 
     An image depends only on the seed, the split and its position in the split, so a split can have

@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-class LaneMaps(NamedTuple):
-    """Predicted or labelled lanes of a batch."""
+@dataclass(eq=False)
+class LaneMaps:
+    """Predicted or labelled lanes of a batch.
+
+    Several metrics use the same curves, so curves that have been extracted are kept.
+    """
 
     probability: Tensor  # [B, L, H, W] in [0, 1]: of each lane, without the background
     exists: Tensor | None  # [B, L] bool; None: not known
     classes: Tensor  # [B, H, W] int64: 0 for the background, 1 to L for the lanes
+    _curves: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    def curves(self, rows: list[int], threshold: float = 0.3) -> Tensor:  # [B, L, R]
+        """Return the curves of :func:`extract_columns`."""
+        key = (*rows, threshold)
+        if key not in self._curves:
+            self._curves[key] = extract_columns(self.probability, rows, self.exists, threshold)
+        return self._curves[key]
 
 
 def culane_rows(height: int) -> list[int]:

@@ -16,40 +16,44 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .lane_curves import LaneMaps, culane_rows, draw_lanes, extract_columns, tusimple_rows
+from .lane_curves import LaneMaps, culane_rows, draw_lanes, tusimple_rows
 
 CULANE_WIDTH = 1640  # of an image, in pixels
 TUSIMPLE_SIZE = (720, 1280)  # height and width of an image, in pixels
 
 
+def pairwise_iou(
+    predicted: Tensor,  # [B, P, H, W] bool, the drawn lanes of each image
+    labelled: Tensor,  # [B, T, H, W] bool
+) -> Tensor:  # [B, P, T] float32
+    """IoU of each predicted lane with each labelled lane of an image; 0 if a lane has no pixel."""
+    p, t = predicted.flatten(2).float(), labelled.flatten(2).float()
+    overlap = p @ t.mT  # sums of up to 2^24 ones are exact in float32
+    return overlap / (p.sum(2)[:, :, None] + t.sum(2)[:, None] - overlap).clamp(min=1)
+
+
 def count_matches(
-    predicted: Tensor,  # [P, H, W] bool, the drawn lanes of one image
-    labelled: Tensor,  # [T, H, W] bool
-    iou_threshold: float = 0.5,
+    iou: Tensor,  # [P, T]
+    threshold: float = 0.5,
 ) -> int:
     """Match predicted and labelled lanes one to one, and count the pairs with a sufficient IoU.
 
     The assignment maximises the sum of the IoUs, as CULane's evaluation does. A pair counts if its
-    IoU is at least ``iou_threshold``.
+    IoU is at least ``threshold``.
     """
     from scipy.optimize import linear_sum_assignment
 
-    if not len(predicted) or not len(labelled):
-        return 0
-    p, t = predicted.flatten(1).float(), labelled.flatten(1).float()
-    overlap = p @ t.T  # sums of at most 2^24 ones are exact in float32
-    iou = overlap / (p.sum(1)[:, None] + t.sum(1) - overlap).clamp(min=1)
-    values = iou.double().cpu().numpy()
-    return int((values[linear_sum_assignment(values, maximize=True)] >= iou_threshold).sum())
+    values = iou.numpy(force=True)
+    return int((values[linear_sum_assignment(values, maximize=True)] >= threshold).sum())
 
 
 class CULaneF1(Metric):
     """F1 of CULane: lanes are drawn ``line_width`` pixels wide and matched by their IoU.
 
-    The curves are extracted by :func:`extract_columns` at :func:`culane_rows`. They are drawn as
-    polylines; CULane's evaluation draws cubic splines. A predicted lane that is matched with a
-    labelled lane (:func:`count_matches`) is a true positive. With precision P and recall R over all
-    images, F1 is 2 P R / (P + R), that is, 2 TP / (number of predicted + number of labelled lanes).
+    The curves are extracted at :func:`culane_rows`
+    (:func:`kdkernels.tasks.lane_curves.extract_columns`). They are drawn as polylines; CULane's
+    evaluation draws cubic splines. A predicted lane that is matched with a labelled lane
+    (:func:`count_matches`) is a true positive. With precision P and recall R over all images, F1 is 2 P R / (P + R), that is, 2 TP / (number of predicted + number of labelled lanes).
     F1 is 0 if there is neither a predicted nor a labelled lane in any image, or no image.
 
     Args:
@@ -73,22 +77,17 @@ class CULaneF1(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: LaneMaps, target: LaneMaps) -> None:
-        _, lanes, height, width = prediction.probability.shape
+        batch, lanes, height, width = prediction.probability.shape
+        rows = culane_rows(height)
+        line_width = max(1.0, self.line_width * width / CULANE_WIDTH)
+        curves = [maps.curves(rows, self.threshold) for maps in (prediction, target)]
+        self.predicted += (~curves[0].isnan()).any(2).sum()
+        self.labelled += (~curves[1].isnan()).any(2).sum()
         # Batches of large images are drawn in parts.
-        chunk = max(1, 2**25 // (2 * lanes * height * width))
-        for parts in zip(*(_split(maps, chunk) for maps in (prediction, target)), strict=True):
-            rows = culane_rows(height)
-            line_width = max(1.0, self.line_width * width / CULANE_WIDTH)
-            columns = [extract_columns(maps.probability, rows, maps.exists, self.threshold) for maps in parts]
-            exists = [(~c.isnan()).any(2) for c in columns]
-            drawn = [
-                draw_lanes(c.flatten(0, 1), rows, height, width, line_width).view(*e.shape, height, width)
-                for c, e in zip(columns, exists, strict=True)
-            ]
-            self.predicted += exists[0].sum()
-            self.labelled += exists[1].sum()
-            for p, t, has_p, has_t in zip(*drawn, *exists, strict=True):
-                self.matched += count_matches(p[has_p], t[has_t], self.iou_threshold)
+        for part in torch.arange(batch).split(max(1, 2**25 // (2 * lanes * height * width))):
+            drawn = (draw_lanes(c[part].flatten(0, 1), rows, height, width, line_width).unflatten(0, (len(part), lanes)) for c in curves)
+            for iou in pairwise_iou(*drawn).cpu():
+                self.matched += count_matches(iou, self.iou_threshold)
 
     def compute(self) -> Tensor:
         return 2 * self.matched / (self.predicted + self.labelled).clamp(min=1)
@@ -160,8 +159,9 @@ def tusimple_scores(
 class TuSimpleScore(Metric):
     """One of the three scores of TuSimple (:func:`tusimple_scores`), as a mean over the images.
 
-    The curves are extracted by :func:`extract_columns` at :func:`tusimple_rows`, and their
-    coordinates are scaled to images of 720 x 1280 pixels. With the variant "points", images without
+    The curves are extracted at :func:`tusimple_rows`
+    (:func:`kdkernels.tasks.lane_curves.extract_columns`), and their coordinates are scaled to
+    images of 720 x 1280 pixels. With the variant "points", images without
     labelled lanes are left out of the mean of the accuracy and of the false negatives. The score is
     0 if no image counts.
 
@@ -196,7 +196,7 @@ class TuSimpleScore(Metric):
         height, width = prediction.probability.shape[2:]
         rows = tusimple_rows(height)
         scale_y, scale_x = TUSIMPLE_SIZE[0] / height, TUSIMPLE_SIZE[1] / width
-        curves = [extract_columns(maps.probability, rows, maps.exists, self.threshold) * scale_x for maps in (prediction, target)]
+        curves = [maps.curves(rows, self.threshold) * scale_x for maps in (prediction, target)]
         y = torch.tensor(rows, device=curves[0].device, dtype=torch.float32) * scale_y
         values = tusimple_scores(curves[0], curves[1], y, variant=cast(Literal["points", "script"], self.variant))[self.number]
         self.total += values.nansum()
@@ -258,9 +258,3 @@ class LanePixelAccuracy(Metric):
 
     def compute(self) -> Tensor:
         return self.correct / self.labelled.clamp(min=1)
-
-
-def _split(maps: LaneMaps, size: int) -> list[LaneMaps]:
-    """Split the images of a batch into parts of at most ``size``."""
-    exists = [None] * (-(-len(maps.classes) // size)) if maps.exists is None else maps.exists.split(size)
-    return [LaneMaps(*part) for part in zip(maps.probability.split(size), exists, maps.classes.split(size), strict=True)]
