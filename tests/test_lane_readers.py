@@ -85,7 +85,7 @@ def test_label_maps_are_drawn_with_culanes_width():
     assert np.unique(label).tolist() == [0, 2]
     assert ((label == 2).sum(1) == 17).all()  # 8 pixels on each side of column 800, and the column itself
     small = draw_label_map([np.array([[8.0, 0.0], [8.0, 19.0]]), np.array([[30.0, 10.0], [30.0, 19.0]])], SIZE, (10, 20), 4)
-    # Scaled by 1/2, the column 8 becomes (8 + 0.5) / 2 - 0.5 = 3.75, and pixels within 1.5 are lanes.
+    # Scaled by 1/2, the column 8 becomes (8 + 0.5) / 2 - 0.5 = 3.75, with 1.5 pixels on each side.
     assert np.unique(np.nonzero(small == 2)[1]).tolist() == [3, 4, 5]
     assert np.unique(np.nonzero(small == 3)[1]).tolist() == [14, 15, 16]
     assert small[:3, 14:17].max() == 0

@@ -53,7 +53,8 @@ class CULaneF1(Metric):
     The curves are extracted at :func:`culane_rows`
     (:func:`kdkernels.tasks.lane_curves.extract_columns`). They are drawn as polylines; CULane's
     evaluation draws cubic splines. A predicted lane that is matched with a labelled lane
-    (:func:`count_matches`) is a true positive. With precision P and recall R over all images, F1 is 2 P R / (P + R), that is, 2 TP / (number of predicted + number of labelled lanes).
+    (:func:`count_matches`) is a true positive. With precision P and recall R over all images, F1 is
+    2 P R / (P + R), that is, 2 TP / (number of predicted + number of labelled lanes).
     F1 is 0 if there is neither a predicted nor a labelled lane in any image, or no image.
 
     Args:
