@@ -57,16 +57,17 @@ def test_parameters_are_those_of_the_paper(classes, size):
 
 
 def test_shared_stages_have_the_same_convolutions(tmp_path):
-    shared, separate = ENet(image_size=(64, 64), share_weights=True), ENet(image_size=(64, 64))
+    options = {"width": 0.25, "image_size": (32, 32)}  # 32 channels at 1/8, and 8 inside the bottlenecks
+    shared, separate = ENet(**options, share_weights=True), ENet(**options)
     # Two stages do not have convolutions of their own: 8 projections and expansions, 6 of 3x3 and 2
     # pairs of 5x1 and 1x5.
-    assert _parameters(separate) - _parameters(shared) == 2 * (8 * 2 * 128 * 32 + 6 * 9 * 32**2 + 2 * 10 * 32**2)
-    x = torch.rand(2, 128, 8, 8)
+    assert _parameters(separate) - _parameters(shared) == 2 * (8 * 2 * 32 * 8 + 6 * 9 * 8**2 + 2 * 10 * 8**2)
+    x = torch.rand(2, 32, 4, 4)
     outputs = [stage.eval()(x) for stage in (shared.encoder2, shared.encoder3, shared.encoder4)]
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
     torch.save(shared.state_dict(), tmp_path / "shared.pt")
-    loaded = load_weights(ENet(image_size=(64, 64), share_weights=True), tmp_path / "shared.pt")
+    loaded = load_weights(ENet(**options, share_weights=True), tmp_path / "shared.pt")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in shared.state_dict().items())
 
 
@@ -149,7 +150,7 @@ def test_the_loss_falls():
         def on_train_epoch_end(self, trainer, module):
             losses.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")})
 
-    _fit(method, _data(), max_epochs=10, callbacks=[Record()])
+    _fit(method, _data(), max_epochs=8, callbacks=[Record()])
     for name in ("loss", "loss_cross_entropy", "loss_existence"):
         assert losses[-1][f"train/{name}"] < 0.75 * losses[0][f"train/{name}"]
 
