@@ -2,10 +2,28 @@
 
 from .augment import Augment
 from .base import ImageData
+from .bdd100k import BDD100KLanes
 from .cifar import CIFAR10, CIFAR100
 from .clutter_digits import ClutterDigits, SegmentedClutterDigits
+from .culane import CULane
 from .digits import Digits
 from .from_datasets import FromDatasets
 from .image_folder import ImageFolder
+from .synthetic_lanes import SyntheticLanes
+from .tusimple import TuSimple
 
-__all__ = ["CIFAR10", "CIFAR100", "Augment", "ClutterDigits", "Digits", "FromDatasets", "ImageData", "ImageFolder", "SegmentedClutterDigits"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "Augment",
+    "BDD100KLanes",
+    "CULane",
+    "ClutterDigits",
+    "Digits",
+    "FromDatasets",
+    "ImageData",
+    "ImageFolder",
+    "SegmentedClutterDigits",
+    "SyntheticLanes",
+    "TuSimple",
+]

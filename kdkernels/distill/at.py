@@ -112,7 +112,8 @@ class GradientAttentionTransfer(Distiller):
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         image, label, task = batch["image"], batch["label"], self.task
-        gradient, logits = input_gradient(self.student, image, label, create_graph=True, task=task)
+        gradient, output = _input_gradient(self.student, image, label, True, task)
+        logits = self.logits_of_student(output)
         if self.symmetry:
             mirrored, _ = input_gradient(self.student, image.flip(-1), task.mirrored_label(label), create_graph=True, task=task)
             target = mirrored.flip(-1)
@@ -163,15 +164,21 @@ def input_gradient(
     Raises:
         RuntimeError: ``create_graph`` is true, and the network cannot be differentiated twice.
     """
+    task = Classification() if task is None else task
+    gradient, output = _input_gradient(network, image, label, create_graph, task)
+    return gradient, task.logits(output)
+
+
+def _input_gradient(network: nn.Module, image: Tensor, label: Tensor, create_graph: bool, task: Task) -> tuple[Tensor, object]:
+    """Return the gradient of :func:`input_gradient` and all that the network returned."""
     with torch.enable_grad():
-        task = Classification() if task is None else task
         image = image.detach().requires_grad_()
-        logits = task.logits(network(image))
-        loss = task.label_loss(logits, {"image": image, "label": label}, reduction="sum")
+        output = network(image)
+        loss = task.label_loss(task.logits(output), {"image": image, "label": label}, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, image, create_graph=create_graph)
         if create_graph and not gradient.requires_grad:
             raise RuntimeError(f"{type(network).__name__} cannot be differentiated twice: one of its operations has no double backward")
-    return gradient if create_graph else gradient.detach(), logits
+    return gradient if create_graph else gradient.detach(), output
 
 
 def gradient_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:

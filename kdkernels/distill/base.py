@@ -120,6 +120,7 @@ class Distiller(L.LightningModule):
         self._optimizer_and_schedule: list[str] | None = None  # class names
         # From the checkpoint of a resumed run: the same class names, and the optimizers' states.
         self._resumed: tuple[list[str] | None, list | None] = None, None
+        self._student_output: tuple[object, Tensor] | None = None  # the last output of the student and its logits, see _output_with
         self._networks_checked = False
         self._num_classes = 0  # of the networks; known after they have been checked
         self._label_stages_checked: set[str] = set()
@@ -200,7 +201,24 @@ class Distiller(L.LightningModule):
     def student_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits and tapped features of the student."""
         output, features = self.student_taps(batch["image"])
-        return self.task.logits(output), features
+        return self.logits_of_student(output), features
+
+    def logits_of_student(self, output: object) -> Tensor:
+        """Return the logits in an output of the student.
+
+        The output is kept until the end of the step, so that :meth:`label_losses` and the metrics
+        can use all of it. Methods that run the student without :meth:`student_outputs` should call
+        this function.
+        """
+        logits = self.task.logits(output)
+        self._student_output = output, logits
+        return logits
+
+    def _output_with(self, logits: Tensor) -> object:
+        """Return the last output of the student if it contains these logits, else the logits."""
+        if self._student_output is not None and self._student_output[1] is logits:
+            return self._student_output[0]
+        return logits
 
     @torch.no_grad()
     def teacher_outputs(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -225,8 +243,15 @@ class Distiller(L.LightningModule):
         return [self.task.logits(teacher(batch["image"])) for teacher in self._teachers]
 
     def label_losses(self, logits: Tensor, batch: dict, weight: float = 1.0) -> dict[str, Tensor]:
-        """Return ``{"cross_entropy": weight * task's loss}``; empty for a batch without labels."""
-        return {"cross_entropy": weight * self.task.label_loss(logits, batch)} if "label" in batch else {}
+        """Return the losses on the labels, multiplied by ``weight``; none without labels.
+
+        They are the task's ``label_loss``, under the name "cross_entropy", and its
+        ``output_losses`` of the student's output that contains these logits.
+        """
+        if "label" not in batch:
+            return {}
+        losses = {"cross_entropy": self.task.label_loss(logits, batch)} | self.task.output_losses(self._output_with(logits), batch)
+        return {name: weight * value for name, value in losses.items()}
 
     def forward(self, image: Tensor) -> Tensor:
         return self.task.logits(self.student(image))
@@ -323,15 +348,17 @@ class Distiller(L.LightningModule):
         if "label" in batch:
             values["train/cross_entropy"] = self.task.label_loss(logits.detach(), batch)
             self._count_labelled_rows("train", batch)
-            self._update_metrics("train", logits.detach(), batch)
+            self._update_metrics("train", self._output_with(logits), batch)
+        self._student_output = None  # otherwise it would keep the graph of this step alive
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["image"]), sync_dist=True)
         return losses
 
-    def _update_metrics(self, stage: str, logits: Tensor, batch: dict, loader: int = 0, suffix: str = "") -> None:
-        key = f"{stage}{suffix}_{loader}"
+    @torch.no_grad()
+    def _update_metrics(self, stage: str, output: object, batch: dict, loader: int = 0, suffix: str = "") -> None:
+        logits, key = self.task.logits(output), f"{stage}{suffix}_{loader}"
         if key not in self.stage_metrics:
             self.stage_metrics[key] = nn.ModuleDict(self.task.metrics(logits.shape[1])).to(logits.device)
-        prediction, target = self.task.metric_inputs(logits, batch)
+        prediction, target = self.task.output_metric_inputs(output, batch)
         metrics = cast("Mapping[str, Metric]", self.stage_metrics[key])
         for name, metric in metrics.items():
             metric.update(prediction, target)
@@ -357,7 +384,9 @@ class Distiller(L.LightningModule):
         """Compute non-finite losses again, from the file ``path`` that the error named."""
         stored = torch.load(path, map_location=self.device, weights_only=True)
         self.student.load_state_dict(stored["student"])
-        return self.losses(stored["batch"])[1]
+        losses = self.losses(stored["batch"])[1]
+        self._student_output = None
+        return losses
 
     def validation_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", as_batch(batch), dataloader_idx)
@@ -370,12 +399,13 @@ class Distiller(L.LightningModule):
         batch = as_batch(batch)
         return {"logits": self(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
 
-    def predictions(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the logits that validation and test evaluate, by the suffix of their metrics.
+    def predictions(self, image: Tensor) -> Mapping[str, object]:
+        """Return the outputs that validation and test evaluate, by the suffix of their metrics.
 
-        The student's logits have the suffix "".
+        They are logits, or outputs in which the task finds them. The student's output has the
+        suffix "".
         """
-        return {"": self(image)}
+        return {"": self.student(image)}
 
     def prediction_names(self) -> list[str]:
         """Return the keys of :meth:`predictions`."""
@@ -385,15 +415,16 @@ class Distiller(L.LightningModule):
         if "label" not in batch:
             return
         predictions = self.predictions(batch["image"])
-        logits = predictions[""]
+        logits = self.task.logits(predictions[""])
         classes = getattr(cast(Any, self.trainer).datamodule, "num_classes", None)
         if classes is not None and logits.shape[1] != classes:
             kind = type(self.student).__name__
             raise ValueError(f"the data have {classes} classes, but the student ({kind}) returned logits {list(logits.shape)}")
         self._check_labels(batch, logits.shape[1], {"val": "validation"}.get(stage, stage))
         self._count_labelled_rows(stage, batch, loader)
-        for suffix, values in predictions.items():
-            self._update_metrics(stage, values, batch, loader, suffix)
+        for suffix, output in predictions.items():
+            self._update_metrics(stage, self._output_with(output) if isinstance(output, Tensor) else output, batch, loader, suffix)
+        self._student_output = None
         self.log(f"{stage}/cross_entropy", self.task.label_loss(logits, batch), batch_size=len(logits), sync_dist=True)
 
     def on_train_epoch_end(self) -> None:

@@ -101,6 +101,10 @@ def checked_logits(task: Task, output: object, image: Tensor, network_name: str)
         raise ValueError(f"{expected}: {ACCEPTED_OUTPUTS}; it returned {describe_output(output)}") from error
     if not task.check_logits(logits, image):
         raise ValueError(f"{expected}, it returned {list(logits.shape)}")
+    try:
+        task.check_output(output, image)
+    except ValueError as error:
+        raise ValueError(f"{network_name}: {error}") from error
     return logits
 
 

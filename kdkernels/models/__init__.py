@@ -1,6 +1,7 @@
 """Networks, taps into any network's layers, and weights from files."""
 
 from .bifpn import SelfTeacher
+from .enet import ENet
 from .exits import Exits
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import (
@@ -47,11 +48,13 @@ TAPS: dict[type, tuple[str, ...]] = {
     ResNeXt: ("stem", "stage0", "stage1", "stage2"),
     TinyCNN: ("block1", "block2", "block3"),
     TinyFCN: ("block1", "block2", "block3"),
+    ENet: ("encoder1", "encoder2", "encoder3", "encoder4"),
 }
 
 __all__ = [
     "TAPS",
     "VGG",
+    "ENet",
     "Exits",
     "FeatureTaps",
     "MobileNet",

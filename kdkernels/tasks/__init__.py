@@ -5,7 +5,8 @@ Metrics need the optional dependencies of ``kdkernels[train]``.
 
 from .base import Task
 from .classification import Classification
+from .lanes import Lanes
 from .outputs import describe_output, find_logits
 from .segmentation import Segmentation
 
-__all__ = ["Classification", "Segmentation", "Task", "describe_output", "find_logits"]
+__all__ = ["Classification", "Lanes", "Segmentation", "Task", "describe_output", "find_logits"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class Task:
         """Return whether logits of this shape fit these images."""
         raise NotImplementedError
 
+    def check_output(self, output: object, image: Tensor) -> None:
+        """Raise ValueError if outputs other than the logits do not fit these images.
+
+        Called before training, after :meth:`check_logits`.
+        """
+
     def check_labels(self, label: Tensor, image: Tensor, num_classes: int, stage: str, values: bool = True) -> None:
         """Check that the labels of a batch fit its images and the networks' classes.
 
@@ -83,6 +89,22 @@ class Task:
             0-dim, float32 or float64.
         """
         raise NotImplementedError
+
+    def output_losses(self, output: object, batch: dict) -> dict[str, Tensor]:
+        """Return further losses on the labels by name, for which the logits may not be enough.
+
+        Every method adds them to its loss, with the weight of :meth:`label_loss`. Each is a mean
+        over the samples of the batch.
+
+        Args:
+            output: what the network returned; or the logits alone, if a method does not have the
+                rest of the output.
+            batch: a batch with labels.
+
+        Returns:
+            0-dim tensors, float32 or float64. By default there are none.
+        """
+        return {}
 
     def mask(self, batch: dict) -> Tensor | None:
         """Return the rows that :meth:`divergence` includes, or ``None`` for all.
@@ -142,12 +164,23 @@ class Task:
         raise ValueError(f"combine must be 'probabilities' or 'divergences', got {combine!r}")
 
     def metrics(self, num_classes: int) -> dict[str, Metric]:
-        """Return new torchmetrics by name; :meth:`metric_inputs` returns their inputs."""
+        """Return new torchmetrics by name; :meth:`output_metric_inputs` returns their inputs."""
         raise NotImplementedError
 
     def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """Return the predicted classes and the labels, both int64 in the shape of the rows."""
         raise NotImplementedError
+
+    def output_metric_inputs(self, output: object, batch: dict) -> tuple[Any, Any]:
+        """Return the prediction and the target with which the :meth:`metrics` are updated.
+
+        By default, they are the :meth:`metric_inputs` of the logits.
+
+        Args:
+            output: what the network returned, or the logits alone.
+            batch: a batch with labels.
+        """
+        return self.metric_inputs(self.logits(output), batch)
 
     def count_correct(self, logits: Tensor, batch: dict) -> tuple[float, int]:
         """Count the labelled rows that are predicted correctly, and all labelled rows."""
