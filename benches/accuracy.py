@@ -21,7 +21,19 @@ import lightning as L
 import torch
 
 from kdkernels.data import ClutterDigits
-from kdkernels.distill import BYOT, FSP, KD, SAD, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
+from kdkernels.distill import (
+    BYOT,
+    FRSKD,
+    FSP,
+    KD,
+    SAD,
+    SLA,
+    SVDKD,
+    AttentionTransfer,
+    DeepSupervision,
+    GradientAttentionTransfer,
+    Supervised,
+)
 from kdkernels.models import TinyCNN, load_weights
 
 BLOCKS = ["block1", "block2", "block3"]
@@ -58,6 +70,9 @@ METHODS |= {
     "BYOT, authors": (6, None, lambda s, t: BYOT(s, BLOCKS, variant="authors")),
     "BYOT, luanyunteng": (6, None, lambda s, t: BYOT(s, BLOCKS, variant="luanyunteng")),
     "BYOT, separable branches": (6, None, lambda s, t: BYOT(s, BLOCKS, branch="separable")),
+    "FRSKD": (6, None, lambda s, t: FRSKD(s, BLOCKS)),
+    "FRSKD\\F": (6, None, lambda s, t: FRSKD(s, BLOCKS, feature_loss=None)),
+    "SLA": (6, None, lambda s, t: SLA(s, BLOCKS[2:])),
     "SAD": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE)),
     "SAD, from the start": (6, None, lambda s, t: SAD(s, BLOCKS)),
     "SAD, not detached": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE, detach_target=False)),
