@@ -18,6 +18,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   plot attention           plot images and their attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
   plot dfv                 plot singular values, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   plot exits               plot accuracy against computation of a network with exits, and print the table
+  plot lanes               plot predicted and labelled lanes, and the attention maps of each layer: --ckpt a.ckpt b.ckpt
   plot robustness          plot accuracy under noise in the weights, and the sizes of gradients: --ckpt a.ckpt b.ckpt
   bench                    time each op, its reference and its peers, and compare with hardware limits: kdkernels bench --quick --report
   demo                     train a teacher, a student alone and a distilled student on generated images, and write a report

@@ -12,15 +12,16 @@ from ..plots.attention import plot_attention
 from ..plots.dfv import plot_dfv
 from ..plots.exits import plot_exits
 from ..plots.exits import table as table_of_exits
+from ..plots.lanes import plot_lanes
 from ..plots.robustness import NOISE, plot_robustness
 from ..plots.robustness import table as table_of_robustness
 from .arguments import UsageError, parse_typed
 
-_USAGE = "usage: kdkernels plot {attention,dfv,exits,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
+_USAGE = "usage: kdkernels plot {attention,dfv,exits,lanes,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
 
 
 def main(arguments: list[str]) -> int:
-    kinds = {"attention": _attention, "dfv": _dfv, "exits": _exits, "robustness": _robustness}
+    kinds = {"attention": _attention, "dfv": _dfv, "exits": _exits, "lanes": _lanes, "robustness": _robustness}
     kind = arguments[0] if arguments else None
     if kind in ("-h", "--help"):
         print(_USAGE)
@@ -75,6 +76,13 @@ def _exits(parser: ArgumentParser) -> Callable[[Namespace], str]:
         return f"{table_of_exits(points)}\n{out}"
 
     return draw
+
+
+def _lanes(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
+    parser.add_argument("--ckpt", type=str, nargs="+", required=True, help="checkpoints of kdkernels fit with the task Lanes, each a row per image")
+    parser.add_argument("--images", type=int, default=4, help="number of images of the validation split")
+    parser.add_argument("--layers", type=list[str], default=[], help="layers; by default the taps of the method or of its family")
+    return lambda o: plot_lanes(o.ckpt, o.out, o.layers, o.images)
 
 
 def _robustness(parser: ArgumentParser) -> Callable[[Namespace], str]:
