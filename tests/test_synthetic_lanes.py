@@ -31,11 +31,13 @@ def test_a_scene_depends_only_on_seed_and_index():
     assert not any(torch.equal(*pair) for pair in zip(images, other, strict=True))
 
 
-def test_splits_in_memory_and_on_request_are_equal():
+def test_images_that_are_kept_in_memory_do_not_change():
     splits = [SyntheticLanes(6, 3, 2, max_memory=memory).make_splits() for memory in (1.0, 0.0)]
     for name in ("train", "val", "test"):
-        in_memory, on_request = (split[name][[1, 0]] for split in splits)
-        assert all(torch.equal(in_memory[field], on_request[field]) for field in ("image", "label", "index"))
+        for index in ([1], [1, 0], [0, 1]):  # partly generated before
+            in_memory, on_request = (split[name][index] for split in splits)
+            assert all(torch.equal(in_memory[field], on_request[field]) for field in ("image", "label", "index"))
+    assert [split["train"].keep for split in splits] == [True, False]
     assert not torch.equal(splits[0]["train"][[0]]["image"], splits[0]["val"][[0]]["image"])
     assert splits[1]["train"].fingerprint() != splits[1]["val"].fingerprint()
     assert splits[1]["train"][1]["label"].shape == SIZE

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
-from .base import ImageData, TensorImages, add_request_fields, require_at_least
+from .base import ImageData, add_request_fields, require_at_least
 from .lane_scenes import LANES, LaneScenes
 from .loading import BatchRequest
 
@@ -28,8 +30,9 @@ class SyntheticLanes(ImageData):
     label map is that of CULane's label maps, 16 pixels in images of width 1640, but at least 3
     pixels. There is no field ``existence``: the task derives it from the label map.
 
-    An image depends only on the seed, the split and its position in the split, so a split can have
-    any size: a split that does not fit into ``max_memory`` is generated batch by batch.
+    An image depends only on the seed, the split and its position in the split. It is generated when
+    it is first needed, and kept in memory if its split fits into ``max_memory``. A split can have
+    any size: the images of larger splits are generated again in each epoch.
 
     Args:
         train_size, val_size, test_size: number of images of the split.
@@ -37,8 +40,8 @@ class SyntheticLanes(ImageData):
         night: fraction of the scenes at night, in [0, 1].
         batch_size, augment, order_seed, num_workers: see :class:`ImageData`.
         seed: seed of the images.
-        max_memory: memory in GiB for the images of a split; a split that needs more is not kept in
-            memory but generated batch by batch in each epoch.
+        max_memory: memory in GiB for the images of a split; the images of a split that needs more
+            are not kept in memory.
 
     Raises:
         ValueError: ``size`` is not two multiples of 8, ``night`` is not in [0, 1], or a number of
@@ -78,17 +81,16 @@ class SyntheticLanes(ImageData):
     def make_splits(self) -> dict[str, Dataset]:
         splits: dict[str, Dataset] = {}
         for number, (split, count) in enumerate(self.sizes.items()):
-            images = LaneImages(count, LaneScenes(3 * self.seed + number, self.size, self.night))
-            num_bytes = count * 4 * self.size[0] * self.size[1]
-            splits[split] = images.in_memory() if num_bytes <= self.max_memory * 2**30 else images
+            scenes = LaneScenes(3 * self.seed + number, self.size, self.night)
+            splits[split] = LaneImages(count, scenes, keep=count * 4 * self.size[0] * self.size[1] <= self.max_memory * 2**30)
         return splits
 
 
 class LaneImages(Dataset):
-    """The images of a split, generated on request."""
+    """The images of a split, generated on request, and then kept in memory if ``keep`` is true."""
 
-    def __init__(self, count: int, scenes: LaneScenes):
-        self.count, self.scenes = count, scenes
+    def __init__(self, count: int, scenes: LaneScenes, keep: bool):
+        self.count, self.scenes, self.keep = count, scenes, keep
 
     def __len__(self) -> int:
         return self.count
@@ -96,14 +98,28 @@ class LaneImages(Dataset):
     def __getitem__(self, request: BatchRequest | int | list[int]) -> dict:
         if isinstance(request, int):
             return {name: field[0] for name, field in self[[request]].items()}
-        image, label = self.scenes.make(torch.tensor(request.index if isinstance(request, BatchRequest) else request))
+        index = torch.tensor(request.index if isinstance(request, BatchRequest) else request)
+        image, label = self._kept(index) if self.keep else self._make(index)
         return add_request_fields({"image": image, "label": label}, request)
 
-    def in_memory(self) -> TensorImages:
+    def _make(self, index: Tensor) -> tuple[Tensor, Tensor]:
         # A few images at a time, whose temporary tensors stay in the processor's caches.
-        parts = [self.scenes.make(index) for index in torch.arange(self.count).split(8)]
-        image, label = (torch.cat(fields) for fields in zip(*parts, strict=True))
-        return TensorImages(image=image, label=label)
+        images, labels = zip(*(self.scenes.make(part) for part in index.split(8)), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    @cached_property
+    def _store(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for all images and label maps, and which of them have been generated."""
+        image = torch.zeros(self.count, 3, *self.scenes.size, dtype=torch.uint8)
+        return image, torch.zeros(self.count, *self.scenes.size, dtype=torch.uint8), torch.zeros(self.count, dtype=torch.bool)
+
+    def _kept(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        image, label, is_made = self._store
+        missing = index[~is_made[index]]
+        if len(missing):
+            image[missing], label[missing] = self._make(missing)
+            is_made[missing] = True
+        return image[index], label[index]
 
     def fingerprint(self) -> str:
         recipe = (self.count, self.scenes.seed, self.scenes.size, self.scenes.night)
