@@ -47,3 +47,11 @@ def test_table_of_accuracies_matches_the_results():
         values = [value for key, value in results.items() if key.split("/")[0] == name]
         assert len(values) == 3
         assert (f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}") == (mean, spread)
+    for page in ("byot.md", "sad.md"):
+        rows = re.findall(r"^\| ([^|`]+) \| ([\d.]+) ± ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \|$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+        assert len(rows) >= 6
+        for name, *numbers in rows:
+            values = [results[f"{name}/{seed}"] for seed in range(3)]
+            differences = [value - results[f"student alone/{seed}"] for seed, value in enumerate(values)]
+            expected = [f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}"]
+            assert numbers == [*expected, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
