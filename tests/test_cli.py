@@ -108,11 +108,14 @@ def test_every_config_is_valid(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     status = main(["fit", "--config", str(config), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
     message = capsys.readouterr().err
-    needs = [name for name, text in {"teacher": "from_checkpoint", "images": "CIFAR"}.items() if text in yaml.safe_dump(load_config(config))]
+    markers = {"teacher": "from_checkpoint", "lanes": "CULane", "images": "CIFAR"}
+    needs = [name for name, text in markers.items() if text in yaml.safe_dump(load_config(config))]
     if not needs:
         assert status == 0
     elif "teacher" in needs:
         assert (status, "there is no file 'runs/" in message) == (1, True)
+    elif "lanes" in needs:
+        assert (status, "there is no folder 'data/CULane'" in message) == (1, True)
     else:
         assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
 

@@ -1,5 +1,6 @@
 """Inference by the exits of a network, their export, and the plots of exits and robustness."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -113,26 +114,43 @@ def test_operations_counted_by_hand():
     assert ExitNetwork(backbone, ["0", "1"], exits).eval().operations(torch.zeros(1, 3, 4, 4)) == [first + branch, whole + branch]
 
 
-def test_exits_of_a_checkpoint(tmp_path, monkeypatch, capsys):
-    """kdkernels fit, then inference, and export of the plain network and of each exit."""
-    import onnxruntime
-
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a folder with runs/byot, which the command line has trained."""
+    folder = tmp_path_factory.mktemp("run")
     config = Path(__file__).parent.parent / "configs" / "byot_clutter_digits.yaml"
     small = ["--model.student.width=4", "--data.train_size=64", "--data.val_size=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    assert main(["fit", "--config", str(config), *small, "--trainer.enable_progress_bar=false"]) == 0
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["fit", "--config", str(config), *small, "--trainer.enable_progress_bar=false"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.mark.parametrize(("file", "exit"), [("a.pt2", "1"), ("a.onnx", "1"), ("a.pt2", "ensemble"), ("a.onnx", "ensemble")])
+def test_export_of_exits(run, monkeypatch, file, exit):
+    monkeypatch.chdir(run)
     network = exit_network("runs/byot/last.ckpt").eval()
     image = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         last, exits = network.all_logits(image)
-    assert main(["export", "--ckpt", "runs/byot/last.ckpt", "--out", "a.onnx", "--exit", "1"]) == 0
-    session = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"])
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), exits[0], rtol=1e-4, atol=1e-4)
-    assert Path("a.onnx").stat().st_size < 30_000  # without the layers behind the exit
-    assert main(["export", "--ckpt", "runs/byot/last.ckpt", "--out", "a.pt2", "--exit", "ensemble"]) == 0
-    ensemble = (last + exits[0] + exits[1]) / 3
-    torch.testing.assert_close(torch.export.load("a.pt2").module()(image).detach(), ensemble, rtol=1e-4, atol=1e-4)
-    _check_plots(capsys)
+    expected = exits[0] if exit == "1" else (last + exits[0] + exits[1]) / 3
+    assert main(["export", "--ckpt", "runs/byot/last.ckpt", "--out", file, "--exit", exit]) == 0
+    if file == "a.pt2":
+        logits = torch.export.load(file).module()(image).detach()
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+        assert (Path(file).stat().st_size < 30_000) == (exit == "1")  # without the layers behind the exit
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_invalid_exits_are_errors_of_one_line(run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
     for option, message in (
         (["--out", "b.onnx", "--exit", "3"], "exit must be a number in [1, 2], 'ensemble' or None, got 3"),
         (["--out", "b.onnx", "--exit", "first"], "--exit must be a number from 1, or ensemble, got 'first'"),
@@ -140,12 +158,11 @@ def test_exits_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     ):
         assert main(["export", "--ckpt", "runs/byot/last.ckpt", *option]) in (1, 2)
         assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("b.*"))
+    assert not list(run.glob("b.*"))
 
 
-def _check_plots(capsys):
-    """Plot the run that the test above has trained."""
-    capsys.readouterr()
+def test_plots(run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
     assert main(["plot", "exits", "--ckpt", "runs/byot/last.ckpt", "--out", "e.png", "--thresholds", "[0, 0.5]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines] == [

@@ -27,14 +27,13 @@ SMALL = [
 
 def test_plot_lanes_before_and_after_sad(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "--config", str(ROOT / "configs" / "lanes_enet.yaml"), *SMALL]) == 0
     assert main(["fit", "--config", str(ROOT / "configs" / "sad_lanes.yaml"), *SMALL, "--model.start_step=1"]) == 0
     capsys.readouterr()
-    ckpts = ["--ckpt", "runs/lanes/last.ckpt", "runs/sad_lanes/last.ckpt"]
+    ckpts = ["--ckpt", "runs/sad_lanes/best.ckpt", "runs/sad_lanes/last.ckpt"]
     assert main(["plot", "lanes", *ckpts, "--images", "2", "--out", "l.svg"]) == 0
     text = Path("l.svg").read_text()
     assert "</svg>" in text
-    assert all(f"<!-- {layer} -->" in text for layer in ("encoder1", "encoder4", "labelled lanes"))  # names in the SVG's comments
+    assert all(f"<!-- {layer} -->" in text for layer in ("encoder2", "encoder4", "labelled lanes"))  # names in the SVG's comments
     for arguments, message in (
         (["--images", "0"], "images must be at least 1"),
         (["--layers", "[encoder9]"], "no layer 'encoder9'; did you mean"),

@@ -68,7 +68,7 @@ class SelfDistiller(Distiller):
             return
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be [C, H, W], got {list(image_shape)}")
-        parameter = next(self.student.parameters())
+        parameter = next(self.student.parameters(), torch.empty(0))
         image = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
         with unchanged(self.student), torch.no_grad():
             self.student.eval()
