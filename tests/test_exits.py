@@ -111,7 +111,9 @@ def test_operations_counted_by_hand():
     branch = 2 * 16 * (2 * 1 + 1 * 1 + 1 * 4) + 2 * 4 * 5  # 1x1 convolutions to 1, 1 and 4 channels, and the classifier
     first = 2 * 16 * 3 * 2
     whole = first + 2 * 16 * 2 * 4 + 2 * 4 * 5
-    assert ExitNetwork(backbone, ["0", "1"], exits).eval().operations(torch.zeros(1, 3, 4, 4)) == [first + branch, whole + branch]
+    alone, adaptive = ExitNetwork(backbone, ["0", "1"], exits).eval().operations(torch.zeros(1, 3, 4, 4))
+    assert alone == [first + branch, whole]
+    assert adaptive == [first + branch, whole + branch]
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +212,11 @@ def test_curve_counted_by_hand():
     assert points["threshold 0.9"].shares == pytest.approx([2 / 3, 0, 1 / 3])
     assert points["threshold 0"].shares == [1, 0, 0]
     assert points["threshold 1"].accuracy == 1
-    costs = network.operations(batch["image"][:1])
+    alone, costs = network.operations(batch["image"][:1])
     assert points["threshold 0.9"].operations == pytest.approx((2 * costs[0] + costs[2]) / 3)
-    assert points["exit 1"].operations == costs[0]
-    assert points["exit 2"].operations < costs[1]  # without exit 1
+    assert [points[name].operations for name in ("exit 1", "exit 2", "whole network")] == alone
+    assert alone[0] == costs[0]
+    assert alone[1] < costs[1]  # without exit 1
     with pytest.raises(ValueError, match="at least one image"):
         exit_curve(network, [])
     with pytest.raises(ValueError, match="needs labels"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,17 +22,14 @@ from .batch import as_batch
 from .checks import TeacherAccuracy, TrainerCheck, total_steps
 from .engine import OutputCheck
 from .network_checks import check_networks, check_not_shared, check_sizes
+from .optimization import check_resumed, default_optimizer, warm_up_and_decay
 from .teacher_cache import TeacherCache
+from .teachers import checked_teachers, weights_by_teacher
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torchmetrics import Metric
     from typing_extensions import Self
-
-
-def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The lambda below as a function: jsonargparse needs the lambda, but pickle cannot store it."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 class Distiller(L.LightningModule):
@@ -93,11 +89,11 @@ class Distiller(L.LightningModule):
             raise ValueError("teacher_weights, teacher_taps and teacher_cache need a teacher")
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
-        teachers = self._checked_teachers(teacher, teacher_cache)
+        teachers = checked_teachers(type(self).__name__, teacher, self.takes_several_teachers, teacher_cache is not None)
         for network in teachers:
             check_not_shared(student, network)
         self.student = student if student_weights is None else load_weights(student, student_weights)
-        for network, weights in zip(teachers, _weights_by_teacher(teacher_weights, teacher), strict=True):
+        for network, weights in zip(teachers, weights_by_teacher(teacher_weights, len(teachers)), strict=True):
             if weights is not None:
                 load_weights(network, weights)
         check_sizes("student", student)
@@ -120,27 +116,14 @@ class Distiller(L.LightningModule):
         self._optimizer_and_schedule: list[str] | None = None  # class names
         # From the checkpoint of a resumed run: the same class names, and the optimizers' states.
         self._resumed: tuple[list[str] | None, list | None] = None, None
-        self._student_output: tuple[object, Tensor] | None = None  # the last output of the student and its logits, see _output_with
+        # The last output of the student that contains more than its logits, and these logits.
+        self._student_output: tuple[object, Tensor] | None = None
         self._networks_checked = False
         self._num_classes = 0  # of the networks; known after they have been checked
         self._label_stages_checked: set[str] = set()
         self._has_labels: bool | None = None  # whether the training batches of this run have labels
         self.stage_metrics = nn.ModuleDict()  # torchmetrics by stage and data loader
         self._labelled_rows: dict[str, int | Tensor] = {}  # of this epoch, by stage and data loader, if the task ignores rows
-
-    def _checked_teachers(self, teacher: nn.Module | list[nn.Module] | None, teacher_cache: TeacherCache | None) -> list[nn.Module]:
-        teachers = _as_list(teacher)
-        for network in teachers:
-            if not isinstance(network, nn.Module):
-                raise TypeError(f"teacher must be an nn.Module, got {type(network).__name__}")
-        if isinstance(teacher, _LISTS):
-            if not teachers:
-                raise ValueError("teacher is an empty list: give at least one network")
-            if len(teachers) > 1 and not self.takes_several_teachers:
-                raise ValueError(f"{type(self).__name__} takes one teacher, got {len(teachers)}; KD takes several")
-            if len(teachers) > 1 and teacher_cache is not None:
-                raise ValueError(f"teacher_cache keeps the outputs of one teacher, got {len(teachers)} teachers")
-        return teachers
 
     @property
     def teachers(self) -> list[nn.Module]:
@@ -206,12 +189,12 @@ class Distiller(L.LightningModule):
     def logits_of_student(self, output: object) -> Tensor:
         """Return the logits in an output of the student.
 
-        The output is kept until the end of the step, so that :meth:`label_losses` and the metrics
-        can use all of it. Methods that run the student without :meth:`student_outputs` should call
-        this function.
+        An output that contains more than logits is kept until the end of the step, so that
+        :meth:`label_losses` and the metrics can use all of it. Methods that run the student without
+        :meth:`student_outputs` should call this function.
         """
         logits = self.task.logits(output)
-        self._student_output = output, logits
+        self._student_output = None if output is logits else (output, logits)
         return logits
 
     def _output_with(self, logits: Tensor) -> object:
@@ -471,7 +454,7 @@ class Distiller(L.LightningModule):
         def factor(step: int) -> float:
             # Not for step 0: total_steps makes the data loader, but a resumed run must first
             # restore its position.
-            return _warm_up_and_decay(step / total_steps(self.trainer) if step else 0.0)
+            return warm_up_and_decay(step / total_steps(self.trainer) if step else 0.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._check_resumed(optimizer, schedule)
@@ -497,41 +480,5 @@ class Distiller(L.LightningModule):
             self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
-        """Raise ValueError if a resumed run uses another optimizer or schedule than before."""
-        # Without this check, the states of some other optimizers would be loaded without an error.
         self._optimizer_and_schedule = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
-        previous, states = self._resumed
-        differs = previous is not None and previous != self._optimizer_and_schedule
-        if previous is None and states:  # a checkpoint of an old version, without the class names
-            previous = [f"an optimizer with {', '.join(sorted(k for k in states[0]['param_groups'][0] if k != 'params'))}"]
-            differs = not set(optimizer.defaults) <= set(states[0]["param_groups"][0])
-        if previous is not None and differs:
-            raise ValueError(
-                f"the checkpoint was trained with {' and '.join(previous)}, and cannot be resumed with {' and '.join(self._optimizer_and_schedule)}: "
-                "use the same optimizer and schedule, or start a new run from its weights (student_weights)"
-            )
-
-
-_LISTS = (list, tuple, nn.ModuleList)
-
-
-def _as_list(teacher: object) -> list:
-    return [] if teacher is None else list(teacher) if isinstance(teacher, _LISTS) else [teacher]
-
-
-def _weights_by_teacher(weights: object, teacher: object) -> list:
-    """Return the weights' file of each teacher, or ``None``."""
-    count = len(_as_list(teacher))
-    if weights is None:
-        return [None] * count
-    files = list(weights) if isinstance(weights, (list, tuple)) else [weights]
-    if len(files) != count:
-        raise ValueError(f"teacher_weights must name one file for each of the {count} teachers, got {len(files)}")
-    return files
-
-
-def _warm_up_and_decay(progress: float) -> float:
-    """Learning rate factor: from 1/25 to 1 in the first fifth, then to 0, both along a cosine."""
-    if progress < 0.2:
-        return 1 - 0.96 * (0.5 + 0.5 * math.cos(math.pi * progress / 0.2))
-    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8))
+        check_resumed(self._optimizer_and_schedule, optimizer, *self._resumed)

@@ -41,13 +41,14 @@ def exit_curve(network: ExitNetwork, batches: Iterable[dict], thresholds: Sequen
         if not 0 <= threshold <= 1:
             raise ValueError(f"thresholds must lie in [0, 1], got {threshold}")
     logits, label, image = _all_logits(network, batches)  # [E + 1, N, K], [N]
-    costs = torch.tensor(network.operations(image), dtype=torch.float64)
+    alone, adaptive = network.operations(image)
+    costs = torch.tensor(adaptive, dtype=torch.float64)
     correct = logits.argmax(2) == label
     count = len(logits)
     points = []
     for i in range(count):
         name = "whole network" if i == count - 1 else f"exit {i + 1}"
-        points.append(CurvePoint(name, _mean(correct[i]), _alone(costs, network, image, i), [float(j == i) for j in range(count)]))
+        points.append(CurvePoint(name, _mean(correct[i]), float(alone[i]), [float(j == i) for j in range(count)]))
     ensemble = logits.mean(0).argmax(1) == label
     points.append(CurvePoint("ensemble", _mean(ensemble), float(costs[-1]), [0.0] * (count - 1) + [1.0]))
     for threshold in thresholds:
@@ -71,16 +72,6 @@ def _all_logits(network: ExitNetwork, batches: Iterable[dict]) -> tuple[Tensor, 
     if image is None:
         raise ValueError("exit_curve needs at least one image, got none")
     return torch.cat(found, 1), torch.cat(labels), image
-
-
-def _alone(costs: Tensor, network: ExitNetwork, image: Tensor, i: int) -> float:
-    """Return the operations of the backbone up to exit i and of this exit, without other exits."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    alone = ExitNetwork(network.backbone, network.taps, network.exits, i + 1 if i < len(network.exits) else None)
-    with FlopCounterMode(display=False) as counter:
-        alone(image)
-    return float(counter.get_total_flops())
 
 
 def _mean(values: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..models.exits import Exits
 from ..models.taps import FeatureTaps
 from ..tasks import find_logits
+from .base import Distiller
 from .exits import ExitDistiller
 from .restore import restore
 
@@ -124,7 +125,7 @@ class ExitNetwork(nn.Module):
             except _Stop:
                 pass
             except RuntimeError as error:
-                if len(remaining) == len(image):
+                if len(remaining) == len(image) or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise RuntimeError(self._reads_more()) from error
         found = torch.cat(logits)
@@ -154,28 +155,30 @@ class ExitNetwork(nn.Module):
                 handle.remove()
 
     @torch.no_grad()
-    def operations(self, image: Tensor) -> list[int]:
+    def operations(self, image: Tensor) -> tuple[list[int], list[int]]:
         """Count the floating-point operations for one image of this shape, [1, C, H, W].
 
         Returns:
-            For each exit, the operations of the backbone up to it and of this exit and all before
-            it; last, those of the whole backbone and of all exits. These are the costs of
-            :meth:`adaptive`.
+            Two lists with a number for each exit and, last, for the whole backbone. The first are
+            the operations of the backbone up to the exit, and of this exit alone. The second
+            include all exits before it: these are the costs of :meth:`adaptive`.
         """
         from torch.utils.flop_counter import FlopCounterMode
 
-        counts, spent = [], 0
+        alone, adaptive, spent = [], [], 0
         for i, name in enumerate(self.taps[:-1]):
             features = FeatureTaps(self.backbone, [name])(image)[1][name]
             with FlopCounterMode(display=False) as counter:
                 self._logits_of_exit(image, i)
             with FlopCounterMode(display=False) as own:
                 self.exits.exit(i, features, image.shape[2:])
-            counts.append(spent + counter.get_total_flops())
+            alone.append(counter.get_total_flops())
+            adaptive.append(spent + alone[-1])
             spent += own.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             self.backbone(image)
-        return [*counts, spent + counter.get_total_flops()]
+        alone.append(counter.get_total_flops())
+        return alone, [*adaptive, spent + alone[-1]]
 
 
 class _Stop(Exception):
@@ -202,8 +205,11 @@ def exit_network(ckpt: str | os.PathLike, exit: int | Literal["ensemble"] | None
         ValueError: the checkpoint was not written by such a method, or does not contain the config
             of its run.
     """
-    method, _ = restore(ckpt)
-    if not isinstance(method, ExitDistiller):
+    return with_exits(restore(ckpt)[0], ckpt, exit)
+
+
+def with_exits(method: Distiller, ckpt: str | os.PathLike, exit: int | Literal["ensemble"] | None = None) -> ExitNetwork:
+    """Return the network of a restored method with its exits; ``ckpt`` is its name in errors."""
+    if not isinstance(method, ExitDistiller) or not isinstance(method.branches, Exits):
         raise ValueError(f"{os.fspath(ckpt)!r} has no exits: it was trained with {type(method).__name__}; train with BYOT or DeepSupervision")
-    assert isinstance(method.branches, Exits)
     return ExitNetwork(method.student, method.student_taps.names, method.branches, exit)

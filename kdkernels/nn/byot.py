@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
 from .features import check_labels, cross_entropy, features_of_layers
+from .loss_module import LossModule
 
 BYOTVariant = Literal["paper", "authors", "luanyunteng"]
 
@@ -157,7 +158,7 @@ def byot_loss(
     return total
 
 
-class BYOTLoss(nn.Module):
+class BYOTLoss(LossModule):
     """Module of :func:`byot_loss` with fixed options.
 
     Example: ``BYOTLoss(variant="luanyunteng")(logits_of_exits, labels, features_of_exits)``.
@@ -171,13 +172,9 @@ class BYOTLoss(nn.Module):
     """
 
     def __init__(self, **options: Any):
-        super().__init__()
+        super().__init__(**options)
         probe = torch.zeros(1, 1)
         byot_loss([probe, probe], torch.zeros(1, dtype=torch.int64), [probe, probe], **options)  # validate the options
-        self.options = options
 
     def forward(self, logits: Sequence[Tensor], labels: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         return byot_loss(logits, labels, features, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -8,13 +8,14 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
 from .attention import attention_transfer_losses
 from .features import check_labels, cross_entropy, features_of_layers
+from .loss_module import LossModule
 from .overhaul import overhaul_loss
 
 FeatureLoss = Literal["att", "fit", "od"]
@@ -163,7 +164,7 @@ def frskd_ramp(epoch: int, ramp_start: int, ramp_epochs: int) -> float:
     return math.exp(-5 * (1 - progress) ** 2)
 
 
-class FRSKDLoss(nn.Module):
+class FRSKDLoss(LossModule):
     """Module of :func:`frskd_loss` with fixed options.
 
     Example: ``FRSKDLoss(beta=50.0)(logits, teacher_logits, labels, features, teacher_features)``.
@@ -178,12 +179,11 @@ class FRSKDLoss(nn.Module):
     """
 
     def __init__(self, **options: Any):
-        super().__init__()
+        super().__init__(**options)
         if "margins" in options:
             raise TypeError("FRSKDLoss has no option 'margins': give them to each call, because they change during training")
         probe = torch.zeros(1, 1)
         frskd_loss(probe, probe, torch.zeros(1, dtype=torch.int64), **options)  # validate the options
-        self.options = options
 
     def forward(
         self,
@@ -195,6 +195,3 @@ class FRSKDLoss(nn.Module):
         margins: Sequence[Tensor] | None = None,
     ) -> Tensor:
         return frskd_loss(logits, teacher_logits, labels, features, teacher_features, margins=margins, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
 from .features import check_labels, cross_entropy
+from .loss_module import LossModule
 
 
 def four_rotations(
@@ -111,7 +112,7 @@ def sla_loss(
     return total
 
 
-class SLALoss(nn.Module):
+class SLALoss(LossModule):
     """Module of :func:`sla_loss` with fixed options.
 
     Example: ``SLALoss(temperature=4.0)(logits, joint_logits, labels)``.
@@ -125,12 +126,8 @@ class SLALoss(nn.Module):
     """
 
     def __init__(self, **options: Any):
-        super().__init__()
+        super().__init__(**options)
         sla_loss(torch.zeros(1, 1), torch.zeros(4, 4), torch.zeros(1, dtype=torch.int64), **options)  # validate the options
-        self.options = options
 
     def forward(self, logits: Tensor, joint: Tensor, labels: Tensor) -> Tensor:
         return sla_loss(logits, joint, labels, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

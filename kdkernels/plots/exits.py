@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..distill.exit_curve import THRESHOLDS, CurvePoint, exit_curve
-from ..distill.exit_network import exit_network
+from ..distill.exit_network import with_exits
 from .checkpoints import restore_with_images
 from .drawing import picture_path, subplots, write_picture
 
@@ -33,8 +33,8 @@ def plot_exits(ckpt: str | os.PathLike, out: str | os.PathLike, thresholds: Sequ
             suffix of ``out`` is not a known format.
     """
     out = picture_path(out)
-    network = exit_network(ckpt).eval()
-    _, data = restore_with_images(ckpt)
+    method, data = restore_with_images(ckpt)
+    network = with_exits(method, ckpt).eval()
     points = exit_curve(network, map(data.finish, data.val_dataloader()), thresholds)
     return write_picture(draw(points), out), points
 
