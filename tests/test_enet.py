@@ -8,7 +8,7 @@ pytest.importorskip("lightning")
 import lightning as L
 
 from kdkernels.data import Augment, SyntheticLanes
-from kdkernels.distill import AttentionTransfer, GradientAttentionTransfer, Supervised
+from kdkernels.distill import BYOT, FRSKD, FSP, KD, SAD, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
 from kdkernels.models import TAPS, ENet, FeatureTaps, load_weights
 from kdkernels.models.enet import unpool
 from kdkernels.tasks import Lanes
@@ -153,6 +153,28 @@ def test_the_loss_falls():
     _fit(method, _data(), max_epochs=9, callbacks=[Record()], limit_val_batches=0)
     for name in ("loss", "loss_cross_entropy", "loss_existence"):
         assert losses[-1][f"train/{name}"] < 0.75 * losses[0][f"train/{name}"]
+
+
+LAYERS = ["encoder2", "encoder3", "encoder4"]
+METHODS = {
+    "KD": lambda s, t, o: KD(s, t, **o),
+    "FSP": lambda s, t, o: FSP(s, t, LAYERS, LAYERS, variant="repdistiller", **o),
+    "SVDKD": lambda s, t, o: SVDKD(s, t, LAYERS, LAYERS, **o),
+    "SAD": lambda s, t, o: SAD(s, LAYERS, **o),
+    "BYOT": lambda s, t, o: BYOT(s, LAYERS, **o),
+    "DeepSupervision": lambda s, t, o: DeepSupervision(s, LAYERS, **o),
+    "FRSKD": lambda s, t, o: FRSKD(s, TAPS[ENet], width=1, depth=1, **o),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_train_lanes(name):
+    """Every method adds the losses of the task on outputs other than the logits."""
+    student, teacher = (ENet(width=0.1, image_size=(32, 64)) for _ in range(2))
+    metrics = _fit(METHODS[name](student, teacher, {"task": Lanes()}), _data(train_size=8), max_epochs=1, limit_train_batches=1)
+    assert all(value.isfinite() for value in metrics.values())
+    assert {"train/loss_iou", "train/loss_existence", "train/lane_iou", "val/f1", "val/tusimple_accuracy"} <= set(metrics)
+    assert "train/f1" not in metrics  # the metrics of curves are left out in training
 
 
 @pytest.mark.parametrize("method", ["attention", "gradient"])

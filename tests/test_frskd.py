@@ -285,6 +285,14 @@ def test_training_evaluates_the_self_teacher_and_exports_the_plain_network(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(again.branches.parameters(), method.branches.parameters(), strict=True))
 
 
+def test_ramp_that_begins_after_the_run_raises_before_training():
+    method = FRSKD(TinyCNN(4, num_classes=3), BLOCKS, width=1, depth=1, ramp_start=2)
+    with pytest.raises(ValueError, match="ramp_start must be below the number of epochs of the run, 2, got 2"):
+        fit(method, data_of(), max_epochs=2)
+    assert method.global_step == 0
+    fit(method, data_of(), fast_dev_run=True)
+
+
 def test_ignored_pixels():
     """Masked: the sum over the labelled pixels. Unmasked, as in the authors' code: over all pixels.
 

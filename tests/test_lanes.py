@@ -219,9 +219,11 @@ def test_methods_train_all_terms(name):
     method = METHODS[name](task=Lanes(2))
     before = method.student.exists.weight.detach().clone()
     metrics = _fit(method, _data(augment=Augment(crop=2)), max_epochs=1)
-    names = {"f1", "tusimple_accuracy", "tusimple_false_positives", "tusimple_false_negatives", "lane_iou", "pixel_accuracy", "cross_entropy"}
+    pixels = {"lane_iou", "pixel_accuracy", "cross_entropy"}
+    curves = {"f1", "tusimple_accuracy", "tusimple_false_positives", "tusimple_false_negatives"}
     losses = {"train/loss", "train/loss_cross_entropy", "train/loss_iou", "train/loss_existence"}
-    assert losses | {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= set(metrics)
+    assert losses | {f"train/{name}" for name in pixels} | {f"val/{name}" for name in pixels | curves} <= set(metrics)
+    assert not {f"train/{name}" for name in curves} & set(metrics)
     assert all(value.isfinite() for value in metrics.values())
     assert not torch.equal(method.student.exists.weight, before)
     assert method._student_output is None  # the graph of the last step is freed

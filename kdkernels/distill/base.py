@@ -340,7 +340,8 @@ class Distiller(L.LightningModule):
     def _update_metrics(self, stage: str, output: object, batch: dict, loader: int = 0, suffix: str = "") -> None:
         logits, key = self.task.logits(output), f"{stage}{suffix}_{loader}"
         if key not in self.stage_metrics:
-            self.stage_metrics[key] = nn.ModuleDict(self.task.metrics(logits.shape[1])).to(logits.device)
+            metrics_of_task = self.task.training_metrics if stage == "train" else self.task.metrics
+            self.stage_metrics[key] = nn.ModuleDict(metrics_of_task(logits.shape[1])).to(logits.device)
         prediction, target = self.task.output_metric_inputs(output, batch)
         metrics = cast("Mapping[str, Metric]", self.stage_metrics[key])
         for name, metric in metrics.items():

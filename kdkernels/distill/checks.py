@@ -104,8 +104,7 @@ class TrainerCheck(L.Callback):
             and not name.startswith("train/")
             and name.partition("/dataloader_idx_")[0] not in (logged := _logged_in_validation(module))
         ):
-            task = cast("Distiller", module).task
-            training = f"train/{task.main_metric}, train/loss"
+            training = f"train/{next(iter(cast('Distiller', module).task.training_metrics(2)))}, train/loss"
             raise ValueError(f"{watcher} monitors {name!r}, which is not logged: use {', '.join(logged)}, {training}, or another value of training")
         validated = trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
         if name.startswith("val/") and not validated and not cast(Any, trainer).fast_dev_run:

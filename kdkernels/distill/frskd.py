@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,6 +162,13 @@ class FRSKD(SelfDistiller):
         self.sla, self.sla_alpha = sla, sla_alpha
         if image_shape is not None:
             self.build_branches(image_shape)
+
+    def on_train_start(self) -> None:
+        epochs = self.trainer.max_epochs
+        if self.ramp_start and epochs is not None and 0 <= epochs <= self.ramp_start and not cast(Any, self.trainer).fast_dev_run:
+            raise ValueError(
+                f"ramp_start must be below the number of epochs of the run, {epochs}, got {self.ramp_start}: the self-teacher would never teach"
+            )
 
     def build_branches(self, image_shape: Sequence[int]) -> None:
         if self.sla:

@@ -167,6 +167,14 @@ class Task:
         """Return new torchmetrics by name; :meth:`output_metric_inputs` returns their inputs."""
         raise NotImplementedError
 
+    def training_metrics(self, num_classes: int) -> dict[str, Metric]:
+        """Return the metrics that are updated in each training step.
+
+        By default all :meth:`metrics`. A task leaves out those that cost much, or that wait for the
+        device.
+        """
+        return self.metrics(num_classes)
+
     def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """Return the predicted classes and the labels, both int64 in the shape of the rows."""
         raise NotImplementedError

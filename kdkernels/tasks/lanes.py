@@ -221,13 +221,19 @@ class Lanes(Task):
         return batch["label"] != self.ignore_index if "label" in batch else None
 
     def metrics(self, num_classes: int) -> dict[str, Metric]:
-        from .lane_metrics import CULaneF1, LaneIoU, LanePixelAccuracy, TuSimpleScore
+        from .lane_metrics import CULaneF1, TuSimpleScore
 
-        pixels: dict[str, Metric] = {"lane_iou": LaneIoU(), "pixel_accuracy": LanePixelAccuracy()}
+        pixels = self.training_metrics(num_classes)
         if self.lanes == 1:
             return pixels
         names: tuple[Literal["accuracy", "false_positives", "false_negatives"], ...] = ("accuracy", "false_positives", "false_negatives")
         return {"f1": CULaneF1(), **{f"tusimple_{name}": TuSimpleScore(name, variant=self.tusimple_variant) for name in names}, **pixels}
+
+    def training_metrics(self, num_classes: int) -> dict[str, Metric]:
+        """Return the metrics of pixels: those of curves are computed on the CPU, image by image."""
+        from .lane_metrics import LaneIoU, LanePixelAccuracy
+
+        return {"lane_iou": LaneIoU(), "pixel_accuracy": LanePixelAccuracy()}
 
     def metric_inputs(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         return logits.argmax(1), batch["label"]
