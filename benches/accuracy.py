@@ -5,7 +5,9 @@ Usage: python benches/accuracy.py [--seeds 3] [--out FILE.json]
 The student is a TinyCNN of width 8, as in the demo. It is trained for six epochs, or for eight if
 the method has a first stage of two epochs. The teacher is a TinyCNN of width 32. FSP and SVD-KD
 need a teacher with as many channels as the student; theirs has width 8 and is three times as deep.
-Finished runs are saved in the file and not repeated.
+A network of this depth is also the student of some methods without a teacher (rows "deep student").
+The rows "segmentation" are the mean IoU of a TinyBiFPN on SegmentedClutterDigits. Finished runs are
+saved in the file and not repeated.
 """
 
 import argparse
@@ -16,11 +18,12 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
-from kdkernels.data import ClutterDigits
+from kdkernels.data import Augment, ClutterDigits, SegmentedClutterDigits
 from kdkernels.distill import (
     BYOT,
     FRSKD,
@@ -34,7 +37,8 @@ from kdkernels.distill import (
     GradientAttentionTransfer,
     Supervised,
 )
-from kdkernels.models import TinyCNN, load_weights
+from kdkernels.models import TinyBiFPN, TinyCNN, load_weights
+from kdkernels.tasks import Segmentation
 
 BLOCKS = ["block1", "block2", "block3"]
 # name: (epochs, teacher, function that creates the method from a student and a teacher)
@@ -63,6 +67,10 @@ METHODS: dict[str, tuple[int, str | None, Callable]] = {
 }
 # Self-distillation has no teacher. The attention loss of SAD begins after two thirds of the steps.
 LATE = 252
+# The authors' form for segmentation: the self-teacher continues the network's BiFPN, and teaches
+# after two thirds of the epochs.
+REFINED = ["refined1", "refined2", "refined3"]
+SEGMENTATION: dict[str, Any] = {"width": 1, "laterals": False, "ramp_start": 4, "ramp_epochs": 2, "task": Segmentation()}
 METHODS |= {
     "deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
     "BYOT": (6, None, lambda s, t: BYOT(s, BLOCKS)),
@@ -72,7 +80,17 @@ METHODS |= {
     "BYOT, separable branches": (6, None, lambda s, t: BYOT(s, BLOCKS, branch="separable")),
     "FRSKD": (6, None, lambda s, t: FRSKD(s, BLOCKS)),
     "FRSKD\\F": (6, None, lambda s, t: FRSKD(s, BLOCKS, feature_loss=None)),
+    "FRSKD\\F, paper's KL": (6, None, lambda s, t: FRSKD(s, BLOCKS, feature_loss=None, variant="paper")),
+    "FRSKD, paper's losses, beta = 1": (6, None, lambda s, t: FRSKD(s, BLOCKS, beta=1.0, variant="paper")),
+    "FRSKD, fit": (6, None, lambda s, t: FRSKD(s, BLOCKS, beta=1.0, feature_loss="fit")),
     "SLA": (6, None, lambda s, t: SLA(s, BLOCKS[2:])),
+    "SLA, T = 4": (6, None, lambda s, t: SLA(s, BLOCKS[2:], temperature=4.0)),
+    "deep student alone": (6, None, lambda s, t: Supervised(s)),
+    "deep student, deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
+    "deep student, BYOT": (6, None, lambda s, t: BYOT(s, BLOCKS)),
+    "segmentation alone": (6, None, lambda s, t: Supervised(s, task=Segmentation())),
+    "segmentation, FRSKD": (6, None, lambda s, t: FRSKD(s, REFINED, 1.0, 50.0, 1.0, **SEGMENTATION)),
+    "segmentation, FRSKD\\F": (6, None, lambda s, t: FRSKD(s, REFINED, 1.0, 0.0, 1.0, **SEGMENTATION)),
     "SAD": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE)),
     "SAD, from the start": (6, None, lambda s, t: SAD(s, BLOCKS)),
     "SAD, not detached": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE, detach_target=False)),
@@ -82,6 +100,12 @@ METHODS |= {
     "SAD, gamma = 1": (6, None, lambda s, t: SAD(s, BLOCKS, gamma=1.0, start_step=LATE)),
 }
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
+
+
+def new_student(name: str):
+    if name.startswith("segmentation"):
+        return TinyBiFPN()
+    return TinyCNN(8, depth=3) if name.startswith("deep student") else TinyCNN(8)
 
 
 def train(method, data, epochs: int, seed: int) -> float:
@@ -101,7 +125,7 @@ def train(method, data, epochs: int, seed: int) -> float:
         )
         trainer.fit(method.to(memory_format=torch.channels_last), data)
         (tested,) = trainer.test(method, data, verbose=False)
-    return 100 * tested["test/accuracy"]
+    return 100 * tested["test/mean_iou" if "test/mean_iou" in tested else "test/accuracy"]
 
 
 def main() -> None:
@@ -113,7 +137,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    data = ClutterDigits()
+    images = ClutterDigits()
+    label_maps = SegmentedClutterDigits(train_size=4000, test_size=1000, augment=Augment(crop=2))
     for seed in range(options.seeds):
         for name, (epochs, teacher, make_method) in METHODS.items():
             if f"{name}/{seed}" in results:
@@ -124,12 +149,13 @@ def main() -> None:
                 if not weights.exists():
                     L.seed_everything(seed, verbose=False)
                     method = Supervised(TEACHERS[teacher]())
-                    results[f"teacher, {teacher}/{seed}"] = train(method, data, 8, seed)
+                    results[f"teacher, {teacher}/{seed}"] = train(method, images, 8, seed)
                     torch.save(method.student.state_dict(), weights)
                     options.out.write_text(json.dumps(results, indent=1))
                 network = load_weights(TEACHERS[teacher](), weights)
             L.seed_everything(seed, verbose=False)
-            results[f"{name}/{seed}"] = train(make_method(TinyCNN(8), network), data, epochs, seed)
+            data = label_maps if name.startswith("segmentation") else images
+            results[f"{name}/{seed}"] = train(make_method(new_student(name), network), data, epochs, seed)
             options.out.write_text(json.dumps(results, indent=1))
             print(f"{name:<24}seed {seed}: {results[f'{name}/{seed}']:.2f}", flush=True)
     print()

@@ -42,11 +42,11 @@ def test_known_ramp():
     assert [frskd_ramp(epoch, 2, 0) for epoch in (1, 2)] == [0.0, 1.0]
 
 
-def _feature_loss_by_formula(kind, feature, target, margin, layer, count):
+def _feature_loss_by_formula(kind, feature, target, margin, layer, count, variant):
     if kind == "att":
         maps = [x.square().mean(1).flatten(1) for x in (feature, target)]
         first, second = (a / a.norm(dim=1, keepdim=True) for a in maps)
-        return (first - second).square().mean()
+        return (first - second).square().mean() if variant == "authors" else (first - second).norm(dim=1).mean()
     if kind == "fit":
         return (feature - target).square().mean()
     bounded = torch.max(target, margin[:, None, None])
@@ -55,8 +55,14 @@ def _feature_loss_by_formula(kind, feature, target, margin, layer, count):
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 1000), kind=st.sampled_from(FEATURE_LOSSES), count=st.integers(1, 3), dense=st.booleans())
-def test_loss_is_the_sum_of_its_terms(seed, kind, count, dense):
+@given(
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(FEATURE_LOSSES),
+    count=st.integers(1, 3),
+    dense=st.booleans(),
+    variant=st.sampled_from(["authors", "paper"]),
+)
+def test_loss_is_the_sum_of_its_terms(seed, kind, count, dense, variant):
     """Compared with the formula in plain float64 PyTorch."""
     torch.manual_seed(seed)
     shape = (3, 5, 2, 2) if dense else (3, 5)
@@ -64,13 +70,15 @@ def test_loss_is_the_sum_of_its_terms(seed, kind, count, dense):
     labels = torch.randint(5, (3, *shape[2:]))
     channels = [2 + i for i in range(count)]
     features, refined, margins = _maps(*channels), _maps(*channels), [-torch.rand(c, dtype=torch.float64) for c in channels]
-    options = dict(temperature=2.5, alpha=0.4, beta=0.7, feature_loss=kind)
+    options = dict(temperature=2.5, alpha=0.4, beta=0.7, feature_loss=kind, variant=variant)
     got = frskd_loss(logits, teacher_logits, labels, features, refined, margins=margins, **options)
-    target = (teacher_logits / 2.5).softmax(1)
-    kl = (target * (target.log() - (logits / 2.5).log_softmax(1))).sum(1).mean()
+    first, second = teacher_logits / 2.5, logits / 2.5
+    if variant == "paper":
+        first, second = second, first
+    kl = (first.softmax(1) * (first.log_softmax(1) - second.log_softmax(1))).sum(1).mean()
     want = F.cross_entropy(logits, labels) + F.cross_entropy(teacher_logits, labels) + 0.4 * 2.5**2 * kl
     for i in range(count):
-        want = want + 0.7 * _feature_loss_by_formula(kind, features[i], refined[i], margins[i], i, count)
+        want = want + 0.7 * _feature_loss_by_formula(kind, features[i], refined[i], margins[i], i, count, variant)
     assert got.item() == pytest.approx(want.item(), rel=1e-10, abs=0)
 
 
@@ -184,7 +192,7 @@ from tiny_runs import IMAGES, Small, data_of, fit  # noqa: E402
 
 from kdkernels.data import Augment, SegmentedClutterDigits  # noqa: E402
 from kdkernels.distill import FRSKD  # noqa: E402
-from kdkernels.models import TinyCNN, TinyFCN, load_weights  # noqa: E402
+from kdkernels.models import TinyBiFPN, TinyCNN, TinyFCN, load_weights  # noqa: E402
 from kdkernels.tasks import Segmentation  # noqa: E402
 
 BLOCKS = ["block1", "block2", "block3"]
@@ -198,13 +206,15 @@ def _batch(dtype=torch.float32):
     return {"image": torch.rand(4, 3, 8, 8, dtype=dtype), "label": torch.tensor([0, 1, 2, 0])}
 
 
+@pytest.mark.parametrize("variant", ["authors", "paper"])
 @pytest.mark.parametrize("kind", [*FEATURE_LOSSES, None])
-def test_trainer_computes_the_pure_loss(kind):
+def test_trainer_computes_the_pure_loss(kind, variant):
     torch.manual_seed(0)
-    method, batch = _frskd(feature_loss=kind).double(), _batch(torch.float64)
+    method, batch = _frskd(feature_loss=kind, variant=variant).double(), _batch(torch.float64)
     method.eval()
     logits, outputs = method.run_branches(batch["image"])
-    want = frskd_loss(logits, outputs.logits, batch["label"], outputs.features, outputs.teacher_features, feature_loss=kind, margins=outputs.margins)
+    options = {"feature_loss": kind, "margins": outputs.margins, "variant": variant}
+    want = frskd_loss(logits, outputs.logits, batch["label"], outputs.features, outputs.teacher_features, **options)
     assert sum(method.losses(batch)[1].values()).item() == pytest.approx(want.item(), rel=1e-9, abs=0)
 
 
@@ -313,6 +323,26 @@ def test_ignored_pixels():
     assert terms[True] == pytest.approx((kl * (label != 255)).mean().item(), rel=1e-4, abs=0)
 
 
+@pytest.mark.parametrize("feature_loss", ["att", "od"])
+def test_self_teacher_continues_the_bifpn_of_the_network(feature_loss):
+    """As the authors' code for segmentation: three BiFPN layers of the network, then two more."""
+    torch.manual_seed(0)
+    taps = ["refined1", "refined2", "refined3"]
+    options = {"width": 1, "laterals": False, "feature_loss": feature_loss, "image_shape": [3, 16, 16], "task": Segmentation()}
+    method = FRSKD(TinyBiFPN(4, channels=8), taps, 1.0, 50.0 if feature_loss == "att" else 1e-3, 1.0, **options)
+    assert len(method.branches.self_teacher.layers) == 2
+    assert not len(method.branches.self_teacher.layers[0].laterals)
+    batch = {"image": torch.rand(2, 3, 16, 16), "label": torch.randint(11, (2, 16, 16))}
+    losses = method.losses(batch)[1]
+    losses["cross_entropy_teacher"].backward(retain_graph=True)
+    assert all(p.grad is not None for p in method.student.bifpn.parameters())  # the labels train the network through the self-teacher
+    assert method.student.scores.weight.grad is None
+    method.zero_grad()
+    (losses["kl"] + losses["features"]).backward()
+    assert all(p.grad is None for p in method.branches.self_teacher.parameters())
+    assert all(p.grad is not None for p in method.student.parameters())
+
+
 def test_training_on_label_maps():
     data = SegmentedClutterDigits(train_size=8, val_size=4, test_size=2, batch_size=4, augment=Augment(crop=2))
     method = FRSKD(TinyFCN(4), BLOCKS, 1.0, 50.0, 1.0, task=Segmentation(), width=1, depth=1, mask_ignored=False)
@@ -324,10 +354,12 @@ def test_training_on_label_maps():
 def test_invalid_options_raise_before_training():
     for options, message in (
         ({"feature_loss": "at"}, "feature_loss must be one of"),
+        ({"variant": "code"}, "variant must be one of .*, got 'code'"),
         ({"alpha": -1.0}, "alpha must"),
         ({"temperature": 0.0}, "temperature must"),
         ({"ramp_epochs": -1}, "ramp_epochs must be a finite number >= 0, got -1"),
         ({"width": 0}, "width must be at least 1, got 0"),
+        ({"laterals": False, "width": 2}, "width must be 1 with laterals=False"),
         ({"teacher": Small()}, "the network is its own teacher"),
         ({"sla": True, "task": Segmentation()}, "needs the task Classification, got Segmentation"),
         ({"sla": True, "image_shape": [3, 8, 16]}, "must be square, got 8x16"),

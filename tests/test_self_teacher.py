@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdkernels.models import SelfTeacher
+from kdkernels.models import SelfTeacher, TinyBiFPN
 from kdkernels.models.bifpn import fusion_weights, max_pool_to
 
 RESNET18 = {"layer1": (64, 32, 32), "layer2": (128, 16, 16), "layer3": (256, 8, 8), "layer4": (512, 4, 4)}
@@ -107,6 +107,59 @@ def test_layers_for_label_maps_and_every_parameter_is_used(layers, label_maps):
     assert (len(teacher.layers[-1].bottom_up) == 0) == label_maps
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_self_teacher_that_continues_a_bifpn(layers):
+    """Without laterals, the tapped maps are the inputs of the nodes. The finest map comes from the
+    top-down path alone.
+    """
+    torch.manual_seed(0)
+    teacher = SelfTeacher(HALVING, 5, label_maps=True, width=1, layers=layers, laterals=False).double()
+    inputs = [x.requires_grad_() for x in _inputs(HALVING, torch.float64)]
+
+    def enlarged(layer, i, x):
+        return F.relu(_projected(layer.enlarging[i], F.relu(x).repeat_interleave(2, 2).repeat_interleave(2, 3)))
+
+    def reduced(layer, i, x):
+        return F.relu(_projected(layer.reducing[i], F.max_pool2d(F.pad(F.relu(x), (0, 1, 0, 1)), 3, 2)))
+
+    f1, f2, f3 = inputs
+    for layer in teacher.layers:
+        p2 = _node(layer.top_down[1], F.relu(f2), enlarged(layer, 1, f3))
+        t1 = _node(layer.top_down[0], F.relu(f1), enlarged(layer, 0, p2))
+        if len(layer.bottom_up):
+            t2 = _node(layer.bottom_up[0], F.relu(f2), F.relu(p2), reduced(layer, 0, t1))
+            f3 = _node(layer.bottom_up[1], F.relu(f3), reduced(layer, 1, t2))
+            f1, f2 = t1, t2
+        else:
+            f1, f2 = t1, p2
+    logits, features, _ = teacher(inputs, (16, 8))
+    for got, want in zip(features, (f1, f2, f3), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, F.conv2d(F.relu(f1), teacher.classifier.weight, teacher.classifier.bias))
+    logits.sum().backward()
+    assert all(p.grad is not None for p in [*teacher.parameters(), *inputs])
+
+
+def test_margins_of_a_self_teacher_that_continues_a_bifpn():
+    teacher = SelfTeacher(HALVING, 5, label_maps=True, width=1, layers=2, laterals=False, margins=True)
+    assert [tuple(m.shape) for m in teacher(_inputs(HALVING), (16, 8)).margins] == [(3,), (4,), (6,)]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_tiny_bifpn(layers):
+    network = TinyBiFPN(4, num_classes=5, channels=6, layers=layers)
+    shapes = {}
+    for i in range(1, 4):
+        network.get_submodule(f"refined{i}").register_forward_hook(lambda _m, _x, y, i=i: shapes.update({i: tuple(y.shape[1:])}))
+    logits = network(torch.randn(2, 3, 20, 12))
+    assert logits.shape == (2, 5, 20, 12)
+    assert shapes == {1: (6, 10, 6), 2: (6, 5, 3), 3: (6, 2, 1)}
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())  # DDP waits for all gradients
+    with pytest.raises(ValueError, match="layers must be at least 1, got 16, 1, 11, 32 and 0"):
+        TinyBiFPN(layers=0)
+
+
 @pytest.mark.parametrize("sizes", [[(8, 8), (8, 8), (4, 4)], [(9, 7), (5, 4), (2, 2)], [(16, 16), (4, 4), (1, 1)]])
 def test_other_sizes_than_halves(sizes):
     shapes = {str(i): (3, *size) for i, size in enumerate(sizes)}
@@ -119,5 +172,9 @@ def test_invalid_pyramids_raise():
         SelfTeacher({name: RESNET18[name] for name in ("layer2", "layer1")}, 5)
     with pytest.raises(ValueError, match="at least two tapped layers"):
         SelfTeacher({"layer1": (64, 32, 32)}, 5)
+    with pytest.raises(ValueError, match=r"width must be 1 with laterals=False, .* got width=2"):
+        SelfTeacher(RESNET18, 5, laterals=False)
+    with pytest.raises(ValueError, match="layers must be at least 2: without laterals"):
+        SelfTeacher(RESNET18, 5, label_maps=True, width=1, layers=1, margins=True, laterals=False)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         SelfTeacher(RESNET18, 5, depth=0)

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.bifpn import SelfTeacher, check_sizes, projection
-from ..nn.frskd import check_frskd_options, frskd_feature_losses, frskd_ramp
+from ..models.bifpn import SelfTeacher, check_laterals, check_sizes, projection
+from ..nn.frskd import DIRECTIONS, check_frskd_options, frskd_feature_losses, frskd_ramp
 from ..nn.sla import aggregate_rotations, four_rotations
 from .checks import check_weights
 from .self_distiller import SelfDistiller
@@ -43,7 +43,7 @@ class FRSKDBranches(nn.Module):
         label_maps: whether labels are maps with a class for each pixel.
         feature_loss: "att", "fit", "od" or ``None``, see :func:`kdkernels.nn.frskd_feature_losses`.
         sla: whether to classify class and rotation together.
-        width, depth, layers: see :class:`kdkernels.models.SelfTeacher`.
+        width, depth, layers, laterals: see :class:`kdkernels.models.SelfTeacher`.
     """
 
     def __init__(
@@ -56,10 +56,11 @@ class FRSKDBranches(nn.Module):
         width: int,
         depth: int,
         layers: int | None,
+        laterals: bool,
     ):
         super().__init__()
         self.feature_loss = feature_loss
-        self.self_teacher = SelfTeacher(shapes, num_classes, label_maps, width, depth, layers, margins=feature_loss == "od")
+        self.self_teacher = SelfTeacher(shapes, num_classes, label_maps, width, depth, layers, margins=feature_loss == "od", laterals=laterals)
         channels = [shape[0] for shape in shapes.values()]
         self.adapters, self.joint_classifiers = nn.ModuleList(), nn.ModuleList()
         if feature_loss in ("fit", "od"):
@@ -112,7 +113,8 @@ class FRSKD(SelfDistiller):
         temperature: T.
         feature_loss: "att", "fit" or "od", see :func:`kdkernels.nn.frskd_feature_losses`; ``None``
             is FRSKD\F, without a feature loss.
-        width, depth, layers: see :class:`kdkernels.models.SelfTeacher`.
+        variant: "authors" or "paper", see :func:`kdkernels.nn.frskd_loss`.
+        width, depth, layers, laterals: see :class:`kdkernels.models.SelfTeacher`.
         ramp_start, ramp_epochs: alpha and beta are 0 in the first ``ramp_start`` epochs, and grow
             to their values in the next ``ramp_epochs`` epochs (:func:`kdkernels.nn.frskd_ramp`).
         mask_ignored: whether T^2 KL leaves out the pixels that the task ignores. The authors' code
@@ -137,9 +139,11 @@ class FRSKD(SelfDistiller):
         beta: float = 100.0,
         temperature: float = 4.0,
         feature_loss: Literal["att", "fit", "od"] | None = "att",
+        variant: Literal["authors", "paper"] = "authors",
         width: int = 2,
         depth: int = 2,
         layers: int | None = None,
+        laterals: bool = True,
         ramp_start: int = 0,
         ramp_epochs: int = 0,
         mask_ignored: bool = True,
@@ -148,16 +152,17 @@ class FRSKD(SelfDistiller):
         image_shape: Sequence[int] | None = None,
         **options,
     ):
-        check_frskd_options(temperature, alpha, beta, feature_loss)
+        check_frskd_options(temperature, alpha, beta, feature_loss, variant)
         check_weights(sla_alpha=sla_alpha)
         check_sizes(width=width, depth=depth, layers=1 if layers is None else layers)
+        check_laterals(laterals, width)
         frskd_ramp(0, ramp_start, ramp_epochs)  # validate the options
         if sla:
             check_rotatable("FRSKD with sla=True", options.get("task"), image_shape)
         feature_loss = feature_loss if beta else None
-        make_branches = partial(_make_branches, feature_loss=feature_loss, sla=sla, width=width, depth=depth, layers=layers)
+        make_branches = partial(_make_branches, feature_loss=feature_loss, sla=sla, width=width, depth=depth, layers=layers, laterals=laterals)
         super().__init__(student, student_taps, make_branches, **options)
-        self.alpha, self.beta, self.temperature, self.feature_loss = alpha, beta, temperature, feature_loss
+        self.alpha, self.beta, self.temperature, self.feature_loss, self.variant = alpha, beta, temperature, feature_loss, variant
         self.ramp_start, self.ramp_epochs, self.mask_ignored = ramp_start, ramp_epochs, mask_ignored
         self.sla, self.sla_alpha = sla, sla_alpha
         if image_shape is not None:
@@ -196,10 +201,11 @@ class FRSKD(SelfDistiller):
         ramp = frskd_ramp(self.current_epoch, self.ramp_start, self.ramp_epochs)
         if self.alpha:
             rows = batch if self.mask_ignored else {"image": batch["image"]}  # without labels, no pixel is ignored
-            divergences = [self.task.divergence(z, target.detach(), self.temperature, rows) for z, target in pairs]
+            direction = DIRECTIONS[self.variant]
+            divergences = [self.task.divergence(z, target.detach(), self.temperature, rows, direction=direction) for z, target in pairs]
             losses["kl"] = ramp * self.alpha * cast(Tensor, sum(divergences)) / len(pairs)
         if self.feature_loss is not None:
-            features = frskd_feature_losses(outputs.features, outputs.teacher_features, self.feature_loss, outputs.margins)
+            features = frskd_feature_losses(outputs.features, outputs.teacher_features, self.feature_loss, outputs.margins, self.variant)
             losses["features"] = ramp * self.beta * cast(Tensor, sum(features))
         return logits, losses
 
@@ -237,5 +243,6 @@ def _make_branches(
     width: int,
     depth: int,
     layers: int | None,
+    laterals: bool,
 ) -> FRSKDBranches:
-    return FRSKDBranches(shapes, logits.shape[1], logits.dim() == 4, feature_loss, sla, width, depth, layers)
+    return FRSKDBranches(shapes, logits.shape[1], logits.dim() == 4, feature_loss, sla, width, depth, layers, laterals)

@@ -29,6 +29,7 @@ from .sskd import (
     sskd_vgg_teacher,
 )
 from .taps import FeatureTaps, pair_features
+from .tiny_bifpn import TinyBiFPN
 from .tiny_cnn import TinyCNN
 from .tiny_fcn import TinyFCN
 from .vgg import VGG, vgg8, vgg11, vgg13
@@ -48,6 +49,7 @@ TAPS: dict[type, tuple[str, ...]] = {
     ResNeXt: ("stem", "stage0", "stage1", "stage2"),
     TinyCNN: ("block1", "block2", "block3"),
     TinyFCN: ("block1", "block2", "block3"),
+    TinyBiFPN: ("refined1", "refined2", "refined3"),
     ENet: ("encoder1", "encoder2", "encoder3", "encoder4"),
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "SelfTeacher",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "TinyBiFPN",
     "TinyCNN",
     "TinyFCN",
     "WideResNet",

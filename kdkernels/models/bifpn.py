@@ -49,10 +49,14 @@ class SelfTeacher(nn.Module):
         depth: number of depthwise separable convolutions at each node of a BiFPN layer.
         layers: number of BiFPN layers; by default 1, and 2 for label maps.
         margins: whether to compute the margins of the overhaul loss.
+        laterals: whether the tapped maps first pass 1x1 convolutions. ``False`` is for a network
+            with a BiFPN of its own, which the self-teacher continues. Needs ``width=1``.
 
     Raises:
         ValueError: there are fewer than two layers, a map is larger than that of the layer before,
-            or a number is less than 1.
+            a number is less than 1, ``width`` is not 1 without laterals, or margins are requested
+            of a map that is no output of the self-teacher (without laterals, for label maps, with
+            one layer).
 
     References:
         M. Ji, S. Shin, S. Hwang, G. Park, I.-C. Moon. Refine Myself by Teaching Myself: Feature
@@ -68,16 +72,23 @@ class SelfTeacher(nn.Module):
         depth: int = 2,
         layers: int | None = None,
         margins: bool = False,
+        laterals: bool = True,
     ):
         super().__init__()
         layers = (2 if label_maps else 1) if layers is None else layers
         check_sizes(width=width, depth=depth, layers=layers)
+        check_laterals(laterals, width)
         check_pyramid(shapes)
+        if margins and label_maps and layers == 1 and not laterals:
+            raise ValueError(
+                "layers must be at least 2: without laterals, one layer for label maps does not refine the coarsest map, which then has no margin"
+            )
         self.label_maps, self.with_margins = label_maps, margins
         inputs = [shape[0] for shape in shapes.values()]
         self.channels = [width * channels for channels in inputs]
         self.layers = nn.ModuleList(
-            BiFPNLayer(inputs if i == 0 else None, self.channels, depth, bottom_up=not label_maps or i < layers - 1) for i in range(layers)
+            BiFPNLayer(inputs if laterals and i == 0 else None, self.channels, depth, bottom_up=not label_maps or i < layers - 1)
+            for i in range(layers)
         )
         self.classifier = nn.Conv2d(self.channels[0], num_classes, 1) if label_maps else nn.Linear(self.channels[-1], num_classes)
 
@@ -110,6 +121,12 @@ def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_laterals(laterals: bool, width: int) -> None:
+    """Raise ValueError if the maps are to change their numbers of channels without laterals."""
+    if not laterals and width != 1:
+        raise ValueError(f"width must be 1 with laterals=False, because the tapped maps keep their numbers of channels, got width={width}")
 
 
 def check_pyramid(shapes: Mapping[str, Sequence[int]]) -> None:

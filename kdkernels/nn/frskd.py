@@ -19,7 +19,10 @@ from .loss_module import LossModule
 from .overhaul import overhaul_loss
 
 FeatureLoss = Literal["att", "fit", "od"]
+FRSKDVariant = Literal["authors", "paper"]
 _FEATURE_LOSSES = ("att", "fit", "od")
+# Directions of temperature_kl: KL(p_t || p_c), and KL(p_c || p_t).
+DIRECTIONS = {"authors": "forward", "paper": "reverse"}
 
 
 def frskd_feature_losses(
@@ -27,14 +30,15 @@ def frskd_feature_losses(
     teacher_features: Sequence[Tensor],  # [B, D_i, H_i, W_i] each
     feature_loss: FeatureLoss = "att",
     margins: Sequence[Tensor] | None = None,  # [D_i] each
+    variant: FRSKDVariant = "authors",
 ) -> list[Tensor]:  # one 0-dim tensor for each layer
     """Compare the features of each layer with the refined features, which are detached.
 
     ================ ========================================================================
     ``feature_loss`` distance of the features F from the refined features T of a layer
     ================ ========================================================================
-    "att"            attention transfer, :func:`kdkernels.attention_transfer_loss` with p = 2;
-                     the numbers of channels may differ
+    "att"            attention transfer, :func:`kdkernels.attention_transfer_loss` with p = 2 and
+                     this ``variant``; the numbers of channels may differ
     "fit"            mean of (F - T)^2, as in FitNets
     "od"             :func:`kdkernels.nn.overhaul_loss`, divided by 2 for each layer behind this
                      one; F and T are features before the ReLU
@@ -45,13 +49,14 @@ def frskd_feature_losses(
         ValueError: numbers of layers or shapes differ, or "od" has no margins.
     """
     checks.choice("feature_loss", feature_loss, _FEATURE_LOSSES)
+    checks.choice("variant", variant, tuple(DIRECTIONS))
     features, teacher_features = features_of_layers("features", features), features_of_layers("teacher_features", teacher_features)
     if len(features) != len(teacher_features) or not features:
         raise ValueError(
             f"features and teacher_features must have the same number of layers, at least one, got {len(features)} and {len(teacher_features)}"
         )
     if feature_loss == "att":
-        return attention_transfer_losses(features, teacher_features)
+        return attention_transfer_losses(features, teacher_features, variant=variant)
     for i, (feature, target) in enumerate(zip(features, teacher_features, strict=True)):
         if feature.shape != target.shape:
             raise ValueError(
@@ -79,6 +84,7 @@ def frskd_loss(
     beta: float = 100.0,
     feature_loss: FeatureLoss | None = "att",
     margins: Sequence[Tensor] | None = None,
+    variant: FRSKDVariant = "authors",
 ) -> Tensor:
     r"""Loss of FRSKD: a network and its self-teacher learn from labels, the network from both.
 
@@ -93,6 +99,10 @@ def frskd_loss(
     The defaults are those of the authors for CIFAR-100. For segmentation they use alpha = 1,
     beta = 50 and T = 1.
 
+    This is the loss of the authors' code. In the paper (``variant="paper"``) the divergence is
+    :math:`KL(p_c \| p_t)`, and "att" is the norm of the difference of two attention maps, instead
+    of the mean square. The norm is much larger: beta = 100 is not made for it.
+
     Args:
         logits, teacher_logits: classes in dimension 1.
         labels: class indices, or probabilities.
@@ -104,6 +114,7 @@ def frskd_loss(
             a map, for which Heo et al. use 0.001.
         feature_loss: "att", "fit", "od", or ``None`` for FRSKD\F.
         margins: for "od", see :func:`kdkernels.nn.overhaul_margins`.
+        variant: "authors" or "paper".
 
     Returns:
         0-dim, float32 or float64.
@@ -116,7 +127,7 @@ def frskd_loss(
         M. Ji, S. Shin, S. Hwang, G. Park, I.-C. Moon. Refine Myself by Teaching Myself: Feature
         Refinement via Self-Knowledge Distillation. CVPR 2021. https://arxiv.org/abs/2103.08273
     """
-    check_frskd_options(temperature, alpha, beta, feature_loss)
+    check_frskd_options(temperature, alpha, beta, feature_loss, variant)
     checks.tensor("logits", logits, "logits")
     checks.tensor("teacher_logits", teacher_logits, "logits")
     if logits.shape != teacher_logits.shape or logits.dim() < 2:
@@ -129,18 +140,19 @@ def frskd_loss(
     labels = clone_inference_tensor(labels)
     total = cross_entropy(logits, labels) + cross_entropy(teacher_logits, labels)
     if alpha:
-        total = total + alpha * temperature_kl(logits, teacher_logits.detach(), temperature, dim=1)
+        total = total + alpha * temperature_kl(logits, teacher_logits.detach(), temperature, dim=1, direction=DIRECTIONS[variant])
     if beta and feature_loss is not None and features is not None and teacher_features is not None:
-        total = total + beta * cast(Tensor, sum(frskd_feature_losses(features, teacher_features, feature_loss, margins)))
+        total = total + beta * cast(Tensor, sum(frskd_feature_losses(features, teacher_features, feature_loss, margins, variant)))
     return total
 
 
-def check_frskd_options(temperature: float, alpha: float, beta: float, feature_loss: str | None) -> None:
+def check_frskd_options(temperature: float, alpha: float, beta: float, feature_loss: str | None, variant: str) -> None:
     """Raise TypeError or ValueError if an option of :func:`frskd_loss` is out of range."""
     checks.positive("temperature", temperature)
     checks.not_negative("alpha", alpha)
     checks.not_negative("beta", beta)
     checks.choice("feature_loss", feature_loss, (*_FEATURE_LOSSES, None))
+    checks.choice("variant", variant, tuple(DIRECTIONS))
 
 
 def frskd_ramp(epoch: int, ramp_start: int, ramp_epochs: int) -> float:
@@ -171,7 +183,7 @@ class FRSKDLoss(LossModule):
 
     Args:
         **options: the keyword options of :func:`frskd_loss` but ``margins``: temperature, alpha,
-            beta, feature_loss.
+            beta, feature_loss, variant.
 
     Raises:
         TypeError: an unknown option, or one of the wrong type.

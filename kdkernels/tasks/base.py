@@ -123,6 +123,7 @@ class Task:
         *,
         combine: Combine = "probabilities",
         weights: Sequence[float] | None = None,
+        direction: str = "forward",
     ) -> Tensor:
         r"""T^2 KL between the softened predictions of teacher and student, without ignored rows.
 
@@ -138,6 +139,7 @@ class Task:
                 each teacher, ``sum_i w_i KL_i``.
             weights: positive weights w_i of the teachers, which are scaled so that their sum is 1.
                 By default all are equal.
+            direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
 
         Returns:
             0-dim: the sum over the rows that are not ignored, divided by the number of all rows.
@@ -150,7 +152,7 @@ class Task:
         normalizer = None if mask is None else float(mask.numel())
 
         def divergence_from(target: Tensor) -> Tensor:
-            return temperature_kl(student, target, temperature, dim=1, mask=mask, normalizer=normalizer)
+            return temperature_kl(student, target, temperature, dim=1, direction=direction, mask=mask, normalizer=normalizer)
 
         if isinstance(teacher, Tensor):
             return divergence_from(teacher)
