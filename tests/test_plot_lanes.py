@@ -43,7 +43,7 @@ def test_plot_lanes_before_and_after_sad(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     assert not Path("lanes.png").exists()
     assert main(["fit", "--config", str(ROOT / "configs" / "sad_lanes.yaml"), *SMALL, "--restart=true"]) == 1
-    assert "start_step must be below the number of steps of the run, 2, got 1336" in capsys.readouterr().err
+    assert "start_step must be below the number of steps of the run, 2, got 1500" in capsys.readouterr().err
 
 
 def test_drawn_curves_are_those_of_the_labels():
