@@ -43,16 +43,17 @@ def sad(network: ENet, paths: list[list[str]] | None = None, late: bool = True, 
 LATE: dict[str, Callable] = {
     "network alone": lambda s: sad(s, gamma=0.0),
     "SAD": lambda s: sad(s),
-    "SAD, only 3 to 4": lambda s: sad(s, [[E3, E4]]),
-    "SAD, also 1 to 2": lambda s: sad(s, [[E1, E2], [E2, E3], [E3, E4]]),
-    "SAD, 2 to 4": lambda s: sad(s, [[E2, E4]]),
-    "SAD, reversed": lambda s: sad(s, [[E3, E2], [E4, E3]]),
-    "SAD, not detached": lambda s: sad(s, detach_target=False),
-    "SAD, mean over the positions": lambda s: sad(s, reduction="mean"),
-    "SAD, gamma = 1": lambda s: sad(s, gamma=1.0),
+    "SAD, mean": lambda s: sad(s, reduction="mean"),
+    "SAD, normalized": lambda s: sad(s, normalize=True),
+    "SAD, normalized, gamma = 1": lambda s: sad(s, normalize=True, gamma=1.0),
+    "SAD, normalized, only 3 to 4": lambda s: sad(s, [[E3, E4]], normalize=True),
+    "SAD, normalized, also 1 to 2": lambda s: sad(s, [[E1, E2], [E2, E3], [E3, E4]], normalize=True),
+    "SAD, normalized, 2 to 4": lambda s: sad(s, [[E2, E4]], normalize=True),
+    "SAD, normalized, reversed": lambda s: sad(s, [[E3, E2], [E4, E3]], normalize=True),
+    "SAD, normalized, not detached": lambda s: sad(s, normalize=True, detach_target=False),
 }
 OTHERS: dict[str, Callable] = {
-    "SAD, from the start": lambda s: sad(s, late=False),
+    "SAD, normalized, from the start": lambda s: sad(s, late=False, normalize=True),
     "deep supervision": lambda s: DeepSupervision(s, ENCODERS[1:], 0.1, task=Lanes(), optimizer=OPTIMIZER),
 }
 

@@ -20,6 +20,7 @@ def sad_loss(
     detach_target: bool = True,
     reduction: str = "sum",
     align_corners: bool = False,
+    normalize: bool = False,
 ) -> Tensor:  # 0-dim
     """Sum over paths (m, n) of the squared distance between the attention maps of layers m and n.
 
@@ -28,6 +29,8 @@ def sad_loss(
 
     def attention(x: Tensor, size: Sequence[int]) -> Tensor:  # [B, positions]
         energy = attention_pool(x, 2.0, reduce="sum")[:, None]
+        if normalize:
+            energy = energy / energy.mean((2, 3), keepdim=True).clamp(min=1e-12)
         if list(energy.shape[2:]) != list(size):
             energy = F.interpolate(energy, list(size), mode="bilinear", align_corners=align_corners)
         return energy.flatten(1).softmax(1)

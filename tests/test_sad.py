@@ -40,11 +40,12 @@ def test_interpolation_precedes_the_softmax():
     detach=st.booleans(),
     reduction=st.sampled_from(["sum", "mean"]),
     align_corners=st.booleans(),
+    normalize=st.booleans(),
 )
-def test_loss_and_gradients_equal_the_definition(seed, sizes, paths, detach, reduction, align_corners):
+def test_loss_and_gradients_equal_the_definition(seed, sizes, paths, detach, reduction, align_corners, normalize):
     features = [_random(2, *size, seed=seed + i).requires_grad_() for i, size in enumerate(sizes)]
-    got = sad_loss(features, paths, detach_target=detach, reduction=reduction, align_corners=align_corners)
-    want = reference.sad_loss(features, paths, detach_target=detach, reduction=reduction, align_corners=align_corners)
+    options = {"detach_target": detach, "reduction": reduction, "align_corners": align_corners, "normalize": normalize}
+    got, want = sad_loss(features, paths, **options), reference.sad_loss(features, paths, **options)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-14)
     grads = [torch.autograd.grad(loss, features, allow_unused=True, retain_graph=True) if loss.requires_grad else [None] * 3 for loss in (got, want)]
     for a, b in zip(*grads, strict=True):
@@ -60,6 +61,18 @@ def test_properties(seed):
     torch.testing.assert_close(attention.sum((1, 2)), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(sad_attention(-x[:, [2, 0, 3, 1]]), attention)
     torch.testing.assert_close(sad_attention(x, (6, 10)).sum((1, 2)), torch.ones(3, dtype=torch.float64))
+
+
+def test_normalized_maps_do_not_depend_on_the_scale():
+    """Energies [0, 1, 1, 4] with the mean 1.5."""
+    want = torch.tensor([0, 1 / 1.5, 1 / 1.5, 4 / 1.5], dtype=torch.float64).softmax(0)
+    for scale in (1.0, 1e3, 1e-3):
+        torch.testing.assert_close(sad_attention(scale * MAP, normalize=True).flatten(), want)
+    zero = torch.zeros(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    loss = sad_loss([zero, MAP], normalize=True)
+    loss.backward()
+    assert not zero.grad.any()
+    torch.testing.assert_close(loss, (want - 0.25).square().sum())
 
 
 def test_targets_receive_no_gradient():

@@ -32,6 +32,8 @@ class SAD(Distiller):
         detach_target: whether the second layer's map is a constant.
         reduction: "sum" or "mean" over the positions of a map.
         align_corners: how maps of different sizes are interpolated.
+        normalize: whether the energies of a map are divided by their mean before the softmax; see
+            :func:`kdkernels.nn.sad_attention`. Not in the paper.
         **options: the other arguments of :class:`Distiller`. There is no teacher.
 
     References:
@@ -49,6 +51,7 @@ class SAD(Distiller):
         detach_target: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
         align_corners: bool = False,
+        normalize: bool = False,
         **options,
     ):
         super().__init__(student, student_taps=student_taps, **options)
@@ -64,7 +67,12 @@ class SAD(Distiller):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.gamma, self.start_step = gamma, start_step
-        self.loss_options: dict[str, Any] = {"detach_target": detach_target, "reduction": reduction, "align_corners": align_corners}
+        self.loss_options: dict[str, Any] = {
+            "detach_target": detach_target,
+            "reduction": reduction,
+            "align_corners": align_corners,
+            "normalize": normalize,
+        }
 
     def on_train_start(self) -> None:
         steps = total_steps(self.trainer)

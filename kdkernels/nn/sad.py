@@ -21,32 +21,43 @@ def sad_attention(
     size: tuple[int, int] | None = None,
     *,
     align_corners: bool = False,
+    normalize: bool = False,
 ) -> Tensor:  # [B, H, W], or [B, *size]
     r"""Attention map whose values are positive and sum to 1 over all positions of a sample.
 
     :math:`\mathrm{softmax}(U(\sum_c x_c^2))`, where U is bilinear interpolation to ``size`` and the
     softmax is over the positions (Hou et al. 2019, section 3.1: AT-GEN).
 
+    Sums of squares of many channels differ by hundreds, and the map is then one-hot: it has no
+    gradient in nearly all samples, and a very large one in the others. ``normalize`` divides the
+    sums by their mean over the positions of x first. The map then does not depend on the scale of
+    x. This is not in the paper.
+
     Args:
         x: feature map; float64, float32, bfloat16 or float16 (computed in float32).
         size: height and width of the result; by default those of ``x``.
         align_corners: see :func:`torch.nn.functional.interpolate`. The authors' Lua code
             corresponds to ``True``.
+        normalize: whether to divide the sums of squares by their mean (at least 1e-12).
 
     Returns:
-        float64 for float64, else float32. A map with large differences of energy is nearly one-hot,
-        and then has nearly no gradient.
+        float64 for float64, else float32.
 
     Raises:
         TypeError: ``x`` is not a tensor of a supported dtype.
         ValueError: ``x`` is not of the shape [B, C, H, W], or has no position.
     """
     _check_map("x", x)
-    if size is None or tuple(size) == tuple(x.shape[2:]):
+    size = (x.shape[2], x.shape[3]) if size is None else (size[0], size[1])
+    same_size = size == tuple(x.shape[2:])
+    if same_size and not normalize:
         return attention_pool(x, 2.0, reduce="sum", normalize="softmax")
     energy = attention_pool(x, 2.0, reduce="sum")[:, None]
-    resized = F.interpolate(energy, tuple(size), mode="bilinear", align_corners=align_corners)
-    return resized.flatten(1).softmax(1).reshape(len(x), *size)
+    if normalize:
+        energy = energy / energy.mean((2, 3), keepdim=True).clamp(min=1e-12)
+    if not same_size:
+        energy = F.interpolate(energy, size, mode="bilinear", align_corners=align_corners)
+    return energy.flatten(1).softmax(1).reshape(len(x), *size)
 
 
 def sad_loss(
@@ -56,6 +67,7 @@ def sad_loss(
     detach_target: bool = True,
     reduction: Literal["sum", "mean"] = "sum",
     align_corners: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     r"""Self attention distillation: the squared distances between attention maps of layers.
 
@@ -71,7 +83,7 @@ def sad_loss(
             implementations do not detach it.
         reduction: "sum" over the positions, or "mean", which divides by their number. The distance
             of two maps is at most 2, so a mean over many positions is very small.
-        align_corners: see :func:`sad_attention`.
+        align_corners, normalize: see :func:`sad_attention`.
 
     Returns:
         0-dim, float32 or float64, without a weight (the paper's is 0.1).
@@ -92,12 +104,13 @@ def sad_loss(
             raise ValueError(f"features must have the same batch size, got {[len(x) for x in features]}")
     checks.flag("detach_target", detach_target)
     checks.flag("align_corners", align_corners)
+    checks.flag("normalize", normalize)
     checks.choice("reduction", reduction, ("sum", "mean"))
     maps: dict[tuple[int, tuple[int, int]], Tensor] = {}
 
     def attention(i: int, size: tuple[int, int]) -> Tensor:
         if (i, size) not in maps:
-            maps[i, size] = sad_attention(features[i], size, align_corners=align_corners)
+            maps[i, size] = sad_attention(features[i], size, align_corners=align_corners, normalize=normalize)
         return maps[i, size]
 
     total = torch.zeros((), dtype=torch.float64 if features[0].dtype == torch.float64 else torch.float32, device=features[0].device)
@@ -141,7 +154,8 @@ class SADLoss(nn.Module):
 
     Args:
         paths: pairs of positions; by default each layer learns from the next one.
-        **options: the keyword options of :func:`sad_loss`: detach_target, reduction, align_corners.
+        **options: the keyword options of :func:`sad_loss`: detach_target, reduction, align_corners,
+            normalize.
 
     Raises:
         TypeError: an unknown option, or one of the wrong type.
