@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,22 @@ import torch
 from kdkernels.data import Augment, ClutterDigits, SegmentedClutterDigits
 from kdkernels.distill import (
     BYOT,
+    DML,
+    FFL,
     FRSKD,
     FSP,
     KD,
+    ONE,
     SAD,
     SLA,
     SVDKD,
     AttentionTransfer,
     DeepSupervision,
+    DualNet,
     GradientAttentionTransfer,
     Supervised,
 )
+from kdkernels.distill.online import OnlineDistiller
 from kdkernels.models import TinyBiFPN, TinyCNN, load_weights
 from kdkernels.tasks import Segmentation
 
@@ -70,7 +76,8 @@ LATE = 252
 # The authors' form for segmentation: the self-teacher continues the network's BiFPN, and teaches
 # after two thirds of the epochs.
 REFINED = ["refined1", "refined2", "refined3"]
-SEGMENTATION: dict[str, Any] = {"width": 1, "laterals": False, "ramp_start": 4, "ramp_epochs": 2, "task": Segmentation()}
+ADAMW = partial(torch.optim.AdamW, lr=5e-3)
+SEGMENTATION: dict[str, Any] = {"width": 1, "laterals": False, "ramp_start": 4, "ramp_epochs": 2, "task": Segmentation(), "optimizer": ADAMW}
 METHODS |= {
     "deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
     "BYOT": (6, None, lambda s, t: BYOT(s, BLOCKS)),
@@ -88,7 +95,7 @@ METHODS |= {
     "deep student alone": (6, None, lambda s, t: Supervised(s)),
     "deep student, deep supervision": (6, None, lambda s, t: DeepSupervision(s, BLOCKS)),
     "deep student, BYOT": (6, None, lambda s, t: BYOT(s, BLOCKS)),
-    "segmentation alone": (6, None, lambda s, t: Supervised(s, task=Segmentation())),
+    "segmentation alone": (6, None, lambda s, t: Supervised(s, task=Segmentation(), optimizer=ADAMW)),
     "segmentation, FRSKD": (6, None, lambda s, t: FRSKD(s, REFINED, 1.0, 50.0, 1.0, **SEGMENTATION)),
     "segmentation, FRSKD\\F": (6, None, lambda s, t: FRSKD(s, REFINED, 1.0, 0.0, 1.0, **SEGMENTATION)),
     "SAD": (6, None, lambda s, t: SAD(s, BLOCKS, start_step=LATE)),
@@ -99,6 +106,18 @@ METHODS |= {
     "SAD, reversed": (6, None, lambda s, t: SAD(s, BLOCKS, paths=[[BLOCKS[1], BLOCKS[0]], [BLOCKS[2], BLOCKS[1]]], start_step=LATE)),
     "SAD, gamma = 1": (6, None, lambda s, t: SAD(s, BLOCKS, gamma=1.0, start_step=LATE)),
 }
+# Online distillation: the student and a second network like it. The rows of the method are the
+# student; those of the ensemble and of the joint classifier are measured in the same run.
+METHODS |= {
+    "DML": (6, None, lambda s, t: DML(s, [TinyCNN(8)])),
+    "DML, symmetric": (6, None, lambda s, t: DML(s, [TinyCNN(8)], variant="symmetric")),
+    "FFL": (6, None, lambda s, t: FFL(s, [TinyCNN(8)], "block3", split="block3")),
+    "FFL, ramp": (6, None, lambda s, t: FFL(s, [TinyCNN(8)], "block3", split="block3", ramp_epochs=2)),
+    "FFL, separate networks": (6, None, lambda s, t: FFL(s, [TinyCNN(8)], "block3")),
+    "ONE": (6, None, lambda s, t: ONE(s, [TinyCNN(8)], "block3")),
+    "DualNet": (6, None, lambda s, t: DualNet(s, [TinyCNN(8)], "block3", joint_epochs=2)),
+}
+JOINT = {"test/accuracy_ensemble": "ensemble", "test/accuracy_fused": "fused", "test/accuracy_gated": "gated"}
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
 
 
@@ -108,7 +127,8 @@ def new_student(name: str):
     return TinyCNN(8, depth=3) if name.startswith("deep student") else TinyCNN(8)
 
 
-def train(method, data, epochs: int, seed: int) -> float:
+def train(method, data, epochs: int, seed: int) -> dict[str, float]:
+    """Return the accuracies in %: of the student "", and of networks that were trained with it."""
     L.seed_everything(seed, verbose=False)
     data.order_seed = seed
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +145,10 @@ def train(method, data, epochs: int, seed: int) -> float:
         )
         trainer.fit(method.to(memory_format=torch.channels_last), data)
         (tested,) = trainer.test(method, data, verbose=False)
-    return 100 * tested["test/mean_iou" if "test/mean_iou" in tested else "test/accuracy"]
+    found = {"": tested["test/mean_iou" if "test/mean_iou" in tested else "test/accuracy"]}
+    if isinstance(method, OnlineDistiller):
+        found |= {f", {name}": tested[key] for key, name in JOINT.items() if key in tested}
+    return {name: 100 * value for name, value in found.items()}
 
 
 def main() -> None:
@@ -138,7 +161,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     images = ClutterDigits()
-    label_maps = SegmentedClutterDigits(train_size=4000, test_size=1000, augment=Augment(crop=2))
+    label_maps = SegmentedClutterDigits(train_size=4000, test_size=1000, batch_size=32, augment=Augment(crop=2))
     for seed in range(options.seeds):
         for name, (epochs, teacher, make_method) in METHODS.items():
             if f"{name}/{seed}" in results:
@@ -149,13 +172,14 @@ def main() -> None:
                 if not weights.exists():
                     L.seed_everything(seed, verbose=False)
                     method = Supervised(TEACHERS[teacher]())
-                    results[f"teacher, {teacher}/{seed}"] = train(method, images, 8, seed)
+                    results[f"teacher, {teacher}/{seed}"] = train(method, images, 8, seed)[""]
                     torch.save(method.student.state_dict(), weights)
                     options.out.write_text(json.dumps(results, indent=1))
                 network = load_weights(TEACHERS[teacher](), weights)
             L.seed_everything(seed, verbose=False)
             data = label_maps if name.startswith("segmentation") else images
-            results[f"{name}/{seed}"] = train(make_method(new_student(name), network), data, epochs, seed)
+            for suffix, value in train(make_method(new_student(name), network), data, epochs, seed).items():
+                results[f"{name}{suffix}/{seed}"] = value
             options.out.write_text(json.dumps(results, indent=1))
             print(f"{name:<24}seed {seed}: {results[f'{name}/{seed}']:.2f}", flush=True)
     print()

@@ -1,5 +1,5 @@
-"""Self-distillation resumes exactly, in the middle of an epoch, with the modules that it trains
-besides the student.
+"""Self-distillation and online distillation resume exactly, in the middle of an epoch, with the
+modules that they train besides the student.
 """
 
 import pytest
@@ -12,7 +12,7 @@ import train_processes
 from kdkernels.data import Augment, ClutterDigits
 from kdkernels.distill.engine import checkpoints
 
-METHODS = ("BYOT", "DeepSupervision", "FRSKD", "SAD", "SLA")
+METHODS = ("BYOT", "DML", "DeepSupervision", "DualNet", "FFL", "FRSKD", "ONE", "SAD", "SLA")
 
 
 def _optimizer(parameters):

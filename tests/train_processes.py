@@ -14,7 +14,23 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from kdkernels.data import Augment, ClutterDigits
-from kdkernels.distill import BYOT, FRSKD, FSP, KD, SAD, SLA, SVDKD, AttentionTransfer, DeepSupervision, GradientAttentionTransfer, Supervised
+from kdkernels.distill import (
+    BYOT,
+    DML,
+    FFL,
+    FRSKD,
+    FSP,
+    KD,
+    ONE,
+    SAD,
+    SLA,
+    SVDKD,
+    AttentionTransfer,
+    DeepSupervision,
+    DualNet,
+    GradientAttentionTransfer,
+    Supervised,
+)
 
 
 def network(width: int) -> nn.Module:
@@ -34,7 +50,7 @@ def network(width: int) -> nn.Module:
 def without_batch_norm(method: nn.Module) -> nn.Module:
     """Replace batch norm in the branches of a method."""
     for name, layer in list(method.branches.named_modules()):
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             parent, _, attribute = name.rpartition(".")
             setattr(method.branches.get_submodule(parent), attribute, nn.GroupNorm(1, layer.num_features))
     return method
@@ -79,6 +95,12 @@ METHODS = {
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
     "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
     "SLA": lambda options: SLA(Halving(4), ["blocks.2"], image_shape=[3, 32, 32], **options),
+    "DML": lambda options: DML(network(4), [Halving(6)], **options),
+    "DualNet": lambda options: DualNet(Halving(4), [Halving(4)], "blocks.2", image_shape=[3, 32, 32], **options),
+    "FFL": lambda options: without_batch_norm(
+        FFL(Halving(4), [Halving(4), Halving(4)], "blocks.2", split="blocks.1", image_shape=[3, 32, 32], **options)
+    ),
+    "ONE": lambda options: without_batch_norm(ONE(Halving(4), [Halving(4)], "blocks.1", image_shape=[3, 32, 32], **options)),
 }
 
 

@@ -31,13 +31,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--image_shape", type=list[int], help="shape [C, H, W] of an image; by default that of the training images")
     parser.add_subclass_arguments(nn.Module, "student", required=False, help="class of the student, if the checkpoint does not contain it")
     parser.add_argument("--exit", type=str, help="export an exit of a network trained with BYOT or DeepSupervision: its number from 1, or ensemble")
+    parser.add_argument(
+        "--network",
+        type=str,
+        help="export another network trained with FFL, DML, ONE or DualNet: peer_1, ensemble, fused or gated",
+    )
     options = parse_typed(parser, arguments)
+    if options.exit is not None and options.network is not None:
+        raise UsageError("--exit and --network cannot be given together")
     if options.exit is not None and options.exit != "ensemble" and not options.exit.isdigit():
         raise UsageError(f"--exit must be a number from 1, or ensemble, got {options.exit!r}")
     exit = int(options.exit) if options.exit and options.exit.isdigit() else options.exit
     targets = targets_of(options.out)
     spec = options.student.as_dict() if options.get("student") is not None else None
-    for name, difference in export_student(options.ckpt, targets, spec, options.image_shape, exit).items():
+    for name, difference in export_student(options.ckpt, targets, spec, options.image_shape, exit, options.network).items():
         print(f"{targets[name]}: the logits differ by at most {difference:.1e} relative to the largest logit")
     return 0
 

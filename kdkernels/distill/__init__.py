@@ -7,10 +7,15 @@ from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention
 from .base import Distiller
 from .byot import BYOT
 from .deep_supervision import DeepSupervision
+from .dml import DML
+from .dual_net import DualNet
 from .exit_network import ExitNetwork, exit_network
+from .ffl import FFL
 from .frskd import FRSKD
 from .fsp import FSP, fsp_loss, fsp_matrix
 from .kd import KD, kd_loss
+from .one import ONE
+from .online_network import JointNetwork, online_network
 from .sad import SAD
 from .sla import SLA
 from .supervised import Supervised
@@ -19,17 +24,22 @@ from .teacher_cache import TeacherCache
 
 __all__ = [
     "BYOT",
+    "DML",
+    "FFL",
     "FRSKD",
     "FSP",
     "KD",
+    "ONE",
     "SAD",
     "SLA",
     "SVDKD",
     "AttentionTransfer",
     "DeepSupervision",
     "Distiller",
+    "DualNet",
     "ExitNetwork",
     "GradientAttentionTransfer",
+    "JointNetwork",
     "Supervised",
     "TeacherCache",
     "clip_transfer",
@@ -39,5 +49,6 @@ __all__ = [
     "gradient_attention_loss",
     "input_gradient",
     "kd_loss",
+    "online_network",
     "svd_kd_loss",
 ]

@@ -160,6 +160,10 @@ class Distiller(L.LightningModule):
         """Return the modules that are optimized, by their names in messages."""
         return {"student": self.student}
 
+    def optimized_parameters(self) -> Iterable[nn.Parameter] | list[dict]:
+        """Return the parameters of :meth:`trained_modules` for the optimizer, or groups of them."""
+        return (p for module in self.trained_modules().values() for p in module.parameters())
+
     # For subclasses: methods to override, then methods to call.
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -442,7 +446,7 @@ class Distiller(L.LightningModule):
         return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(p for module in self.trained_modules().values() for p in module.parameters())
+        optimizer = self.make_optimizer(self.optimized_parameters())
         if self.make_scheduler is not None:
             schedule = self.make_scheduler(optimizer)
             self._check_resumed(optimizer, schedule)

@@ -20,6 +20,7 @@ from ..files import replaced_atomically
 from ..models.weights import build, describe, load_weights
 from ..tasks import find_logits
 from .exit_network import exit_network
+from .online_network import online_network
 
 __all__ = ["export_student"]
 
@@ -36,6 +37,7 @@ def export_student(
     spec: dict | None = None,
     image_shape: list[int] | None = None,
     exit: int | Literal["ensemble"] | None = None,
+    network: str | None = None,
 ) -> dict[str, float]:
     """Write the student of a checkpoint to files of one or several formats.
 
@@ -52,6 +54,9 @@ def export_student(
         exit: export an exit of a network that BYOT or DeepSupervision has trained, see
             :class:`kdkernels.distill.ExitNetwork`. Not possible as "safetensors", which contains
             the weights of the student alone.
+        network: export a network of :class:`kdkernels.distill.FFL` and related methods, see
+            :func:`kdkernels.distill.online_network`. The joint networks, which are several, are not
+            possible as "safetensors".
 
     Returns:
         For each format the largest difference between a logit of the exported student and of the
@@ -73,18 +78,25 @@ def export_student(
         raise ValueError(f"{ckpt} does not contain the shape of the images: give it, for example --image_shape '[3, 32, 32]'")
     if exit is not None and "safetensors" in targets:
         raise ValueError(f"{targets['safetensors']!r} cannot contain an exit, only the weights of the student: export it as .onnx or .pt2")
-    student = load_weights(build(spec), ckpt).eval() if exit is None else exit_network(ckpt, exit).eval()
+    if network is not None:
+        student = online_network(ckpt, network).eval()
+        if network.startswith("peer_"):
+            spec = description["config"]["model"]["init_args"]["peers"][int(network.removeprefix("peer_")) - 1]
+        elif network != "student" and "safetensors" in targets:
+            raise ValueError(f"{targets['safetensors']!r} cannot contain several networks, only the weights of one: export it as .onnx or .pt2")
+    else:
+        student = load_weights(build(spec), ckpt).eval() if exit is None else exit_network(ckpt, exit).eval()
     image = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = student(image)
     expected = find_logits(output)
-    network = student if output is expected else LogitsOnly(student)
+    exported = student if output is expected else LogitsOnly(student)
     metadata = json.dumps(metadata_of(description, spec, image_shape))
     differences = {}
     for name, file in targets.items():
         target = Path(file)
         with replaced_atomically(target) as temporary:
-            logits = _FORMATS[name](network, image, temporary, spec, metadata)
+            logits = _FORMATS[name](exported, image, temporary, spec, metadata)
             difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")

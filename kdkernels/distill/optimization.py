@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def default_optimizer(parameters: Iterable[nn.Parameter] | list[dict]) -> torch.optim.Optimizer:
     """The default of ``Distiller(optimizer=...)`` as a function: pickle cannot store the lambda."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 

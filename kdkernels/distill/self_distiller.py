@@ -32,7 +32,8 @@ class SelfDistiller(Distiller):
             feature maps [B, C, H, W].
         make_branches: function of the shapes [C, H, W] of the tapped feature maps, by the names of
             their layers, and of the student's logits for two images, that returns new branches. It
-            raises ValueError if the shapes do not suit the method.
+            raises ValueError if the shapes do not suit the method. ``None`` if the subclass
+            overrides :meth:`new_branches`.
         image_shape: [C, H, W], if the data module does not give it.
         **options: the other arguments of :class:`Distiller`. There is no teacher.
     """
@@ -43,7 +44,7 @@ class SelfDistiller(Distiller):
         self,
         student: nn.Module,
         student_taps: Iterable[str],
-        make_branches: MakeBranches,
+        make_branches: MakeBranches | None,
         image_shape: Sequence[int] | None = None,
         **options,
     ):
@@ -70,18 +71,16 @@ class SelfDistiller(Distiller):
             raise ValueError(f"image_shape must be [C, H, W], got {list(image_shape)}")
         parameter = next(self.student.parameters(), torch.empty(0))
         image = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
-        with unchanged(self.student), torch.no_grad():
+        with unchanged(self.student), torch.no_grad(), torch.random.fork_rng(devices=()):
             self.student.eval()
-            logits, features = self.student_outputs({"image": image})
-        for name, feature in features.items():
-            if not isinstance(feature, Tensor) or feature.dim() != 4:
-                shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-                raise ValueError(f"student_taps: the output of layer {name!r} must be a feature map [B, C, H, W], got {shape}")
-        shapes = {name: tuple(feature.shape[1:]) for name, feature in features.items()}
-        with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(bits(torch.initial_seed() & 0x7FFFFFFFFFFFFFFF, 1)) & 0x7FFFFFFFFFFFFFFF)
-            branches = self.make_branches(shapes, logits)
+            branches = self.new_branches(image)
         self.branches = branches.to(parameter.device, parameter.dtype)
+
+    def new_branches(self, image: Tensor) -> nn.Module:
+        """Return the branches for images [2, C, H, W]; the student is in eval mode."""
+        logits, features = self.student_outputs({"image": image})
+        return cast(MakeBranches, self.make_branches)({name: feature_map_shape(name, feature) for name, feature in features.items()}, logits)
 
     def trained_modules(self) -> dict[str, nn.Module]:
         branches: dict[str, nn.Module] = {} if self.branches is None else {"branches": self.branches}
@@ -101,3 +100,15 @@ class SelfDistiller(Distiller):
         shape = checkpoint.get(CHECKPOINT_KEY, {}).get("image_shape")
         if shape is not None:
             self.build_branches(shape)
+
+
+def feature_map_shape(name: str, feature: object, argument: str = "student_taps") -> tuple[int, ...]:
+    """Return the shape [C, H, W] of the output of a tapped layer.
+
+    Raises:
+        ValueError: it is not a feature map [B, C, H, W].
+    """
+    if not isinstance(feature, Tensor) or feature.dim() != 4:
+        shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+        raise ValueError(f"{argument}: the output of layer {name!r} must be a feature map [B, C, H, W], got {shape}")
+    return tuple(feature.shape[1:])

@@ -3,6 +3,7 @@
 from .bifpn import SelfTeacher
 from .enet import ENet
 from .exits import Exits
+from .fusion import FusionModule, Gate
 from .mobilenet import MobileNetV2, mobilenet_v2
 from .resnet import (
     ResNet,
@@ -59,6 +60,8 @@ __all__ = [
     "ENet",
     "Exits",
     "FeatureTaps",
+    "FusionModule",
+    "Gate",
     "MobileNet",
     "MobileNetV2",
     "PlainVGG",

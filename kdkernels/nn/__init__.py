@@ -4,6 +4,7 @@ from .attention import AttentionTransferLoss, attention_transfer_losses
 from .byot import BYOTLoss, byot_loss
 from .frskd import FRSKDLoss, frskd_feature_losses, frskd_loss, frskd_ramp
 from .kd import TemperatureKLLoss, kd_loss
+from .online import DMLLoss, FFLLoss, ONELoss, dml_loss, ffl_loss, ffl_ramp, one_loss
 from .overhaul import overhaul_loss, overhaul_margins
 from .sad import SADLoss, sad_attention, sad_loss
 from .sla import SLALoss, aggregate_rotations, four_rotations, joint_labels, sla_loss
@@ -12,7 +13,10 @@ from .svd_kd import SVDKDLoss, svd_kd_loss
 __all__ = [
     "AttentionTransferLoss",
     "BYOTLoss",
+    "DMLLoss",
+    "FFLLoss",
     "FRSKDLoss",
+    "ONELoss",
     "SADLoss",
     "SLALoss",
     "SVDKDLoss",
@@ -20,12 +24,16 @@ __all__ = [
     "aggregate_rotations",
     "attention_transfer_losses",
     "byot_loss",
+    "dml_loss",
+    "ffl_loss",
+    "ffl_ramp",
     "four_rotations",
     "frskd_feature_losses",
     "frskd_loss",
     "frskd_ramp",
     "joint_labels",
     "kd_loss",
+    "one_loss",
     "overhaul_loss",
     "overhaul_margins",
     "sad_attention",

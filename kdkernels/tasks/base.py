@@ -124,6 +124,7 @@ class Task:
         combine: Combine = "probabilities",
         weights: Sequence[float] | None = None,
         direction: str = "forward",
+        target_eps: float = 0.0,
     ) -> Tensor:
         r"""T^2 KL between the softened predictions of teacher and student, without ignored rows.
 
@@ -140,6 +141,7 @@ class Task:
             weights: positive weights w_i of the teachers, which are scaled so that their sum is 1.
                 By default all are equal.
             direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+            target_eps: number added to each of the teacher's probabilities.
 
         Returns:
             0-dim: the sum over the rows that are not ignored, divided by the number of all rows.
@@ -152,7 +154,7 @@ class Task:
         normalizer = None if mask is None else float(mask.numel())
 
         def divergence_from(target: Tensor) -> Tensor:
-            return temperature_kl(student, target, temperature, dim=1, direction=direction, mask=mask, normalizer=normalizer)
+            return temperature_kl(student, target, temperature, dim=1, direction=direction, target_eps=target_eps, mask=mask, normalizer=normalizer)
 
         if isinstance(teacher, Tensor):
             return divergence_from(teacher)
