@@ -3,8 +3,8 @@
 Usage: python benches/lane_accuracy.py [--seeds 0 1 2] [--out FILE.json]
 
 The network, its optimizer and its training are those of configs/lanes_enet.yaml. The attention loss
-of most rows begins after two thirds of the steps. Until then all these runs are the same, so that
-they continue from one checkpoint. Finished runs are saved in the file and not repeated.
+begins after two thirds of the steps, as in the paper. Until then all runs with it are the same, so
+that they continue from one checkpoint. Finished runs are saved in the file and not repeated.
 """
 
 import argparse
@@ -32,11 +32,10 @@ METRICS = ["f1", "tusimple_accuracy", "lane_iou", "pixel_accuracy"]
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2)
 
 
-def sad(network: ENet, paths: list[list[str]] | None = None, late: bool = True, **options) -> SAD:
+def sad(network: ENet, paths: list[list[str]] | None = None, **options) -> SAD:
     """The paths are those of the paper, unless others are given."""
     paths = [[E2, E3], [E3, E4]] if paths is None else paths
-    start_step = START_EPOCH * STEPS_PER_EPOCH if late else 0
-    return SAD(network, ENCODERS, paths, start_step=start_step, task=Lanes(), optimizer=OPTIMIZER, **options)
+    return SAD(network, ENCODERS, paths, start_step=START_EPOCH * STEPS_PER_EPOCH, task=Lanes(), optimizer=OPTIMIZER, **options)
 
 
 # name: function that creates the method. Those of LATE do not differ before START_EPOCH.
@@ -53,7 +52,6 @@ LATE: dict[str, Callable] = {
     "SAD, normalized, not detached": lambda s: sad(s, normalize=True, detach_target=False),
 }
 OTHERS: dict[str, Callable] = {
-    "SAD, normalized, from the start": lambda s: sad(s, late=False, normalize=True),
     "deep supervision": lambda s: DeepSupervision(s, ENCODERS[1:], 0.1, task=Lanes(), optimizer=OPTIMIZER),
 }
 

@@ -116,12 +116,17 @@ def test_dropout_depends_on_the_mode():
 
 def test_invalid_arguments_raise():
     for options, message in (
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
-        ({"width": 0.0}, "width must be > 0 and finite, got 0.0"),
-        ({"image_size": (60, 160)}, r"two multiples of 8, got \[60, 160\]"),
+        ({"num_classes": 1}, "num_classes must be an integer >= 2, got 1"),
+        ({"num_classes": 2.0}, "num_classes must be an integer >= 2, got 2.0"),
+        ({"width": 0.0}, "width must be a finite number > 0, got 0.0"),
+        ({"width": "a"}, "width must be a finite number > 0, got 'a'"),
+        ({"image_size": (60, 160)}, r"two multiples of 8, got \(60, 160\)"),
+        ({"image_size": 64}, "two multiples of 8, got 64"),
+        ({"image_size": (64.0, 160)}, r"two multiples of 8, got \(64\.0, 160\)"),
+        ({"share_weights": 1}, "share_weights must be True or False, got 1"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             ENet(**options)
     with pytest.raises(ValueError, match=r"must be multiples of 8, got \[30, 32\]"):
         ENet(width=0.25)(torch.rand(1, 3, 30, 32))

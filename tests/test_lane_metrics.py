@@ -171,6 +171,30 @@ def test_tusimple_scores_of_vertical_lanes():
     assert _tusimple([shifted, labelled], [labelled, labelled]) == [0.75, 0.25, 0.25]
 
 
+def test_second_predictions_of_a_lane_are_false_positives():
+    """Of several predictions of a lane, the best one is right."""
+    rows = torch.arange(160.0, 720, 10)
+    labelled = torch.full((1, 2, 56), NAN)
+    labelled[0, 0] = 640.0
+    predicted = torch.full((1, 3, 56), NAN)
+    predicted[0, 0], predicted[0, 1] = 645.0, 650.0
+    predicted[0, 0, 53:] = NAN  # found, but with fewer points than the second prediction
+    for variant in ("points", "script"):
+        assert [x.item() for x in tusimple_scores(predicted, labelled, rows, variant=variant)] == [1.0, 0.5, 0.0]
+    both = labelled.clone()
+    both[0, 1] = 655.0  # one prediction finds two labelled lanes
+    assert [x.item() for x in tusimple_scores(predicted[:, 1:], both, rows)] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("variant", ["points", "script"])
+def test_scores_without_places_for_lanes(variant):
+    rows = torch.arange(160.0, 720, 10)
+    some, none = torch.full((2, 1, 56), 640.0), torch.empty(2, 0, 56)
+    assert tusimple_scores(some, none, rows, variant=variant)[1].tolist() == [1.0, 1.0]
+    assert tusimple_scores(none, some, rows, variant=variant)[2].tolist() == [1.0, 1.0]
+    assert tusimple_scores(none, none, rows, variant=variant)[1].tolist() == [0.0, 0.0]
+
+
 def test_points_of_a_lane_are_counted():
     """A label of 40 points, of which a prediction has 36 (90 %, found) or 32 (80 %, not found)."""
     labelled, rows = torch.full((1, 1, 56), NAN), torch.arange(160.0, 720, 10)

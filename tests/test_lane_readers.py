@@ -238,6 +238,41 @@ def test_errors_of_tusimple_name_file_and_line(tmp_path):
         TuSimple(root, val_files=[])
 
 
+def test_one_class_for_all_lanes_of_tusimple(tmp_path):
+    data = TuSimple(_tusimple(tmp_path), size=SIZE, lanes=1, batch_size=4)
+    batch = _batch(data)
+    label = batch["label"][batch["index"].tolist().index(0)]
+    assert (label[4:, 25:28] == 1).all()
+    assert (label[9:, 11:14] == 1).all()
+    assert label.max() == 1
+
+
+def test_files_of_tusimple_without_any_lane_raise(tmp_path):
+    root = _tusimple(tmp_path)
+    entry = {"lanes": [], "h_samples": [4, 9], "raw_file": "clips/0/20.jpg"}
+    (root / "train_set/tasks.json").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=r"test_files: no image in tasks\.json has a lane of two points"):
+        TuSimple(root, test_files=["tasks.json"]).setup()
+    with pytest.raises(TypeError, match=r"train_files must be a list of names of files, got 'label_data_0313\.json'"):
+        TuSimple(root, train_files="label_data_0313.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_encodings_of_text_files(tmp_path, encoding):
+    """A byte order mark of UTF-8 is ignored; other encodings are errors that name file and line."""
+    culane, tusimple = _culane(tmp_path / "a"), _tusimple(tmp_path / "b")
+    readers = {culane / "list/train_gt.txt": lambda: CULane(culane), tusimple / "train_set/label_data_0313.json": lambda: TuSimple(tusimple)}
+    for path, make in readers.items():
+        text = path.read_text() + ("\u00e9\n" if encoding == "latin-1" else "")
+        line = 1 if encoding == "utf-16" else len(text.splitlines())
+        path.write_text(text, encoding=encoding)
+        if encoding == "utf-8-sig":
+            make().setup()
+            continue
+        with pytest.raises(ValueError, match=rf"{path.name}, line {line}: expected text in UTF-8, got the byte 0x"):
+            make().setup()
+
+
 # BDD100K.
 
 
@@ -265,6 +300,19 @@ def test_bdd100k(tmp_path):
     Lanes(lanes=1).check_labels(batch["label"], batch["image"], 2, "training")
 
 
+def test_bdd100k_reports_what_it_leaves_out(tmp_path):
+    root = _bdd100k(tmp_path)
+    _image(root / "images/100k/train/c.JPG")
+    _map(root / "labels/lane/masks/train/c.png", np.full(SIZE, 8, dtype=np.uint8))
+    (root / "images/100k/train/d.png").write_bytes(b"x")
+    (root / "images/100k/train/._a.jpg").write_bytes(b"x")  # written by macOS
+    _map(root / "labels/lane/masks/val/e.png", np.full(SIZE, 8, dtype=np.uint8))
+    data = BDD100KLanes(root, size=(10, 20))
+    with pytest.warns(UserWarning, match=r"(?s)2 files under .* are left out.*do not have the suffix \.jpg.*d\.png.*masks without an image.*e\.png"):
+        data.setup()
+    assert len(data.splits["train"]) == 3
+
+
 def test_errors_of_bdd100k(tmp_path):
     root = _bdd100k(tmp_path)
     _map(root / "labels/lane/masks/train/a.png", np.zeros(SIZE, dtype=np.uint8), "RGB")
@@ -282,11 +330,17 @@ def test_errors_of_bdd100k(tmp_path):
 def test_invalid_options_raise(tmp_path):
     for options, error, message in (
         ({"root": tmp_path / "x"}, FileNotFoundError, "root: there is no folder"),
-        ({"size": (288,)}, ValueError, r"size must be the height and the width of the images, two numbers >= 1, got \[288\]"),
+        ({"size": (288,)}, ValueError, r"size must be the height and the width of the images, two integers >= 1, got \(288,\)"),
+        ({"size": 64}, ValueError, "two integers >= 1, got 64"),
+        ({"size": (64.0, 160)}, ValueError, r"two integers >= 1, got \(64\.0, 160\)"),
+        ({"size": (True, 8)}, ValueError, r"two integers >= 1, got \(True, 8\)"),
         ({"mean": (0.5,)}, ValueError, "mean and std must hold 3 numbers each"),
         ({"std": (0.5, 0, 1)}, ValueError, "std must be positive"),
     ):
         with pytest.raises(error, match=message):
             CULane(**({"root": tmp_path} | options))
-    with pytest.raises(ValueError, match=r"lanes must lie in \[1, 254\], got 0"):
-        TuSimple(tmp_path, lanes=0)
+    for lanes in (0, 2.0, True):
+        with pytest.raises(ValueError, match=rf"lanes must be an integer in \[1, 254\], got {lanes}"):
+            TuSimple(tmp_path, lanes=lanes)
+    with pytest.raises(TypeError, match="root must be the path of a folder, got None"):
+        CULane(None)

@@ -3,6 +3,7 @@ engine.
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,8 @@ def test_invalid_options_raise():
         ({"lanes": 2.0}, TypeError, "lanes must be an integer, got 2.0"),
         ({"ignore_index": 4}, ValueError, "ignore_index must not be one of the classes 0 to 4, got 4"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer"),
+        ({"iou_weight": None}, TypeError, "iou_weight must be a number, got None"),
+        ({"background_weight": "x"}, TypeError, "background_weight must be a number, got 'x'"),
         ({"iou_weight": -1}, ValueError, "iou_weight must be finite and >= 0, got -1"),
         ({"existence_weight": math.inf}, ValueError, "existence_weight must be finite and >= 0, got inf"),
         ({"background_weight": 0}, ValueError, "background_weight must be finite and > 0, got 0"),
@@ -149,6 +152,39 @@ def test_invalid_labels_raise():
     ):
         with pytest.raises(ValueError, match=message):
             task.existence({"label": LABEL, "existence": field})
+
+
+def test_empty_batches_and_labels_of_bytes():
+    task, logits = Lanes(2), _logits()
+    existence = torch.randn(len(LABEL), 2, dtype=torch.float64)
+    empty = {"logits": logits[:0], "existence": existence[:0]}
+    assert {name: value.item() for name, value in task.output_losses(empty, {"label": LABEL[:0]}).items()} == {"iou": 0.0, "existence": 0.0}
+    output, label = {"logits": logits, "existence": existence}, LABEL.to(torch.uint8)
+    assert task.label_loss(logits, {"label": label}) == task.label_loss(logits, {"label": LABEL})
+    assert task.output_losses(output, {"label": label}) == task.output_losses(output, {"label": LABEL})
+
+
+def test_where_the_existence_is_found():
+    """In a dict or an object by its name, in a tuple by its shape."""
+    task, logits, existence = Lanes(2), _logits(), torch.randn(len(LABEL), 2, dtype=torch.float64)
+    batch, image = {"label": LABEL}, torch.zeros(len(LABEL), 3, *LABEL.shape[1:])
+    named = task.output_losses({"logits": logits, "existence": existence}, batch)
+    assert task.output_losses((logits, existence), batch) == named
+    assert task.predictions((logits, existence)).keys() == {"logits", "existence"}
+    assert set(task.output_losses(logits, batch)) == set(task.output_losses((logits, existence[:, :1]), batch)) == {"iou"}
+    with pytest.warns(UserWarning, match=r"output 'exist' is a tensor \[B, 2\] like the existence"):
+        task.check_output({"logits": logits, "exist": existence}, image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for output in (logits, (logits, existence), {"logits": logits, "other": existence[:, :1]}):
+            task.check_output(output, image)
+
+
+def test_flip_of_a_single_class():
+    data = _data(augment=Augment(flip=True))
+    Lanes(1).check_data(data)
+    with pytest.raises(ValueError, match="cannot be used with Lanes"):
+        Lanes(2).check_data(data)
 
 
 class Net(nn.Module):

@@ -95,6 +95,9 @@ def test_saturated_maps_and_half_precision():
     ("features", "options", "message"),
     [
         ([MAP], {}, "features must be those of at least two layers, got 1"),
+        ([], {}, "features must be those of at least two layers, got 0"),
+        ([MAP, MAP], {"paths": (0, 1)}, r"paths must be pairs of different positions in \[0, 1\], got 0"),
+        ([MAP, MAP], {"paths": 3}, "paths must be a list of pairs of positions, got 3"),
         ([MAP, MAP[0]], {}, r"features\[1\] must have the shape \[B, C, H, W\]"),
         ([MAP, torch.ones(2, 1, 2, 2)], {}, "features must have the same batch size"),
         ([MAP, MAP], {"paths": []}, "paths must have at least one pair"),
@@ -108,12 +111,20 @@ def test_invalid_arguments_raise(features, options, message):
         sad_loss(features, **options)
 
 
+@pytest.mark.parametrize("size", [4, (0, 3), (-4, 4), (4.0, 4), (4, 4, 4), (True, 4)])
+def test_invalid_sizes_raise(size):
+    with pytest.raises(ValueError, match="size must be the height and the width of the map, two integers >= 1"):
+        sad_attention(MAP, size)
+
+
 def test_module():
     features = [_random(2, 3, 4, 4, seed=i) for i in range(3)]
     assert torch.equal(SADLoss([(2, 0)], reduction="mean")(features), sad_loss(features, [(2, 0)], reduction="mean"))
     assert torch.equal(SADLoss()(features), sad_loss(features))
     with pytest.raises(ValueError, match="reduction must be one of"):
         SADLoss(reduction="none")
+    with pytest.raises(ValueError, match=r"paths must be a list of pairs of positions, got \[0, 1\]"):
+        SADLoss([0, 1])
     with pytest.raises(TypeError, match="features must be a list"):
         sad_loss(features[0])
 

@@ -101,8 +101,8 @@ def test_a_painted_line_is_lighter_than_the_road():
 
 def test_invalid_options_raise():
     for options, message in (
-        ({"size": (64, 100)}, r"two multiples of 8, got \[64, 100\]"),
-        ({"size": (64,)}, r"two multiples of 8, got \[64\]"),
+        ({"size": (64, 100)}, r"two multiples of 8, got \(64, 100\)"),
+        ({"size": (64,)}, r"two multiples of 8, got \(64,\)"),
         ({"night": 1.5}, r"night must lie in \[0, 1\], got 1.5"),
         ({"val_size": 0}, "val_size must be at least 1, got 0"),
     ):

@@ -18,8 +18,9 @@ from torch.utils.data import TensorDataset
 
 from kdkernels.data import Augment, ClutterDigits, Digits, FromDatasets
 from kdkernels.distill import KD
-from kdkernels.distill.teacher_cache import TeacherCache, hash_of
+from kdkernels.distill.teacher_cache import TeacherCache
 from kdkernels.models import FeatureTaps, TinyCNN
+from kdkernels.models.weights import hash_of
 
 
 class CountingTeacher:

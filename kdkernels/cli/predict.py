@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jsonargparse import ArgumentParser
 
 from ..distill.predict import predict_images
@@ -20,7 +22,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, required=True, help="the CSV file to write")
     parser.add_argument("--top_k", type=int, default=1, help="number of classes per image, the most probable first")
     parser.add_argument("--batch_size", type=int, default=64, help="number of images per batch")
-    parser.add_argument("--on_error", type=str, choices=["fail", "skip"], default="fail", help="what to do if a file cannot be read")
+    parser.add_argument("--on_error", type=Literal["fail", "skip"], default="fail", help="what to do if a file cannot be read")
     options = parse_typed(parser, arguments)
     values = (options[name] for name in ("model", "images", "out", "top_k", "batch_size", "on_error"))
     print(f"{options.out}: {predict_images(*values)} images")

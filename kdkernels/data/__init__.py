@@ -9,6 +9,7 @@ from .culane import CULane
 from .digits import Digits
 from .from_datasets import FromDatasets
 from .image_folder import ImageFolder
+from .select_samples import ImagePool, SampleIndex, select_samples
 from .synthetic_lanes import SyntheticLanes
 from .tusimple import TuSimple
 
@@ -23,7 +24,10 @@ __all__ = [
     "FromDatasets",
     "ImageData",
     "ImageFolder",
+    "ImagePool",
+    "SampleIndex",
     "SegmentedClutterDigits",
     "SyntheticLanes",
     "TuSimple",
+    "select_samples",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .keyed_random import bits, uniform
 
-MIXUP_WITH_LABEL_MAPS = "mixup cannot be used with label maps: it would need two labels for each pixel; use cutmix, which pastes the label map too"
+MIXUP_WITH_LABEL_MAPS = "mixup cannot be used with label maps: it would need two labels for each pixel"
 # The purpose of a random number, a part of the key from which it is computed.
 _CROP, _FLIP, _CUTOUT, _MIX, _PARTNER, _BOX, _MIX_KIND, _ROTATION = range(8)
 

@@ -326,6 +326,14 @@ def require_positive(name: str, values: Sequence[float] | None) -> None:
         raise ValueError(f"{name} must be positive, got {list(values)}")
 
 
+def check_image_size(name: str, size: object, multiple: int = 1) -> None:
+    """Raise ValueError unless ``size`` is two integers, multiples of ``multiple``."""
+    sides = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size]
+    if len(sides) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < multiple or n % multiple for n in sides):
+        kind = "two integers >= 1" if multiple == 1 else f"two multiples of {multiple}"
+        raise ValueError(f"{name} must be the height and the width of the images, {kind}, got {size!r}")
+
+
 def require_at_least(name: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")

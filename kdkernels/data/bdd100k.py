@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from .augment import Augment
 from .lane_files import IMAGENET_MEAN, IMAGENET_STD, LaneData, LaneSample
+from .listing import LeftOut
 
 # The lowest three bits of a mask are the category, and bit 3 is set for the background.
 CATEGORIES = ("crosswalk", "double other", "double white", "double yellow", "road curb", "single other", "single white", "single yellow")
@@ -70,16 +72,24 @@ class BDD100KLanes(LaneData):
         return table[values]
 
     def samples(self) -> dict[str, list[LaneSample]]:
-        found = {}
+        found, left_out = {}, LeftOut(self.root)
         for split in self.splits_required:
             images, masks = self.root / "images" / "100k" / split, self.root / "labels" / "lane" / "masks" / split
             for folder in (images, masks):
                 if not folder.is_dir():
                     raise FileNotFoundError(f"root: there is no folder {str(folder)!r}")
-            names = {path.stem for path in masks.glob("*.png")}
-            paths = sorted(images.glob("*.jpg"))
+            names = {path.stem for path in masks.glob("*.png") if not path.name.startswith(".")}
+            files = sorted(path for path in images.iterdir() if path.is_file() and not path.name.startswith("."))
+            paths = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
+            for path in files:
+                if path not in paths:
+                    left_out.add("do not have the suffix .jpg", path)
+            for name in sorted(names - {path.stem for path in paths}):
+                left_out.add("are masks without an image", masks / f"{name}.png")
             missing = [path.name for path in paths if path.stem not in names]
             if missing:
                 raise FileNotFoundError(f"{masks} has no mask (.png) for {len(missing)} of the {len(paths)} images in {images}, such as {missing[0]}")
             found[split] = [LaneSample(path, masks / f"{path.stem}.png") for path in paths]
+        if left_out:
+            warnings.warn(str(left_out), stacklevel=2)
         return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .augment import Augment
-from .lane_files import IMAGENET_MEAN, IMAGENET_STD, Curve, LaneData, LaneSample, require_file
+from .lane_files import IMAGENET_MEAN, IMAGENET_STD, Curve, LaneData, LaneSample, require_file, text_lines
 
 _LANES = 4
 
@@ -76,7 +76,7 @@ class CULane(LaneData):
 def read_list(path: Path, root: Path) -> list[LaneSample]:
     """Read a list of images; see :class:`CULane`."""
     samples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text_lines(path), 1):
         where, fields = f"{path}, line {number}", line.split()
         if not fields:
             continue
@@ -101,13 +101,15 @@ def read_lines(path: Path, where: str) -> tuple[Curve, ...]:
         ValueError: a line does not contain pairs of numbers; names file and line.
     """
     curves = []
-    for number, line in enumerate(require_file(path, where, "file of lanes").read_text().splitlines(), 1):
+    for number, line in enumerate(text_lines(require_file(path, where, "file of lanes")), 1):
         try:
             values = [float(field) for field in line.split()]
         except ValueError:
             values = [math.nan]
-        if len(values) % 2 or not all(map(math.isfinite, values)):
-            raise ValueError(f"{path}, line {number}: expected x and y of each point of a lane, an even number of numbers, got {line.strip()!r}")
+        if len(values) % 2 or not all(abs(value) < 1e6 for value in values):  # also not nan
+            raise ValueError(
+                f"{path}, line {number}: expected x and y of each point of a lane, an even number of numbers below 1e6, got {line.strip()!r}"
+            )
         if len(values) >= 4:
             curves.append(np.array(values).reshape(-1, 2))
     return tuple(curves)

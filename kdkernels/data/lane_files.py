@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
-from .base import ImageData, ItemImages, require_positive
+from .base import ImageData, ItemImages, check_image_size, require_positive
 from .decode import to_8_bits
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ class LaneData(ImageData):
         num_workers: int,
     ):
         super().__init__(batch_size, augment, order_seed, num_workers)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size must be the height and the width of the images, two numbers >= 1, got {list(size)}")
-        if not 1 <= lanes <= 254:
-            raise ValueError(f"lanes must lie in [1, 254], got {lanes}")
+        check_image_size("size", size)
+        if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= 254:
+            raise ValueError(f"lanes must be an integer in [1, 254], got {lanes!r}")
+        if not isinstance(root, (str, os.PathLike)):
+            raise TypeError(f"root must be the path of a folder, got {root!r}")
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"mean and std must hold 3 numbers each, got {mean} and {std}")
         require_positive("std", std)
@@ -216,13 +217,15 @@ def draw_label_map(curves: Sequence[Curve], original: tuple[int, int], size: tup
         curves: curves in pixels of the image file.
         original: height and width of the image file.
         size: height and width of the label map.
-        lanes: number of lanes.
+        lanes: number of lanes; 1 draws all curves as class 1.
     """
     label = np.zeros(size, dtype=np.uint8)
     scale = np.array([size[1] / original[1], size[0] / original[0]])
     half = label_width(size[1]) / 2
     rows, columns = np.mgrid[: size[0], : size[1]]
-    for lane, curve in numbered_from_left(curves, *original, lanes).items():
+    # A single lane stands for all lanes of an image.
+    numbered = [(1, curve) for curve in curves] if lanes == 1 else list(numbered_from_left(curves, *original, lanes).items())
+    for lane, curve in numbered:
         points = (curve + 0.5) * scale - 0.5  # the centre of a pixel has integer coordinates
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             box = tuple(slice(max(0, int(np.floor(min(a, b) - half))), max(0, int(np.ceil(max(a, b) + half)) + 1)) for a, b in ((y0, y1), (x0, x1)))
@@ -230,6 +233,20 @@ def draw_label_map(curves: Sequence[Curve], original: tuple[int, int], size: tup
             along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12), 0, 1)
             label[box][(x - along * dx) ** 2 + (y - along * dy) ** 2 <= half * half] = lane
     return label
+
+
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without byte order mark.
+
+    Raises:
+        ValueError: the file is not UTF-8; names file and line.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: expected text in UTF-8, got the byte 0x{content[error.start]:02x}: {error.reason}") from error
 
 
 def require_file(path: Path, where: str, what: str) -> Path:

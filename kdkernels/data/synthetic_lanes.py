@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
-from .base import ImageData, add_request_fields, require_at_least
+from .base import ImageData, add_request_fields, check_image_size, require_at_least
 from .lane_scenes import LANES, LaneScenes
 from .loading import BatchRequest
 
@@ -71,8 +71,7 @@ class SyntheticLanes(ImageData):
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         for split, count in self.sizes.items():
             require_at_least(f"{split}_size", count, 1)
-        if len(size) != 2 or any(side < 8 or side % 8 for side in size):
-            raise ValueError(f"size must be the height and the width of the images, two multiples of 8, got {list(size)}")
+        check_image_size("size", size, 8)
         if not 0 <= night <= 1:
             raise ValueError(f"night must lie in [0, 1], got {night}")
         self.size, self.night, self.seed, self.max_memory = (size[0], size[1]), night, seed, max_memory

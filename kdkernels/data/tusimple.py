@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .augment import Augment
-from .lane_files import IMAGENET_MEAN, IMAGENET_STD, Curve, LaneData, LaneSample, require_file
+from .lane_files import IMAGENET_MEAN, IMAGENET_STD, Curve, LaneData, LaneSample, require_file, text_lines
 
 _FOLDERS = ("", "train_set", "test_set")  # under root, in which label files are searched
 
@@ -38,7 +38,7 @@ class TuSimple(LaneData):
         root: the folder.
         size: height and width to which the images are resized.
         lanes: number of lanes. TuSimple's images have up to five; with six, three are possible on
-            each side of the own vehicle.
+            each side of the own vehicle. With one, class 1 stands for all lanes.
         train_files, val_files, test_files: names of the files of labels of each split. By default
             the files of May 31 are for validation, as in the code of SCNN. Without ``test_files``
             there is no test split.
@@ -67,15 +67,24 @@ class TuSimple(LaneData):
         num_workers: int = 0,
     ):
         super().__init__(root, lanes, size, mean, std, batch_size, augment, order_seed, num_workers)
+        for name, files in {"train_files": train_files, "val_files": val_files, "test_files": test_files}.items():
+            if isinstance(files, str) or not all(isinstance(file, str) for file in files):
+                raise TypeError(f"{name} must be a list of names of files, got {files!r}")
         self.files = {"train": list(train_files), "val": list(val_files), "test": list(test_files)}
         for split in self.splits_required:
             if not self.files[split]:
                 raise ValueError(f"{split}_files must name at least one file of labels, got none")
 
     def samples(self) -> dict[str, list[LaneSample]]:
-        return {
+        found = {
             split: [sample for name in names for sample in read_labels(self._find(name), self.root)] for split, names in self.files.items() if names
         }
+        for split, samples in found.items():
+            if samples and not any(sample.curves for sample in samples):
+                raise ValueError(
+                    f"{split}_files: no image in {', '.join(self.files[split])} has a lane of two points; is this a file of tasks without labels?"
+                )
+        return found
 
     def _find(self, name: str) -> Path:
         paths = [self.root / folder / name for folder in _FOLDERS]
@@ -88,7 +97,7 @@ class TuSimple(LaneData):
 def read_labels(path: Path, root: Path) -> list[LaneSample]:
     """Read a file of labels; see :class:`TuSimple`."""
     samples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text_lines(path), 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue

@@ -383,9 +383,12 @@ class Distiller(L.LightningModule):
         self._evaluate("test", as_batch(batch), dataloader_idx)
 
     def predict_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return the ``logits`` and, if the batch has it, ``index`` [B], positions in the split."""
+        """Return the task's predictions, such as ``logits``.
+
+        If the batch has it, also ``index`` [B], positions in the split.
+        """
         batch = as_batch(batch)
-        return {"logits": self(batch["image"])} | {name: batch[name] for name in ("index",) if name in batch}
+        return self.task.predictions(self.student(batch["image"])) | {name: batch[name] for name in ("index",) if name in batch}
 
     def predictions(self, image: Tensor) -> Mapping[str, object]:
         """Return the outputs that validation and test evaluate, by the suffix of their metrics.

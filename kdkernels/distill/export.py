@@ -89,30 +89,42 @@ def export_student(
     image = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = student(image)
-    expected = find_logits(output)
-    exported = student if output is expected else LogitsOnly(student)
+    names = ["logits"]
+    if description.get("task") == "lanes" and isinstance(output, dict) and "existence" in output:
+        names.append("existence")
+    expected = named_outputs(output, names)
+    exported = student if output is expected["logits"] else NamedOutputs(student, names)
     metadata = json.dumps(metadata_of(description, spec, image_shape))
     differences = {}
     for name, file in targets.items():
         target = Path(file)
         with replaced_atomically(target) as temporary:
-            logits = _FORMATS[name](exported, image, temporary, spec, metadata)
-            difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+            found = _FORMATS[name](exported, image, temporary, spec, metadata, names)
+            difference = max(float((found[n] - expected[n]).abs().max() / expected[n].abs().max().clamp(min=1e-30)) for n in names)
             if not difference <= TOLERANCE:
                 raise ValueError(f"{target} is not written: its logits differ from the student's by {difference:.1e} of the largest")
         differences[name] = difference
     return differences
 
 
-class LogitsOnly(nn.Module):
-    """Wrapper of a network with logits in a tuple, a dict or an object; returns only the logits."""
+class NamedOutputs(nn.Module):
+    """Wrapper of a network with its outputs in a tuple, a dict or an object.
 
-    def __init__(self, network: nn.Module):
+    Returns the logits; or a dict of the named outputs, if there is more than one name.
+    """
+
+    def __init__(self, network: nn.Module, names: list[str]):
         super().__init__()
-        self.network = network
+        self.network, self.names = network, names
 
-    def forward(self, image: Tensor) -> Tensor:
-        return find_logits(self.network(image))
+    def forward(self, image: Tensor) -> Tensor | dict[str, Tensor]:
+        found = named_outputs(self.network(image), self.names)
+        return found if len(self.names) > 1 else found["logits"]
+
+
+def named_outputs(output: Any, names: list[str]) -> dict[str, Tensor]:
+    """Return the logits and the other named outputs of a network."""
+    return {"logits": find_logits(output), **{name: output[name] for name in names if name != "logits"}}
 
 
 def metadata_of(description: dict, spec: dict | None, image_shape: list[int]) -> dict:
@@ -133,29 +145,30 @@ def metadata_of(description: dict, spec: dict | None, image_shape: list[int]) ->
     return {"version": __version__, "task": description.get("task"), **values, "image_shape": list(image_shape), "student": spec}
 
 
-# Each of these functions writes the student to a file, reads the file, and returns its logits.
+# Each of these functions writes the student to a file, reads the file, and returns the outputs.
 
 
-def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
+def _safetensors(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str, names: list[str]) -> dict[str, Tensor]:
     from safetensors.torch import save_file
 
-    student = student.network if isinstance(student, LogitsOnly) else student
+    student = student.network if isinstance(student, NamedOutputs) else student
     # Copies, because the format does not support tied weights.
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}
     save_file(weights, path, {METADATA_KEY: metadata})
     with torch.no_grad():
-        return find_logits(load_weights(build(spec).eval(), path)(image))
+        return named_outputs(load_weights(build(spec).eval(), path)(image), names)
 
 
-def _torch_export(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
+def _torch_export(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str, names: list[str]) -> dict[str, Tensor]:
     program = torch.export.export(student, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     program.graph_module.graph.eliminate_dead_code()  # for an exit, the layers behind it
     program.graph_module.recompile()
     torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata})
-    return torch.export.load(path).module()(image).detach()
+    output = torch.export.load(path).module()(image)
+    return {name: value.detach() for name, value in named_outputs(output, names).items()}
 
 
-def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str) -> Tensor:
+def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: str, names: list[str]) -> dict[str, Tensor]:
     import onnxruntime
 
     with _silence():
@@ -163,17 +176,17 @@ def _onnx(student: nn.Module, image: Tensor, path: Path, spec: dict, metadata: s
             student,
             (image,),
             input_names=["image"],
-            output_names=["logits"],
+            output_names=names,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
         )
         program.model.metadata_props[METADATA_KEY] = metadata
         program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+    return {name: torch.from_numpy(value) for name, value in zip(names, session.run(names, {"image": image.numpy()}), strict=True)}
 
 
-_FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict, str], Tensor]] = {
+_FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, dict, str, list[str]], dict[str, Tensor]]] = {
     "safetensors": _safetensors,
     "torch_export": _torch_export,
     "onnx": _onnx,

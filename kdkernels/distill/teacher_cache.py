@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replaced_atomically
+from ..models.weights import hash_of
 from .engine import reserve
 
 Outputs = tuple[Tensor, dict[str, Tensor]]  # logits, tapped features
@@ -181,15 +182,6 @@ def _memory_map(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     finally:
         os.close(handle)
     return np.memmap(path, dtype, "r+", shape=shape)
-
-
-def hash_of(network: nn.Module) -> str:
-    """Return a hash of the class, and of names, dtypes, shapes and values of the state dict."""
-    digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _join_outputs(logits: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,12 +47,15 @@ class ENet(nn.Module):
         self, num_classes: int = 5, width: float = 1.0, image_size: Sequence[int] = (64, 160), share_weights: bool = False, dropout: float = 0.1
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if not 0 < width < float("inf"):
-            raise ValueError(f"width must be > 0 and finite, got {width}")
-        if len(image_size) != 2 or any(side < 8 or side % 8 for side in image_size):
-            raise ValueError(f"image_size must be the height and the width of the images, two multiples of 8, got {list(image_size)}")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}")
+        if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
+            raise ValueError(f"width must be a finite number > 0, got {width!r}")
+        sides = list(image_size) if isinstance(image_size, Sequence) else [image_size]
+        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 8 or side % 8 for side in sides):
+            raise ValueError(f"image_size must be the height and the width of the images, two multiples of 8, got {image_size!r}")
+        if not isinstance(share_weights, bool):
+            raise TypeError(f"share_weights must be True or False, got {share_weights!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         c0, c1, c2 = (max(8, 4 * round(width * channels / 4)) for channels in (16, 64, 128))

@@ -2,6 +2,7 @@
 
 from .attention import AttentionTransferLoss, attention_transfer_losses
 from .byot import BYOTLoss, byot_loss
+from .dfnd import DFNDLoss, dfnd_loss, noise_adaptation_matrix, noise_value
 from .frskd import FRSKDLoss, frskd_feature_losses, frskd_loss, frskd_ramp
 from .kd import TemperatureKLLoss, kd_loss
 from .online import DMLLoss, FFLLoss, ONELoss, dml_loss, ffl_loss, ffl_ramp, one_loss
@@ -13,6 +14,7 @@ from .svd_kd import SVDKDLoss, svd_kd_loss
 __all__ = [
     "AttentionTransferLoss",
     "BYOTLoss",
+    "DFNDLoss",
     "DMLLoss",
     "FFLLoss",
     "FRSKDLoss",
@@ -24,6 +26,7 @@ __all__ = [
     "aggregate_rotations",
     "attention_transfer_losses",
     "byot_loss",
+    "dfnd_loss",
     "dml_loss",
     "ffl_loss",
     "ffl_ramp",
@@ -33,6 +36,8 @@ __all__ = [
     "frskd_ramp",
     "joint_labels",
     "kd_loss",
+    "noise_adaptation_matrix",
+    "noise_value",
     "one_loss",
     "overhaul_loss",
     "overhaul_margins",

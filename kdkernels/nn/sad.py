@@ -48,7 +48,14 @@ def sad_attention(
         ValueError: ``x`` is not of the shape [B, C, H, W], or has no position.
     """
     _check_map("x", x)
-    size = (x.shape[2], x.shape[3]) if size is None else (size[0], size[1])
+    checks.flag("align_corners", align_corners)
+    checks.flag("normalize", normalize)
+    if size is None:
+        size = (x.shape[2], x.shape[3])
+    sides = list(size) if isinstance(size, (tuple, list)) else [size]  # torch.Size is a tuple
+    if len(sides) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sides):
+        raise ValueError(f"size must be the height and the width of the map, two integers >= 1, got {size!r}")
+    size = (size[0], size[1])
     same_size = size == tuple(x.shape[2:])
     if same_size and not normalize:
         return attention_pool(x, 2.0, reduce="sum", normalize="softmax")
@@ -98,6 +105,8 @@ def sad_loss(
         Distillation. ICCV 2019. https://arxiv.org/abs/1908.00821
     """
     features = features_of_layers("features", features)
+    if len(features) < 2:
+        raise ValueError(f"features must be those of at least two layers, got {len(features)}")
     for i, feature in enumerate(features):
         _check_map(f"features[{i}]", feature)
         if len(feature) != len(features[0]):
@@ -128,10 +137,10 @@ def checked_paths(paths: Paths | None, count: int) -> list[tuple[int, int]]:
     Raises:
         ValueError: there is no path, or a path is not a pair of two different layers.
     """
-    if count < 2:
-        raise ValueError(f"features must be those of at least two layers, got {count}")
     if paths is None:
         return [(i, i + 1) for i in range(count - 1)]
+    if not isinstance(paths, (tuple, list)):
+        raise ValueError(f"paths must be a list of pairs of positions, got {paths!r}")
     if not len(paths):
         raise ValueError("paths must have at least one pair of layers, got an empty list")
     for path in paths:
@@ -164,6 +173,8 @@ class SADLoss(nn.Module):
 
     def __init__(self, paths: Paths | None = None, **options: Any):
         super().__init__()
+        if paths is not None and not (isinstance(paths, (tuple, list)) and all(isinstance(path, (tuple, list)) for path in paths)):
+            raise ValueError(f"paths must be a list of pairs of positions, got {paths!r}")
         count = 2 if paths is None else 1 + max([1, *(i for path in paths for i in path if isinstance(i, int))])
         sad_loss([torch.ones(1, 1, 1, 1)] * count, paths, **options)  # validate the options
         self.paths, self.options = paths, options

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models import TAPS
 from ..models.taps import FeatureTaps
-from ..nn.sad import sad_attention
+from ..ops.attention_pool import attention_pool
 from ..tasks import Lanes
 from ..tasks.lane_curves import culane_rows
 from .checkpoints import batch_of, count_images, restore_with_images, taps_of
@@ -27,25 +28,27 @@ def plot_lanes(ckpt: Sequence[str | os.PathLike], out: str | os.PathLike, layers
 
     Each image has a row for each checkpoint, for example before and after self attention
     distillation. A row shows the image with the labelled lanes, the predicted lanes, and the map of
-    each layer (:func:`kdkernels.nn.sad_attention`).
+    each layer: the sum of squares over the channels, of which Self Attention Distillation takes the
+    softmax.
 
     Args:
         ckpt: checkpoints of ``kdkernels fit`` with the task ``Lanes`` and the same data.
         out: file to write.
         layers: names of the layers; by default the taps of the first checkpoint's method or, if it
-            has none, those of the network's family.
+            has none, those of the network's family. Without any, only the lanes are drawn.
         images: number of images of the validation split.
 
     Raises:
         FileNotFoundError: a checkpoint does not exist.
         ValueError: a checkpoint is not of a run with the task ``Lanes`` or does not contain its
-            config, a layer does not exist, or the suffix of ``out`` is not a known format.
+            config, the images have another shape than those of the first checkpoint, a layer does
+            not exist, or the suffix of ``out`` is not a known format.
     """
     out = picture_path(out)
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     rows: list[tuple[str, Tensor, Tensor, dict[str, Tensor]]] = []
-    raw, batch = torch.empty(0), dict[str, Tensor]()
+    raw, batch, shape = torch.empty(0), dict[str, Tensor](), None
     for path in ckpt:
         method, data = restore_with_images(path)
         if not isinstance(method.task, Lanes) or method.task.lanes < 2:
@@ -53,7 +56,13 @@ def plot_lanes(ckpt: Sequence[str | os.PathLike], out: str | os.PathLike, layers
         if not rows:  # all checkpoints show the images and the layers of the first one
             count = count_images(data)
             raw, batch = batch_of(data, list(range(0, count, max(1, count // images)))[:images])
-            layers = taps_of(method, layers, None)["student"].names
+            named = layers or method.student_taps.names or TAPS.get(type(method.student))
+            layers = taps_of(method, layers, None)["student"].names if named else []
+        elif data.image_shape != shape:
+            raise ValueError(
+                f"{os.fspath(path)!r} was trained on images {data.image_shape}, and {os.fspath(ckpt[0])!r} on images {shape}: plot them apart"
+            )
+        shape = data.image_shape
         with torch.no_grad():
             output, features = FeatureTaps(method.student.eval(), layers or [])(batch["image"])
         predicted, labelled = method.task.output_metric_inputs(output, batch)
@@ -82,13 +91,15 @@ def _draw(raw: Tensor, rows: list[tuple[str, Tensor, Tensor, dict[str, Tensor]]]
                 for lane, columns in enumerate(curves[image]):
                     ax.plot(columns.numpy(), lines, color=COLOURS[lane % len(COLOURS)], lw=1.6)
             for ax, layer in zip(row[2:], layers, strict=True):
-                attention = F.interpolate(sad_attention(features[layer][image : image + 1])[None], size, mode="nearest")[0, 0]
+                attention = F.interpolate(attention_pool(features[layer][image : image + 1].float(), 2.0, reduce="sum")[None], size, mode="nearest")[
+                    0, 0
+                ]
                 ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
-                ax.imshow(attention / attention.amax(), cmap="inferno", vmin=0, vmax=1, alpha=0.75)
+                ax.imshow(attention / attention.amax().clamp(min=1e-30), cmap="inferno", vmin=0, vmax=1, alpha=0.75)
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_xlim(-0.5, size[1] - 0.5)
         ax.set_ylim(size[0] - 0.5, -0.5)
-    figure.supxlabel("maps: softmax over the positions of the sum of squares over the channels, divided by the maximum of the map", fontsize=8)
+    figure.supxlabel("maps: sum of squares over the channels, divided by the maximum of the map", fontsize=8)
     return figure

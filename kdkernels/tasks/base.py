@@ -106,6 +106,10 @@ class Task:
         """
         return {}
 
+    def predictions(self, output: object) -> dict[str, Tensor]:
+        """Return what ``trainer.predict`` returns of an output: by default the ``logits``."""
+        return {"logits": self.logits(output)}
+
     def mask(self, batch: dict) -> Tensor | None:
         """Return the rows that :meth:`divergence` includes, or ``None`` for all.
 

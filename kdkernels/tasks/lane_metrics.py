@@ -111,10 +111,11 @@ def tusimple_scores(
     largest fraction of correct points, and is found if this fraction is at least ``match``.
 
     "points" counts the points of the labelled lanes: the accuracy is the number of correct points
-    divided by the number of points; the false positives are the fraction of the predicted lanes by
-    which no labelled lane is found, and the false negatives the fraction of the labelled lanes that
-    are not found. Accuracy and false negatives are NaN for an image without labelled lanes, and
-    false positives are 0 for an image without predicted lanes.
+    divided by the number of points; the false positives are the fraction of the predicted lanes
+    that are not the best one of a labelled lane that is found, so that a second prediction of the
+    same lane is a false positive; and the false negatives are the fraction of the labelled lanes
+    that are not found. Accuracy and false negatives are NaN for an image without labelled lanes,
+    and false positives are 0 for an image without predicted lanes.
 
     "script" follows the official ``evaluate/lane.py`` of the benchmark: rows at which both lanes
     have no point are correct too, and fractions are of all rows; the accuracy is the mean of the
@@ -144,11 +145,16 @@ def tusimple_scores(
     num_labels, num_predictions = has_label.sum(1), has_prediction.sum(1)
     missed = (has_label & ~found).sum(1)
     if variant == "points":
-        false_positives = (has_prediction & ~is_match.any(2)).sum(1) / num_predictions.clamp(min=1)
+        # A found lane makes its best predicted lane right, and no other one.
+        is_best = torch.zeros_like(has_prediction)
+        if hits.shape[1] and hits.shape[2]:
+            number = torch.arange(hits.shape[1], device=hits.device)[None, :, None]
+            is_best = ((torch.where(is_match, hits, -1).argmax(1)[:, None] == number) & found[:, None]).any(2)
+        false_positives = (has_prediction & ~is_best).sum(1) / num_predictions.clamp(min=1)
         return best.sum(1) / points.sum(1), false_positives, missed / num_labels
     fractions = torch.where(has_label, best / total, torch.inf)
     is_many = num_labels > 4
-    worst = torch.where(is_many, fractions.amin(1), 0)
+    worst = torch.where(is_many, fractions.amin(1), 0) if fractions.shape[1] else fractions.new_zeros(len(fractions))
     lanes = num_labels.clamp(1, 4)
     accuracy = (torch.where(has_label, fractions, 0).sum(1) - worst) / lanes
     false_positives = (num_predictions - found.sum(1)) / num_predictions.clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ def lane_cross_entropy(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     weight = torch.ones(logits.shape[1], dtype=logits.dtype, device=logits.device)
     weight[0] = background_weight
+    label = label.long()
     total = F.cross_entropy(logits, label, weight, ignore_index=ignore_index, reduction="sum")
     return total / max(label.numel() if reduction == "mean" else label[0].numel(), 1)
 
@@ -60,6 +62,7 @@ def lane_iou_loss(
         0-dim, float32 or float64, in [0, 1].
     """
     probability = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+    label = label.long()
     valid = label != ignore_index
     is_lane = valid & (label > 0)
     lanes = 1 - probability[:, 0]
@@ -85,8 +88,9 @@ class Lanes(Task):
     exists if it has a pixel in the label map.
 
     A network returns a dict with ``logits`` [B, lanes + 1, H, W] and ``existence`` [B, lanes], the
-    logits of the probability that a lane exists. A network that returns only logits has no loss on
-    the existence, and all its lanes exist that have enough points.
+    logits of the probability that a lane exists; or an object with these attributes; or a tuple of
+    both, in this order. A network that returns only logits has no loss on the existence, and all
+    its lanes exist that have enough points.
 
     The loss on the labels is
 
@@ -139,6 +143,8 @@ class Lanes(Task):
         if 0 <= ignore_index <= lanes:
             raise ValueError(f"ignore_index must not be one of the classes 0 to {lanes}, got {ignore_index}")
         for name, weight in {"background_weight": background_weight, "iou_weight": iou_weight, "existence_weight": existence_weight}.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"{name} must be a number, got {weight!r}")
             if not 0 <= weight < math.inf or (name == "background_weight" and weight == 0):
                 raise ValueError(f"{name} must be finite and {'> 0' if name == 'background_weight' else '>= 0'}, got {weight}")
         if tusimple_variant not in ("points", "script"):
@@ -152,11 +158,31 @@ class Lanes(Task):
         return tuple(logits.shape) == (len(image), self.lanes + 1, *image.shape[2:])
 
     def check_output(self, output: object, image: Tensor) -> None:
-        existence = _existence_logits(output)
+        existence = self.existence_logits(output)
+        if existence is None and self.existence_weight:
+            self._warn_of_other_names(output, image)
         expected = [len(image), self.lanes]
         if existence is not None and (not isinstance(existence, Tensor) or list(existence.shape) != expected):
             given = list(existence.shape) if isinstance(existence, Tensor) else type(existence).__name__
             raise ValueError(f"the output 'existence' must be a tensor {expected}, the logits of the existence of {self.lanes} lanes; got {given}")
+
+    def _warn_of_other_names(self, output: object, image: Tensor) -> None:
+        named = output.items() if isinstance(output, dict) else vars(output).items() if hasattr(output, "__dict__") else ()
+        for name, value in named:
+            if isinstance(value, Tensor) and list(value.shape) == [len(image), self.lanes]:
+                warnings.warn(
+                    f"the network's output {name!r} is a tensor [B, {self.lanes}] like the existence of the lanes, but only an output with the name "
+                    "'existence' is trained and evaluated as such",
+                    stacklevel=2,
+                )
+
+    def existence_logits(self, output: object) -> Any:
+        """Return the logits of the existence in an output of a network, or ``None``."""
+        if isinstance(output, (tuple, list)) and not hasattr(output, "existence"):
+            logits = self.logits(output)
+            shape = [len(logits), self.lanes]
+            return next((x for x in output if isinstance(x, Tensor) and x is not logits and list(x.shape) == shape), None)
+        return output.get("existence") if isinstance(output, dict) else getattr(output, "existence", None)
 
     def check_labels(self, label: Tensor, image: Tensor, num_classes: int, stage: str, values: bool = True) -> None:
         expected = [len(image), *image.shape[2:]]
@@ -174,7 +200,7 @@ class Lanes(Task):
         augment: Any = getattr(data, "augment", None)
         if augment is None:
             return
-        if augment.flip:
+        if augment.flip and self.lanes > 1:
             raise ValueError("Augment(flip=True) cannot be used with Lanes: a mirrored label map would number the lanes from right to left")
         if augment.cutmix:
             raise ValueError("Augment(cutmix=...) cannot be used with Lanes: it pastes a part of another image, whose lanes end at the box")
@@ -188,7 +214,7 @@ class Lanes(Task):
         return lane_cross_entropy(logits, batch["label"], self.background_weight, ignore_index=self.ignore_index, reduction=reduction)
 
     def output_losses(self, output: object, batch: dict) -> dict[str, Tensor]:
-        logits, existence = self.logits(output), _existence_logits(output)
+        logits, existence = self.logits(output), self.existence_logits(output)
         losses = {}
         if self.iou_weight:
             losses["iou"] = self.iou_weight * lane_iou_loss(logits, batch["label"], ignore_index=self.ignore_index)
@@ -196,7 +222,8 @@ class Lanes(Task):
             existence = existence if existence.dtype == torch.float64 else existence.float()
             # With the weight 0 the term is kept, because DDP waits for a gradient of every
             # parameter.
-            losses["existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(existence, self.existence(batch).to(existence.dtype))
+            entropy = F.binary_cross_entropy_with_logits(existence, self.existence(batch).to(existence.dtype), reduction="sum")
+            losses["existence"] = self.existence_weight * entropy / max(existence.numel(), 1)
         return losses
 
     def existence(self, batch: dict) -> Tensor:
@@ -216,6 +243,11 @@ class Lanes(Task):
         if field.device.type == "cpu" and not bool(((field >= 0) & (field <= 1)).all()):
             raise ValueError(f"the field 'existence' of a batch must lie in [0, 1], got {float(field.min()):.4g} to {float(field.max()):.4g}")
         return field
+
+    def predictions(self, output: object) -> dict[str, Tensor]:
+        """Return the ``logits`` and, if the network has it, ``existence`` [B, lanes]."""
+        existence = self.existence_logits(output)
+        return super().predictions(output) | ({} if existence is None else {"existence": existence})
 
     def mask(self, batch: dict) -> Tensor | None:
         return batch["label"] != self.ignore_index if "label" in batch else None
@@ -240,7 +272,7 @@ class Lanes(Task):
 
     def output_metric_inputs(self, output: object, batch: dict) -> tuple[LaneMaps, LaneMaps]:
         """Return the predicted lanes and the labelled lanes, without the ignored pixels."""
-        logits, label, existence = self.logits(output), batch["label"], _existence_logits(output)
+        logits, label, existence = self.logits(output), batch["label"], self.existence_logits(output)
         valid = label != self.ignore_index
         label = torch.where(valid, label, 0)
         exists = None if existence is None else existence > 0
@@ -253,8 +285,3 @@ class Lanes(Task):
         mirrored = label.flip(-1)
         is_lane = (mirrored > 0) & (mirrored != self.ignore_index)
         return torch.where(is_lane, self.lanes + 1 - mirrored, mirrored)
-
-
-def _existence_logits(output: object) -> Any:
-    """Return ``existence`` of an output that is a dict or an object with this name, or ``None``."""
-    return output.get("existence") if isinstance(output, dict) else getattr(output, "existence", None)

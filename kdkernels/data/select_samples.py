@@ -1,0 +1,360 @@
+"""Selection of the images of an unlabelled pool that resemble a teacher's training data (DFND)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..files import replaced_atomically
+from ..models.weights import hash_of
+from ..nn.dfnd import noise_value
+from ..tasks import find_logits
+from .decode import as_pixels, read_image
+from .listing import LeftOut, image_files
+
+__all__ = ["ImagePool", "SampleIndex", "select_samples"]
+
+VERSION = 1  # of the format of the files
+
+
+class ImagePool(Dataset):
+    """The image files of a folder, at any depth, as a dataset of images [3, size, size] uint8.
+
+    The centre square of each image is resized (:class:`ImageFolder` does the same).
+
+    Args:
+        root: the folder.
+        size: height and width of the images.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder contains no image; or, when an image is read, it is damaged.
+    """
+
+    def __init__(self, root: str | os.PathLike, size: int = 32):
+        self.root, self.size = Path(root), size
+        self.files = image_files(self.root, LeftOut(self.root))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return read_image(self.files[i], self.size)
+
+
+class SampleIndex(NamedTuple):
+    """The selected samples of a pool, and from what they were selected."""
+
+    indices: Tensor  # [n] int64, positions in the pool, the least noisy image first
+    values: Tensor  # [n] float32, their noise values
+    labels: Tensor  # [n] int64, the teacher's most probable classes
+    provenance: dict[str, Any]  # teacher, pool, pool_size, count, size, mean, std, batch_size
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> SampleIndex:
+        """Read an index file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not an index file.
+        """
+        stored = _read(path)
+        if "selected" not in stored:
+            raise ValueError(f"{os.fspath(path)!r} is not a complete index file of select_samples")
+        indices, values, labels = stored["selected"]
+        return SampleIndex(indices, values, labels, stored["provenance"])
+
+    def check(self, *, teacher: nn.Module | None = None, pool: Any = None, count: int | None = None) -> None:
+        """Check that the index belongs to a teacher and a pool.
+
+        Of the pool, the number of images is compared, and the content of its first, middle and last
+        batch.
+
+        Raises:
+            ValueError: the index was made from another teacher or pool, or with another count.
+        """
+        given: dict[str, Any] = {} if teacher is None else {"teacher": hash_of(teacher)}
+        if count is not None:
+            given["count"] = count
+        if pool is not None:
+            given["pool_size"] = len(pool)
+        _check_same("the index", self.provenance, given)
+        if pool is not None:
+            chunks = self.provenance["chunks"]
+            size, batch_size = self.provenance["size"], self.provenance["batch_size"]
+            for chunk in {0, len(chunks) // 2, len(chunks) - 1}:
+                images = _images(pool, chunk, batch_size, None if size is None else tuple(size))
+                if _hash(images) != chunks[chunk]:
+                    first = chunk * batch_size
+                    raise ValueError(f"the index was made from another pool: the images {first} to {first + len(images) - 1} differ")
+
+
+def select_samples(
+    teacher: nn.Module,
+    pool: Dataset | Sequence,
+    count: int,
+    path: str | os.PathLike,
+    *,
+    size: int | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    save_every: int = 50,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SampleIndex:
+    """Select the images of an unlabelled pool with the smallest noise values, and store them.
+
+    The teacher, in eval mode, computes the noise value (:func:`kdkernels.nn.noise_value`) of each
+    image in one pass over the pool. The ``count`` smallest over the whole pool are selected exactly
+    (Chen et al., CVPR 2021); of equal values, the one that comes first in the pool. The memory
+    depends on ``count`` and ``batch_size``, and grows by 32 bytes for each batch of the pool.
+
+    In several processes (``torch.distributed``), each process scores a part of the pool, and the
+    result is that of one process. A run that was killed is continued: each process stores its state
+    beside ``path`` after every ``save_every`` batches. If ``path`` exists, it is not computed
+    again.
+
+    Args:
+        teacher: maps images [B, C, H, W] to logits [B, K].
+        pool: a map-style dataset of images, of (image, label) or of dicts with ``image``; labels
+            are not used. Images are tensors, arrays or PIL images (:class:`FromDatasets`). For a
+            folder of files: :class:`ImagePool`.
+        count: number of images to select.
+        path: the index file.
+        size: height and width to which the images are resized (bilinear, antialiased). ``None``:
+            the images must have one size.
+        mean, std: per channel, on a scale on which white is 1; those with which the teacher was
+            trained. The released code uses those of ImageNet for the pool and of CIFAR for the
+            teacher's training.
+        batch_size: images that the teacher gets at once. The last bits of a noise value may depend
+            on it.
+        device: device of the computation; by default that of the teacher's parameters.
+        save_every: number of batches after which the state is stored.
+        on_progress: called after each batch with the number of images that this process has scored,
+            and the number of images of the pool.
+
+    Returns:
+        The selected samples, the least noisy one first. The file contains them too, with the hashes
+        of the teacher and of the pool.
+
+    Raises:
+        ValueError: the pool has fewer than ``count`` images; the file or a stored state is from
+            another teacher, pool, count or batch size; or the teacher returns no logits [B, K].
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count must be an integer >= 1, got {count!r}")
+    total = len(cast(Sequence, pool))
+    if total < count:
+        raise ValueError(f"count must be at most the number of images of the pool, {total}, got {count}")
+    if batch_size < 1 or save_every < 1:
+        raise ValueError(f"batch_size and save_every must be at least 1, got {batch_size} and {save_every}")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must be given together or not at all, got mean={mean} and std={std}")
+    target = Path(path)
+    size = (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
+    parameter = next(teacher.parameters(), torch.empty(0))
+    where = parameter.device if device is None else torch.device(device)
+    provenance = {
+        "version": VERSION,
+        "teacher": hash_of(teacher),
+        "pool_size": total,
+        "count": count,
+        "size": None if size is None else list(size),
+        "mean": None if mean is None else [float(x) for x in mean],
+        "std": None if std is None else [float(x) for x in std],
+        "batch_size": batch_size,
+    }
+    if target.exists():
+        index = SampleIndex.load(target)
+        _check_same(f"{os.fspath(path)!r}", index.provenance, provenance)
+        index.check(pool=pool)
+        return index
+    rank, world = _process()
+    state = _Part(target.with_name(f"{target.name}.part-{rank}-of-{world}"), provenance, rank, world)
+    state.resume(pool, size)
+    was_training = teacher.training
+    teacher.to(where).eval()
+    try:
+        for chunk in state.remaining():
+            images = _images(pool, chunk, batch_size, size)
+            logits = _logits(teacher, images, mean, std, where, parameter.dtype)
+            state.add(chunk, _hash(images), noise_value(logits).float().cpu(), logits.argmax(1).cpu())
+            if on_progress is not None:
+                on_progress(state.scored, total)
+            if (chunk // world + 1) % save_every == 0:
+                state.save()
+    finally:
+        teacher.to(parameter.device).train(was_training)
+    state.save()
+    _barrier()
+    if rank == 0:
+        parts = [_Part(target.with_name(f"{target.name}.part-{r}-of-{world}"), provenance, r, world) for r in range(world)]
+        for part in parts:
+            part.load()
+        _write_index(target, provenance, parts)
+        for part in parts:
+            part.path.unlink()
+    _barrier()
+    return SampleIndex.load(target)
+
+
+class _Part:
+    """What one process has scored: its smallest values, and the hashes of its batches."""
+
+    def __init__(self, path: Path, provenance: dict, rank: int, world: int):
+        self.path, self.provenance, self.rank, self.world = path, provenance, rank, world
+        self.count, self.batch_size, self.total = provenance["count"], provenance["batch_size"], provenance["pool_size"]
+        self.chunks: list[str] = []  # hashes of the batches rank, rank + world, ...
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # values, indices and labels
+        self.buffered = 0
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.total // self.batch_size)
+
+    @property
+    def scored(self) -> int:
+        return sum(min(self.batch_size, self.total - c * self.batch_size) for c in itertools.islice(self._all_chunks(), len(self.chunks)))
+
+    def _all_chunks(self) -> range:
+        return range(self.rank, self.num_chunks, self.world)
+
+    def remaining(self) -> Iterator[int]:
+        yield from self._all_chunks()[len(self.chunks) :]
+
+    def add(self, chunk: int, digest: str, values: Tensor, labels: Tensor) -> None:
+        self.chunks.append(digest)
+        indices = torch.arange(chunk * self.batch_size, chunk * self.batch_size + len(values))
+        # NaN is larger than all numbers, so that it is selected last.
+        self.kept.append((values.nan_to_num(nan=torch.inf), indices, labels))
+        self.buffered += len(values)
+        if self.buffered >= 2 * self.count + self.batch_size:
+            self._cut()
+
+    def _cut(self) -> None:
+        self.kept = [smallest(self.kept, self.count)]
+        self.buffered = len(self.kept[0][0])
+
+    def save(self) -> None:
+        if self.kept:
+            self._cut()
+        with replaced_atomically(self.path) as temporary:
+            torch.save({"provenance": self.provenance, "chunks": self.chunks, "kept": [list(x) for x in self.kept]}, temporary)
+
+    def load(self) -> None:
+        stored = _read(self.path)
+        _check_same(f"the stored state {os.fspath(self.path)!r}", stored["provenance"], self.provenance)
+        self.chunks = list(stored["chunks"])
+        self.kept = [(values, indices, labels) for values, indices, labels in stored["kept"]]
+        self.buffered = sum(len(values) for values, _, _ in self.kept)
+
+    def resume(self, pool: Any, size: tuple[int, int] | None) -> None:
+        """Continue from a stored state, if there is one, after a check of its last batch."""
+        if not self.path.exists():
+            return
+        self.load()
+        if self.chunks:
+            last = self._all_chunks()[len(self.chunks) - 1]
+            if _hash(_images(pool, last, self.batch_size, size)) != self.chunks[-1]:
+                raise ValueError(f"the stored state {os.fspath(self.path)!r} is from another pool: remove it, or give another path")
+
+
+def smallest(parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``count`` entries with the smallest values; of equal values those of the smallest
+    index. They are sorted.
+    """
+    values, indices, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = torch.from_numpy(np.lexsort((indices.numpy(), values.numpy()))[:count])
+    return values[order], indices[order], labels[order]
+
+
+def _write_index(path: Path, provenance: dict, parts: list[_Part]) -> None:
+    values, indices, labels = smallest([entry for part in parts for entry in part.kept], provenance["count"])
+    chunks = [parts[c % len(parts)].chunks[c // len(parts)] for c in range(parts[0].num_chunks)]
+    pool = hashlib.sha256("".join(chunks).encode()).hexdigest()
+    with replaced_atomically(path) as temporary:
+        torch.save({"provenance": provenance | {"pool": pool, "chunks": chunks}, "selected": [indices, values, labels]}, temporary)
+
+
+def _images(pool: Any, chunk: int, batch_size: int, size: tuple[int, int] | None) -> Tensor:
+    """Return a batch of the pool, [B, C, H, W], uint8 or float32."""
+    first = chunk * batch_size
+    images = []
+    for i in range(first, min(first + batch_size, len(pool))):
+        item = pool[i]
+        item = item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (tuple, list)) else item
+        image = as_pixels(item, f"image {i} of the pool")
+        if size is not None and tuple(image.shape[1:]) != size:
+            image = _resized(image, size)
+        images.append(image)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"the images of the pool must have one shape, or size must be given, got {sorted(shapes)}")
+    return torch.stack(images)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
+
+
+@torch.no_grad()
+def _logits(
+    teacher: nn.Module, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    values = images.to(device)
+    values = values.to(dtype) / 255 if values.dtype == torch.uint8 else values.to(dtype)
+    if mean is not None and std is not None:
+        shift, scale = (torch.tensor(v, device=device, dtype=dtype).view(-1, 1, 1) for v in (mean, std))
+        values = (values - shift) / scale
+    logits = find_logits(teacher(values))
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise ValueError(f"the teacher ({type(teacher).__name__}) must return logits [B, K], got {list(logits.shape)} for {len(images)} images")
+    return logits
+
+
+def _hash(images: Tensor) -> str:
+    return hashlib.sha256(str((images.dtype, tuple(images.shape))).encode() + images.numpy().tobytes()).hexdigest()[:32]
+
+
+def _read(path: str | os.PathLike) -> dict:
+    try:
+        stored = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)!r} is not an index file of select_samples: {error}") from error
+    if not isinstance(stored, dict) or stored.get("provenance", {}).get("version") != VERSION:
+        raise ValueError(f"{os.fspath(path)!r} is not an index file of select_samples")
+    return stored
+
+
+def _check_same(what: str, stored: dict, given: dict) -> None:
+    for name, value in given.items():
+        if stored.get(name) != value:
+            words = {"teacher": "another teacher", "pool_size": "another pool"}.get(name, f"another {name}")
+            raise ValueError(f"{what} was made with {words} ({name} {stored.get(name)}, now {value}): remove it, or give another path")
+
+
+def _process() -> tuple[int, int]:
+    """Return the number of this process and the number of processes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _barrier() -> None:
+    if _process()[1] > 1:
+        torch.distributed.barrier()
