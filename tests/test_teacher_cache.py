@@ -20,7 +20,7 @@ from kdkernels.data import Augment, ClutterDigits, Digits, FromDatasets
 from kdkernels.distill import KD
 from kdkernels.distill.teacher_cache import TeacherCache
 from kdkernels.models import FeatureTaps, TinyCNN
-from kdkernels.models.weights import hash_of
+from kdkernels.nn.hashing import hash_of
 
 
 class CountingTeacher:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..files import replaced_atomically
-from ..models.weights import hash_of
 from ..nn.dfnd import noise_value
-from ..tasks import find_logits
+from ..nn.hashing import hash_of
+from ..nn.outputs import find_logits
 from .decode import as_pixels, read_image
 from .listing import LeftOut, image_files
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..models.taps import FeatureTaps
+from ..nn.outputs import ACCEPTED_OUTPUTS
 from ..tasks import Task, describe_output
-from ..tasks.outputs import ACCEPTED_OUTPUTS
 
 if TYPE_CHECKING:
     from .base import Distiller

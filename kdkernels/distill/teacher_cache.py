@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replaced_atomically
-from ..models.weights import hash_of
+from ..nn.hashing import hash_of
 from .engine import reserve
 
 Outputs = tuple[Tensor, dict[str, Tensor]]  # logits, tapped features

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 from typing import TypeGuard
@@ -218,12 +217,3 @@ def _forbidden_classes(path: str, message: str) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # the file has the format before torch 1.6, or is not a pickle
         return re.findall(r"GLOBAL (\S+) was not an allowed global", message)
-
-
-def hash_of(network: nn.Module) -> str:
-    """Return a hash of the class, and of names, dtypes, shapes and values of the state dict."""
-    digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

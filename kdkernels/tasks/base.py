@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from ..nn.outputs import find_logits
 from ..ops.temperature_kl import temperature_kl
-from .outputs import find_logits
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
