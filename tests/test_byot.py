@@ -250,6 +250,44 @@ class Pooled(nn.Module):
         return self.fc(self.pool(self.conv(x)))
 
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, 2, 1)
+        self.again = self.conv
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.fc(self.again(self.conv(x)).mean((2, 3)))
+
+
+class Repeated(nn.Module):
+    """Runs the layer ``conv`` twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.last(self.conv(self.conv(self.first(x)))).mean((2, 3)))
+
+
+def test_batch_without_images_raises():
+    batches = [{"image": torch.zeros(0, 3, 8, 8), "label": torch.zeros(0, dtype=torch.int64)}]
+    with pytest.raises(ValueError, match="batch 0 of epoch 0 has no image"):
+        fit(_byot(), torch.utils.data.DataLoader(batches, batch_size=None))
+
+
+def test_exits_need_all_features():
+    exits = Exits({"a": (2, 4, 4), "b": (3, 2, 2)}, 3)
+    with pytest.raises(ValueError, match="maps of 1 exits and of the last layer, got 1"):
+        exits([torch.zeros(1, 2, 4, 4)], (8, 8))
+    for options in ({"num_classes": 0}, {"num_classes": 2.0}, {"num_classes": 3, "label_maps": "x"}):
+        with pytest.raises((TypeError, ValueError), match=r"num_classes must be an integer >= 1|label_maps must be True or False"):
+            Exits({"a": (2, 4, 4), "b": (3, 2, 2)}, **options)
+
+
 def test_invalid_options_raise_before_training():
     with pytest.raises(ValueError, match="student_taps must name at least 2 layers"):
         BYOT(Small(), ["features"])
@@ -261,8 +299,21 @@ def test_invalid_options_raise_before_training():
         DeepSupervision(TinyCNN(4), BLOCKS, exit_weight=[1.0])
     with pytest.raises(ValueError, match="exit_weight, the weight of a term"):
         DeepSupervision(TinyCNN(4), BLOCKS, exit_weight=-1.0)
-    with pytest.raises(ValueError, match=r"image_shape must be \[C, H, W\], got \[8, 8\]"):
+    with pytest.raises(TypeError, match="exit_weight, the weight of a term of the loss, must be a number, got 'a'"):
+        DeepSupervision(TinyCNN(4), BLOCKS, exit_weight=[1, "a"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adapters'"):
+        DeepSupervision(TinyCNN(4), BLOCKS, adapters=True)
+    with pytest.raises(TypeError, match="student_taps must be a list of names of layers, got 'block1'"):
+        BYOT(TinyCNN(4), "block1")
+    with pytest.raises(ValueError, match="layer 'again' of Shared is the same module as 'conv'"):
+        BYOT(Shared(), ["conv", "again"])
+    with pytest.raises(ValueError, match=r"layer 'conv' of Repeated runs 2 times for an image, so it cannot have an exit"):
+        BYOT(Repeated(), ["conv", "last"], image_shape=[3, 8, 8])
+    BYOT(Repeated(), ["first", "conv"], image_shape=[3, 8, 8])  # the last layer has no exit
+    with pytest.raises(ValueError, match=r"image_shape must be \[C, H, W\], three integers >= 1, got \[8, 8\]"):
         BYOT(TinyCNN(4), BLOCKS, image_shape=[8, 8])
+    with pytest.raises(ValueError, match=r"image_shape is \[3, 16, 16\], but the data have images \[3, 8, 8\]"):
+        fit(BYOT(TinyCNN(4, num_classes=3), BLOCKS, image_shape=[3, 16, 16]))
     images, labels = torch.stack([image for image, _ in IMAGES]), torch.tensor([label for _, label in IMAGES])
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"BYOT needs image_shape=\[C, H, W\], because the data do not give it"):

@@ -19,6 +19,10 @@ def _maps(*channels, size=4):
     return [torch.randn(3, c, size, size, dtype=torch.float64) for c in channels]
 
 
+def _one(*channels):
+    return [x[:1] for x in _maps(*channels)]
+
+
 # Losses.
 
 
@@ -138,13 +142,15 @@ def test_overhaul_margin_is_the_mean_of_the_negative_outputs(weight, bias):
         ((Z_C, Z_T[:, :2], LABEL), {}, "logits and teacher_logits must have the same shape"),
         ((Z_C, Z_T, LABEL[:0]), {}, r"labels must have the shape \(1,\)"),
         ((Z_C, Z_T, LABEL, _maps(2)), {}, "features and teacher_features must be given together"),
-        ((Z_C, Z_T, LABEL, _maps(2), _maps(2, 3)), {}, "the same number of layers, at least one, got 1 and 2"),
+        ((Z_C, Z_T, LABEL, _one(2), _one(2, 3)), {}, "the same number of layers, at least one, got 1 and 2"),
         (
-            (Z_C, Z_T, LABEL, _maps(2), _maps(3)),
+            (Z_C, Z_T, LABEL, _one(2), _one(3)),
             {"feature_loss": "fit"},
             "with feature_loss='fit', features and teacher_features must have the same shapes",
         ),
-        ((Z_C, Z_T, LABEL, _maps(2), _maps(2)), {"feature_loss": "od"}, "feature_loss='od' needs margins"),
+        ((Z_C, Z_T, LABEL, _maps(2), _maps(2)), {}, r"features\[0\] must have the batch size 1 of the logits, got the shape \(3, 2, 4, 4\)"),
+        ((Z_C, Z_T, LABEL, _one(2), _maps(2)), {}, r"teacher_features\[0\] must have the batch size 1"),
+        ((Z_C, Z_T, LABEL, _one(2), _one(2)), {"feature_loss": "od"}, "feature_loss='od' needs margins"),
         ((Z_C, Z_T, LABEL), {"feature_loss": "at"}, "feature_loss must be one of"),
         ((Z_C, Z_T, LABEL), {"alpha": -0.1}, "alpha must"),
         ((Z_C, Z_T, LABEL), {"beta": float("inf")}, "beta must"),
@@ -359,12 +365,22 @@ def test_invalid_options_raise_before_training():
         ({"temperature": 0.0}, "temperature must"),
         ({"ramp_epochs": -1}, "ramp_epochs must be a finite number >= 0, got -1"),
         ({"width": 0}, "width must be at least 1, got 0"),
+        ({"width": 1.5}, "width must be an integer, got 1.5"),
+        ({"width": True}, "width must be an integer, got True"),
+        ({"layers": "a"}, "layers must be an integer, got 'a'"),
+        ({"sla": "false"}, "sla must be True or False, got str"),
+        ({"mask_ignored": "x"}, "mask_ignored must be True or False, got str"),
+        ({"check_finite": "x"}, "check_finite must be True or False, got str"),
+        ({"optimizer": "SGD"}, "optimizer must be a function of the parameters, .* got 'SGD'"),
+        ({"image_shape": 3}, r"image_shape must be \[C, H, W\], three integers >= 1, got 3"),
+        ({"image_shape": [3, 16.5, 16]}, "three integers >= 1"),
+        ({"image_shape": [8, 8, 3]}, r"the student \(TinyCNN\) cannot process images of image_shape \[8, 8, 3\]"),
         ({"laterals": False, "width": 2}, "width must be 1 with laterals=False"),
         ({"teacher": Small()}, "the network is its own teacher"),
         ({"sla": True, "task": Segmentation()}, "needs the task Classification, got Segmentation"),
         ({"sla": True, "image_shape": [3, 8, 16]}, "must be square, got 8x16"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             _frskd(**options)
     with pytest.raises(ValueError, match="student_taps must name at least 2 layers"):
         FRSKD(Small(), ["features"])

@@ -97,6 +97,7 @@ def test_saturated_maps_and_half_precision():
         ([MAP], {}, "features must be those of at least two layers, got 1"),
         ([], {}, "features must be those of at least two layers, got 0"),
         ([MAP, MAP], {"paths": (0, 1)}, r"paths must be pairs of different positions in \[0, 1\], got 0"),
+        ([MAP, MAP], {"paths": [(0, 1), (0, 1)]}, "paths must not contain a pair twice"),
         ([MAP, MAP], {"paths": 3}, "paths must be a list of pairs of positions, got 3"),
         ([MAP, MAP[0]], {}, r"features\[1\] must have the shape \[B, C, H, W\]"),
         ([MAP, torch.ones(2, 1, 2, 2)], {}, "features must have the same batch size"),

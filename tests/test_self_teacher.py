@@ -176,5 +176,11 @@ def test_invalid_pyramids_raise():
         SelfTeacher(RESNET18, 5, laterals=False)
     with pytest.raises(ValueError, match="layers must be at least 2: without laterals"):
         SelfTeacher(RESNET18, 5, label_maps=True, width=1, layers=1, margins=True, laterals=False)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        SelfTeacher(RESNET18, 0)
+    with pytest.raises(TypeError, match="label_maps must be True or False"):
+        SelfTeacher(RESNET18, 5, label_maps="x")
+    with pytest.raises(ValueError, match="features must be one map for each of the 3 layers, got 2"):
+        SelfTeacher(HALVING, 5)(_inputs(HALVING)[:2], (32, 16))
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         SelfTeacher(RESNET18, 5, depth=0)

@@ -65,7 +65,19 @@ def test_aggregated_predictions_receive_no_gradient():
     )
 
 
+def test_labels_of_small_types_and_ignored_labels():
+    """4 y + k does not fit into a byte; -100 is the label that F.cross_entropy ignores."""
+    assert joint_labels(torch.tensor([200], dtype=torch.uint8)).tolist() == [800, 801, 802, 803]
+    assert joint_labels(torch.tensor([20000], dtype=torch.int16)).tolist() == [80000, 80001, 80002, 80003]
+    assert joint_labels(torch.tensor([-100, 1])).tolist() == [-100] * 4 + [4, 5, 6, 7]
+    logits, joint, labels = torch.randn(2, 201), torch.randn(8, 804), torch.tensor([200, 3])
+    assert sla_loss(logits, joint, labels.to(torch.uint8)) == sla_loss(logits, joint, labels)
+    assert sla_loss(logits[:0], joint[:0], labels[:0]).item() == 0
+
+
 def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match=r"images must be square \[B, C, H, H\].*got list"):
+        four_rotations([1])
     with pytest.raises(ValueError, match=r"images must be square \[B, C, H, H\].*got \(1, 3, 4, 6\)"):
         four_rotations(torch.zeros(1, 3, 4, 6))
     with pytest.raises(ValueError, match=r"joint logits must have the shape \[4 B, 4 K\], got \(4, 6\)"):

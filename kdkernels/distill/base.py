@@ -17,6 +17,7 @@ from .. import __version__
 from ..data.keyed_random import bits
 from ..models.taps import FeatureTaps
 from ..models.weights import CHECKPOINT_KEY, load_weights
+from ..ops.checks import flag
 from ..tasks import Classification, Task
 from .batch import as_batch
 from .checks import TeacherAccuracy, TrainerCheck, total_steps
@@ -82,6 +83,12 @@ class Distiller(L.LightningModule):
         task: Task | None = None,
     ):
         super().__init__()
+        for name, taps in {"student_taps": student_taps, "teacher_taps": teacher_taps}.items():
+            if isinstance(taps, str):
+                raise TypeError(f"{name} must be a list of names of layers, got {taps!r}")
+        if not callable(optimizer):
+            raise TypeError(f"optimizer must be a function of the parameters, such as a partial of torch.optim.SGD, got {optimizer!r}")
+        flag("check_finite", check_finite)
         self.task = Classification() if task is None else task
         if not isinstance(self.task, Task):
             raise TypeError(f"task must be a kdkernels.tasks.Task, got {type(task).__name__}")
@@ -325,6 +332,8 @@ class Distiller(L.LightningModule):
 
     def checked_losses(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         """Compute, check and log the :meth:`losses` of a training step."""
+        if not len(batch["image"]):
+            raise ValueError(f"batch {batch_idx} of epoch {self.current_epoch} has no image")
         self._check_presence_of_labels(batch, batch_idx)
         self._check_labels(batch, self._num_classes, "training")
         logits, losses = self.losses(batch)

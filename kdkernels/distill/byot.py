@@ -52,7 +52,8 @@ class BYOT(ExitDistiller):
         **options,
     ):
         weights = byot_weights(variant, temperature, alpha, beta)
-        super().__init__(student, student_taps, branch, image_shape, adapters=variant == "authors" and weights.features > 0, **options)
+        adapters = variant == "authors" and weights.features > 0
+        super().__init__(student, student_taps, {"branch": branch, "adapters": adapters}, image_shape, **options)
         self.weights, self.temperature, self.variant = weights, temperature, variant
 
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:

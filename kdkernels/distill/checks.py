@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def check_weights(**weights: float) -> None:
     """Raise ValueError unless the weights of the terms of a loss are finite and >= 0."""
     for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"{name}, the weight of a term of the loss, must be a number, got {weight!r}")
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name}, the weight of a term of the loss, must be finite and >= 0, got {weight}")
 

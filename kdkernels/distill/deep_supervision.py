@@ -37,7 +37,7 @@ class DeepSupervision(ExitDistiller):
         image_shape: Sequence[int] | None = None,
         **options,
     ):
-        super().__init__(student, student_taps, branch, image_shape, **options)
+        super().__init__(student, student_taps, {"branch": branch}, image_shape, **options)
         count = len(self.student_taps.names) - 1
         self.exit_weights = list(exit_weight) if isinstance(exit_weight, (list, tuple)) else [exit_weight] * count
         if len(self.exit_weights) != count:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..models.exits import Exits
 from ..models.taps import FeatureTaps
+from ..ops.checks import fraction
 from ..tasks import find_logits
 from .base import Distiller
 from .exits import ExitDistiller
@@ -38,6 +39,9 @@ class ExitNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, taps: Sequence[str], exits: Exits, exit: int | Literal["ensemble"] | None = None):
         super().__init__()
+        FeatureTaps(backbone, taps)  # check the names
+        if len(taps) != len(exits) + 1:
+            raise ValueError(f"taps must be the layers of the {len(exits)} exits and the last layer, got {list(taps)}")
         self.backbone, self.exits, self.taps = backbone, exits, list(taps)
         is_number = isinstance(exit, int) and not isinstance(exit, bool)
         if not (exit is None or exit == "ensemble" or (is_number and 1 <= int(exit) <= len(exits))):
@@ -94,8 +98,7 @@ class ExitNetwork(nn.Module):
             RuntimeError: a later layer of the backbone reads more than the output of the exit's
                 layer, so that images cannot be left out.
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
+        fraction("threshold", threshold)
         if self.exits.label_maps:
             raise ValueError("adaptive needs one class per image, but these exits return label maps")
         remaining = torch.arange(len(image), device=image.device)

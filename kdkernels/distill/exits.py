@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ class ExitDistiller(SelfDistiller):
         student: maps images [B, C, H, W] to logits in the shape of ``task``.
         student_taps: names of the layers of the exits, from the front to the back, and last the
             layer whose feature map the student itself classifies.
-        branch: "bottleneck" or "separable", see :class:`kdkernels.models.Exits`.
+        exit_options: ``branch`` and ``adapters`` of :class:`kdkernels.models.Exits`.
         image_shape: see :class:`SelfDistiller`.
-        adapters: whether the exits have a linear layer for their features.
         **options: the other arguments of :class:`Distiller`. There is no teacher.
     """
 
@@ -33,12 +32,15 @@ class ExitDistiller(SelfDistiller):
         self,
         student: nn.Module,
         student_taps: Iterable[str],
-        branch: Branch = "bottleneck",
+        exit_options: dict[str, Any],
         image_shape: Sequence[int] | None = None,
-        adapters: bool = False,
         **options,
     ):
-        super().__init__(student, student_taps, partial(_make_exits, branch=branch, adapters=adapters), image_shape, **options)
+        super().__init__(student, student_taps, partial(_make_exits, **exit_options), image_shape, **options)
+
+    def new_branches(self, image: Tensor) -> nn.Module:
+        check_runs_once(self.student, self.student_taps.names[:-1], image)
+        return super().new_branches(image)
 
     def run_exits(self, image: Tensor) -> tuple[Tensor, ExitOutputs]:
         """Return the student's logits, and the outputs of the exits."""
@@ -54,5 +56,26 @@ class ExitDistiller(SelfDistiller):
         return ["", *(f"_exit_{i}" for i in range(1, len(self.student_taps.names))), "_ensemble"]
 
 
-def _make_exits(shapes: dict[str, tuple[int, ...]], logits: Tensor, branch: Branch, adapters: bool) -> Exits:
+def check_runs_once(network: nn.Module, names: Sequence[str], image: Tensor) -> None:
+    """Raise ValueError if a layer runs several times: inference stops at its first run."""
+    runs = dict.fromkeys(names, 0)
+
+    def count(name: str) -> None:
+        runs[name] += 1
+
+    handles = [network.get_submodule(name).register_forward_hook(lambda *_, name=name: count(name)) for name in names]
+    try:
+        network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, number in runs.items():
+        if number > 1:
+            raise ValueError(
+                f"student_taps: layer {name!r} of {type(network).__name__} runs {number} times for an image, so it cannot have an exit: "
+                "tap another layer"
+            )
+
+
+def _make_exits(shapes: dict[str, tuple[int, ...]], logits: Tensor, branch: Branch, adapters: bool = False) -> Exits:
     return Exits(shapes, logits.shape[1], logits.dim() == 4, branch, adapters)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..models.bifpn import SelfTeacher, check_laterals, check_sizes, projection
 from ..nn.frskd import DIRECTIONS, check_frskd_options, frskd_feature_losses, frskd_ramp
 from ..nn.sla import aggregate_rotations, four_rotations
+from ..ops.checks import flag
 from .checks import check_weights
 from .self_distiller import SelfDistiller
 from .sla import JointClassifier, check_rotatable, joint_batch
@@ -154,6 +155,8 @@ class FRSKD(SelfDistiller):
     ):
         check_frskd_options(temperature, alpha, beta, feature_loss, variant)
         check_weights(sla_alpha=sla_alpha)
+        flag("sla", sla)
+        flag("mask_ignored", mask_ignored)
         check_sizes(width=width, depth=depth, layers=1 if layers is None else layers)
         check_laterals(laterals, width)
         frskd_ramp(0, ramp_start, ramp_epochs)  # validate the options

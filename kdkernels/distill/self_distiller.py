@@ -55,6 +55,7 @@ class SelfDistiller(Distiller):
             raise ValueError(f"student_taps must name at least {self.min_taps} layers, from the front to the back, got {self.student_taps.names}")
         self.make_branches = make_branches
         self.branches: nn.Module | None = None
+        self._branches_shape: list[int] | None = None  # of the images for which the branches were built
         if image_shape is not None:
             self.build_branches(image_shape)
 
@@ -67,15 +68,23 @@ class SelfDistiller(Distiller):
         """
         if self.branches is not None:
             return
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be [C, H, W], got {list(image_shape)}")
+        sides = list(image_shape) if isinstance(image_shape, Sequence) and not isinstance(image_shape, str) else [image_shape]
+        if len(sides) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sides):
+            raise ValueError(f"image_shape must be [C, H, W], three integers >= 1, got {image_shape!r}")
         parameter = next(self.student.parameters(), torch.empty(0))
         image = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
         with unchanged(self.student), torch.no_grad(), torch.random.fork_rng(devices=()):
             self.student.eval()
             torch.manual_seed(int(bits(torch.initial_seed() & 0x7FFFFFFFFFFFFFFF, 1)) & 0x7FFFFFFFFFFFFFFF)
-            branches = self.new_branches(image)
+            try:
+                branches = self.new_branches(image)
+            except (RuntimeError, IndexError) as error:
+                kind = type(self.student).__name__
+                raise ValueError(
+                    f"the student ({kind}) cannot process images of image_shape {sides}, or its branches do not suit them: {error}"
+                ) from error
         self.branches = branches.to(parameter.device, parameter.dtype)
+        self._branches_shape = sides
 
     def new_branches(self, image: Tensor) -> nn.Module:
         """Return the branches for images [2, C, H, W]; the student is in eval mode."""
@@ -88,9 +97,11 @@ class SelfDistiller(Distiller):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.branches is not None:
-            return
         shape: Sequence[int] | None = getattr(cast(Any, self.trainer).datamodule, "image_shape", None)
+        if self.branches is not None:
+            if shape is not None and self._branches_shape is not None and list(shape) != self._branches_shape:
+                raise ValueError(f"image_shape is {self._branches_shape}, but the data have images {list(shape)}: leave image_shape out")
+            return
         if shape is None:
             raise ValueError(f"{type(self).__name__} needs image_shape=[C, H, W], because the data do not give it")
         self.build_branches(shape)

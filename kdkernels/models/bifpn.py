@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.overhaul import overhaul_margins
+from ..ops.checks import flag
 
 
 class SelfTeacherOutputs(NamedTuple):
@@ -76,7 +77,9 @@ class SelfTeacher(nn.Module):
     ):
         super().__init__()
         layers = (2 if label_maps else 1) if layers is None else layers
-        check_sizes(width=width, depth=depth, layers=layers)
+        check_sizes(num_classes=num_classes, width=width, depth=depth, layers=layers)
+        for name, value in {"label_maps": label_maps, "margins": margins, "laterals": laterals}.items():
+            flag(name, value)
         check_laterals(laterals, width)
         check_pyramid(shapes)
         if margins and label_maps and layers == 1 and not laterals:
@@ -97,7 +100,14 @@ class SelfTeacher(nn.Module):
         features: Sequence[Tensor],  # [B, C_i, H_i, W_i] each
         size: Sequence[int],  # height and width of the images
     ) -> SelfTeacherOutputs:
+        """Refine and classify feature maps; see :class:`SelfTeacherOutputs`.
+
+        Raises:
+            ValueError: there is not one map for each layer.
+        """
         maps = list(features)
+        if len(maps) != len(self.channels):
+            raise ValueError(f"features must be one map for each of the {len(self.channels)} layers, got {len(maps)}")
         for layer in self.layers:
             maps = layer(maps)
         if self.label_maps:
@@ -117,8 +127,10 @@ class SelfTeacher(nn.Module):
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless all sizes are at least 1."""
+    """Raise TypeError or ValueError unless all sizes are integers >= 1."""
     for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import flag
+
 Branch = Literal["bottleneck", "separable"]
 
 
@@ -62,6 +64,10 @@ class Exits(nn.Module):
             raise ValueError(f"branch must be 'bottleneck' or 'separable', got {branch!r}")
         if len(shapes) < 2:
             raise ValueError(f"at least two layers must be tapped, that of an exit and the last one, got {list(shapes)}")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+        flag("label_maps", label_maps)
+        flag("adapters", adapters)
         *inner, last = shapes
         channels = shapes[last][0]
         self.label_maps = label_maps
@@ -84,6 +90,13 @@ class Exits(nn.Module):
         features: Sequence[Tensor],  # [B, C_i, H_i, W_i] each; the last one is that of the last layer
         size: Sequence[int],  # height and width of the images
     ) -> ExitOutputs:
+        """Run all exits; see :class:`ExitOutputs`.
+
+        Raises:
+            ValueError: there is not one feature map for each exit and one for the last layer.
+        """
+        if len(features) != len(self) + 1:
+            raise ValueError(f"features must be the maps of {len(self)} exits and of the last layer, got {len(features)}")
         last = features[-1]
         outputs = [self.exit(i, feature, size) for i, feature in enumerate(features[:-1])]
         if self.label_maps:

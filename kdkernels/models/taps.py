@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class FeatureTaps:
     """Wrapper of ``module`` that returns its output and the outputs of the layers ``names``.
 
-    The module itself is not changed.
+    The module itself is not changed. If a layer runs several times, its last output is returned.
 
     >>> taps = FeatureTaps(student, ["block1", "block3"])
     >>> logits, features = taps(images)  # features: {"block1": [B, C, H, W], "block3": ...}
@@ -35,9 +35,17 @@ class FeatureTaps:
         if duplicates:
             raise ValueError(f"layers must be named once each, got {sorted(duplicates)} more than once")
         layers = dict(module.named_modules())
+        first_names = {layer: name for name, layer in layers.items()}
         for name in self.names:
+            if name == "" or not isinstance(name, str):
+                raise ValueError(f"layers must be given by their names in {type(module).__name__}, got {name!r}")
             _check_not_compiled(module, name)
-            if name not in layers or name == "":
+            same = dict(module.named_modules(remove_duplicate=False)).get(name)
+            if name not in layers and same is not None:
+                raise ValueError(
+                    f"layer {name!r} of {type(module).__name__} is the same module as {first_names[same]!r}, and its outputs cannot be told apart"
+                )
+            if name not in layers:
                 similar = difflib.get_close_matches(name, layers, n=3, cutoff=0.3)
                 raise ValueError(f"{type(module).__name__} has no layer {name!r}; did you mean one of {similar or [k for k in layers if k][:8]}?")
 

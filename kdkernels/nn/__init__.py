@@ -1,7 +1,7 @@
 """Losses as modules and functions. This package depends on torch only."""
 
 from .attention import AttentionTransferLoss, attention_transfer_losses
-from .byot import BYOTLoss, byot_loss
+from .byot import BYOTLoss, byot_feature_losses, byot_loss
 from .dfnd import DFNDLoss, dfnd_loss, noise_adaptation_matrix, noise_value
 from .frskd import FRSKDLoss, frskd_feature_losses, frskd_loss, frskd_ramp
 from .kd import TemperatureKLLoss, kd_loss
@@ -25,6 +25,7 @@ __all__ = [
     "TemperatureKLLoss",
     "aggregate_rotations",
     "attention_transfer_losses",
+    "byot_feature_losses",
     "byot_loss",
     "dfnd_loss",
     "dml_loss",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
-from .features import check_labels, cross_entropy, features_of_layers
+from .features import check_batch_size, check_labels, cross_entropy, features_of_layers
 from .loss_module import LossModule
 
 BYOTVariant = Literal["paper", "authors", "luanyunteng"]
@@ -141,11 +141,13 @@ def byot_loss(
         https://arxiv.org/abs/1905.08094
     """
     weights = byot_weights(variant, temperature, alpha, beta)
-    logits = features_of_layers("logits", logits)
+    logits = features_of_layers("logits", logits, "logits")
     if len(logits) < 2 or any(z.shape != logits[0].shape or z.dim() < 2 for z in logits):
         raise ValueError(f"logits must be at least two tensors of the same shape [B, K, ...], got {[tuple(z.shape) for z in logits]}")
     if features is not None and len(features) != len(logits):
         raise ValueError(f"features must have one tensor for each of the {len(logits)} logits, got {len(features)}")
+    if features is not None:
+        check_batch_size("features", features_of_layers("features", features), logits[0])
     check_labels(labels, "logits", logits[0], 1)
     labels = clone_inference_tensor(labels)
     *exits, last = logits

@@ -11,13 +11,20 @@ from torch import Tensor
 from ..ops import checks
 
 
-def features_of_layers(name: str, features: object) -> list[Tensor]:
+def features_of_layers(name: str, features: object, contents: str = "features") -> list[Tensor]:
     """Return a list of feature maps as a list. Raise TypeError for any other value."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
-        raise TypeError(f"{name} must be a list of features, one tensor for each layer, got {checks.kind(features)}")
+        raise TypeError(f"{name} must be a list of {contents}, one tensor for each layer, got {checks.kind(features)}")
     for i, x in enumerate(features):
-        checks.tensor(f"{name}[{i}]", x, "features")
+        checks.tensor(f"{name}[{i}]", x, contents)
     return list(features)
+
+
+def check_batch_size(name: str, features: Sequence[Tensor], logits: Tensor) -> None:
+    """Raise ValueError unless all features have the batch size of the logits."""
+    for i, x in enumerate(features):
+        if x.dim() < 1 or len(x) != len(logits):
+            raise ValueError(f"{name}[{i}] must have the batch size {len(logits)} of the logits, got the shape {tuple(x.shape)}")
 
 
 def check_labels(labels: object, name: str, logits: Tensor, dim: int) -> None:
@@ -38,5 +45,10 @@ def check_labels(labels: object, name: str, logits: Tensor, dim: int) -> None:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return F.cross_entropy of logits [B, K, ...], computed in float32 or float64."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    """Return F.cross_entropy of logits [B, K, ...], computed in float32 or float64.
+
+    It is 0 for an empty batch. Rows with the label -100 are left out of the mean.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels if labels.is_floating_point() else labels.long()
+    return F.cross_entropy(logits, labels) if logits.numel() else logits.sum()

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import checks
 from ..ops.registration import clone_inference_tensor
 from ..ops.temperature_kl import temperature_kl
 from .attention import attention_transfer_losses
-from .features import check_labels, cross_entropy, features_of_layers
+from .features import check_batch_size, check_labels, cross_entropy, features_of_layers
 from .loss_module import LossModule
 from .overhaul import overhaul_loss
 
@@ -65,7 +64,8 @@ def frskd_feature_losses(
             )
     if feature_loss == "fit":
         dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-        return [F.mse_loss(f.to(dtype), t.detach().to(dtype)) for f, t in zip(features, teacher_features, strict=True)]
+        # F.mse_loss has no forward mode derivative for a detached target.
+        return [(f.to(dtype) - t.detach().to(dtype)).square().mean() for f, t in zip(features, teacher_features, strict=True)]
     if margins is None or len(margins) != len(features):
         raise ValueError(f"feature_loss='od' needs margins, one tensor for each of the {len(features)} layers (kdkernels.nn.overhaul_margins)")
     losses = [overhaul_loss(f, t, m) for f, t, m in zip(features, teacher_features, margins, strict=True)]
@@ -136,6 +136,9 @@ def frskd_loss(
         )
     if (features is None) != (teacher_features is None):
         raise ValueError("features and teacher_features must be given together, got only one of them")
+    for name, maps in {"features": features, "teacher_features": teacher_features}.items():
+        if maps is not None:
+            check_batch_size(name, features_of_layers(name, maps), logits)
     check_labels(labels, "logits", logits, 1)
     labels = clone_inference_tensor(labels)
     total = cross_entropy(logits, labels) + cross_entropy(teacher_logits, labels)

@@ -147,7 +147,10 @@ def checked_paths(paths: Paths | None, count: int) -> list[tuple[int, int]]:
         is_pair = isinstance(path, (tuple, list)) and len(path) == 2 and all(isinstance(i, int) and not isinstance(i, bool) for i in path)
         if not is_pair or path[0] == path[1] or not all(0 <= i < count for i in path):
             raise ValueError(f"paths must be pairs of different positions in [0, {count - 1}], got {path!r}")
-    return [(source, target) for source, target in paths]
+    pairs = [(source, target) for source, target in paths]
+    if len(set(pairs)) < len(pairs):
+        raise ValueError(f"paths must not contain a pair twice, got {paths!r}")
+    return pairs
 
 
 def _check_map(name: str, x: Tensor) -> None:

@@ -24,8 +24,9 @@ def four_rotations(
     Raises:
         ValueError: the images are not square.
     """
-    if images.dim() != 4 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"images must be square [B, C, H, H], because they are rotated by 90 degrees, got {tuple(images.shape)}")
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[2] != images.shape[3]:
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be square [B, C, H, H], because they are rotated by 90 degrees, got {given}")
     return torch.stack([images.rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
 
 
@@ -34,11 +35,13 @@ def joint_labels(
 ) -> Tensor:  # [4 B] int64, or probabilities [4 B, 4 K]
     """Return the labels of rotated images: 4 y + k for class y and k rotations by 90 degrees.
 
-    The rows are in the order of :func:`four_rotations`.
+    The rows are in the order of :func:`four_rotations`. The label -100, which
+    ``F.cross_entropy`` ignores, stays -100.
     """
     rotation = torch.arange(4, device=labels.device)
     if not labels.is_floating_point():
-        return (4 * labels[:, None] + rotation).flatten()
+        labels = labels.long()[:, None]  # 4 y + k may not fit into a smaller type
+        return torch.where(labels == -100, -100, 4 * labels + rotation).flatten()
     is_rotation = torch.eye(4, dtype=labels.dtype, device=labels.device)
     return (labels[:, None, :, None] * is_rotation[:, None]).flatten(2).flatten(0, 1)
 

@@ -45,7 +45,7 @@ class Classification(Task):
                 f"labels must be class indices [B], or probabilities [B, K] of a floating-point dtype; a {stage} batch has the shape "
                 f"{list(label.shape)}{hint}"
             )
-        if not values:
+        if not values or not label.numel():
             return
         low, high = int(label.min()), int(label.max())
         if low < 0 or high >= num_classes:
