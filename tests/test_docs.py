@@ -47,11 +47,25 @@ def test_table_of_accuracies_matches_the_results():
         values = [value for key, value in results.items() if key.split("/")[0] == name]
         assert len(values) == 3
         assert (f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}") == (mean, spread)
-    for page in ("byot.md", "sad.md"):
+    for page in ("byot.md", "frskd.md", "sad.md"):
         rows = re.findall(r"^\| ([^|`]+) \| ([\d.]+) ± ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \|$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
-        assert len(rows) >= 6
+        assert len(rows) >= 5
         for name, *numbers in rows:
             values = [results[f"{name}/{seed}"] for seed in range(3)]
             differences = [value - results[f"student alone/{seed}"] for seed, value in enumerate(values)]
             expected = [f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}"]
             assert numbers == [*expected, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
+
+
+def test_table_of_lanes_matches_the_results():
+    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/lane_accuracy.json").read_text())
+    pattern = r"^\| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([-+\d.]+) ± ([\d.]+) )?\| ([\d.]+) ± ([\d.]+) \|$"
+    rows = re.findall(pattern, (ROOT / "docs/sad.md").read_text(), flags=re.MULTILINE)
+    assert {name for name, *_ in rows} == {key.split("/")[0] for key in results}
+    for name, *numbers in rows:
+        values = [results[f"{name}/{seed}"] for seed in range(3)]
+        f1, iou = ([value[metric] for value in values] for metric in ("f1", "lane_iou"))
+        differences = [value - results[f"network alone/{seed}"]["f1"] for seed, value in enumerate(f1)]
+        expected = [f"{statistics.mean(f1):.2f}", f"{statistics.stdev(f1):.2f}"]
+        expected += ["", ""] if name == "network alone" else [f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
+        assert numbers == [*expected, f"{statistics.mean(iou):.2f}", f"{statistics.stdev(iou):.2f}"]
