@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 
-import lightning as L
-
 from .. import data, distill
 from .class_options import import_class, options_of
 from .configs import load_config, options_in
@@ -44,7 +42,7 @@ def brief_help(arguments: list[str]) -> str:
     ckpt = "resume a run from its last checkpoint" if command == "fit" else "weights to evaluate: best, last, or a file"
     text = _COMMON.format(command=command, ckpt=ckpt)
     chosen = _chosen_classes(arguments)
-    for section, package, base in (("model", distill, distill.Distiller), ("data", data, L.LightningDataModule)):
+    for section, package, base in (("model", distill, distill.Distiller), ("data", data, data.ImageData)):
         if section in chosen:
             cls = import_class(chosen[section])
             text += f"{cls.__name__} (--{section}.OPTION VALUE): {_first_sentence(cls)}\n\n{_options(cls, section)}\n"
