@@ -84,6 +84,7 @@ def test_interrupted_run_is_continued(tmp_path, stop):
     assert not (tmp_path / "parts.pt").exists()
     resumed = []
     parts = select_samples(_teacher(), POOL, 6, tmp_path / "parts.pt", batch_size=3, save_every=2, on_progress=lambda done, _: resumed.append(done))
+    assert resumed[-1] == len(POOL)
     assert resumed[0] == 3 + 6 * (max(0, len(runs) - 1) // 2)  # begins behind the stored batches
     for a, b in zip(whole[:3], parts[:3], strict=True):
         assert torch.equal(a, b)

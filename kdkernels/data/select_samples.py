@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -118,7 +117,7 @@ def select_samples(
     The teacher, in eval mode, computes the noise value (:func:`kdkernels.nn.noise_value`) of each
     image in one pass over the pool. The ``count`` smallest over the whole pool are selected exactly
     (Chen et al., CVPR 2021); of equal values, the one that comes first in the pool. The memory
-    depends on ``count`` and ``batch_size``, and grows by 32 bytes for each batch of the pool.
+    depends on ``count`` and ``batch_size``, and grows by a hash for each batch of the pool.
 
     In several processes (``torch.distributed``), each process scores a part of the pool, and the
     result is that of one process. A run that was killed is continued: each process stores its state
@@ -225,7 +224,9 @@ class _Part:
 
     @property
     def scored(self) -> int:
-        return sum(min(self.batch_size, self.total - c * self.batch_size) for c in itertools.islice(self._all_chunks(), len(self.chunks)))
+        count = len(self.chunks) * self.batch_size
+        ends = bool(self.chunks) and self._all_chunks()[len(self.chunks) - 1] == self.num_chunks - 1
+        return count - (self.num_chunks * self.batch_size - self.total if ends else 0)  # the last batch may be smaller
 
     def _all_chunks(self) -> range:
         return range(self.rank, self.num_chunks, self.world)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..models.shared_layers import SharedLayers
 from ..models.taps import FeatureTaps
+from ..nn.online import ffl_ramp
+from ..ops import checks
 from .checks import check_weights
 from .network_checks import check_not_shared, check_sizes
 from .self_distiller import SelfDistiller, feature_map_shape
@@ -209,9 +211,7 @@ class OnlineDistiller(SelfDistiller):
 
 
 def check_online_options(temperature: float, alpha: float, ramp_epochs: int) -> None:
-    """Raise ValueError if an option is out of range."""
+    """Raise TypeError or ValueError if an option is out of range."""
     check_weights(alpha=alpha)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if isinstance(ramp_epochs, bool) or not isinstance(ramp_epochs, int) or ramp_epochs < 0:
-        raise ValueError(f"ramp_epochs must be an integer >= 0, got {ramp_epochs!r}")
+    checks.positive("temperature", temperature)
+    ffl_ramp(0, ramp_epochs)  # validate the option

@@ -79,6 +79,8 @@ class SelfDistiller(Distiller):
             try:
                 branches = self.new_branches(image)
             except (RuntimeError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 kind = type(self.student).__name__
                 raise ValueError(
                     f"the student ({kind}) cannot process images of image_shape {sides}, or its branches do not suit them: {error}"
