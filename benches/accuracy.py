@@ -1,18 +1,20 @@
 """Measure the test accuracy of each method on ClutterDigits, over several seeds.
 
-Usage: python benches/accuracy.py [--seeds 3] [--out FILE.json]
+Usage: python benches/accuracy.py [--seeds 3] [--rows REGEX] [--out FILE.json]
 
 The student is a TinyCNN of width 8, as in the demo. It is trained for six epochs, or for eight if
 the method has a first stage of two epochs. The teacher is a TinyCNN of width 32. FSP and SVD-KD
 need a teacher with as many channels as the student; theirs has width 8 and is three times as deep.
 A network of this depth is also the student of some methods without a teacher (rows "deep student").
-The rows "segmentation" are the mean IoU of a TinyBiFPN on SegmentedClutterDigits. Finished runs are
-saved in the file and not repeated.
+The rows "segmentation" are the mean IoU of a TinyBiFPN on SegmentedClutterDigits. The rows "DFND"
+are trained on as many images of the pool WildDigits, without labels. Finished runs are saved in the
+file and not repeated.
 """
 
 import argparse
 import json
 import logging
+import re
 import statistics
 import tempfile
 import warnings
@@ -24,9 +26,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from kdkernels.data import Augment, ClutterDigits, SegmentedClutterDigits
+from kdkernels.data import Augment, ClutterDigits, ImageData, SegmentedClutterDigits, SelectedImages, WildDigits, select_samples
 from kdkernels.distill import (
     BYOT,
+    DFND,
     DML,
     FFL,
     FRSKD,
@@ -117,6 +120,16 @@ METHODS |= {
     "ONE": (6, None, lambda s, t: ONE(s, [TinyCNN(8)], "block3")),
     "DualNet": (6, None, lambda s, t: DualNet(s, [TinyCNN(8)], "block3", joint_epochs=2)),
 }
+# Distillation without the original images; "KD, no labels" has them.
+METHODS |= {
+    "KD, no labels": (6, "wide", lambda s, t: KD(s, t, gamma=0.0, alpha=1.0)),
+    "DFND": (6, "wide", lambda s, t: DFND(s, t)),
+    "DFND, no Q": (6, "wide", lambda s, t: DFND(s, t, diagonal=None)),
+    "DFND, random images": (6, "wide", lambda s, t: DFND(s, t)),
+    "DFND, random images, no Q": (6, "wide", lambda s, t: DFND(s, t, diagonal=None)),
+}
+POOL = WildDigits(40000)
+SELECTED = 8000
 JOINT = {"test/accuracy_ensemble": "ensemble", "test/accuracy_fused": "fused", "test/accuracy_gated": "gated"}
 TEACHERS = {"wide": lambda: TinyCNN(32), "deep": lambda: TinyCNN(8, depth=3)}
 
@@ -125,6 +138,21 @@ def new_student(name: str):
     if name.startswith("segmentation"):
         return TinyBiFPN()
     return TinyCNN(8, depth=3) if name.startswith("deep student") else TinyCNN(8)
+
+
+def data_for(name: str, seed: int, teacher: torch.nn.Module | None, folder: Path) -> ImageData:
+    """Return the data of a row."""
+    if name.startswith("segmentation"):
+        return SegmentedClutterDigits(train_size=4000, test_size=1000, batch_size=32, augment=Augment(crop=2))
+    images = ClutterDigits()
+    if not name.startswith("DFND"):
+        return images
+    if "random" in name:
+        chosen = torch.randperm(len(POOL), generator=torch.Generator().manual_seed(seed))[:SELECTED].tolist()
+        return SelectedImages(torch.utils.data.Subset(POOL, chosen), images)
+    index = folder / f"index_{seed}.pt"
+    select_samples(teacher, POOL, SELECTED, index, mean=images.mean, std=images.std)
+    return SelectedImages(POOL, images, index)
 
 
 def train(method, data, epochs: int, seed: int) -> dict[str, float]:
@@ -154,17 +182,16 @@ def train(method, data, epochs: int, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", default="", help="measure only the rows whose names match this regular expression")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy.json"))
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    images = ClutterDigits()
-    label_maps = SegmentedClutterDigits(train_size=4000, test_size=1000, batch_size=32, augment=Augment(crop=2))
     for seed in range(options.seeds):
         for name, (epochs, teacher, make_method) in METHODS.items():
-            if f"{name}/{seed}" in results:
+            if f"{name}/{seed}" in results or not re.match(options.rows, name):
                 continue
             network = None
             if teacher is not None:
@@ -172,12 +199,12 @@ def main() -> None:
                 if not weights.exists():
                     L.seed_everything(seed, verbose=False)
                     method = Supervised(TEACHERS[teacher]())
-                    results[f"teacher, {teacher}/{seed}"] = train(method, images, 8, seed)[""]
+                    results[f"teacher, {teacher}/{seed}"] = train(method, ClutterDigits(), 8, seed)[""]
                     torch.save(method.student.state_dict(), weights)
                     options.out.write_text(json.dumps(results, indent=1))
                 network = load_weights(TEACHERS[teacher](), weights)
+            data = data_for(name, seed, network, options.out.parent)
             L.seed_everything(seed, verbose=False)
-            data = label_maps if name.startswith("segmentation") else images
             for suffix, value in train(make_method(new_student(name), network), data, epochs, seed).items():
                 results[f"{name}{suffix}/{seed}"] = value
             options.out.write_text(json.dumps(results, indent=1))

@@ -117,7 +117,7 @@ def test_every_config_is_valid(config, monkeypatch, tmp_path, capsys):
     elif "lanes" in needs:
         assert (status, "there is no folder 'data/CULane'" in message) == (1, True)
     else:
-        assert (status, "Download cifar-100-python.tar.gz" in message) == (1, True)
+        assert (status, "Download cifar-10" in message) == (1, True)
 
 
 def test_config_with_bases_is_merged(tmp_path):

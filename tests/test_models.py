@@ -22,6 +22,8 @@ PARAMETERS = {
     "resnet32": 472_756,
     "resnet56": 861_620,
     "resnet110": 1_736_564,
+    "resnet18": 11_220_132,
+    "resnet34": 21_328_292,
     "resnet8x4": 1_233_540,
     "resnet32x4": 7_433_860,
     "wrn_16_2": 703_284,
@@ -90,6 +92,15 @@ def test_operations_of_the_vggs_of_svd_kd_match_the_paper():
 @pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
 def test_resnet_parameters_match_the_formula(depth):
     assert _parameters(getattr(models, f"resnet{depth}")()) == _resnet_parameters(depth)
+
+
+def test_parameters_of_resnets_with_four_stages_match_the_formula():
+    conv = lambda c, d: 9 * c * d + 2 * d  # noqa: E731
+    for name, blocks in (("resnet18", (2, 2, 2, 2)), ("resnet34", (3, 4, 6, 3))):  # He et al. 2016, table 1
+        count = conv(3, 64) + 513 * 100
+        for (c, d), n in zip(((64, 64), (64, 128), (128, 256), (256, 512)), blocks, strict=True):
+            count += conv(c, d) + (2 * n - 1) * conv(d, d) + (c * d + 2 * d if c != d else 0)
+        assert _parameters(getattr(models, name)()) == count
 
 
 def test_wide_resnet_parameters_match_the_formula():

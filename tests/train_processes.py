@@ -16,6 +16,7 @@ from torch import nn
 from kdkernels.data import Augment, ClutterDigits
 from kdkernels.distill import (
     BYOT,
+    DFND,
     DML,
     FFL,
     FRSKD,
@@ -95,6 +96,7 @@ METHODS = {
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
     "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
     "SLA": lambda options: SLA(Halving(4), ["blocks.2"], image_shape=[3, 32, 32], **options),
+    "DFND": lambda options: DFND(network(4), network(6), **options),
     "DML": lambda options: DML(network(4), [Halving(6)], **options),
     "DualNet": lambda options: DualNet(Halving(4), [Halving(4)], "blocks.2", image_shape=[3, 32, 32], **options),
     "FFL": lambda options: without_batch_norm(

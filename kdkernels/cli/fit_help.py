@@ -48,7 +48,7 @@ def brief_help(arguments: list[str]) -> str:
             text += f"{cls.__name__} (--{section}.OPTION VALUE): {_first_sentence(cls)}\n\n{_options(cls, section)}\n"
             continue
         classes = [c for c in (getattr(package, name) for name in package.__all__) if inspect.isclass(c) and issubclass(c, base) and c is not base]
-        text += f"--{section} CLASS: a class of {package.__name__}, or any import path. Add --config or --{section} to see its options.\n\n"
+        text += f"--{section} CLASS: a class of {package.__name__}, or any import path. Add --config or --{section} to see its options.\n"
         text += "".join(f"  {c.__name__:28}{_first_sentence(c)}\n" for c in classes) + "\n"
     return text + _TRAINER
 

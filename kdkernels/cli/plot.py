@@ -1,4 +1,4 @@
-"""``kdkernels plot``: pictures of the features, exits and robustness of trained students."""
+"""``kdkernels plot``: pictures of trained students and of their data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..distill.exit_curve import THRESHOLDS
 from ..plots.attention import plot_attention
+from ..plots.dfnd import plot_dfnd
 from ..plots.dfv import plot_dfv
 from ..plots.exits import plot_exits
 from ..plots.exits import table as table_of_exits
@@ -17,11 +18,11 @@ from ..plots.robustness import NOISE, plot_robustness
 from ..plots.robustness import table as table_of_robustness
 from .arguments import UsageError, parse_typed
 
-_USAGE = "usage: kdkernels plot {attention,dfv,exits,lanes,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
+_USAGE = "usage: kdkernels plot {attention,dfnd,dfv,exits,lanes,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
 
 
 def main(arguments: list[str]) -> int:
-    kinds = {"attention": _attention, "dfv": _dfv, "exits": _exits, "lanes": _lanes, "robustness": _robustness}
+    kinds = {"attention": _attention, "dfnd": _dfnd, "dfv": _dfv, "exits": _exits, "lanes": _lanes, "robustness": _robustness}
     kind = arguments[0] if arguments else None
     if kind in ("-h", "--help"):
         print(_USAGE)
@@ -51,6 +52,17 @@ def _attention(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
     parser.add_argument("--p", type=float, default=2.0, help="exponent of the attention maps")
     _add_layers(parser)
     return lambda o: plot_attention(o.ckpt, o.out, o.layers, o.teacher_layers, o.images, o.p)
+
+
+def _dfnd(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of DFND on SelectedImages")
+    parser.add_argument("--images", type=int, default=40, help="number of images with the smallest and with the largest noise values, at most 100")
+
+    def draw(options: Namespace) -> str:
+        out, shares = plot_dfnd(options.ckpt, options.out, options.images)
+        return f"{shares}\n{out}"
+
+    return draw
 
 
 def _dfv(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:

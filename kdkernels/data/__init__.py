@@ -10,8 +10,10 @@ from .digits import Digits
 from .from_datasets import FromDatasets
 from .image_folder import ImageFolder
 from .select_samples import ImagePool, SampleIndex, select_samples
+from .selected_images import SelectedImages
 from .synthetic_lanes import SyntheticLanes
 from .tusimple import TuSimple
+from .wild_digits import WildDigits
 
 __all__ = [
     "CIFAR10",
@@ -27,7 +29,9 @@ __all__ = [
     "ImagePool",
     "SampleIndex",
     "SegmentedClutterDigits",
+    "SelectedImages",
     "SyntheticLanes",
     "TuSimple",
+    "WildDigits",
     "select_samples",
 ]

@@ -138,23 +138,32 @@ class ClutterImages(Dataset):
         Returns image [B, 3, 32, 32] uint8, label [B] (label maps: [B, 32, 32] uint8) and mask [B,
         32, 32] bool.
         """
-        scans, labels, photographs = self._sources
+        ink, label = self.make_ink(index)
+        image = self.paste(ink, index)
+        mask = ink[:, 0] > 0.5
+        if self.label_maps:
+            label = torch.where(mask, label[:, None, None] + 1, 0).to(torch.uint8)
+        return {"image": image, "label": label, "mask": mask}
 
-        def random(purpose: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:  # [B, *shape]
-            positions = [torch.arange(n).view(-1, *[1] * (len(shape) - 1 - i)) for i, n in enumerate(shape)]
-            return low + (high - low) * uniform(self.seed, purpose, index.view(-1, *[1] * len(shape)), *positions)
+    def random(self, index: Tensor, purpose: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return uniform random numbers [B, *shape] for the images at the positions ``index``."""
+        positions = [torch.arange(n).view(-1, *[1] * (len(shape) - 1 - i)) for i, n in enumerate(shape)]
+        return low + (high - low) * uniform(self.seed, purpose, index.view(-1, *[1] * len(shape)), *positions)
 
-        scan = (random(_SCAN) * len(scans)).long()
-        angle = random(_ANGLE, low=-self.max_rotation, high=self.max_rotation).deg2rad()
-        zoom = random(_ZOOM, low=0.95, high=1.2)
-        shift = random(_SHIFT, 2, low=-self.max_shift, high=self.max_shift) / (_SIDE / 2)
-        cos, sin = angle.cos() * zoom, angle.sin() * zoom
-        theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-        grid = F.affine_grid(theta, [len(index), 1, _SIDE, _SIDE], align_corners=False)
-        ink = F.grid_sample(scans[scan].unsqueeze(1), grid, mode="bicubic", align_corners=False).clamp(0, 1)  # [B, 1, 32, 32]
+    def make_ink(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coverage of the pixels with ink [B, 1, 32, 32] in [0, 1], and the labels."""
+        scans, labels, _ = self._sources
+        scan = (self.random(index, _SCAN) * len(scans)).long()
+        angle = self.random(index, _ANGLE, low=-self.max_rotation, high=self.max_rotation).deg2rad()
+        zoom = self.random(index, _ZOOM, low=0.95, high=1.2)
+        shift = self.random(index, _SHIFT, 2, low=-self.max_shift, high=self.max_shift) / (_SIDE / 2)
+        return draw_scans(scans[scan], angle, zoom, shift), labels[scan]
 
-        photograph = (random(_PHOTOGRAPH) * len(photographs)).long()
-        corner = (random(_CORNER, 2) * (torch.tensor(photographs.shape[2:]) - _SIDE)).long()
+    def paste(self, ink: Tensor, index: Tensor) -> Tensor:
+        """Paste ink in a random colour on random crops; return images [B, 3, 32, 32] uint8."""
+        photographs = self._sources[2]
+        photograph = (self.random(index, _PHOTOGRAPH) * len(photographs)).long()
+        corner = (self.random(index, _CORNER, 2) * (torch.tensor(photographs.shape[2:]) - _SIDE)).long()
         rows, columns = (corner[:, i, None] + torch.arange(_SIDE) for i in (0, 1))
         channels = torch.arange(3)[:, None, None]
         background = photographs[photograph[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]] / 255
@@ -163,15 +172,27 @@ class ClutterImages(Dataset):
         # crop: it is lighter on a dark crop and darker on a light one.
         grey = background.mean((1, 2, 3))
         headroom = torch.where(grey < 0.5, 1 - self.contrast - grey, grey - self.contrast)
-        offset = self.contrast + random(_INK) * headroom.clamp(min=0)
+        offset = self.contrast + self.random(index, _INK) * headroom.clamp(min=0)
         target = grey + torch.where(grey < 0.5, offset, -offset)
-        hue = random(_HUE, 3, low=-0.25, high=0.25)
+        hue = self.random(index, _HUE, 3, low=-0.25, high=0.25)
         colour = (target[:, None] + hue - hue.mean(1, keepdim=True)).clamp(0, 1)
         image = ink * colour[:, :, None, None] + (1 - ink) * background
         if self.noise:
             pixels = torch.arange(image[0].numel()).view(image[0].shape)
             image = image + self.noise * normal(self.seed, _NOISE, index[:, None, None, None], pixels)
-        mask, label = ink[:, 0] > 0.5, labels[scan]
-        if self.label_maps:
-            label = torch.where(mask, label[:, None, None] + 1, 0).to(torch.uint8)
-        return {"image": (image.clamp(0, 1) * 255).round().to(torch.uint8), "label": label, "mask": mask}
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def draw_scans(scans: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor) -> Tensor:
+    """Enlarge scans [B, 8, 8] to [B, 1, 32, 32], rotated, zoomed and shifted.
+
+    Args:
+        scans: values in [0, 1].
+        angle: [B], in radians.
+        zoom: [B]; the size of the image in units of the size of the scan.
+        shift: [B, 2], x and y, in units of half an image.
+    """
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, [len(scans), 1, _SIDE, _SIDE], align_corners=False)
+    return F.grid_sample(scans.unsqueeze(1), grid, mode="bicubic", align_corners=False).clamp(0, 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,32 +24,43 @@ from .listing import LeftOut, image_files
 
 __all__ = ["ImagePool", "SampleIndex", "select_samples"]
 
-VERSION = 1  # of the format of the files
+VERSION = 2  # of the format of the files
+NOISIEST = 100  # number of noisiest images whose positions are stored
 
 
 class ImagePool(Dataset):
-    """The image files of a folder, at any depth, as a dataset of images [3, size, size] uint8.
+    """The image files of a folder, at any depth, as a dataset of images [C, size, size] uint8.
 
-    The centre square of each image is resized (:class:`ImageFolder` does the same).
+    The centre square of each image is resized (:class:`ImageFolder` does the same). Several images
+    are read by several threads.
 
     Args:
         root: the folder.
         size: height and width of the images.
+        mode: "RGB", or "L" for grey images with one channel.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the folder contains no image; or, when an image is read, it is damaged.
     """
 
-    def __init__(self, root: str | os.PathLike, size: int = 32):
-        self.root, self.size = Path(root), size
+    def __init__(self, root: str | os.PathLike, size: int = 32, mode: Literal["RGB", "L"] = "RGB"):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be an integer >= 1, got {size!r}")
+        if mode not in ("RGB", "L"):
+            raise ValueError(f'mode must be "RGB" or "L", got {mode!r}')
+        self.root, self.size, self.mode = Path(root), size, mode
         self.files = image_files(self.root, LeftOut(self.root))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
-        return read_image(self.files[i], self.size)
+        return read_image(self.files[i], self.size, self.mode)
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # the decoders release the GIL
+            return list(threads.map(self.__getitem__, indices))
 
 
 class SampleIndex(NamedTuple):
@@ -58,6 +70,9 @@ class SampleIndex(NamedTuple):
     values: Tensor  # [n] float32, their noise values
     labels: Tensor  # [n] int64, the teacher's most probable classes
     provenance: dict[str, Any]  # teacher, pool, pool_size, count, size, mean, std, batch_size
+    noisiest: Tensor  # [min(100, pool size)] int64, positions of the noisiest images, the noisiest first
+    noisiest_values: Tensor  # float32, their noise values
+    class_counts: Tensor  # [K] int64, the number of images of the pool by the teacher's most probable class
 
     @staticmethod
     def load(path: str | os.PathLike) -> SampleIndex:
@@ -70,8 +85,7 @@ class SampleIndex(NamedTuple):
         stored = _read(path)
         if "selected" not in stored:
             raise ValueError(f"{os.fspath(path)!r} is not a complete index file of select_samples")
-        indices, values, labels = stored["selected"]
-        return SampleIndex(indices, values, labels, stored["provenance"])
+        return SampleIndex(*stored["selected"], stored["provenance"], *stored["noisiest"], stored["class_counts"])
 
     def check(self, *, teacher: nn.Module | None = None, pool: Any = None, count: int | None = None) -> None:
         """Check that the index belongs to a teacher and a pool.
@@ -117,7 +131,8 @@ def select_samples(
     The teacher, in eval mode, computes the noise value (:func:`kdkernels.nn.noise_value`) of each
     image in one pass over the pool. The ``count`` smallest over the whole pool are selected exactly
     (Chen et al., CVPR 2021); of equal values, the one that comes first in the pool. The memory
-    depends on ``count`` and ``batch_size``, and grows by a hash for each batch of the pool.
+    depends on ``count`` and ``batch_size``, and grows by a hash for each batch of the pool. While
+    the teacher computes, a thread reads the next batch.
 
     In several processes (``torch.distributed``), each process scores a part of the pool, and the
     result is that of one process. A run that was killed is continued: each process stores its state
@@ -127,8 +142,10 @@ def select_samples(
     Args:
         teacher: maps images [B, C, H, W] to logits [B, K].
         pool: a map-style dataset of images, of (image, label) or of dicts with ``image``; labels
-            are not used. Images are tensors, arrays or PIL images (:class:`FromDatasets`). For a
-            folder of files: :class:`ImagePool`.
+            are not used. Images are tensors, arrays or PIL images (:class:`FromDatasets`), and the
+            same whenever they are read. If the dataset has the method ``__getitems__`` (a list of
+            positions; as for torch's DataLoader), it is used. For a folder of files:
+            :class:`ImagePool`.
         count: number of images to select.
         path: the index file.
         size: height and width to which the images are resized (bilinear, antialiased). ``None``:
@@ -144,8 +161,9 @@ def select_samples(
             and the number of images of the pool.
 
     Returns:
-        The selected samples, the least noisy one first. The file contains them too, with the hashes
-        of the teacher and of the pool.
+        The selected samples, the least noisy one first, the positions of the noisiest images, and
+        the number of images of each class. The file contains them too, with the hashes of the
+        teacher and of the pool.
 
     Raises:
         ValueError: the pool has fewer than ``count`` images; the file or a stored state is from
@@ -185,10 +203,9 @@ def select_samples(
     was_training = teacher.training
     teacher.to(where).eval()
     try:
-        for chunk in state.remaining():
-            images = _images(pool, chunk, batch_size, size)
+        for chunk, images, digest in _prefetched(state.remaining(), pool, batch_size, size):
             logits = _logits(teacher, images, mean, std, where, parameter.dtype)
-            state.add(chunk, _hash(images), noise_value(logits).float().cpu(), logits.argmax(1).cpu())
+            state.add(chunk, digest, noise_value(logits).float().cpu(), logits.argmax(1).cpu(), logits.shape[1])
             if on_progress is not None:
                 on_progress(state.scored, total)
             if (chunk // world + 1) % save_every == 0:
@@ -215,7 +232,9 @@ class _Part:
         self.path, self.provenance, self.rank, self.world = path, provenance, rank, world
         self.count, self.batch_size, self.total = provenance["count"], provenance["batch_size"], provenance["pool_size"]
         self.chunks: list[str] = []  # hashes of the batches rank, rank + world, ...
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # values, indices and labels
+        self.kept: list[Scores] = []
+        self.noisiest: list[Scores] = []
+        self.class_counts = torch.zeros(0, dtype=torch.int64)
         self.buffered = 0
 
     @property
@@ -234,12 +253,16 @@ class _Part:
     def remaining(self) -> Iterator[int]:
         yield from self._all_chunks()[len(self.chunks) :]
 
-    def add(self, chunk: int, digest: str, values: Tensor, labels: Tensor) -> None:
+    def add(self, chunk: int, digest: str, values: Tensor, labels: Tensor, classes: int) -> None:
         self.chunks.append(digest)
         indices = torch.arange(chunk * self.batch_size, chunk * self.batch_size + len(values))
         # NaN is larger than all numbers, so that it is selected last.
-        self.kept.append((values.nan_to_num(nan=torch.inf), indices, labels))
+        scores = (values.nan_to_num(nan=torch.inf), indices, labels)
+        self.kept.append(scores)
         self.buffered += len(values)
+        self.noisiest = [largest([*self.noisiest, scores], NOISIEST)]
+        counts = labels.bincount(minlength=classes)
+        self.class_counts = counts if not len(self.class_counts) else self.class_counts + counts
         if self.buffered >= 2 * self.count + self.batch_size:
             self._cut()
 
@@ -250,14 +273,18 @@ class _Part:
     def save(self) -> None:
         if self.kept:
             self._cut()
+        state = {"provenance": self.provenance, "chunks": self.chunks, "class_counts": self.class_counts}
+        state |= {"kept": [list(x) for x in self.kept], "noisiest": [list(x) for x in self.noisiest]}
         with replaced_atomically(self.path) as temporary:
-            torch.save({"provenance": self.provenance, "chunks": self.chunks, "kept": [list(x) for x in self.kept]}, temporary)
+            torch.save(state, temporary)
 
     def load(self) -> None:
         stored = _read(self.path)
         _check_same(f"the stored state {os.fspath(self.path)!r}", stored["provenance"], self.provenance)
         self.chunks = list(stored["chunks"])
         self.kept = [(values, indices, labels) for values, indices, labels in stored["kept"]]
+        self.noisiest = [(values, indices, labels) for values, indices, labels in stored["noisiest"]]
+        self.class_counts = stored["class_counts"]
         self.buffered = sum(len(values) for values, _, _ in self.kept)
 
     def resume(self, pool: Any, size: tuple[int, int] | None) -> None:
@@ -271,37 +298,85 @@ class _Part:
                 raise ValueError(f"the stored state {os.fspath(self.path)!r} is from another pool: remove it, or give another path")
 
 
-def smallest(parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
+Scores = tuple[Tensor, Tensor, Tensor]  # values, indices and labels
+
+
+def smallest(parts: Sequence[Scores], count: int, sign: int = 1) -> Scores:
     """Return the ``count`` entries with the smallest values; of equal values those of the smallest
     index. They are sorted.
     """
     values, indices, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    order = torch.from_numpy(np.lexsort((indices.numpy(), values.numpy()))[:count])
+    order = torch.from_numpy(np.lexsort((indices.numpy(), sign * values.numpy()))[:count])
     return values[order], indices[order], labels[order]
+
+
+def largest(parts: Sequence[Scores], count: int) -> Scores:
+    """Return the ``count`` entries with the largest values, as :func:`smallest`."""
+    return smallest(parts, count, -1)
 
 
 def _write_index(path: Path, provenance: dict, parts: list[_Part]) -> None:
     values, indices, labels = smallest([entry for part in parts for entry in part.kept], provenance["count"])
     chunks = [parts[c % len(parts)].chunks[c // len(parts)] for c in range(parts[0].num_chunks)]
     pool = hashlib.sha256("".join(chunks).encode()).hexdigest()
+    noisiest, positions, _ = largest([entry for part in parts for entry in part.noisiest], NOISIEST)
+    index = {
+        "provenance": provenance | {"pool": pool, "chunks": chunks},
+        "selected": [indices, values, labels],
+        "noisiest": [positions, noisiest],
+        "class_counts": cast(Tensor, sum(part.class_counts for part in parts if len(part.class_counts))),
+    }
     with replaced_atomically(path) as temporary:
-        torch.save({"provenance": provenance | {"pool": pool, "chunks": chunks}, "selected": [indices, values, labels]}, temporary)
+        torch.save(index, temporary)
+
+
+def _prefetched(chunks: Iterator[int], pool: Any, batch_size: int, size: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, str]]:
+    """Yield the number, the images and the hash of each batch. A thread reads one batch ahead."""
+
+    def read(chunk: int) -> tuple[int, Tensor, str]:
+        images = _images(pool, chunk, batch_size, size)
+        return chunk, images, _hash(images)
+
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for chunk in chunks:
+            current, following = following, thread.submit(read, chunk)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def _images(pool: Any, chunk: int, batch_size: int, size: tuple[int, int] | None) -> Tensor:
     """Return a batch of the pool, [B, C, H, W], uint8 or float32."""
     first = chunk * batch_size
+    return images_of(pool, list(range(first, min(first + batch_size, len(pool)))), size)
+
+
+def images_of(pool: Any, indices: list[int], size: tuple[int, int] | None) -> Tensor:
+    """Return images of a pool [B, C, H, W], resized to ``size`` if it is given.
+
+    Raises:
+        TypeError, ValueError: an item is no image, or the shapes or dtypes differ.
+    """
+    items = pool.__getitems__(indices) if hasattr(pool, "__getitems__") else [pool[i] for i in indices]
     images = []
-    for i in range(first, min(first + batch_size, len(pool))):
-        item = pool[i]
-        item = item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (tuple, list)) else item
+    for i, item in zip(indices, items, strict=True):
+        if isinstance(item, dict):
+            item = item.get("image")
+        elif isinstance(item, (tuple, list)) and item:
+            item = item[0]
         image = as_pixels(item, f"image {i} of the pool")
         if size is not None and tuple(image.shape[1:]) != size:
             image = _resized(image, size)
         images.append(image)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise ValueError(f"the images of the pool must have one shape, or size must be given, got {sorted(shapes)}")
+        advice = " or size must be given," if len({shape[0] for shape in shapes}) == 1 else ""
+        raise ValueError(f"the images of the pool must have one shape,{advice} got {sorted(shapes)}")
+    dtypes = {str(image.dtype) for image in images}
+    if len(dtypes) > 1:
+        raise ValueError(f"the images of the pool must have one dtype, because it determines the value of white, got {sorted(dtypes)}")
     return torch.stack(images)
 
 

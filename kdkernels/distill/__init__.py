@@ -7,6 +7,7 @@ from .at import AttentionTransfer, GradientAttentionTransfer, gradient_attention
 from .base import Distiller
 from .byot import BYOT
 from .deep_supervision import DeepSupervision
+from .dfnd import DFND
 from .dml import DML
 from .dual_net import DualNet
 from .exit_network import ExitNetwork, exit_network
@@ -24,6 +25,7 @@ from .teacher_cache import TeacherCache
 
 __all__ = [
     "BYOT",
+    "DFND",
     "DML",
     "FFL",
     "FRSKD",

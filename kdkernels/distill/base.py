@@ -23,7 +23,7 @@ from .batch import as_batch
 from .checks import TeacherAccuracy, TrainerCheck, total_steps
 from .engine import OutputCheck
 from .network_checks import check_networks, check_not_shared, check_sizes
-from .optimization import check_resumed, default_optimizer, warm_up_and_decay
+from .optimization import check_resumed, default_optimizer, optimizer_name, warm_up_and_decay
 from .teacher_cache import TeacherCache
 from .teachers import checked_teachers, weights_by_teacher
 
@@ -170,6 +170,17 @@ class Distiller(L.LightningModule):
     def optimized_parameters(self) -> Iterable[nn.Parameter] | list[dict]:
         """Return the parameters of :meth:`trained_modules` for the optimizer, or groups of them."""
         return (p for module in self.trained_modules().values() for p in module.parameters())
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.optimized_parameters())
+
+    def restore_modules(self, image_shape: list[int], weights: dict[str, Tensor]) -> None:
+        """Construct the trained modules besides the student, and load them from a checkpoint.
+
+        Args:
+            image_shape: [C, H, W] of the run.
+            weights: the state dict of the checkpoint.
+        """
 
     # For subclasses: methods to override, then methods to call.
 
@@ -458,7 +469,7 @@ class Distiller(L.LightningModule):
         return self.make_scheduler is None and type(self).configure_optimizers is Distiller.configure_optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.optimized_parameters())
+        optimizer = self.new_optimizer()
         if self.make_scheduler is not None:
             schedule = self.make_scheduler(optimizer)
             self._check_resumed(optimizer, schedule)
@@ -497,5 +508,5 @@ class Distiller(L.LightningModule):
             self._check_resumed(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def _check_resumed(self, optimizer: torch.optim.Optimizer, schedule: object) -> None:
-        self._optimizer_and_schedule = [type(x).__name__ for x in (getattr(optimizer, "optimizer", optimizer), schedule)]
+        self._optimizer_and_schedule = [optimizer_name(optimizer), type(schedule).__name__]
         check_resumed(self._optimizer_and_schedule, optimizer, *self._resumed)

@@ -1,9 +1,12 @@
-"""The default optimizer and learning rate, and a check that a resumed run keeps its optimizer."""
+"""The default optimizer and learning rate, two optimizers that step together, and a check that a
+resumed run keeps its optimizer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +22,53 @@ def warm_up_and_decay(progress: float) -> float:
     if progress < 0.2:
         return 1 - 0.96 * (0.5 + 0.5 * math.cos(math.pi * progress / 0.2))
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8))
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Two optimizers as one: schedules change the options of the first only.
+
+    Lightning's automatic optimization, gradient scaling and gradient clipping, and the checkpoints
+    of torch see one optimizer with the parameter groups and the state of both.
+
+    Args:
+        scheduled: its learning rate and other options may be changed by a schedule.
+        constant: keeps its options; for other parameters than ``scheduled``.
+    """
+
+    def __init__(self, scheduled: torch.optim.Optimizer, constant: torch.optim.Optimizer):
+        self.scheduled, self.constant = scheduled, constant
+        self.constant_options = [{name: value for name, value in group.items() if name != "params"} for group in constant.param_groups]
+        super().__init__([*scheduled.param_groups, *constant.param_groups], scheduled.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the optimizers work on the parameter groups and the state of this one."""
+        self.restore_constant()
+        count = len(self.scheduled.param_groups)
+        for optimizer, groups in ((self.scheduled, self.param_groups[:count]), (self.constant, self.param_groups[count:])):
+            optimizer.__setstate__({"state": self.state, "param_groups": groups})
+
+    def restore_constant(self) -> None:
+        for group, options in zip(self.param_groups[len(self.scheduled.param_groups) :], self.constant_options, strict=True):
+            group.update(options)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.restore_constant()
+        loss = self.scheduled.step(closure)
+        self.constant.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class name, or those of the two optimizers of a :class:`JointOptimizer`."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # LightningOptimizer wraps one
+    if isinstance(optimizer, JointOptimizer):
+        return f"{optimizer_name(optimizer.scheduled)} with {optimizer_name(optimizer.constant)}"
+    return type(optimizer).__name__
 
 
 def check_resumed(used: list[str], optimizer: torch.optim.Optimizer, previous: list[str] | None, states: list | None) -> None:

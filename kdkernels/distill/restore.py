@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import cast
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
-from torch import nn
 
 from ..models.weights import describe, load_weights, read_weights
 from .base import Distiller
 from .engine import silence_lightning
-from .self_distiller import SelfDistiller
 
 __all__ = ["instantiate", "restore"]
 
@@ -31,12 +28,7 @@ def restore(ckpt: str | os.PathLike) -> tuple[Distiller, L.LightningDataModule]:
         raise ValueError(f"{os.fspath(ckpt)!r} does not contain the config of its run: give a checkpoint that `kdkernels fit` wrote")
     method, data = instantiate(config)
     load_weights(method.student, ckpt)
-    if isinstance(method, SelfDistiller):
-        method.build_branches(description["image_shape"])
-        stored = read_weights(ckpt)
-        cast(nn.Module, method.branches).load_state_dict(
-            {name.removeprefix("branches."): value for name, value in stored.items() if name.startswith("branches.")}
-        )
+    method.restore_modules(description["image_shape"], read_weights(ckpt))
     data.setup("validate")
     return method, data
 

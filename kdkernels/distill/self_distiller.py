@@ -108,6 +108,12 @@ class SelfDistiller(Distiller):
             raise ValueError(f"{type(self).__name__} needs image_shape=[C, H, W], because the data do not give it")
         self.build_branches(shape)
 
+    def restore_modules(self, image_shape: list[int], weights: dict[str, Tensor]) -> None:
+        self.build_branches(image_shape)
+        cast(nn.Module, self.branches).load_state_dict(
+            {name.removeprefix("branches."): value for name, value in weights.items() if name.startswith("branches.")}
+        )
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
         shape = checkpoint.get(CHECKPOINT_KEY, {}).get("image_shape")

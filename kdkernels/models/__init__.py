@@ -17,6 +17,7 @@ from .resnet import (
     resnet56,
     resnet110,
 )
+from .resnet_four_stages import FourStageResNet, resnet18, resnet34
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenet_v1, shufflenet_v2
 from .sskd import (
     MobileNet,
@@ -40,6 +41,7 @@ from .wrn import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 # The usual taps of each family, from the first to the last layer. Their shapes: docs/models.md.
 TAPS: dict[type, tuple[str, ...]] = {
     ResNet: ("relu", "layer1", "layer2", "layer3"),
+    FourStageResNet: ("relu", "layer1", "layer2", "layer3", "layer4"),
     WideResNet: ("conv1", "block1", "block2", "block3"),
     VGG: ("relu0", "relu1", "relu2", "relu3", "relu4"),
     MobileNetV2: ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
@@ -60,6 +62,7 @@ __all__ = [
     "ENet",
     "Exits",
     "FeatureTaps",
+    "FourStageResNet",
     "FusionModule",
     "Gate",
     "MobileNet",
@@ -81,9 +84,11 @@ __all__ = [
     "resnet8",
     "resnet8x4",
     "resnet14",
+    "resnet18",
     "resnet20",
     "resnet32",
     "resnet32x4",
+    "resnet34",
     "resnet44",
     "resnet56",
     "resnet110",

@@ -18,6 +18,16 @@ def subplots(rows: int = 1, columns: int = 1, **options):
     return plt.subplots(rows, columns, layout="constrained", **options)
 
 
+def new_figure(**options):
+    """Return an empty figure with a constrained layout, without using a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.figure(layout="constrained", **options)
+
+
 def close(figure) -> None:
     """Free a figure: pyplot keeps each figure until it is closed."""
     import matplotlib.pyplot as plt
