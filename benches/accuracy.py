@@ -124,6 +124,7 @@ METHODS |= {
 METHODS |= {
     "KD, no labels": (6, "wide", lambda s, t: KD(s, t, gamma=0.0, alpha=1.0)),
     "DFND": (6, "wide", lambda s, t: DFND(s, t)),
+    "DFND, diagonal = 0.5": (6, "wide", lambda s, t: DFND(s, t, diagonal=0.5)),
     "DFND, no Q": (6, "wide", lambda s, t: DFND(s, t, diagonal=None)),
     "DFND, random images": (6, "wide", lambda s, t: DFND(s, t)),
     "DFND, random images, no Q": (6, "wide", lambda s, t: DFND(s, t, diagonal=None)),

@@ -1,11 +1,10 @@
-"""DFND: the trainer, its two optimizers, the data of selected images, the wild pool and the plot."""
+"""DFND: the trainer, its optimizers, the data of selected images, the wild pool and the plot."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 pytest.importorskip("lightning")
 import lightning as L
@@ -319,7 +318,7 @@ def test_wild_pool_has_the_stated_kinds():
 
 
 def test_true_labels_are_those_of_the_digits():
-    """A weak classifier of ClutterDigits recognises more of the whole digits than by chance, 0.1."""
+    """A weak classifier of ClutterDigits recognises more of the whole digits than by chance."""
     torch.manual_seed(0)
     data = ClutterDigits(train_size=2000, val_size=100, test_size=100)
     method = Supervised(TinyCNN(16))
@@ -329,7 +328,7 @@ def test_true_labels_are_those_of_the_digits():
     whole = torch.tensor([kind == "digit" for kind in pool.kinds(index)])
     with torch.no_grad():
         predicted = method.eval()(data.normalize(torch.stack(pool.__getitems__(index.tolist())))).argmax(1)
-    assert (predicted == pool.true_labels(index))[whole].float().mean() > 0.2  # by chance, its standard deviation is 0.022
+    assert (predicted == pool.true_labels(index))[whole].float().mean() > 0.2  # by chance, 0.1 with a standard deviation of 0.022
 
 
 # The command line and the plot.
@@ -394,5 +393,3 @@ def test_plot_of_another_run_raises(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be a run of DFND, got Supervised"):
         plot_dfnd("runs/last/last.ckpt", "a.png")
     assert not (tmp_path / "a.png").exists()
-
-

@@ -18,6 +18,7 @@ LAYERS = [
     {"nn"},
     {"kdkernels"},
     {"models", "data"},
+    {"analysis"},
     {"tasks"},
     {"distill"},
     {"plots"},

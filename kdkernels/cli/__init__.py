@@ -16,6 +16,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   export                   write the student of a checkpoint: kdkernels export --ckpt best.ckpt --out student.onnx
   predict                  classify a folder of images: kdkernels predict --model student.onnx --images photos --out classes.csv
   plot attention           plot images and their attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
+  plot dfnd                plot the images that a run of DFND selected, its matrix Q, and the shares of the classes
   plot dfv                 plot singular values, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   plot exits               plot accuracy against computation of a network with exits, and print the table
   plot lanes               plot predicted and labelled lanes, and the attention maps of each layer: --ckpt a.ckpt b.ckpt

@@ -1,0 +1,33 @@
+"""Analyses of trained networks: which parts of an image they use, and how they learned to."""
+
+from .concepts import (
+    LearningSpeed,
+    OptimizationStability,
+    VisualConcepts,
+    block_mask,
+    bootstrap_interval,
+    learning_speed,
+    optimization_stability,
+    suitable_images,
+    visual_concepts,
+    weight_distance,
+)
+from .pixel_entropy import PixelEntropy, pixel_entropy
+from .recorder import KnowledgeRecord, KnowledgeRecorder
+
+__all__ = [
+    "KnowledgeRecord",
+    "KnowledgeRecorder",
+    "LearningSpeed",
+    "OptimizationStability",
+    "PixelEntropy",
+    "VisualConcepts",
+    "block_mask",
+    "bootstrap_interval",
+    "learning_speed",
+    "optimization_stability",
+    "pixel_entropy",
+    "suitable_images",
+    "visual_concepts",
+    "weight_distance",
+]
