@@ -151,6 +151,7 @@ def data_for(name: str, seed: int, teacher: torch.nn.Module | None, folder: Path
     if "random" in name:
         chosen = torch.randperm(len(POOL), generator=torch.Generator().manual_seed(seed))[:SELECTED].tolist()
         return SelectedImages(torch.utils.data.Subset(POOL, chosen), images)
+    assert teacher is not None
     index = folder / f"index_{seed}.pt"
     select_samples(teacher, POOL, SELECTED, index, mean=images.mean, std=images.std)
     return SelectedImages(POOL, images, index)

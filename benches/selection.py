@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/selection.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    teacher, pool = TinyCNN(32).to(memory_format=torch.channels_last), ShiftedImages(options.images)
+    teacher, pool = TinyCNN(32), ShiftedImages(options.images)
+    cast(Any, teacher).to(memory_format=torch.channels_last)
     memory: dict[str, float] = {}
     start = time.perf_counter()
 

@@ -1,18 +1,23 @@
 """DFND: the trainer, its optimizers, the data of selected images, the wild pool and the plot."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 pytest.importorskip("lightning")
 import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_runs import IMAGES, Small, data_of, fit, loader_of
 
 from kdkernels.cli import main
 from kdkernels.data import Augment, ClutterDigits, FromDatasets, SampleIndex, SegmentedClutterDigits, SelectedImages, WildDigits, select_samples
-from kdkernels.distill import DFND, KD, Supervised
+from kdkernels.distill import DFND, DML, KD, Supervised, TeacherCache
 from kdkernels.distill.engine import checkpoints
 from kdkernels.distill.optimization import JointOptimizer
 from kdkernels.distill.restore import restore
@@ -204,6 +209,74 @@ def test_number_of_classes_is_checked_before_training():
     trainer.fit(_dfnd(num_classes=3), *loaders)
 
 
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_the_optimizer_step_alike(copier):
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    optimizer = JointOptimizer(torch.optim.SGD(parameters[:1], lr=0.1, momentum=0.9), torch.optim.Adam(parameters[1:], lr=0.01))
+
+    def step(o):
+        for p in (p for group in o.param_groups for p in group["params"]):
+            p.grad = p.detach() * 2
+        o.step()
+        return [p.detach().clone() for group in o.param_groups for p in group["params"]]
+
+    step(optimizer)
+    copied = copier(optimizer)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(step(optimizer), step(copied), strict=True))
+    loaded = JointOptimizer(torch.optim.SGD(parameters[:1], lr=1.0, momentum=0.9), torch.optim.Adam(parameters[1:], lr=1.0))
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert loaded.scheduled.state is loaded.constant.state is loaded.state
+    assert loaded.scheduled.param_groups[0] is loaded.param_groups[0]
+
+
+def test_weight_averaging():
+    """The callback copies the method before training; the modules must exist then."""
+    data = ClutterDigits(train_size=8, val_size=8, test_size=8, batch_size=4)
+    method = DFND(TinyCNN(4), TinyCNN(6))
+    fit(method, data, callbacks=[EMAWeightAveraging()])
+    assert method.noise.weight.isfinite().all()
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging copies the method before .*: give image_shape to DML"):
+        fit(DML(Small(), [Small()]), FromDatasets(IMAGES, IMAGES, num_classes=3, batch_size=4), callbacks=[EMAWeightAveraging()])
+    fit(DML(Small(), [Small()], image_shape=[3, 8, 8]), data_of(), callbacks=[EMAWeightAveraging()])
+
+
+@pytest.mark.parametrize("make", [lambda: _dfnd(), lambda: DML(Small(), [Small()])], ids=["DFND", "DML"])
+def test_fsdp_resumes(make, tmp_path):
+    def run(epochs, **options):
+        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = L.Trainer(max_epochs=epochs, strategy=strategy, **flags)
+        trainer.fit(make(), data_of(), **options)
+        trainer.save_checkpoint(tmp_path / "f.ckpt")
+        return trainer
+
+    try:
+        run(1)
+        assert run(2, ckpt_path=tmp_path / "f.ckpt").global_step == 6
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_checkpoints_of_other_options_raise(tmp_path):
+    def save(method):
+        trainer = fit(method, data_of())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def resume(method):
+        L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(
+            method, data_of(), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+    save(_dfnd())
+    with pytest.raises(ValueError, match="the checkpoint has a noise adaptation matrix, but this method has diagonal=None"):
+        resume(_dfnd(diagonal=None))
+    save(KD(Small(), _teacher()))
+    with pytest.raises(ValueError, match="the checkpoint has no noise adaptation matrix"):
+        resume(_dfnd())
+
+
 # The data of selected images.
 
 
@@ -212,7 +285,7 @@ def _original(**options):
 
 
 def test_training_images_are_the_selected_ones(tmp_path):
-    index = select_samples(_teacher(), POOL, 9, tmp_path / "i.pt")
+    index = select_samples(_teacher(), POOL, 9, tmp_path / "i.pt", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     for memory in (2.0, 0.0):
         data = SelectedImages(POOL, _original(), tmp_path / "i.pt", batch_size=9, max_memory=memory)
         data.setup()
@@ -259,7 +332,10 @@ def test_selection_is_made_when_training_begins(tmp_path):
 
 def test_wrong_data_raise(tmp_path):
     path = tmp_path / "i.pt"
-    select_samples(_teacher(), POOL, 9, path)
+    normalization = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    select_samples(_teacher(), POOL, 9, path, **normalization)
+    select_samples(_teacher(), POOL, 9, tmp_path / "other_mean.pt")
+    select_samples(_teacher(), POOL, 9, tmp_path / "other_size.pt", size=7, **normalization)
     torch.manual_seed(1)
     cases = (
         (lambda: fit(DFND(Small(), Small(6)), SelectedImages(POOL, _original(), path, batch_size=3)), "another teacher"),
@@ -268,7 +344,12 @@ def test_wrong_data_raise(tmp_path):
         (lambda: SelectedImages(POOL, _original(), path, count=8).setup(), r"another count \(count 9, now 8\)"),
         (lambda: SelectedImages(POOL, _original(), tmp_path / "none.pt").setup(), r"index: there is no file .*none\.pt': make it with"),
         (lambda: SelectedImages(POOL, _original(), tmp_path / "none.pt", count=5).setup(), "index: there is no file"),
-        (lambda: fit(_dfnd(), SelectedImages(POOL, _original(), tmp_path / "k.pt", count=31)), "at most the number of images of the pool, 30"),
+        (lambda: SelectedImages(POOL, _original(), tmp_path / "other_mean.pt").setup(), r"other_mean\.pt' was made with another mean"),
+        (lambda: SelectedImages(POOL, _original(), tmp_path / "other_size.pt").setup(), r"made with images of size \[7, 7\]"),
+        (lambda: SelectedImages(POOL, _original(), tmp_path / "k.pt", count=31), "at most the number of images of the pool, 30"),
+        (lambda: SelectedImages(POOL, _original(), tmp_path / "k.pt", count=0), "count must be at least 1"),
+        (lambda: SelectedImages(POOL, _original(), select_batch_size=0), "select_batch_size must be at least 1"),
+        (lambda: SelectedImages(POOL, _original(), max_memory="3"), "max_memory must be a number >= 0"),
         (lambda: SelectedImages(POOL, _original(), count=5), "count needs index"),
         (lambda: SelectedImages([], _original()), "pool must not be empty"),
         (lambda: SelectedImages(iter(POOL), _original()), "pool must be a map-style dataset"),
@@ -279,7 +360,45 @@ def test_wrong_data_raise(tmp_path):
     for call, message in cases:
         with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
             call()
-    assert {p.name for p in tmp_path.iterdir()} == {"i.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"i.pt", "other_mean.pt", "other_size.pt"}
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (lambda: DFND(Small(), Small(6), diagonal=[0.9, 0.8]), {}, "diagonal gives 2 classes, but the teacher"),
+        (lambda: DFND(Small(), TinyCNN(4, num_classes=5)), {}, r"the data have 3 classes, but the teacher \(TinyCNN\) has 5"),
+        (lambda: DFND(TinyCNN(4, num_classes=5), Small()), {}, "the data have 3 classes, but the student"),
+        (lambda: DFND(Small(), Small()), {"num_classes": None}, "DFND needs num_classes"),
+    ],
+)
+def test_networks_are_checked_before_the_selection(make, data, message, tmp_path):
+    selected = SelectedImages(POOL, FromDatasets(IMAGES, IMAGES, **{"num_classes": 3} | data), tmp_path / "i.pt", count=5)
+    with pytest.raises(ValueError, match=message):
+        fit(make(), selected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_second_run_in_one_process_uses_the_index(precision, tmp_path):
+    """Lightning casts the teacher in place."""
+    teacher = _teacher()
+    for _ in range(2):
+        fit(DFND(Small(), teacher), SelectedImages(POOL, _original(), tmp_path / "i.pt", count=9, batch_size=3), precision=precision)
+
+
+def test_the_original_training_images_are_not_needed():
+    data = SelectedImages(POOL, FromDatasets(None, IMAGES, num_classes=3), batch_size=10)
+    fit(_dfnd(), data)
+    assert data.image_shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="FromDatasets has no split 'train'"):
+        fit(_dfnd(), FromDatasets(None, IMAGES, num_classes=3))
+
+
+def test_teacher_cache_of_selected_images(tmp_path):
+    data = SelectedImages(POOL, _original(), tmp_path / "i.pt", count=9, batch_size=3)
+    fit(_dfnd(teacher_cache=TeacherCache(tmp_path / "cache")), data, max_epochs=2)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_other_methods_train_on_selected_images():
@@ -343,7 +462,7 @@ model:
 data:
   class_path: kdkernels.data.SelectedImages
   init_args:
-    pool: {class_path: kdkernels.data.WildDigits, init_args: {size: 60}}
+    pool: {class_path: kdkernels.data.WildDigits, init_args: {count: 60}}
     data: {class_path: kdkernels.data.ClutterDigits, init_args: {train_size: 8, val_size: 20, test_size: 8}}
     index: runs/index.pt
     count: 20

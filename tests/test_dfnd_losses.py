@@ -135,3 +135,40 @@ def test_teacher_receives_no_gradient():
 def test_invalid_arguments_raise(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_noise_value_of_logits_that_are_not_finite():
+    """The softmax is not defined if a logit is NaN or +inf; -inf is a probability of 0."""
+    inf, nan = torch.inf, torch.nan
+    values = noise_value(torch.tensor([[inf, 0.0, 0.0], [nan, 0.0, 0.0], [-inf, -inf, -inf], [inf, inf, 0.0], [0.0, nan, 1.0], [-inf, 0.0, 0.0]]))
+    assert values[:5].isnan().all()
+    assert values[5].item() == pytest.approx(math.log(2))
+    target = torch.tensor([[nan, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert dfnd_loss(torch.zeros(2, 3), target, alpha=0.0).isnan()
+    assert dfnd_loss(torch.zeros(2, 3), target, torch.zeros(3, 2), alpha=0.0).isnan()
+
+
+def test_label_that_no_class_can_have():
+    """Class 0 is never called 0, and class 1 is always called 1."""
+    weight, diagonal = torch.zeros(2, 1), torch.tensor([0.0, 1.0])
+    assert dfnd_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), weight, diagonal, alpha=0.0) == torch.inf
+    assert dfnd_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), weight, diagonal, alpha=0.0) == 0.0
+
+
+def test_module_takes_only_its_options():
+    for name, value in (("diagonal", 0.9), ("weight", None), ("reduction", "mean")):
+        with pytest.raises(TypeError, match=name):
+            DFNDLoss(**{name: value})
+
+
+def test_vmap_over_diagonals_and_compiled_loss():
+    z, t, weight = torch.randn(4, 3), torch.randn(4, 3), torch.randn(3, 2)
+    diagonals = torch.tensor([[0.9, 0.8, 0.7], [0.5, 0.5, 0.5]])
+    each = torch.stack([dfnd_loss(z, t, weight, d) for d in diagonals])
+    torch.testing.assert_close(torch.vmap(lambda d: dfnd_loss(z, t, weight, d))(diagonals), each)
+    torch._dynamo.reset()
+    for diagonal in (0.9, diagonals[0]):
+        compiled = torch.compile(lambda d: dfnd_loss(z, t, weight, d), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(diagonal), dfnd_loss(z, t, weight, diagonal))
+    with pytest.raises(ValueError, match=r"weight must have the shape \[3, 2\]"):
+        dfnd_loss(z, t, torch.tensor(1.0))

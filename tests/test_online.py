@@ -390,3 +390,39 @@ def test_invalid_options_raise_before_training():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FFL(_tiny(), [_tiny(6)], "block3", split="block3", image_shape=SHAPE), r"the layer 'block1' of TinyCNN differs .* \(6, 3, 3, 3\)"),
+        (lambda: ONE(_tiny(), [_tiny(), _tiny(6)], "block3", image_shape=SHAPE), "split needs networks of one architecture"),
+        (lambda: DML(_tiny(), [TinyCNN(4, num_classes=3, depth=2)], split="block3", image_shape=SHAPE), "split needs networks of one architecture"),
+        (lambda: DML(_tiny(), [_tiny(), "x"]), "peers must be a list of at least one nn.Module"),
+        (lambda: ONE(_tiny(), [_tiny()], None), "split must be the name of a layer, got None"),
+        (lambda: FFL(_tiny(), [_tiny()], None), "student_tap must be the name of a layer, got None"),
+        (lambda: DualNet(_tiny(), [_tiny()], None), "student_tap must be the name of a layer, got None"),
+        (lambda: FFL(_tiny(), [_tiny()], "block3", fusion_weight_decay=-1.0), "fusion_weight_decay must be a finite number >= 0"),
+        (lambda: FFL(_tiny(), [_tiny()], "block3", target_eps=-1.0), "target_eps must be a finite number >= 0"),
+    ],
+)
+def test_wrong_networks_and_options_raise(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_networks_that_share_tensors_raise():
+    student, peer = _tiny(), _tiny()
+    with pytest.raises(ValueError, match=r"student and peer 1 share .* but must be networks of their own"):
+        DML(student, [student])
+    with pytest.raises(ValueError, match="peer 1 and peer 2 share"):
+        DML(student, [peer, peer])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lbfgs(name):
+    """It has neither weight decay nor groups of parameters."""
+    method = METHODS[name](optimizer=lambda p: torch.optim.LBFGS(p, lr=0.01), scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
+    before = [p.detach().clone() for p in method.parameters()]
+    fit(method)
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))

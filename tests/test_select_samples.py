@@ -54,15 +54,32 @@ def test_equal_values_are_selected_in_the_order_of_the_pool(tmp_path):
     assert (values.tolist(), indices.tolist(), labels.tolist()) == ([1.0, 1.0], [3, 5], [9, 8])
 
 
-def test_values_that_are_not_numbers_come_last(tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_without_a_finite_prediction_are_not_selected(tmp_path, value):
+    """As of a teacher in float16 whose logits overflow."""
+
     class Broken(nn.Module):
         def forward(self, x):
-            return torch.where(x.mean((1, 2, 3), keepdim=False)[:, None] > 0.5, torch.nan, x[:, :, 0, 0])
+            logits = x[:, :, 0, 0].clone()
+            logits[:, 1] = torch.where(x.mean((1, 2, 3)) > 0.5, value, logits[:, 1])
+            return logits
 
-    index = select_samples(Broken(), POOL, 50, tmp_path / "i.pt")
-    broken = [i for i in range(50) if POOL[i].float().mean() / 255 > 0.5]
+    broken = {i for i in range(50) if POOL[i].float().mean() / 255 > 0.5}
     assert 0 < len(broken) < 50
-    assert set(index.indices.tolist()[-len(broken) :]) == set(broken)
+    index = select_samples(Broken(), POOL, 50 - len(broken), tmp_path / "i.pt")
+    assert set(index.indices.tolist()) == set(range(50)) - broken
+    assert set(index.noisiest[: len(broken)].tolist()) == broken
+    with pytest.raises(ValueError, match="logits are not finite for 1 of the images that would be selected"):
+        select_samples(Broken(), POOL, 51 - len(broken), tmp_path / "j.pt")
+    bright = [POOL[i] for i in sorted(broken)] * 2
+    with pytest.raises(ValueError, match=r"the teacher \(Broken\) returned logits that are not finite for all of the first 5 images"):
+        select_samples(Broken(), bright, 5, tmp_path / "k.pt", batch_size=5)
+    assert not list(tmp_path.glob("k.*"))
+
+
+def _same(a, b):
+    names = ("indices", "values", "labels", "noisiest", "noisiest_values", "class_counts")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 class Stop(Exception):
@@ -85,9 +102,8 @@ def test_interrupted_run_is_continued(tmp_path, stop):
     resumed = []
     parts = select_samples(_teacher(), POOL, 6, tmp_path / "parts.pt", batch_size=3, save_every=2, on_progress=lambda done, _: resumed.append(done))
     assert resumed[-1] == len(POOL)
-    assert resumed[0] == 3 + 6 * (max(0, len(runs) - 1) // 2)  # begins behind the stored batches
-    for a, b in zip(whole[:3], parts[:3], strict=True):
-        assert torch.equal(a, b)
+    assert resumed[0] == runs[-1] + 3  # all finished batches were stored
+    assert _same(whole, parts)
     assert whole.provenance == parts.provenance
 
 
@@ -117,7 +133,7 @@ def test_index_of_another_teacher_or_pool_raises(tmp_path):
     index.check(teacher=_teacher(), pool=POOL, count=5)
     for text in (b"", b"abc"):
         path.write_bytes(text)
-        with pytest.raises(ValueError, match=r"i\.pt' is not an index file"):
+        with pytest.raises(ValueError, match=r"i\.pt' is not a complete file of select_samples: remove it"):
             SampleIndex.load(path)
     with pytest.raises(FileNotFoundError):
         SampleIndex.load(tmp_path / "none.pt")
@@ -155,7 +171,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     one, two = select_samples(_teacher(), POOL, 7, tmp_path / "one.pt", batch_size=4), SampleIndex.load(tmp_path / "two.pt")
-    assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3], strict=True))
+    assert _same(one, two)
     assert one.provenance == two.provenance
     assert {p.name for p in tmp_path.iterdir()} == {"run.py", "one.pt", "two.pt"}
 
@@ -185,12 +201,86 @@ def test_normalization(tmp_path):
     torch.testing.assert_close(index.values, same.values, rtol=1e-4, atol=1e-6)
 
 
+FLOATS = [image.float() / 255 for image in POOL]
+
+
+@pytest.mark.parametrize(
+    ("pool", "options", "message"),
+    [
+        (POOL, {"batch_size": True}, "batch_size must be an integer >= 1, got True"),
+        (POOL, {"batch_size": "8"}, "batch_size must be an integer >= 1, got '8'"),
+        (POOL, {"save_every": 2.5}, r"save_every must be an integer >= 1, got 2\.5"),
+        *((POOL, {"size": size}, "size must be an integer >= 1, two of them") for size in (0, -1, True, 32.0, "32", (32,), (32, 32, 3))),
+        (POOL, {"mean": 0.5, "std": 0.5}, "mean must be a list of numbers, one for each channel, got 0.5"),
+        (POOL, {"mean": [0.5], "std": [0.5]}, "mean and std must have one number for each of the 3 channels of the pool"),
+        (POOL, {"mean": [0.5, 0.5], "std": [0.5]}, "mean and std must have one number for each channel"),
+        (POOL, {"mean": [0.5] * 3, "std": [0.0] * 3}, "std must be positive"),
+        ([image[:1] for image in POOL], {"mean": [0.5] * 3, "std": [0.5] * 3}, "each of the 1 channels of the pool"),
+        ([255 * image for image in FLOATS], {"mean": [0.5] * 3, "std": [0.5] * 3}, r"float images must lie in \[0, 1\] if mean is given"),
+        ([*POOL[:20], *(image[:, :2] for image in POOL[20:])], {}, "must have one dtype and one shape, or size must be given"),
+        ([*POOL[:20], *FLOATS[20:]], {}, "must have one dtype and one shape"),
+        ([*POOL[:15], *FLOATS[15:]], {}, "must have one dtype, because it determines the value of white"),
+        (iter(POOL), {}, "pool must be a map-style dataset"),
+        ([*POOL[:9], None, *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
+        ([*POOL[:9], {"x": 1}, *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
+        ([*POOL[:9], (), *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
+    ],
+)
+def test_wrong_options_and_pools_raise(pool, options, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        select_samples(_teacher(), pool, 5, tmp_path / "i.pt", **{"batch_size": 10} | options)
+    assert not list(tmp_path.glob("i.pt"))
+
+
+def test_place_that_cannot_be_written_raises_before_any_work(tmp_path):
+    reads = []
+
+    class Watched(list):
+        def __getitem__(self, i):
+            reads.append(i)
+            return super().__getitem__(i)
+
+    (tmp_path / "file").write_text("")
+    for path, error in ((tmp_path / "file" / "i.pt", OSError), (tmp_path, ValueError)):
+        with pytest.raises(error):
+            select_samples(_teacher(), Watched(POOL), 5, path)
+    assert not reads
+
+
+def test_teacher_and_integers_of_numpy(tmp_path):
+    teacher = _teacher().train()
+    layer = nn.Sequential(nn.BatchNorm2d(3), teacher)
+    layer[0].eval()
+    select_samples(layer, POOL, np.int64(5), tmp_path / "i.pt", batch_size=np.int32(7))
+    assert [module.training for module in layer] == [False, True]
+    images = [image.float().requires_grad_() for image in POOL]
+    select_samples(layer, images, 5, tmp_path / "j.pt")
+
+
+def test_changed_first_batch_of_an_interrupted_run_raises(tmp_path):
+    def interrupt(done, total):
+        if done >= 20:
+            raise Stop
+
+    with pytest.raises(Stop):
+        select_samples(_teacher(), POOL, 6, tmp_path / "i.pt", batch_size=5, on_progress=interrupt)
+    with pytest.raises(ValueError, match="is from another pool"):
+        select_samples(_teacher(), [POOL[1], *POOL[1:]], 6, tmp_path / "i.pt", batch_size=5)
+    (tmp_path / "i.pt.part-0-of-1").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"part-0-of-1' is not a complete file of select_samples: remove it"):
+        select_samples(_teacher(), POOL, 6, tmp_path / "i.pt", batch_size=5)
+    for stored in ({"provenance": 1}, {"provenance": {"version": 2}}, [1]):
+        torch.save(stored, tmp_path / "k.pt")
+        with pytest.raises(ValueError, match=r"k\.pt' is not a complete"):
+            SampleIndex.load(tmp_path / "k.pt")
+
+
 def test_invalid_arguments_raise_before_any_work(tmp_path):
     path = tmp_path / "i.pt"
     for call, message in (
         (lambda: select_samples(_teacher(), POOL, 0, path), "count must be an integer >= 1, got 0"),
         (lambda: select_samples(_teacher(), POOL, 51, path), "at most the number of images of the pool, 50, got 51"),
-        (lambda: select_samples(_teacher(), POOL, 5, path, batch_size=0), "batch_size and save_every must be at least 1"),
+        (lambda: select_samples(_teacher(), POOL, 5, path, batch_size=0), "batch_size must be an integer >= 1, got 0"),
         (lambda: select_samples(_teacher(), POOL, 5, path, mean=(0, 0, 0)), "mean and std must be given together"),
         (lambda: select_samples(nn.Conv2d(3, 2, 1), POOL, 5, path), r"must return logits \[B, K\]"),
         (lambda: select_samples(_teacher(), [*POOL[:9], "a"], 5, path), "image 9 of the pool must be a tensor"),

@@ -1,4 +1,4 @@
-"""Visual concepts: the blocks of an image whose information a layer keeps, and how they are learned.
+"""Visual concepts: the blocks of an image that a layer keeps, and how they are learned.
 
 X. Cheng, Z. Rao, Y. Chen, Q. Zhang. Explaining Knowledge Distillation by Quantifying the Knowledge.
 CVPR 2020. M is the number of checkpoints of a training, N that of images.
@@ -6,6 +6,7 @@ CVPR 2020. M is the number of checkpoints of a training, N that of images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -168,7 +169,7 @@ def weight_distance(weights: Sequence[Tensor]) -> Tensor:  # M + 1 tensors of on
     first = values[0].norm()
     if not first > 0:
         raise ValueError("the first of the weights must not be zero, because the distance is relative to its norm")
-    return torch.stack([(b - a).norm() for a, b in zip(values, values[1:], strict=False)]).cumsum(0) / first
+    return torch.stack([(b - a).norm() for a, b in itertools.pairwise(values)]).cumsum(0) / first
 
 
 def learning_speed(foreground: Tensor, distances: Tensor | Sequence[float]) -> LearningSpeed:
@@ -221,7 +222,8 @@ def optimization_stability(concepts: Tensor, mask: Tensor) -> OptimizationStabil
         kept, seen = ((blocks & part).sum((1, 2)).double() for blocks in (concepts[-1], concepts.any(0)))
         shares.append(kept / seen.clamp(min=1))
     by_image = torch.stack(shares)
-    return OptimizationStability(*by_image.mean(1).tolist(), by_image)
+    foreground_share, background_share, share = by_image.mean(1).tolist()
+    return OptimizationStability(foreground_share, background_share, share, by_image)
 
 
 def bootstrap_interval(values: Tensor, *, confidence: float = 0.95, samples: int = 10000, seed: int = 0) -> tuple[float, float]:

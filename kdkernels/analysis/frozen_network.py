@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,14 @@ class FrozenNetwork:
         pairs = self._pairs(image)
         folded = copy.deepcopy(self.original)
         for convolution, norm in pairs:
-            _replace(folded, convolution, fuse_conv_bn_eval(folded.get_submodule(convolution), folded.get_submodule(norm)))
+            _replace(
+                folded,
+                convolution,
+                fuse_conv_bn_eval(cast(nn.Conv2d, folded.get_submodule(convolution)), cast(nn.BatchNorm2d, folded.get_submodule(norm))),
+            )
             _replace(folded, norm, nn.Identity())
-        folded = folded.requires_grad_(False).to(memory_format=torch.channels_last)
+        folded.requires_grad_(False)
+        cast(Any, folded).to(memory_format=torch.channels_last)
         error = (self._output(folded, image) - expected).abs().max()
         return folded if bool(error <= TOLERANCE * expected.abs().max()) else self.original
 

@@ -51,7 +51,7 @@ class PixelEntropy(NamedTuple):
         """Write an ``.npz`` file, completely or not at all."""
         with replaced_atomically(path) as temporary, temporary.open("wb") as file:
             arrays = {name: cast(Tensor, getattr(self, name)).numpy() for name in _ARRAYS}
-            np.savez_compressed(file, provenance=json.dumps(self.provenance), **arrays)
+            cast(Any, np.savez_compressed)(file, provenance=json.dumps(self.provenance), **arrays)
 
     @staticmethod
     def load(path: str | os.PathLike) -> PixelEntropy:
@@ -66,7 +66,7 @@ class PixelEntropy(NamedTuple):
                 provenance = json.loads(str(stored["provenance"]))
                 if provenance["version"] != VERSION:
                     raise ValueError(f"its version is {provenance['version']}, expected {VERSION}")
-                return PixelEntropy(*(torch.from_numpy(stored[name]) for name in _ARRAYS), provenance)
+                return PixelEntropy(**{name: torch.from_numpy(stored[name]) for name in _ARRAYS}, provenance=provenance)
         except FileNotFoundError:
             raise
         except Exception as error:

@@ -25,9 +25,10 @@ class FromDatasets(ImageData):
     was resumed.
 
     Args:
-        train, val, test: the datasets; a config names them by import path.
-        num_classes: number of classes; by default the length of ``train.classes`` if the dataset
-            has this attribute, else unknown.
+        train, val, test: the datasets; a config names them by import path. ``train`` may be
+            ``None`` if there is no training, or for :class:`SelectedImages`.
+        num_classes: number of classes; by default the length of ``train.classes`` (or
+            ``val.classes`` without ``train``) if the dataset has this attribute, else unknown.
         mean, std: mean and standard deviation per channel, on a scale on which white is 1; by
             default float images are not changed, and uint8 images are divided by 255.
         views: number of different images that the datasets' transforms produce per sample; epoch e
@@ -41,7 +42,7 @@ class FromDatasets(ImageData):
 
     def __init__(
         self,
-        train: Dataset,
+        train: Dataset | None,
         val: Dataset,
         test: Dataset | None = None,
         num_classes: int | None = None,
@@ -65,10 +66,11 @@ class FromDatasets(ImageData):
                 raise TypeError(f"{name} must be a map-style dataset, with __len__ and __getitem__, got {type(dataset).__name__}")
             if not len(dataset):
                 raise ValueError(f"{name} must not be empty, got a dataset of length 0")
-        if num_classes is None and hasattr(train, "classes"):
-            num_classes = len(train.classes)
+        named = val if train is None else train
+        if num_classes is None and hasattr(named, "classes"):
+            num_classes = len(named.classes)
         self.num_classes, self.mean, self.std = num_classes, mean, std
-        self.classes = list(map(str, train.classes)) if hasattr(train, "classes") and len(train.classes) == num_classes else None
+        self.classes = list(map(str, named.classes)) if hasattr(named, "classes") and len(named.classes) == num_classes else None
         self._views, self._fingerprint, self.seed = views, fingerprint, seed
 
     @property
@@ -78,7 +80,7 @@ class FromDatasets(ImageData):
     def make_splits(self) -> dict[str, ItemImages]:
         numbers = {"train": 0, "val": 1, "test": 2}
         splits = {name: ItemImages(d, self.seed, self._fingerprint, self.num_classes, numbers[name]) for name, d in self.datasets.items()}
-        first = splits["train"][0]
+        first = splits["train" if "train" in splits else "val"][0]
         self.image_shape = tuple(first["image"].shape)
         self.label_maps = "label" in first and first["label"].dim() == 2
         return splits

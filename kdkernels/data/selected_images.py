@@ -7,14 +7,17 @@ import os
 from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..nn.hashing import hash_of
 from .augment import Augment
-from .base import ImageData, ItemImages, TensorImages
+from .base import ImageData, ItemImages, TensorImages, require_at_least
+from .loading import Loader
 from .select_samples import SampleIndex, images_of, select_samples
 
 _CHUNK = 256  # images that are read at once
@@ -24,8 +27,9 @@ class SelectedImages(ImageData):
     """Images of an unlabelled pool for training, and the validation and test images of ``data``.
 
     With ``index``, the training images are those that :func:`select_samples` selected. If there is
-    no such file and ``count`` is given, the selection is made when training begins, with the
-    method's teacher, and stored. Without ``index``, all images of the pool are used.
+    no such file and ``count`` is given, the selection is made when training begins, after the
+    method's checks of the networks, with its (first) teacher, and stored. Without ``index``, all
+    images of the pool are used.
 
     The training images have no labels. They are resized to the size of ``data``, and normalised
     with its mean and standard deviation.
@@ -33,7 +37,8 @@ class SelectedImages(ImageData):
     Args:
         pool: a map-style dataset as for :func:`select_samples`, such as :class:`ImagePool`; its
             labels are not used.
-        data: data module with the classes of the teacher.
+        data: data module with the classes of the teacher. Its training images are not used:
+            ``FromDatasets(None, val)`` needs none.
         index: index file of :func:`select_samples`.
         count: number of images to select.
         select_batch_size: images that the teacher gets at once in the selection.
@@ -64,6 +69,13 @@ class SelectedImages(ImageData):
             raise ValueError("count needs index, the file in which the selection is stored")
         if not len(cast(Sized, pool)):
             raise ValueError("pool must not be empty, got a dataset of length 0")
+        if count is not None:
+            require_at_least("count", count, 1)
+            if count > len(cast(Sized, pool)):
+                raise ValueError(f"count must be at most the number of images of the pool, {len(cast(Sized, pool))}, got {count}")
+        require_at_least("select_batch_size", select_batch_size, 1)
+        if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)) or not max_memory >= 0:
+            raise ValueError(f"max_memory must be a number >= 0, in GiB, got {max_memory!r}")
         self.pool, self.data, self.count, self.select_batch_size, self.max_memory = pool, data, count, select_batch_size, max_memory
         self.index = None if index is None else Path(index)
         self._take_attributes()
@@ -79,26 +91,63 @@ class SelectedImages(ImageData):
                 raise ValueError(f"data must have one class for each image, but {type(self.data).__name__} has label maps")
             self._take_attributes()
             self.splits = {split: dataset for split, dataset in self.data.splits.items() if split != "train"}
-        if "train" not in self.splits and stage in (None, "fit"):
-            self.splits = {**self.splits, "train": self._training_images()}
+        if stage in (None, "fit"):
+            teacher = self._teacher()
+            if teacher is not None:
+                _hash_before_casts(teacher)
+            if self.index is not None and self.index.exists():
+                self._existing()  # raises if it is another index
+            if self.trainer is None:
+                self._make_train()
 
     def make_splits(self) -> Mapping[str, Dataset]:
         self.setup()
         return self.splits
 
+    # The training images are selected after the checks that Lightning's hook on_fit_start makes.
+
+    def train_dataloader(self) -> Loader:
+        self._make_train()
+        return super().train_dataloader()
+
     def fingerprint(self, split: str = "train") -> str:
-        return super().fingerprint(split) if split == "train" else self.data.fingerprint(split)
+        if split != "train":
+            return self.data.fingerprint(split)
+        self._make_train()
+        return super().fingerprint(split)
+
+    def _make_train(self) -> None:
+        if "train" not in self.splits:
+            self.splits = {**self.splits, "train": self._training_images()}
+
+    def _teacher(self) -> nn.Module | None:
+        trainer: Any = self.trainer
+        teacher = None if trainer is None else getattr(trainer.lightning_module, "teacher", None)
+        return teacher if isinstance(teacher, nn.Module) else None
+
+    def _existing(self) -> SampleIndex:
+        """Return the selection in the file, after checks."""
+        index, teacher = cast(Path, self.index), self._teacher()
+        selected = SampleIndex.load(index)
+        name = f"index: {os.fspath(index)!r}"
+        hashed = None if teacher is None else _hash_before_casts(teacher)
+        selected.check(teacher=hashed, pool=self.pool, count=self.count, mean=self.mean, std=self.std, name=name)
+        size = selected.provenance["size"]
+        if size is not None and self.image_shape is not None and tuple(size) != tuple(self.image_shape[1:]):
+            raise ValueError(f"{name} was made with images of size {size}, but those of data have {list(self.image_shape[1:])}")
+        return selected
 
     def _training_images(self) -> Dataset:
         size = None if self.image_shape is None else self.image_shape[1:]
+        channels = images_of(self.pool, [0], size).shape[1]
+        if self.image_shape is not None and channels != self.image_shape[0]:
+            raise ValueError(f"the images of the pool must have {self.image_shape[0]} channels, as those of data, got {channels}")
         indices, pool_name = torch.arange(len(cast(Sized, self.pool))), ""
         if self.index is not None:
             selected = self._selected(size)
             indices, pool_name = selected.indices, selected.provenance["pool"]
         positions = indices.tolist()
         first = images_of(self.pool, positions[:1], size)
-        if self.image_shape is not None and tuple(first.shape[1:]) != tuple(self.image_shape):
-            raise ValueError(f"the images of the pool must have {self.image_shape[0]} channels, as those of data, got {first.shape[1]}")
         if first.nbytes * len(positions) <= self.max_memory * 2**30:
             parts = [images_of(self.pool, part.tolist(), size) for part in indices.split(_CHUNK)]
             return TensorImages(image=torch.cat(parts))
@@ -107,13 +156,10 @@ class SelectedImages(ImageData):
 
     def _selected(self, size: tuple[int, int] | None) -> SampleIndex:
         """Return the selection, which is made now if it does not exist."""
-        index = cast(Path, self.index)
+        index, teacher = cast(Path, self.index), self._teacher()
         trainer: Any = self.trainer
-        teacher = None if trainer is None else getattr(trainer.lightning_module, "teacher", None)
         if index.exists():
-            selected = SampleIndex.load(index)
-            selected.check(teacher=teacher, pool=self.pool, count=self.count)
-            return selected
+            return self._existing()
         if self.count is None or teacher is None:
             raise FileNotFoundError(
                 f"index: there is no file {os.fspath(index)!r}: make it with kdkernels.data.select_samples, or give count, the number of images to "
@@ -122,7 +168,7 @@ class SelectedImages(ImageData):
         total = len(cast(Sized, self.pool))
         rank_zero_info(f"selecting {self.count} of {total} images with the teacher")
         return select_samples(
-            cast(nn.Module, teacher),
+            teacher,
             self.pool,
             self.count,
             index,
@@ -132,6 +178,7 @@ class SelectedImages(ImageData):
             batch_size=self.select_batch_size,
             device=trainer.strategy.root_device,
             on_progress=_every_tenth(),
+            teacher_hash=_hash_before_casts(teacher),
         )
 
 
@@ -146,6 +193,18 @@ class PoolImages(Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         return images_of(self.pool, [self.positions[i]], self.size)[0]
+
+
+_HASHES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, str]] = WeakKeyDictionary()
+
+
+def _hash_before_casts(teacher: nn.Module) -> str:
+    """Return the hash of a teacher, before Lightning has cast it to another precision."""
+    dtype = next(teacher.parameters(), torch.empty(0)).dtype
+    known = _HASHES.get(teacher)
+    if known is None or known[0] == dtype:
+        _HASHES[teacher] = known = dtype, hash_of(teacher)
+    return known[1]
 
 
 def _every_tenth() -> Callable[[int, int], None]:

@@ -32,34 +32,42 @@ class WildDigits(Dataset):
     have any size.
 
     Args:
-        size: number of images.
+        count: number of images.
         seed: seed of the images.
     """
 
-    def __init__(self, size: int = 20000, seed: int = 0):
-        require_at_least("size", size, 1)
-        self.size, self.seed = size, seed
-        self._images = _WildImages("train", size, _SEED + seed, max_rotation=35.0, max_shift=5.0, contrast=0.15, noise=0.05)
+    def __init__(self, count: int = 20000, seed: int = 0):
+        for name, value in (("count", count), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        require_at_least("count", count, 1)
+        self.count, self.seed = count, seed
+        self._images = _WildImages("train", count, _SEED + seed, max_rotation=35.0, max_shift=5.0, contrast=0.15, noise=0.05)
 
     def __len__(self) -> int:
-        return self.size
+        return self.count
 
     def __getitem__(self, index: int) -> Tensor:
-        if not -self.size <= index < self.size:
-            raise IndexError(f"the pool has {self.size} images, got the index {index}")
-        return self.__getitems__([index % self.size])[0]
+        if not -self.count <= index < self.count:
+            raise IndexError(f"the pool has {self.count} images, got the index {index}")
+        return self.__getitems__([index % self.count])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         return list(self._images.make(torch.tensor(indices))["image"])
 
     def true_labels(self, indices: Tensor) -> Tensor:
-        """Return the digits in images [N] int64, -1 where there is none or more than one."""
+        """Return the digits in images [N] int64, -1 where there is none or more than one.
+
+        Args:
+            indices: positions [N] int64.
+        """
+        indices = torch.as_tensor(indices)
         return torch.cat([self._images.make_ink(part)[1] for part in indices.split(500)])
 
     def kinds(self, indices: Tensor) -> list[str]:
-        """Return the names of the kinds of images."""
+        """Return the names of the kinds of images at positions [N]."""
         names = list(KINDS)
-        return [names[i] for i in self._images.kinds(indices).tolist()]
+        return [names[i] for i in self._images.kinds(torch.as_tensor(indices)).tolist()]
 
 
 class _WildImages(ClutterImages):

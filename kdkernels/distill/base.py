@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -263,7 +264,21 @@ class Distiller(L.LightningModule):
 
     # Hooks that Lightning calls.
 
+    def build_modules(self, data: Any) -> None:
+        """Construct modules besides the student whose sizes the data module gives, if it does."""
+
+    def check_not_copied(self, option: str) -> None:
+        """Raise ValueError if a callback has copied this module, and more modules are to come."""
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} copies the method before the data give the sizes of its modules: give {option} to "
+                    f"{type(self).__name__}"
+                )
+
     def configure_callbacks(self) -> list[L.Callback]:
+        # Before the callbacks' setup, because WeightAveraging copies the module there.
+        self.build_modules(cast(Any, self.trainer).datamodule)
         return [OutputCheck(), TrainerCheck(), TeacherAccuracy()]
 
     def configure_model(self) -> None:

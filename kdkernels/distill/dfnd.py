@@ -54,7 +54,8 @@ class DFND(Distiller):
     r"""Train a student on images without labels, whose content the teacher may not know.
 
     The loss is :func:`kdkernels.nn.dfnd_loss`. The noise adaptation matrix Q is trained with the
-    student, with an optimizer of its own: Adam with a constant learning rate. Labels of the
+    student, with an optimizer of its own: Adam with a constant learning rate. Its parameters are
+    the last group of the optimizer, for schedules with one value for each group. Labels of the
     training images are not used. The images are usually those of a large pool that resemble the
     teacher's training data: :class:`kdkernels.data.SelectedImages`.
 
@@ -143,16 +144,18 @@ class DFND(Distiller):
             source = "num_classes" if not isinstance(self.diagonal, Sequence) else "diagonal"
             raise ValueError(f"{source} gives {len(self.noise.weight)} classes, but the teacher ({type(self.teacher).__name__}) has {classes}")
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.noise is not None or self.diagonal is None:
-            return
-        data = cast(Any, self.trainer).datamodule
+    def build_modules(self, data: Any) -> None:
         classes = getattr(data, "num_classes", None)
-        if classes is None and stage == "fit":
-            raise ValueError("DFND needs num_classes, the number of classes of the teacher, because the data do not give it")
         if classes is not None:
             self.build_matrix(classes)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.noise is None and self.diagonal is not None:
+            self.check_not_copied("num_classes")
+            self.build_modules(cast(Any, self.trainer).datamodule)
+            if self.noise is None and stage == "fit":
+                raise ValueError("DFND needs num_classes, the number of classes of the teacher, because the data do not give it")
 
     # The optimizer undoes at each step what a schedule has changed. Here it does so for monitors,
     # which show the learning rate between the steps.
@@ -176,15 +179,23 @@ class DFND(Distiller):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
-        weight = checkpoint["state_dict"].get("noise.weight")
+        stored = checkpoint.get("state_dict")
+        if not stored:  # a checkpoint of FSDP
+            return
+        weight = stored.get("noise.weight")
+        if (weight is None) != (self.diagonal is None):
+            has, needs = ("no", "trains") if weight is None else ("a", "has diagonal=None and trains without")
+            raise ValueError(f"the checkpoint has {has} noise adaptation matrix, but this method {needs} one: give the options of that run")
         if weight is not None:
             self.build_matrix(len(weight))
+            if self.noise is not None and len(self.noise.weight) != len(weight):
+                raise ValueError(f"the checkpoint has {len(weight)} classes, but num_classes or diagonal gives {len(self.noise.weight)}")
 
 
 def _check_diagonal(diagonal: object) -> None:
     if diagonal is None:
         return
-    values = diagonal if isinstance(diagonal, Sequence) and not isinstance(diagonal, str) else [diagonal]
+    values: Sequence[Any] = diagonal if isinstance(diagonal, Sequence) and not isinstance(diagonal, str) else [diagonal]
     if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
         raise TypeError(f"diagonal must be a number, a list of numbers, or None, got {diagonal!r}")
     if not values or any(not 0 <= x <= 1 or math.isnan(x) for x in values):

@@ -46,6 +46,7 @@ class DualNet(OnlineDistiller):
     """
 
     joint_suffix = "_fused"
+    needs = ("student_tap",)
 
     def __init__(
         self,

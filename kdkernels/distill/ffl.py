@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..models.fusion import FusionModule
 from ..models.shared_layers import SharedLayers
 from ..nn.online import ffl_pairs, ffl_ramp
-from .checks import check_weights
+from ..ops import checks
 from .online import HeadInputs, OnlineBranches, OnlineDistiller, check_online_options
 
 __all__ = ["FFL"]
@@ -66,6 +67,7 @@ class FFL(OnlineDistiller):
     """
 
     joint_suffix = "_fused"
+    needs = ("student_tap",)
 
     def __init__(
         self,
@@ -84,9 +86,9 @@ class FFL(OnlineDistiller):
         **options,
     ):
         check_online_options(temperature, alpha, ramp_epochs)
-        check_weights(target_eps=target_eps)
+        checks.not_negative("target_eps", target_eps)
         if fusion_weight_decay is not None:
-            check_weights(fusion_weight_decay=fusion_weight_decay)
+            checks.not_negative("fusion_weight_decay", fusion_weight_decay)
         super().__init__(student, peers, split, student_tap, peer_taps, **options)
         self.temperature, self.alpha, self.ramp_epochs, self.target_eps = temperature, alpha, ramp_epochs, target_eps
         self.channels, self.fusion_weight_decay = channels, fusion_weight_decay
@@ -97,7 +99,8 @@ class FFL(OnlineDistiller):
         return FusionHead(FusionModule(shapes, logits.shape[1], logits.dim() == 4, channels=self.channels))
 
     def optimized_parameters(self) -> Iterable[nn.Parameter] | list[dict]:
-        if self.fusion_weight_decay is None:
+        # LBFGS, for example, has neither weight decay nor groups.
+        if self.fusion_weight_decay is None or "weight_decay" not in self.make_optimizer([nn.Parameter(torch.zeros(1))]).defaults:
             return super().optimized_parameters()
         branches = cast(OnlineBranches, self.branches)
         networks: dict = {"params": list(self.student.parameters()) + list(branches.peers.parameters())}

@@ -128,10 +128,18 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
             layer.training = mode
 
 
-def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError if the networks share parameters or buffers, which would then be frozen."""
+def check_not_shared(student: nn.Module, teacher: nn.Module, names: tuple[str, str] | None = None) -> None:
+    """Raise ValueError if the networks share parameters or buffers.
+
+    Those of a teacher would be frozen. ``names`` are given for networks that are both trained.
+    """
     student_names = {_storage_id(tensor): name for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
     shared = [student_names[_storage_id(tensor)] for tensor in [*teacher.parameters(), *teacher.buffers()] if _storage_id(tensor) in student_names]
+    if shared and names is not None:
+        raise ValueError(
+            f"{names[0]} and {names[1]} share {len(shared)} tensors ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}), but must be "
+            "networks of their own: give copies (copy.deepcopy) or new networks"
+        )
     if shared:
         raise ValueError(
             f"student and teacher share {len(shared)} tensors ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}), which would be frozen "

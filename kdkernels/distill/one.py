@@ -53,6 +53,7 @@ class ONE(OnlineDistiller):
     """
 
     joint_suffix = "_gated"
+    needs = ("split",)
 
     def __init__(
         self,

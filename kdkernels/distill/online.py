@@ -92,6 +92,7 @@ class OnlineDistiller(SelfDistiller):
     """
 
     min_taps = 0
+    needs: tuple[str, ...] = ()  # of "split" and "student_tap", those that cannot be None
     joint_suffix: str | None = None  # of the metrics of the joint logits, if the method has a head
 
     def __init__(
@@ -108,9 +109,12 @@ class OnlineDistiller(SelfDistiller):
         if not networks or not all(isinstance(peer, nn.Module) for peer in networks):
             raise TypeError(f"peers must be a list of at least one nn.Module, got {[type(peer).__name__ for peer in networks]}")
         for i, peer in enumerate(networks, 1):
-            for other in (student, *networks[: i - 1]):
-                check_not_shared(other, peer)
+            for j, other in enumerate((student, *networks[: i - 1])):
+                check_not_shared(other, peer, ("student" if j == 0 else f"peer {j}", f"peer {i}"))
             check_sizes(f"peer {i}", peer)
+        for option, layer in (("split", split), ("student_tap", student_tap)):
+            if not (layer is None and option not in self.needs) and not isinstance(layer, str):
+                raise TypeError(f"{option} must be the name of a layer, got {layer!r}")
         taps: list[str | None] = [student_tap] * len(networks)
         if peer_taps is not None:
             if student_tap is None or isinstance(peer_taps, str) or len(peer_taps) != len(networks):

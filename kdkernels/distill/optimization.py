@@ -48,7 +48,12 @@ class JointOptimizer(torch.optim.Optimizer):
         for optimizer, groups in ((self.scheduled, self.param_groups[:count]), (self.constant, self.param_groups[count:])):
             optimizer.__setstate__({"state": self.state, "param_groups": groups})
 
+    def __getstate__(self) -> dict[str, Any]:
+        parts = ("scheduled", "constant", "constant_options")
+        return super().__getstate__() | {name: getattr(self, name) for name in parts}
+
     def restore_constant(self) -> None:
+        """Undo what a schedule has done to the options of the second optimizer."""
         for group, options in zip(self.param_groups[len(self.scheduled.param_groups) :], self.constant_options, strict=True):
             group.update(options)
 

@@ -97,6 +97,11 @@ class SelfDistiller(Distiller):
         branches: dict[str, nn.Module] = {} if self.branches is None else {"branches": self.branches}
         return super().trained_modules() | branches
 
+    def build_modules(self, data: Any) -> None:
+        shape = getattr(data, "image_shape", None)
+        if shape is not None and self.branches is None:
+            self.build_branches(shape)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         shape: Sequence[int] | None = getattr(cast(Any, self.trainer).datamodule, "image_shape", None)
@@ -106,6 +111,7 @@ class SelfDistiller(Distiller):
             return
         if shape is None:
             raise ValueError(f"{type(self).__name__} needs image_shape=[C, H, W], because the data do not give it")
+        self.check_not_copied("image_shape")
         self.build_branches(shape)
 
     def restore_modules(self, image_shape: list[int], weights: dict[str, Tensor]) -> None:

@@ -42,6 +42,7 @@ class SharedLayers:
         self.split = split
         self.calls = _calls_before(network, split, image)
         layers = dict(network.named_modules())
+        self.shapes = {name: _shapes(layers[name]) for name in self.calls}
         if not any(_has_state(layers[name]) for name in self.calls):
             raise ValueError(f"split: no layer of {type(network).__name__} before {split!r} has parameters, so there is nothing to share")
         probe = copy.deepcopy(network)
@@ -63,12 +64,21 @@ class SharedLayers:
         """Replace the layers of another network.
 
         Raises:
-            ValueError: the network lacks one of the layers.
+            ValueError: the network lacks one of the layers, or they have other shapes.
         """
         layers = dict(network.named_modules())
         missing = next((name for name in (*self.calls, self.split) if name not in layers), None)
         if missing is not None:
             raise ValueError(f"split needs networks of one architecture, but {type(network).__name__} has no layer {missing!r}")
+        kind = type(network).__name__
+        for name, shapes in self.shapes.items():
+            found = _shapes(layers[name])
+            if found != shapes:
+                key = next(k for k in [*shapes, *found] if shapes.get(k) != found.get(k))
+                raise ValueError(
+                    f"split needs networks of one architecture, but the layer {name!r} of {kind} differs from that of the student: {key} has the "
+                    f"shape {found.get(key)}, and {shapes.get(key)} in the student"
+                )
         for name in self.calls:
             parent, _, attribute = name.rpartition(".")
             layer = layers[name]
@@ -133,6 +143,11 @@ class Replay(nn.Module):
         if self.layer is None:
             raise RuntimeError("this layer is shared with another network, which must run first (kdkernels.models.shared_layers)")
         return self.layer(*args, **kwargs)
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in the state of a layer."""
+    return {name: tuple(value.shape) for name, value in layer.state_dict().items()}
 
 
 def _versions(outputs: dict[str, list]) -> list[int]:

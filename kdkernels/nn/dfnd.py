@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +20,8 @@ def noise_value(
     with a small value resemble the teacher's training data (Chen et al. 2021, section 3).
 
     Returns:
-        float64 for float64, else float32.
+        float64 for float64, else float32. NaN where the softmax is not defined, because a logit is
+        NaN or infinite (-inf is allowed beside finite logits).
 
     Raises:
         TypeError: ``logits`` is not a tensor of a supported dtype.
@@ -33,9 +32,10 @@ def noise_value(
         raise ValueError(f"logits must have the shape [B, K] with at least one class, got {tuple(logits.shape)}")
     values = logits if logits.dtype == torch.float64 else logits.float()
     # The largest term of the sum is 1. The other terms alone keep small values accurate.
-    others = (values - values.amax(1, keepdim=True)).exp()
+    largest = values.amax(1, keepdim=True)
+    others = (values - largest).exp()
     others = others.scatter(1, values.argmax(1, keepdim=True), 0.0)
-    return others.sum(1).log1p()
+    return others.sum(1).log1p().where(largest[:, 0].isfinite(), torch.nan)
 
 
 def noise_adaptation_matrix(
@@ -68,17 +68,34 @@ def noise_adaptation_matrix(
     if isinstance(diagonal, bool) or not isinstance(diagonal, (int, float, Tensor)):
         raise TypeError(f"diagonal must be a number or a tensor of {classes} numbers, got {type(diagonal).__name__}")
     values = weight if weight.dtype == torch.float64 else weight.float()
+    if isinstance(diagonal, (int, float)):
+        checks.fraction("diagonal", diagonal)
+    else:
+        _check_fractions("diagonal", diagonal)
     right = torch.as_tensor(diagonal, dtype=values.dtype, device=values.device).detach()
     if right.dim() > 1 or (right.dim() == 1 and len(right) != classes):
         raise ValueError(f"diagonal must be one number, or one for each of the {classes} classes, got the shape {tuple(right.shape)}")
-    if right.device.type == "cpu" and not bool(((right >= 0) & (right <= 1)).all()):
-        raise ValueError(f"diagonal must lie in [0, 1], got {diagonal}")
     right = right.expand(classes)
     errors = torch.log1p(-right)[:, None] + F.log_softmax(values, 1)  # of row i: the columns without i
     column = torch.arange(classes - 1, device=values.device)
     row = torch.arange(classes, device=values.device)[:, None]
     matrix = torch.diag_embed(right.log()).scatter(1, column + (column >= row), errors)
     return matrix if log else matrix.exp()
+
+
+def _check_fractions(name: str, value: Tensor) -> None:
+    """Check that all elements of a CPU tensor lie in [0, 1].
+
+    Wrappers of torch.func transforms are removed first. GPU tensors, and all tensors while
+    torch.compile traces, are not checked.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(f"{name} must lie in [0, 1], got {value.tolist()}")
 
 
 def dfnd_loss(
@@ -98,7 +115,8 @@ def dfnd_loss(
     :math:`\hat y` is the teacher's most probable class, p_s the student's prediction for T = 1, and
     Q the noise adaptation matrix (:func:`noise_adaptation_matrix`): the teacher's label may be
     wrong, because the images are not from its training data. It is computed with logarithms, and
-    finite also for a diagonal of 0 or 1.
+    finite also if all of the diagonal is 0 or all of it is 1. It is infinite only for a label that
+    no class can have: if the diagonal is 0 for its class and 1 for all others.
 
     Args:
         logits: of the student.
@@ -124,7 +142,7 @@ def dfnd_loss(
     checks.tensor("teacher_logits", teacher_logits, "logits")
     if logits.dim() != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(f"logits and teacher_logits must have the same shape [B, K], got {tuple(logits.shape)} and {tuple(teacher_logits.shape)}")
-    if weight is not None and isinstance(weight, Tensor) and len(weight) != logits.shape[1]:
+    if weight is not None and isinstance(weight, Tensor) and weight.shape != (logits.shape[1], logits.shape[1] - 1):
         raise ValueError(f"weight must have the shape [{logits.shape[1]}, {logits.shape[1] - 1}] for these logits, got {tuple(weight.shape)}")
     label = teacher_logits.detach().argmax(1)
     log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
@@ -133,6 +151,8 @@ def dfnd_loss(
     else:
         log_matrix = noise_adaptation_matrix(weight, diagonal, log=True)
         right = (log_p + log_matrix.T[label]).logsumexp(1)  # row y of the transpose: log Q_{., y}
+    # argmax takes NaN for the largest logit.
+    right = right.masked_fill(teacher_logits.detach().isnan().any(1), torch.nan)
     total = -right.sum() / max(len(label), 1)
     if alpha:
         total = total + alpha * temperature_kl(logits, teacher_logits.detach(), temperature)
@@ -145,16 +165,16 @@ class DFNDLoss(LossModule):
     Example: ``DFNDLoss(temperature=4.0)(logits, teacher_logits, weight, 0.95)``.
 
     Args:
-        **options: the keyword options of :func:`dfnd_loss`: temperature, alpha.
+        temperature, alpha: options of :func:`dfnd_loss`.
 
     Raises:
         TypeError: an unknown option, or one of the wrong type.
         ValueError: an option is out of range.
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        dfnd_loss(torch.zeros(1, 2), torch.zeros(1, 2), **options)  # validate the options
+    def __init__(self, *, temperature: float = 4.0, alpha: float = 1.0):
+        super().__init__(temperature=temperature, alpha=alpha)
+        dfnd_loss(torch.zeros(1, 2), torch.zeros(1, 2), **self.options)  # validate the options
 
     def forward(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None, diagonal: float | Tensor = 0.95) -> Tensor:
         return dfnd_loss(logits, teacher_logits, weight, diagonal, **self.options)

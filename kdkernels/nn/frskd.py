@@ -198,7 +198,7 @@ class FRSKDLoss(LossModule):
         if "margins" in options:
             raise TypeError("FRSKDLoss has no option 'margins': give them to each call, because they change during training")
         probe = torch.zeros(1, 1)
-        frskd_loss(probe, probe, torch.zeros(1, dtype=torch.int64), **options)  # validate the options
+        frskd_loss(probe, probe, torch.zeros(1, dtype=torch.int64), None, None, **options)  # validate the options
 
     def forward(
         self,

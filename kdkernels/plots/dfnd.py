@@ -57,10 +57,12 @@ def plot_dfnd(ckpt: str | os.PathLike, out: str | os.PathLike, images: int = 40)
     method, data = restore_with_images(ckpt)
     if not isinstance(method, DFND):
         raise ValueError(f"{os.fspath(ckpt)!r} must be a run of DFND, got {type(method).__name__}")
-    if not isinstance(data, SelectedImages) or data.index is None:
-        raise ValueError(f"{os.fspath(ckpt)!r} must be a run on SelectedImages with an index file, got {type(data).__name__}")
+    if not isinstance(data, SelectedImages):
+        raise ValueError(f"{os.fspath(ckpt)!r} must be a run on SelectedImages, got {type(data).__name__}")
+    if data.index is None:
+        raise ValueError(f"{os.fspath(ckpt)!r} is a run on SelectedImages without the option index: no images were selected")
     index = SampleIndex.load(data.index)
-    index.check(pool=data.pool)
+    index.check(pool=data.pool, name=f"{os.fspath(data.index)!r}")
     size: Any = None if data.image_shape is None else data.image_shape[1:]
     counts = index.labels.bincount(minlength=len(index.class_counts))
     with torch.no_grad():
@@ -95,7 +97,7 @@ def draw(shown: Shown):
     else:
         errors = shown.matrix.masked_fill(torch.eye(len(shown.matrix), dtype=torch.bool), torch.nan)
         upper.set_facecolor("0.85")
-        picture = upper.imshow(errors, cmap="viridis", vmin=0)
+        picture = upper.imshow(errors, cmap="viridis")
         right.colorbar(picture, ax=upper, label="probability")
         diagonal = shown.matrix.diagonal()
         values = f"{diagonal[0]:.4g}" if bool((diagonal == diagonal[0]).all()) else f"{diagonal.min():.4g} to {diagonal.max():.4g}"
