@@ -291,32 +291,31 @@ class Skips(TinyCNN):
         return self.block1(x).mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layer": "block9"}, "TinyCNN has no layer 'block9'"),
-        ({"model": Skips(4), "layer": "block2"}, "the layer 'block2' of Skips did not run"),
-        ({"grid": 9}, "grid must be at most the height and the width of the images, 8 and 8, got 9"),
-        ({"grid": 0}, "grid must be an integer >= 1"),
-        ({"grid": 2.0}, "grid must be an integer >= 1"),
-        ({"steps": 20}, "steps must be an integer >= 21"),
-        ({"copies": 0}, "copies must be an integer >= 1"),
-        ({"weight": 0.0}, "weight must be"),
-        ({"lr": -1.0}, "lr must be"),
-        ({"target": math.nan}, "target must be a finite number"),
-        ({"initial_sigma": 2.0}, r"initial_sigma must lie in \[0\.001, 1\], got 2\.0"),
-        ({"margin": -0.1}, "margin must be"),
-        ({"relu": 1}, "relu must be True or False"),
-        ({"seed": 0.5}, "seed must be an integer"),
-        ({"batch_size": 0}, "batch_size and save_every must be at least 1"),
-        ({"images": torch.randn(3, 8, 8)}, r"images must have the shape \[N, C, H, W\], got \[3, 8, 8\]"),
-        ({"images": torch.randn(0, 3, 8, 8)}, "images must not be empty"),
-        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"images must be floats, normalised .* got torch\.uint8"),
-        ({"images": iter([])}, "images must be a tensor or a map-style dataset"),
-        ({"path": "a.pt"}, r"path must end in \.npz, got 'a\.pt'"),
-    ],
-    ids=str,
-)
+WRONG = [
+    ({"layer": "block9"}, "TinyCNN has no layer 'block9'"),
+    ({"model": Skips(4), "layer": "block2"}, "the layer 'block2' of Skips did not run"),
+    ({"grid": 9}, "grid must be at most the height and the width of the images, 8 and 8, got 9"),
+    ({"grid": 0}, "grid must be an integer >= 1"),
+    ({"grid": 2.0}, "grid must be an integer >= 1"),
+    ({"steps": 20}, "steps must be an integer >= 21"),
+    ({"copies": 0}, "copies must be an integer >= 1"),
+    ({"weight": 0.0}, "weight must be"),
+    ({"lr": -1.0}, "lr must be"),
+    ({"target": math.nan}, "target must be a finite number"),
+    ({"initial_sigma": 2.0}, r"initial_sigma must lie in \[0\.001, 1\], got 2\.0"),
+    ({"margin": -0.1}, "margin must be"),
+    ({"relu": 1}, "relu must be True or False"),
+    ({"seed": 0.5}, "seed must be an integer"),
+    ({"batch_size": 0}, "batch_size and save_every must be at least 1"),
+    ({"images": torch.randn(3, 8, 8)}, r"images must have the shape \[N, C, H, W\], got \[3, 8, 8\]"),
+    ({"images": torch.randn(0, 3, 8, 8)}, "images must not be empty"),
+    ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"images must be floats, normalised .* got torch\.uint8"),
+    ({"images": iter([])}, "images must be a tensor or a map-style dataset"),
+    ({"path": "a.pt"}, r"path must end in \.npz, got 'a\.pt'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_wrong_input_raises(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = {"model": TinyCNN(4), "layer": "block2", "images": torch.randn(2, 3, 8, 8), "path": "a.npz"} | OPTIONS | change

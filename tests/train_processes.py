@@ -29,6 +29,7 @@ from kdkernels.distill import (
     AttentionTransfer,
     DeepSupervision,
     DualNet,
+    FeatureDistillation,
     GradientAttentionTransfer,
     Supervised,
 )
@@ -93,6 +94,7 @@ METHODS = {
         DeepSupervision(Halving(4), BLOCKS, branch="separable", image_shape=[3, 32, 32], **options)
     ),
     "FRSKD": lambda options: without_batch_norm(FRSKD(Halving(4), BLOCKS, 0.5, 1.0, width=1, depth=1, sla=True, image_shape=[3, 32, 32], **options)),
+    "FeatureDistillation": lambda options: FeatureDistillation(network(4), network(4), "4", first_stage_epochs=1, **options),
     "FSP": lambda options: FSP(network(4), network(4), ["2", "4"], ["2", "4"], first_stage_epochs=1, beta=0.01, **options),
     "SAD": lambda options: SAD(Halving(4), BLOCKS, gamma=1.0, start_step=2, **options),
     "SLA": lambda options: SLA(Halving(4), ["blocks.2"], image_shape=[3, 32, 32], **options),

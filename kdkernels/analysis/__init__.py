@@ -14,6 +14,7 @@ from .concepts import (
 )
 from .pixel_entropy import PixelEntropy, pixel_entropy
 from .recorder import KnowledgeRecord, KnowledgeRecorder
+from .training import Training, TrainingKnowledge, knowledge_of_trainings
 
 __all__ = [
     "KnowledgeRecord",
@@ -21,9 +22,12 @@ __all__ = [
     "LearningSpeed",
     "OptimizationStability",
     "PixelEntropy",
+    "Training",
+    "TrainingKnowledge",
     "VisualConcepts",
     "block_mask",
     "bootstrap_interval",
+    "knowledge_of_trainings",
     "learning_speed",
     "optimization_stability",
     "pixel_entropy",

@@ -24,7 +24,6 @@ usage: kdkernels {command} --config FILE [--SECTION.OPTION VALUE ...]
 """
 _TRAINER = """\
 The options of the Lightning trainer (--trainer.OPTION VALUE) that are used most:
-
   --trainer.max_epochs N                  --trainer.devices 2 --trainer.strategy ddp
   --trainer.default_root_dir FOLDER       --trainer.precision bf16-mixed
   --trainer.accelerator cpu|gpu|auto      --trainer.accumulate_grad_batches N

@@ -11,6 +11,7 @@ from .dfnd import DFND
 from .dml import DML
 from .dual_net import DualNet
 from .exit_network import ExitNetwork, exit_network
+from .feature_distillation import FeatureDistillation
 from .ffl import FFL
 from .frskd import FRSKD
 from .fsp import FSP, fsp_loss, fsp_matrix
@@ -40,6 +41,7 @@ __all__ = [
     "Distiller",
     "DualNet",
     "ExitNetwork",
+    "FeatureDistillation",
     "GradientAttentionTransfer",
     "JointNetwork",
     "Supervised",
