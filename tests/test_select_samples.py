@@ -193,6 +193,28 @@ def test_images_of_any_size(tmp_path):
         select_samples(_teacher(), mixed, 2, tmp_path / "c.pt")
 
 
+def test_damaged_files(tmp_path):
+    (tmp_path / "pool").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / "pool" / f"{i}.png")
+    for i in (1, 4):
+        content = (tmp_path / "pool" / f"{i}.png").read_bytes()
+        (tmp_path / "pool" / f"{i}.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cannot read the image .*1\.png"):
+        select_samples(_teacher(), ImagePool(tmp_path / "pool", size=4), 3, tmp_path / "i.pt")
+    with pytest.warns(UserWarning, match=r"cannot read the image .*4\.png"):
+        index = select_samples(_teacher(), ImagePool(tmp_path / "pool", size=4, on_error="skip"), 4, tmp_path / "i.pt", batch_size=3)
+    assert sorted(index.indices.tolist()) == [0, 2, 3, 5]
+    with (
+        pytest.warns(UserWarning, match="this file is not selected"),
+        pytest.raises(ValueError, match="or the files are damaged: select fewer images"),
+    ):
+        select_samples(_teacher(), ImagePool(tmp_path / "pool", size=4, on_error="skip"), 5, tmp_path / "j.pt", batch_size=3)
+    for options, message in (({"on_error": "stop"}, "on_error must be"), ({"size": 0}, "size must be an integer"), ({"mode": "P"}, "mode must be")):
+        with pytest.raises(ValueError, match=message):
+            ImagePool(tmp_path / "pool", **options)
+
+
 def test_normalization(tmp_path):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     index = select_samples(_teacher(), POOL, 50, tmp_path / "a.pt", mean=mean, std=std)

@@ -1,5 +1,6 @@
 """Analyses of trained networks: which parts of an image they use, and how they learned to."""
 
+from .agreement import MinibatchCKA, calibration_error, fidelity
 from .concepts import (
     LearningSpeed,
     OptimizationStability,
@@ -20,6 +21,7 @@ __all__ = [
     "KnowledgeRecord",
     "KnowledgeRecorder",
     "LearningSpeed",
+    "MinibatchCKA",
     "OptimizationStability",
     "PixelEntropy",
     "Training",
@@ -27,6 +29,8 @@ __all__ = [
     "VisualConcepts",
     "block_mask",
     "bootstrap_interval",
+    "calibration_error",
+    "fidelity",
     "knowledge_of_trainings",
     "learning_speed",
     "optimization_stability",

@@ -44,7 +44,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--foreground", choices=("mask", "center"), default="mask", help="masks of the data, or the centre as the paper for ILSVRC")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the trainings without --student (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of these trainings and of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="train for two epochs on few images, with little noise, as a test; the numbers mean nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.epochs, options.images, options.grid = 2, 16, 8
     if (options.student is None) != (options.baseline is None):
         parser.error("--student and --baseline must be given together, or neither")
     for name in ("images", "grid", "epochs"):
@@ -54,7 +59,7 @@ def main(arguments: list[str]) -> int:
     silence_lightning()
     accuracies: dict[str, float] = {}
     if options.student is None:
-        data: ImageData = ClutterDigits()
+        data: ImageData = ClutterDigits(train_size=512, val_size=64, test_size=64) if options.quick else ClutterDigits()
         trainings, accuracies = train_protocol(options, cast(ClutterDigits, data))
     else:
         trainings, data = {}, cast(ImageData, None)
@@ -76,6 +81,7 @@ def main(arguments: list[str]) -> int:
         by=options.by,
         weight=options.weight,
         seed=options.seed,
+        **({"copies": 8, "steps": 30} if options.quick else {}),
     )
     table = rows_of_table(results)
     stored = {"kept_images": keep.tolist(), "accuracies": accuracies, "table": table, "trainings": {n: as_values(r) for n, r in results.items()}}

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,25 +42,39 @@ class ImagePool(Dataset):
         root: the folder.
         size: height and width of the images.
         mode: "RGB", or "L" for grey images with one channel.
+        on_error: what to do if a file cannot be read as an image. "fail" raises an error that names
+            the file. "skip" warns, and gives a black image, which :func:`select_samples` never
+            selects; its position is in ``damaged``.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the folder contains no image; or, when an image is read, it is damaged.
     """
 
-    def __init__(self, root: str | os.PathLike, size: int = 32, mode: Literal["RGB", "L"] = "RGB"):
+    def __init__(self, root: str | os.PathLike, size: int = 32, mode: Literal["RGB", "L"] = "RGB", on_error: Literal["fail", "skip"] = "fail"):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be an integer >= 1, got {size!r}")
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", got {mode!r}')
-        self.root, self.size, self.mode = Path(root), size, mode
+        if on_error not in ("fail", "skip"):
+            raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
+        self.root, self.size, self.mode, self.on_error = Path(root), size, mode, on_error
+        self.damaged: set[int] = set()  # positions of the files that could not be read so far
         self.files = image_files(self.root, LeftOut(self.root))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
-        return read_image(self.files[i], self.size, self.mode)
+        try:
+            return read_image(self.files[i], self.size, self.mode)
+        except ValueError as error:
+            if self.on_error == "fail":
+                raise
+            if i not in self.damaged:
+                self.damaged.add(i)
+                warnings.warn(f"{error}; this file is not selected", stacklevel=2)
+            return torch.zeros(1 if self.mode == "L" else 3, self.size, self.size, dtype=torch.uint8)
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # the decoders release the GIL
@@ -258,6 +273,8 @@ def select_samples(
                 raise ValueError(
                     f"the teacher ({type(teacher).__name__}) returned logits that are not finite for all of the first {len(values)} images"
                 )
+            damaged = [i - chunk * batch_size for i in getattr(pool, "damaged", ()) if i // batch_size == chunk]
+            values[damaged] = torch.nan
             state.add(chunk, digest, values, logits.argmax(1).cpu(), logits.shape[1])
             if on_progress is not None:
                 on_progress(state.scored, total)
@@ -432,8 +449,8 @@ def _write_index(path: Path, provenance: dict, parts: list[_Part]) -> None:
     if not bool(values.isfinite().all()):
         worst = indices[~values.isfinite()]
         raise ValueError(
-            f"the teacher's logits are not finite for {len(worst)} of the images that would be selected, such as image {int(worst[0])}: select fewer "
-            "images, or let the teacher compute in float32"
+            f"the teacher's logits are not finite for {len(worst)} of the images that would be selected, such as image {int(worst[0])}, or the files "
+            "are damaged: select fewer images, or let the teacher compute in float32"
         )
     chunks = [parts[c % len(parts)].chunks[c // len(parts)] for c in range(parts[0].num_chunks)]
     pool = hashlib.sha256("".join(chunks).encode()).hexdigest()
