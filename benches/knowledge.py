@@ -1,6 +1,6 @@
 """Test the hypotheses of Cheng et al. (CVPR 2020) on students of several methods.
 
-Usage: python benches/knowledge.py [--seeds 3] [--images 24] [--out FOLDER]
+Usage: python benches/knowledge.py [--seeds 0 1 2] [--images 24] [--out FOLDER]
 
 The student is a TinyCNN of width 8 on ClutterDigits, trained for six epochs, with the same initial
 weights by each method of a seed. It is analysed at its last block. KD and attention transfer have a
@@ -38,8 +38,17 @@ METHODS: dict[str, tuple[str, Callable]] = {
 
 
 def fit(method: Distiller, data: ClutterDigits, epochs: int, callbacks: list) -> float:
-    flags = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = L.Trainer(max_epochs=epochs, accelerator="auto", devices=1, callbacks=callbacks, **flags)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
     trainer.fit(method, data)
     (tested,) = trainer.test(method, data, verbose=False)
     return tested["test/accuracy"]
@@ -58,7 +67,7 @@ def teacher(name: str, seed: int, data: ClutterDigits, folder: Path) -> torch.nn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("runs/knowledge"))
     options = parser.parse_args()
@@ -72,7 +81,7 @@ def main() -> None:
     images, mask = data.normalize(batch["image"]), batch["mask"].float()
     path = options.out / "knowledge.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         trainings: dict[str, Training] = {}
         for name, (kind, make) in METHODS.items():
             folder = options.out / f"{name.split(',')[0]}_{seed}"
@@ -96,11 +105,11 @@ def main() -> None:
                 print(f"  {row['quantity']:44}{row['student']:9.3f}{row['baseline']:9.3f}{row['difference']:+9.3f} {row['interval']}", flush=True)
     print()
     for name in list(METHODS)[1:]:
-        runs = [results[f"{name}/{seed}"]["rows"] for seed in range(options.seeds)]
-        for rows in zip(*runs, strict=True):
-            values = [row["difference"] for row in rows]
+        runs = [results[f"{name}/{seed}"]["rows"] for seed in options.seeds]
+        for of_seeds in zip(*runs, strict=True):
+            values = [row["difference"] for row in of_seeds]
             spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            print(f"{name:14}{rows[0]['quantity']:44}{statistics.mean(values):+8.3f}{spread}")
+            print(f"{name:14}{of_seeds[0]['quantity']:44}{statistics.mean(values):+8.3f}{spread}")
 
 
 if __name__ == "__main__":

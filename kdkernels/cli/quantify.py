@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> int:
             trainings[name] = Training(KnowledgeRecord.load(folder / RECORD), method.student)
     raw, images, mask = images_of(data, options)
     print(f"Finding the entropies of {len(images)} images at the checkpoints of {len(trainings)} trainings", flush=True)
+    cheap: dict[str, Any] = {"copies": 8, "steps": 30} if options.quick else {}
     results, keep = knowledge_of_trainings(
         trainings,
         images,
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
         by=options.by,
         weight=options.weight,
         seed=options.seed,
-        **({"copies": 8, "steps": 30} if options.quick else {}),
+        **cheap,
     )
     table = rows_of_table(results)
     stored = {"kept_images": keep.tolist(), "accuracies": accuracies, "table": table, "trainings": {n: as_values(r) for n, r in results.items()}}
