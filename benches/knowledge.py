@@ -19,8 +19,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from kdkernels.analysis import KnowledgeRecord, KnowledgeRecorder, Training, knowledge_of_trainings
-from kdkernels.cli.quantify_report import rows_of_table
+from kdkernels.analysis import KnowledgeRecord, KnowledgeRecorder, Training, knowledge_of_trainings, knowledge_table
 from kdkernels.data import ClutterDigits
 from kdkernels.distill import KD, SVDKD, AttentionTransfer, Supervised
 from kdkernels.distill.base import Distiller
@@ -97,7 +96,7 @@ def main() -> None:
                 continue
             pair = {name: trainings[name], "baseline": trainings["baseline"]}
             found, keep = knowledge_of_trainings(pair, images, mask, options.out / f"entropies_{seed}", progress=False)
-            rows = [{("student" if key == name else key): value for key, value in row.items()} for row in rows_of_table(found)]
+            rows = [{("student" if key == name else key): value for key, value in row.items()} for row in knowledge_table(found)]
             results[f"{name}/{seed}"] = {"kept": int(keep.sum()), "rows": rows}
             path.write_text(json.dumps(results, indent=1))
             print(f"{name} seed {seed}: {int(keep.sum())} images, accuracy {results[f'accuracy, {name}/{seed}']:.4f}", flush=True)

@@ -15,7 +15,7 @@ from .concepts import (
 )
 from .pixel_entropy import PixelEntropy, pixel_entropy
 from .recorder import KnowledgeRecord, KnowledgeRecorder
-from .training import Training, TrainingKnowledge, knowledge_of_trainings
+from .training import Training, TrainingKnowledge, knowledge_of_trainings, knowledge_table
 
 __all__ = [
     "KnowledgeRecord",
@@ -32,6 +32,7 @@ __all__ = [
     "calibration_error",
     "fidelity",
     "knowledge_of_trainings",
+    "knowledge_table",
     "learning_speed",
     "optimization_stability",
     "pixel_entropy",

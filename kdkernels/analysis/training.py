@@ -16,6 +16,7 @@ from .concepts import (
     OptimizationStability,
     VisualConcepts,
     block_mask,
+    bootstrap_interval,
     learning_speed,
     optimization_stability,
     suitable_images,
@@ -24,7 +25,7 @@ from .concepts import (
 from .pixel_entropy import pixel_entropy
 from .recorder import KnowledgeRecord
 
-__all__ = ["Training", "TrainingKnowledge", "knowledge_of_trainings"]
+__all__ = ["Training", "TrainingKnowledge", "knowledge_of_trainings", "knowledge_table"]
 
 
 class Training(NamedTuple):
@@ -113,6 +114,49 @@ def knowledge_of_trainings(
             optimization_stability(found.concepts, blocks[keep]),
         )
     return results, keep
+
+
+def knowledge_table(results: Mapping[str, TrainingKnowledge]) -> list[dict[str, Any]]:
+    """Return the quantities of the paper's tables for two trainings, and their differences.
+
+    Args:
+        results: of :func:`knowledge_of_trainings`, for a student and a baseline.
+
+    Returns:
+        A dict for each quantity: its name (``quantity``), the mean over images by the name of the
+        training, ``difference`` (first minus second), and ``interval``, the bootstrap interval over
+        images of the paired difference, of 95 %. It is ``None`` for D_std, which is no mean over
+        images.
+
+    Raises:
+        ValueError: there are not two trainings.
+    """
+    if len(results) != 2:
+        raise ValueError(f"results must be those of two trainings, got {len(results)}")
+    by_image: dict[str, dict[str, Tensor]] = {}
+    for name, result in results.items():
+        found = result.concepts
+        by_image[name] = {
+            "concepts in the foreground, N_fg": found.foreground[-1].double(),
+            "concepts in the background, N_bg": found.background[-1].double(),
+            "share in the foreground, lambda": found.ratio[-1],
+            "weight distance at most concepts, D_mean": result.speed.distances,
+            "kept concepts of the foreground, rho": result.stability.by_image[0],
+            "kept concepts of all blocks": result.stability.by_image[2],
+        }
+    student, baseline = by_image.values()
+    rows: list[dict[str, Any]] = []
+    for quantity, values in student.items():
+        low, high = bootstrap_interval(values - baseline[quantity])
+        means = {name: float(found[quantity].mean()) for name, found in by_image.items()}
+        rows.append(
+            {"quantity": quantity, **means, "difference": float((values - baseline[quantity]).mean()), "interval": [round(low, 4), round(high, 4)]}
+        )
+        if quantity.endswith("D_mean"):
+            stds = {name: result.speed.std for name, result in results.items()}
+            first, second = stds.values()
+            rows.append({"quantity": "its standard deviation over images, D_std", **stds, "difference": first - second, "interval": None})
+    return rows
 
 
 def _entropies(name: str, training: Training, images: Tensor, folder: Path, grid: int, options: dict[str, Any]) -> Tensor:

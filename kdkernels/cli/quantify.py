@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ..analysis import KnowledgeRecord, KnowledgeRecorder, Training, TrainingKnowledge, knowledge_of_trainings
+from ..analysis import KnowledgeRecord, KnowledgeRecorder, Training, TrainingKnowledge, knowledge_of_trainings, knowledge_table
 from ..data import ClutterDigits, ImageData
 from ..distill import Distiller, FeatureDistillation, Supervised
 from ..distill.engine import AtomicCheckpointIO, EpochLines, checkpoints, silence_lightning
@@ -25,7 +25,7 @@ from ..files import replaced_atomically
 from ..models import TinyCNN, load_weights
 from ..plots.checkpoints import restore_with_images
 from .arguments import Parser, make_folder
-from .quantify_report import rows_of_table, write_report
+from .quantify_report import write_report
 
 LAYER = "block3"
 RECORD = "knowledge"  # name of the recorder's folder in that of a run
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
         seed=options.seed,
         **cheap,
     )
-    table = rows_of_table(results)
+    table = knowledge_table(results)
     stored = {"kept_images": keep.tolist(), "accuracies": accuracies, "table": table, "trainings": {n: as_values(r) for n, r in results.items()}}
     with replaced_atomically(options.out / "knowledge.json") as temporary:
         temporary.write_text(json.dumps(stored, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The table and the HTML report of ``kdkernels quantify``."""
+"""The HTML report of ``kdkernels quantify``."""
 
 from __future__ import annotations
 
@@ -9,42 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..analysis import TrainingKnowledge, bootstrap_interval
+from ..analysis import TrainingKnowledge
 from ..files import replaced_atomically
 from ..plots.knowledge import concept_curves, concept_maps
 from ..plots.page import STYLE, image_tag
-
-
-def rows_of_table(results: Mapping[str, TrainingKnowledge]) -> list[dict[str, Any]]:
-    """Return the quantities of the paper's tables for student and baseline, and their differences.
-
-    The interval is a bootstrap interval over images of the paired difference, of 95 %. For D_std
-    there is none, because it is no mean over images.
-    """
-    by_image: dict[str, dict[str, Tensor]] = {}
-    for name, result in results.items():
-        found = result.concepts
-        by_image[name] = {
-            "concepts in the foreground, N_fg": found.foreground[-1].double(),
-            "concepts in the background, N_bg": found.background[-1].double(),
-            "share in the foreground, lambda": found.ratio[-1],
-            "weight distance at most concepts, D_mean": result.speed.distances,
-            "kept concepts of the foreground, rho": result.stability.by_image[0],
-            "kept concepts of all blocks": result.stability.by_image[2],
-        }
-    student, baseline = by_image.values()
-    rows: list[dict[str, Any]] = []
-    for quantity, values in student.items():
-        low, high = bootstrap_interval(values - baseline[quantity])
-        means = {name: float(found[quantity].mean()) for name, found in by_image.items()}
-        rows.append(
-            {"quantity": quantity, **means, "difference": float((values - baseline[quantity]).mean()), "interval": [round(low, 4), round(high, 4)]}
-        )
-        if quantity.endswith("D_mean"):
-            stds = {name: result.speed.std for name, result in results.items()}
-            first, second = stds.values()
-            rows.append({"quantity": "its standard deviation over images, D_std", **stds, "difference": first - second, "interval": None})
-    return rows
 
 
 def write_report(
