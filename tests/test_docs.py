@@ -47,7 +47,7 @@ def test_table_of_accuracies_matches_the_results():
         values = [value for key, value in results.items() if key.split("/")[0] == name]
         assert len(values) == 3
         assert (f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}") == (mean, spread)
-    for page in ("byot.md", "frskd.md", "sad.md"):
+    for page in ("byot.md", "dfnd.md", "frskd.md", "online.md", "sad.md"):
         rows = re.findall(r"^\| ([^|`]+) \| ([\d.]+) ± ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \|$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
         assert len(rows) >= 5
         for name, *numbers in rows:
@@ -55,6 +55,20 @@ def test_table_of_accuracies_matches_the_results():
             differences = [value - results[f"student alone/{seed}"] for seed, value in enumerate(values)]
             expected = [f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}"]
             assert numbers == [*expected, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
+
+
+def test_table_of_concepts_matches_the_results():
+    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/knowledge.json").read_text())
+    pattern = r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \| (\d?) ?\|$"
+    rows = re.findall(pattern, (ROOT / "docs/analysis.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 3 * 7
+    for name, quantity, *shown in rows:
+        found = [next(row for row in results[f"{name}/{seed}"]["rows"] if row["quantity"] == quantity) for seed in range(3)]
+        means = [f"{statistics.mean(row[key] for row in found):.2f}" for key in ("student", "baseline")]
+        differences = [row["difference"] for row in found]
+        intervals = [row["interval"] for row in found]
+        sure = "" if intervals[0] is None else str(sum(low > 0 or high < 0 for low, high in intervals))
+        assert shown == [*means, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}", sure]
 
 
 def test_table_of_lanes_matches_the_results():
