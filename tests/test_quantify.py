@@ -33,7 +33,7 @@ def test_protocol(tmp_path, capsys):
     entropy = torch.stack([PixelEntropy.load(out / "entropies" / f"student_epoch_{e}.npz").entropy for e in (0, 1, 2)])[:, kept]
     from kdkernels.data import ClutterDigits
 
-    data = ClutterDigits(train_size=512, val_size=64, test_size=64)
+    data = ClutterDigits(train_size=128, val_size=64, test_size=64)
     data.setup()
     mask = block_mask(data.splits["val"][list(range(0, 64, 4))]["mask"].float(), 8)[kept]
     assert visual_concepts(entropy, mask).foreground.tolist() == student["foreground"]

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     silence_lightning()
     accuracies: dict[str, float] = {}
     if options.student is None:
-        data: ImageData = ClutterDigits(train_size=512, val_size=64, test_size=64) if options.quick else ClutterDigits()
+        data: ImageData = ClutterDigits(train_size=128, val_size=64, test_size=64) if options.quick else ClutterDigits()
         trainings, accuracies = train_protocol(options, cast(ClutterDigits, data))
     else:
         trainings, data = {}, cast(ImageData, None)
