@@ -153,6 +153,11 @@ def test_fusion_module_computes_the_published_layers():
     torch.testing.assert_close(fusion(maps, (8, 8)), want)
 
 
+def test_fusion_of_too_few_maps_raises():
+    with pytest.raises(ValueError, match="maps must be one feature map of each of the 2 networks, got 1"):
+        FusionModule([(4, 2, 2), (4, 2, 2)], 3)([torch.zeros(1, 4, 2, 2)], (4, 4))
+
+
 def test_fusion_by_sum_and_for_label_maps():
     torch.manual_seed(0)
     fusion = FusionModule([(4, 2, 2), (4, 2, 2)], 3, label_maps=True, mode="sum").double()

@@ -76,6 +76,8 @@ class FusionModule(nn.Module):
         maps: Sequence[Tensor],  # [B, C_i, H_i, W_i] each
         size: Sequence[int],  # height and width of the images
     ) -> Tensor:  # [B, K], or [B, K, *size] for label maps
+        if len(maps) != len(self.regressors):
+            raise ValueError(f"maps must be one feature map of each of the {len(self.regressors)} networks, got {len(maps)}")
         reduced = [regressor(x) for regressor, x in zip(self.regressors, maps, strict=True)]
         joint = torch.stack(reduced).sum(0) if self.mode == "sum" else torch.cat(reduced, 1)
         joint = self.convs(joint)
