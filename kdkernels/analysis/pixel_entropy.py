@@ -194,7 +194,8 @@ class _Search:
         """Return standard normal numbers [copies, C, H, W] that depend on the seed and the step."""
         generator = torch.Generator(self.device)
         generator.manual_seed(int(bits(self.options["seed"], step)) & 0x7FFFFFFFFFFFFFFF)
-        return torch.randn(self.options["copies"], *shape, generator=generator, device=self.device, dtype=self.dtype)
+        noise = torch.randn(self.options["copies"], *shape, generator=generator, device=self.device, dtype=self.dtype)
+        return noise.contiguous(memory_format=torch.channels_last)
 
     def losses(self, image: Tensor, clean: Tensor, sigma: Tensor, step: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the mean squared differences of the features, and the gradient for each pixel.
@@ -213,17 +214,20 @@ class _Search:
         by_pixel = sigma[:, self.rows][:, :, self.columns]  # nearest-neighbour upsampling
         loss = torch.zeros(len(image), device=self.device, dtype=self.dtype)
         slope = torch.zeros_like(by_pixel)
-        for rows in torch.arange(len(image) * copies, device=self.device).split(self.chunk):
-            of, copy = rows // copies, rows % copies
-            noisy = torch.addcmul(image[of], by_pixel[of, None], noise[copy]).contiguous(memory_format=torch.channels_last)
-            with torch.set_grad_enabled(scale is not None):
-                noisy.requires_grad_(scale is not None)
-                difference = (self.feature(noisy) - clean[of]).square().flatten(1).mean(1) / copies
-                if scale is not None:
-                    difference = difference / scale[of]
-                    (gradient,) = torch.autograd.grad(difference.sum(), noisy)
-                    slope.index_add_(0, of, (gradient * noise[copy]).sum(1))
-            loss.index_add_(0, of, difference.detach())
+        at_once = max(1, self.chunk // copies)  # images; on a CPU one, of which some copies are taken at a time
+        for first in range(0, len(image), at_once):
+            rows = slice(first, first + at_once)
+            for part in noise.split(min(copies, self.chunk)):
+                noisy = torch.addcmul(image[rows, None], by_pixel[rows, None, None], part).flatten(0, 1)
+                with torch.set_grad_enabled(scale is not None):
+                    noisy.requires_grad_(scale is not None)
+                    feature = self.feature(noisy).unflatten(0, (-1, len(part)))
+                    difference = (feature - clean[rows, None]).square().flatten(2).mean(2).sum(1) / copies
+                    if scale is not None:
+                        difference = difference / scale[rows]
+                        (gradient,) = torch.autograd.grad(difference.sum(), noisy)
+                        slope[rows] += (gradient.unflatten(0, (-1, len(part))) * part).sum((1, 2))
+                loss[rows] += difference.detach()
         return loss, None if scale is None else slope
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
