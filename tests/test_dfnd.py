@@ -319,6 +319,25 @@ def test_images_are_resized_to_those_of_the_data():
     assert sorted(batch["image"].flatten(1).float().mean(1).tolist()) == [0, 7, 14, 21]
 
 
+def test_index_with_another_preprocessing_raises(tmp_path):
+    """Also if the data are not normalised, or the pool was not resized."""
+    normalization = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    select_samples(_teacher(), POOL, 5, tmp_path / "normalized.pt", **normalization)
+    plain = FromDatasets(IMAGES, IMAGES, num_classes=3)
+    with pytest.raises(ValueError, match=r"made with another mean \(\[0\.4, 0\.5, 0\.6\]\) than that of data \(None\)"):
+        SelectedImages(POOL, plain, tmp_path / "normalized.pt").setup()
+    large = [torch.full((3, 12, 12), 9 * i, dtype=torch.uint8) for i in range(9)]
+    select_samples(_teacher(), large, 5, tmp_path / "large.pt")
+    with pytest.raises(ValueError, match=r"made with images of size \[12, 12\], but those of data have \[8, 8\]"):
+        SelectedImages(large, plain, tmp_path / "large.pt").setup()
+
+
+def test_pool_of_two_dtypes_raises():
+    mixed = [*(POOL * 9)[:256], *[image.float() / 255 for image in POOL]]  # the first chunk has one dtype
+    with pytest.raises(ValueError, match="must have one dtype and one shape"):
+        SelectedImages(mixed, _original()).setup()
+
+
 def test_selection_is_made_when_training_begins(tmp_path):
     method = _dfnd()
     data = SelectedImages(POOL, _original(), tmp_path / "runs" / "i.pt", count=9, batch_size=3)

@@ -44,7 +44,7 @@ class ImagePool(Dataset):
         mode: "RGB", or "L" for grey images with one channel.
         on_error: what to do if a file cannot be read as an image. "fail" raises an error that names
             the file. "skip" warns, and gives a black image, which :func:`select_samples` never
-            selects; its position is in ``damaged``.
+            selects from this pool (but may from a Subset of it); its position is in ``damaged``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -265,7 +265,7 @@ def select_samples(
     modes = {module: module.training for module in teacher.modules()}
     teacher.to(where).eval()
     try:
-        for chunk, images, digest in _prefetched(state.remaining(), pool, batch_size, size):
+        for chunk, images, digest, damaged in _prefetched(state.remaining(), pool, batch_size, size):
             state.check_format(images)
             logits = _logits(teacher, images, normalization["mean"], normalization["std"], where, parameter.dtype)
             values = noise_value(logits).float().cpu()
@@ -273,7 +273,6 @@ def select_samples(
                 raise ValueError(
                     f"the teacher ({type(teacher).__name__}) returned logits that are not finite for all of the first {len(values)} images"
                 )
-            damaged = [i - chunk * batch_size for i in getattr(pool, "damaged", ()) if i // batch_size == chunk]
             values[damaged] = torch.nan
             state.add(chunk, digest, values, logits.argmax(1).cpu(), logits.shape[1])
             if on_progress is not None:
@@ -465,12 +464,16 @@ def _write_index(path: Path, provenance: dict, parts: list[_Part]) -> None:
         torch.save(index, temporary)
 
 
-def _prefetched(chunks: Iterator[int], pool: Any, batch_size: int, size: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, str]]:
-    """Yield the number, the images and the hash of each batch. A thread reads one batch ahead."""
+def _prefetched(chunks: Iterator[int], pool: Any, batch_size: int, size: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, str, list[int]]]:
+    """Yield the number, the images and the hash of each batch, and which of its images are damaged.
 
-    def read(chunk: int) -> tuple[int, Tensor, str]:
+    A thread reads one batch ahead.
+    """
+
+    def read(chunk: int) -> tuple[int, Tensor, str, list[int]]:
         images = _images(pool, chunk, batch_size, size)
-        return chunk, images, _hash(images)
+        known = getattr(pool, "damaged", ())  # of an ImagePool
+        return chunk, images, _hash(images), [i for i in range(len(images)) if chunk * batch_size + i in known]
 
     with ThreadPoolExecutor(1) as thread:
         following = None

@@ -131,25 +131,31 @@ class SelectedImages(ImageData):
         selected = SampleIndex.load(index)
         name = f"index: {os.fspath(index)!r}"
         hashed = None if teacher is None else _hash_before_casts(teacher)
-        selected.check(teacher=hashed, pool=self.pool, count=self.count, mean=self.mean, std=self.std, name=name)
-        size = selected.provenance["size"]
-        if size is not None and self.image_shape is not None and tuple(size) != tuple(self.image_shape[1:]):
+        selected.check(teacher=hashed, pool=self.pool, count=self.count, name=name)
+        for option, value in (("mean", self.mean), ("std", self.std)):
+            used, wanted = selected.provenance[option], None if value is None else [float(x) for x in value]
+            if used != wanted:
+                raise ValueError(f"{name} was made with another {option} ({used}) than that of data ({wanted})")
+        size = selected.provenance["size"] or list(images_of(self.pool, [0], None).shape[2:])
+        if self.image_shape is not None and size != list(self.image_shape[1:]):
             raise ValueError(f"{name} was made with images of size {size}, but those of data have {list(self.image_shape[1:])}")
         return selected
 
     def _training_images(self) -> Dataset:
         size = None if self.image_shape is None else self.image_shape[1:]
-        channels = images_of(self.pool, [0], size).shape[1]
-        if self.image_shape is not None and channels != self.image_shape[0]:
-            raise ValueError(f"the images of the pool must have {self.image_shape[0]} channels, as those of data, got {channels}")
+        first = images_of(self.pool, [0], size)
+        if self.image_shape is not None and first.shape[1] != self.image_shape[0]:
+            raise ValueError(f"the images of the pool must have {self.image_shape[0]} channels, as those of data, got {first.shape[1]}")
         indices, pool_name = torch.arange(len(cast(Sized, self.pool))), ""
         if self.index is not None:
             selected = self._selected(size)
             indices, pool_name = selected.indices, selected.provenance["pool"]
         positions = indices.tolist()
-        first = images_of(self.pool, positions[:1], size)
         if first.nbytes * len(positions) <= self.max_memory * 2**30:
             parts = [images_of(self.pool, part.tolist(), size) for part in indices.split(_CHUNK)]
+            formats = sorted({(str(part.dtype), tuple(part.shape[1:])) for part in parts})
+            if len(formats) > 1:
+                raise ValueError(f"the images of the pool must have one dtype and one shape, got {formats}")
             return TensorImages(image=torch.cat(parts))
         description = f"{pool_name} {type(self.pool).__qualname__} {size} {hashlib.sha256(indices.numpy().tobytes()).hexdigest()}"
         return ItemImages(PoolImages(self.pool, positions, size), fingerprint=description if pool_name else None)
