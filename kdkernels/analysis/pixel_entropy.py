@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..data.image_pool import images_of
 from ..data.keyed_random import bits
-from ..data.select_samples import images_of
 from ..files import replaced_atomically
 from ..nn.hashing import hash_of
 from ..ops import checks

@@ -136,16 +136,14 @@ def train_protocol(options: argparse.Namespace, data: ClutterDigits) -> tuple[di
     """Train teacher, student and baseline; return the recorded trainings and test accuracies."""
     data.setup()
     epochs, accuracies = options.epochs, {}
-    networks = {"teacher": TinyCNN(8, depth=3), "student": TinyCNN(8), "baseline": TinyCNN(8)}
-    last = {name: options.out / name / "last.ckpt" for name in networks}
-    for name, network in networks.items():
-        L.seed_everything(options.seed, verbose=False)
-        fresh = TinyCNN(8, depth=3) if name == "teacher" else TinyCNN(8)  # student and baseline begin with the same weights
-        network.load_state_dict(fresh.state_dict())
+    networks: dict[str, TinyCNN] = {}
+    for name in ("teacher", "student", "baseline"):
+        L.seed_everything(options.seed, verbose=False)  # student and baseline begin with the same weights
+        network = networks[name] = TinyCNN(8, depth=3 if name == "teacher" else 1)
         method: Distiller = Supervised(network)
         length = epochs
         if name == "student":
-            teacher = load_weights(TinyCNN(8, depth=3), last["teacher"])
+            teacher = load_weights(TinyCNN(8, depth=3), options.out / "teacher" / "last.ckpt")
             method, length = FeatureDistillation(network, teacher, LAYER, first_stage_epochs=epochs), epochs + max(1, epochs // 2)
         accuracies[name] = train(method, data, length, options.out / name, None if name == "teacher" else epochs, options.seed)
     return {name: Training(KnowledgeRecord.load(options.out / name / RECORD), networks[name]) for name in ("student", "baseline")}, accuracies

@@ -9,7 +9,8 @@ from .culane import CULane
 from .digits import Digits
 from .from_datasets import FromDatasets
 from .image_folder import ImageFolder
-from .select_samples import ImagePool, SampleIndex, select_samples
+from .image_pool import ImagePool
+from .select_samples import SampleIndex, select_samples
 from .selected_images import SelectedImages
 from .synthetic_lanes import SyntheticLanes
 from .tusimple import TuSimple

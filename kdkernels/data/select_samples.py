@@ -6,16 +6,14 @@ import glob
 import hashlib
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,62 +21,12 @@ from ..files import replaced_atomically
 from ..nn.dfnd import noise_value
 from ..nn.hashing import hash_of
 from ..nn.outputs import find_logits
-from .decode import as_pixels, read_image
-from .listing import LeftOut, image_files
+from .image_pool import images_of
 
-__all__ = ["ImagePool", "SampleIndex", "select_samples"]
+__all__ = ["SampleIndex", "select_samples"]
 
 VERSION = 2  # of the format of the files
 NOISIEST = 100  # number of noisiest images whose positions are stored
-
-
-class ImagePool(Dataset):
-    """The image files of a folder, at any depth, as a dataset of images [C, size, size] uint8.
-
-    The centre square of each image is resized (:class:`ImageFolder` does the same). Several images
-    are read by several threads.
-
-    Args:
-        root: the folder.
-        size: height and width of the images.
-        mode: "RGB", or "L" for grey images with one channel.
-        on_error: what to do if a file cannot be read as an image. "fail" raises an error that names
-            the file. "skip" warns, and gives a black image, which :func:`select_samples` never
-            selects from this pool (but may from a Subset of it); its position is in ``damaged``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder contains no image; or, when an image is read, it is damaged.
-    """
-
-    def __init__(self, root: str | os.PathLike, size: int = 32, mode: Literal["RGB", "L"] = "RGB", on_error: Literal["fail", "skip"] = "fail"):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be an integer >= 1, got {size!r}")
-        if mode not in ("RGB", "L"):
-            raise ValueError(f'mode must be "RGB" or "L", got {mode!r}')
-        if on_error not in ("fail", "skip"):
-            raise ValueError(f'on_error must be "fail" or "skip", got {on_error!r}')
-        self.root, self.size, self.mode, self.on_error = Path(root), size, mode, on_error
-        self.damaged: set[int] = set()  # positions of the files that could not be read so far
-        self.files = image_files(self.root, LeftOut(self.root))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Tensor:
-        try:
-            return read_image(self.files[i], self.size, self.mode)
-        except ValueError as error:
-            if self.on_error == "fail":
-                raise
-            if i not in self.damaged:
-                self.damaged.add(i)
-                warnings.warn(f"{error}; this file is not selected", stacklevel=2)
-            return torch.zeros(1 if self.mode == "L" else 3, self.size, self.size, dtype=torch.uint8)
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # the decoders release the GIL
-            return list(threads.map(self.__getitem__, indices))
 
 
 @dataclass(frozen=True)
@@ -127,11 +75,9 @@ class SampleIndex:
         teacher: nn.Module | str | None = None,
         pool: Any = None,
         count: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         name: str = "the index",
     ) -> None:
-        """Check that the index belongs to a teacher and a pool, and was made with some options.
+        """Check that the index belongs to a teacher and a pool.
 
         Of the pool, the number of images is compared, and the content of its first, middle and last
         batch.
@@ -139,20 +85,17 @@ class SampleIndex:
         Args:
             teacher: the network, or its hash.
             pool: the dataset.
-            count, mean, std: as for :func:`select_samples`.
+            count: number of selected images.
             name: name of the index in the message.
 
         Raises:
-            ValueError: the index was made from another teacher or pool, or with other options.
+            ValueError: the index was made from another teacher or pool, or with another count.
         """
         given: dict[str, Any] = {}
         if teacher is not None:
             given["teacher"] = teacher if isinstance(teacher, str) else hash_of(teacher)
         if count is not None:
             given["count"] = count
-        for option, values in (("mean", mean), ("std", std)):
-            if values is not None:
-                given[option] = [float(x) for x in values]
         if pool is not None:
             given["pool_size"] = len(pool)
         _check_same(name, self.provenance, given)
@@ -489,38 +432,6 @@ def _images(pool: Any, chunk: int, batch_size: int, size: tuple[int, int] | None
     """Return a batch of the pool, [B, C, H, W], uint8 or float32."""
     first = chunk * batch_size
     return images_of(pool, list(range(first, min(first + batch_size, len(pool)))), size)
-
-
-def images_of(pool: Any, indices: list[int], size: tuple[int, int] | None) -> Tensor:
-    """Return images of a pool [B, C, H, W], resized to ``size`` if it is given.
-
-    Raises:
-        TypeError, ValueError: an item is no image, or the shapes or dtypes differ.
-    """
-    items = pool.__getitems__(indices) if hasattr(pool, "__getitems__") else [pool[i] for i in indices]
-    images = []
-    for i, item in zip(indices, items, strict=True):
-        if isinstance(item, dict):
-            item = item.get("image")
-        elif isinstance(item, (tuple, list)) and item:
-            item = item[0]
-        image = as_pixels(item, f"image {i} of the pool").detach()
-        if size is not None and tuple(image.shape[1:]) != size:
-            image = _resized(image, size)
-        images.append(image)
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
-        advice = " or size must be given," if len({shape[0] for shape in shapes}) == 1 else ""
-        raise ValueError(f"the images of the pool must have one shape,{advice} got {sorted(shapes)}")
-    dtypes = {str(image.dtype) for image in images}
-    if len(dtypes) > 1:
-        raise ValueError(f"the images of the pool must have one dtype, because it determines the value of white, got {sorted(dtypes)}")
-    return torch.stack(images)
-
-
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)[0]
-    return resized.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
 
 
 @torch.no_grad()

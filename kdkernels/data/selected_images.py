@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from ..nn.hashing import hash_of
 from .augment import Augment
 from .base import ImageData, ItemImages, TensorImages, require_at_least
+from .image_pool import images_of
 from .loading import Loader
-from .select_samples import SampleIndex, images_of, select_samples
+from .select_samples import SampleIndex, select_samples
 
 _CHUNK = 256  # images that are read at once
 

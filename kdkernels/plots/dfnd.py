@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import SampleIndex, SelectedImages
-from ..data.select_samples import images_of
+from ..data.image_pool import images_of
 from ..distill import DFND
 from .checkpoints import restore_with_images
 from .drawing import new_figure, picture_path, write_picture
