@@ -26,7 +26,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from kdkernels.data import Augment, ClutterDigits, ImageData, SegmentedClutterDigits, SelectedImages, WildDigits, select_samples
+from kdkernels.data import Augment, ClutterDigits, ImageData, SampleIndex, SegmentedClutterDigits, SelectedImages, WildDigits, select_samples
 from kdkernels.distill import (
     BYOT,
     DFND,
@@ -153,8 +153,24 @@ def data_for(name: str, seed: int, teacher: torch.nn.Module | None, folder: Path
         return SelectedImages(torch.utils.data.Subset(POOL, chosen), images)
     assert teacher is not None
     index = folder / f"index_{seed}.pt"
-    select_samples(teacher, POOL, SELECTED, index, mean=images.mean, std=images.std)
+    selected = select_samples(teacher, POOL, SELECTED, index, mean=images.mean, std=images.std)
+    shares = folder / "dfnd_selection.json"
+    stored = json.loads(shares.read_text()) if shares.exists() else {}
+    shares.write_text(json.dumps(stored | {str(seed): selection_shares(selected)}, indent=1) + "\n")
     return SelectedImages(POOL, images, index)
+
+
+def selection_shares(index: SampleIndex) -> dict[str, float | list[float]]:
+    """Return shares of the selected images, from the true labels, and of the pool."""
+    labels = POOL.true_labels(index.indices)
+    has_digit, right = labels >= 0, labels == index.labels
+    return {
+        "one digit": float(has_digit.float().mean()),
+        "one digit, in the pool": float((POOL.true_labels(torch.arange(len(POOL))) >= 0).float().mean()),
+        "teacher right": float(right.float().mean()),
+        "teacher right, of those with one digit": float(right[has_digit].float().mean()),
+        "by the teacher's class": (index.labels.bincount(minlength=10) / len(index.labels)).tolist(),
+    }
 
 
 def train(method, data, epochs: int, seed: int) -> dict[str, float]:

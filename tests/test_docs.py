@@ -57,6 +57,19 @@ def test_table_of_accuracies_matches_the_results():
             assert numbers == [*expected, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
 
 
+def test_shares_of_selected_images_match_the_results():
+    stored = json.loads((ROOT / "benches/results/amd-epyc-2-cores/dfnd_selection.json").read_text()).values()
+    page = " ".join((ROOT / "docs/dfnd.md").read_text().split())
+    for text, share in (
+        ("{} % of the pool", lambda v: v["one digit, in the pool"]),
+        ("{} % of the selected images, have one digit", lambda v: v["one digit"]),
+        ("right for only {} % of the selected images", lambda v: v["teacher right"]),
+        ("({} % of those with a digit)", lambda v: v["teacher right, of those with one digit"]),
+        ("{} % of the selected images are ones", lambda v: v["by the teacher's class"][1]),
+    ):
+        assert text.format(round(100 * statistics.mean(map(share, stored)))) in page
+
+
 def test_table_of_concepts_matches_the_results():
     results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/knowledge.json").read_text())
     pattern = r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \| (\d?) ?\|$"
