@@ -138,6 +138,55 @@ def test_result_does_not_depend_on_the_batch():
     assert not torch.equal(other_seed.entropy, other.entropy)
 
 
+class Recording(nn.Module):
+    """Its forward pass reads what it has just stored, as networks with recorded activations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Conv2d(3, 4, 3), None
+
+    def forward(self, x):
+        self.last = self.layer(x)
+        torch.mm(torch.ones(200, 200), torch.ones(200, 200))  # another thread gets time to store its own
+        return self.last.tanh()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "inference_mode", "autocast"])
+def test_bits_do_not_depend_on_threads_and_modes_of_the_caller(around):
+    torch.manual_seed(0)
+    images, options = torch.randn(3, 3, 8, 8), {"grid": 4, "copies": 50, "steps": 25, "progress": False}
+    model = nn.Sequential(Recording(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    for layer in ("0", "2"):
+        results, threads = [], torch.get_num_threads()
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                results.append(pixel_entropy(model, layer, images, **options))
+                assert torch.get_num_threads() == n
+                with around():
+                    results.append(pixel_entropy(model, layer, images, **options))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(results[0].entropy, other.entropy) for other in results[1:])
+
+
+def test_errors_of_a_layer_restore_the_threads():
+    class Fails(nn.Module):
+        def forward(self, x):
+            if len(x) > 3:
+                raise OverflowError("too many images")
+            return x
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(OverflowError, match="too many images"):
+            pixel_entropy(nn.Sequential(Fails()), "0", torch.randn(2, 3, 8, 8), grid=2, progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_insensitive_images_are_rejected():
     class Dead(nn.Module):
         def __init__(self):

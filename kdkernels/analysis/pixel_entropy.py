@@ -26,6 +26,7 @@ from ..files import replaced_atomically
 from ..nn.hashing import hash_of
 from ..ops import checks
 from .frozen_network import FrozenNetwork
+from .side_by_side import SideBySide
 
 __all__ = ["PixelEntropy", "pixel_entropy"]
 
@@ -33,7 +34,7 @@ VERSION = 1  # of the format of the files
 HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1.0
 EXTENSION = 20  # the last steps, which are made only if the first ones do not reach the target
-CPU_CHUNK = 32
+CPU_CHUNK = 24  # noisy images at once on a thread of a CPU: their activations stay in the cache
 GROWTH = 1.5  # factor of the weight in the last steps
 
 
@@ -169,10 +170,10 @@ def pixel_entropy(
         return stored
     state = _State(target_path, provenance, save_every)
     state.resume(images)
-    # On a CPU, the activations of a few images at a time stay in the cache.
-    chunk = CPU_CHUNK if where.type == "cpu" else batch_size * copies
-    search = _Search(FrozenNetwork(model, layer, where), where, chunk, options)
-    with _bar(total, state.done, progress) as bar:
+    chunk, threads = (CPU_CHUNK, torch.get_num_threads()) if where.type == "cpu" else (batch_size * copies, 1)
+    search = _Search(FrozenNetwork(model, layer, where), where, chunk, options, threads)
+    modes = torch.inference_mode(False), torch.autocast(where.type, enabled=False)  # the caller may be in others
+    with modes[0], modes[1], search.parts.open(), _bar(total, state.done, progress) as bar:
         for first in range(state.done, total, batch_size):
             batch = _read(images, range(first, min(first + batch_size, total)))
             state.add(search(batch), _hashes(batch))
@@ -183,11 +184,12 @@ def pixel_entropy(
 class _Search:
     """The optimisation for a batch of images."""
 
-    def __init__(self, network: FrozenNetwork, device: torch.device, chunk: int, options: dict[str, Any]):
+    def __init__(self, network: FrozenNetwork, device: torch.device, chunk: int, options: dict[str, Any], threads: int = 1):
         self.network, self.device, self.dtype, self.chunk, self.options = network, device, network.dtype, chunk, options
+        self.parts = SideBySide(self.losses_of_part, network, threads)
 
-    def feature(self, image: Tensor) -> Tensor:
-        output = self.network(image)
+    def feature(self, network: FrozenNetwork, image: Tensor) -> Tensor:
+        output = network(image)
         return output.relu() if self.options["relu"] else output
 
     def noise(self, step: int, shape: Sequence[int]) -> Tensor:
@@ -215,20 +217,29 @@ class _Search:
         loss = torch.zeros(len(image), device=self.device, dtype=self.dtype)
         slope = torch.zeros_like(by_pixel)
         at_once = max(1, self.chunk // copies)  # images; on a CPU one, of which some copies are taken at a time
-        for first in range(0, len(image), at_once):
-            rows = slice(first, first + at_once)
-            for part in noise.split(min(copies, self.chunk)):
-                noisy = torch.addcmul(image[rows, None], by_pixel[rows, None, None], part).flatten(0, 1)
-                with torch.set_grad_enabled(scale is not None):
-                    noisy.requires_grad_(scale is not None)
-                    feature = self.feature(noisy).unflatten(0, (-1, len(part)))
-                    difference = (feature - clean[rows, None]).square().flatten(2).mean(2).sum(1) / copies
-                    if scale is not None:
-                        difference = difference / scale[rows]
-                        (gradient,) = torch.autograd.grad(difference.sum(), noisy)
-                        slope[rows] += (gradient.unflatten(0, (-1, len(part))) * part).sum((1, 2))
-                loss[rows] += difference.detach()
+        batches = [slice(first, first + at_once) for first in range(0, len(image), at_once)]
+        parts = [(rows, part) for rows in batches for part in noise.split(min(copies, self.chunk))]
+        tasks = [(image[rows], clean[rows], by_pixel[rows], part, None if scale is None else scale[rows]) for rows, part in parts]
+        for (rows, _), (part_of_loss, part_of_slope) in zip(parts, self.parts(tasks), strict=True):
+            loss[rows] += part_of_loss
+            if part_of_slope is not None:
+                slope[rows] += part_of_slope
         return loss, None if scale is None else slope
+
+    def losses_of_part(
+        self, network: FrozenNetwork, image: Tensor, clean: Tensor, by_pixel: Tensor, noise: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what some of the noisy images contribute to :meth:`losses`."""
+        noisy = torch.addcmul(image[:, None], by_pixel[:, None, None], noise).flatten(0, 1)
+        with torch.set_grad_enabled(scale is not None):
+            noisy.requires_grad_(scale is not None)
+            feature = self.feature(network, noisy).unflatten(0, (-1, len(noise)))
+            difference = (feature - clean[:, None]).square().flatten(2).mean(2).sum(1) / self.options["copies"]
+            if scale is None:
+                return difference, None
+            difference = difference / scale
+            (gradient,) = torch.autograd.grad(difference.sum(), noisy)
+        return difference.detach(), (gradient.unflatten(0, (-1, len(noise))) * noise).sum((1, 2))
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
         o = self.options
@@ -242,7 +253,7 @@ class _Search:
         in_row, in_column = (F.one_hot(blocks, grid).to(self.dtype) for blocks in (self.rows, self.columns))
         sigma = torch.full((count, grid, grid), o["initial_sigma"], device=self.device, dtype=self.dtype)
         with torch.no_grad():
-            clean = torch.cat([self.feature(part) for part in image.split(self.chunk)])
+            clean = torch.cat([self.feature(self.network, part) for part in image.split(self.chunk)])
         scale, _ = self.losses(image, clean, sigma, -1)
         results = {
             "entropy": torch.full((count, grid, grid), torch.nan, device=self.device, dtype=self.dtype),
