@@ -8,7 +8,7 @@ from .config import CPU_ISA, VERSION, load_cuda_kernels, release_memory, show_co
 __version__ = VERSION
 load_cuda_kernels()
 
-from . import nn  # noqa: E402  nn needs the registered ops
+from . import compat, nn  # noqa: E402  they need the registered ops
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.rbf_correlation import rbf_correlation, rbf_correlation_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
@@ -19,6 +19,7 @@ __all__ = [
     "align_singular_vectors",
     "attention_pool",
     "attention_transfer_loss",
+    "compat",
     "feature_svd",
     "nn",
     "rbf_correlation",

@@ -16,6 +16,7 @@ LAYERS = [
     {"ops"},
     {"testing"},
     {"nn"},
+    {"compat"},
     {"kdkernels"},
     {"models", "data"},
     {"analysis"},

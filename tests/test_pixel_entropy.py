@@ -151,7 +151,10 @@ class Recording(nn.Module):
         return self.last.tanh()
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "inference_mode", "autocast"])
+MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("around", MODES.values(), ids=MODES)
 def test_bits_do_not_depend_on_threads_and_modes_of_the_caller(around):
     torch.manual_seed(0)
     images, options = torch.randn(3, 3, 8, 8), {"grid": 4, "copies": 50, "steps": 25, "progress": False}

@@ -15,7 +15,7 @@ __all__ = ["SideBySide"]
 
 
 class SideBySide:
-    """Calls ``function(resource, *task)`` for many tasks at once, each on one of torch's CPU threads.
+    """Calls ``function(resource, *task)`` for many tasks at once, each on one CPU thread.
 
     Small tensors are faster so than with operators that divide themselves among the threads: there
     is nothing to wait for between two operators. Results are the same for every number of threads.

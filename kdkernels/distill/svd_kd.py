@@ -167,7 +167,8 @@ class SVDKD(TwoStage):
         if self.first_stage or not self.first_stage_epochs:
             pairs = pair_features(features, teacher_features, channels=True)
             student_maps, teacher_maps = zip(*pairs, strict=True)
-            transfer, kept = svd_kd_terms(student_maps, teacher_maps, **self.terms)
+            pair_losses, kept = svd_kd_terms(student_maps, teacher_maps, **self.terms)
+            transfer = sum(pair_losses)
             losses["svd"] = self.beta * transfer
             self._left_out = (~kept.all(0)).sum()
         return logits, losses

@@ -4,6 +4,7 @@ from .attention import AttentionTransferLoss, attention_transfer_losses
 from .byot import BYOTLoss, byot_feature_losses, byot_loss
 from .dfnd import DFNDLoss, dfnd_loss, noise_adaptation_matrix, noise_value
 from .frskd import FRSKDLoss, frskd_feature_losses, frskd_loss, frskd_ramp
+from .fsp import fsp_loss, fsp_matrix
 from .kd import TemperatureKLLoss, kd_loss
 from .online import DMLLoss, FFLLoss, ONELoss, dml_loss, ffl_loss, ffl_ramp, one_loss
 from .overhaul import overhaul_loss, overhaul_margins
@@ -35,6 +36,8 @@ __all__ = [
     "frskd_feature_losses",
     "frskd_loss",
     "frskd_ramp",
+    "fsp_loss",
+    "fsp_matrix",
     "joint_labels",
     "kd_loss",
     "noise_adaptation_matrix",

@@ -87,7 +87,8 @@ def svd_kd_loss(
         S. H. Lee, D. H. Kim, B. C. Song. Self-supervised Knowledge Distillation Using Singular
         Value Decomposition. ECCV 2018. https://arxiv.org/abs/1807.06819
     """
-    return svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)[0]
+    losses, _ = svd_kd_terms(student, teacher, k, align=align, grad=grad, weighting=weighting, loss=loss, extra=extra, beta=beta)
+    return cast(Tensor, sum(losses))
 
 
 def svd_kd_terms(
@@ -101,8 +102,12 @@ def svd_kd_terms(
     loss: Literal["authors", "mean"] = "authors",
     extra: int = 1,
     beta: float = 8.0,
-) -> tuple[Tensor, Tensor]:
-    """Compute :func:`svd_kd_loss` and a bool tensor [pairs, B]: whether it includes the sample."""
+) -> tuple[list[Tensor], Tensor]:
+    """Compute :func:`svd_kd_loss` of each pair of neighbouring layers.
+
+    Returns:
+        The losses, and a bool tensor [pairs, B]: whether the loss includes the sample.
+    """
     _check_svd_kd(student, teacher, k, align, grad, weighting, loss, extra, beta)
     student_matrices, teacher_matrices = ([x.flatten(2).transpose(1, 2) for x in features] for features in (student, teacher))
     vector_counts = [min(k, *x.shape[1:], t.shape[1]) for x, t in zip(student_matrices, teacher_matrices, strict=True)]
@@ -120,16 +125,15 @@ def svd_kd_terms(
             weight = F.normalize(torch.where(usable_map[:, None], sigma, 1.0), dim=1)
         aligned.append(align_singular_vectors(v, w, weight, flip=align))
         usable_maps.append(usable_map)
-    total: float | Tensor = 0.0
-    usable_pairs = []
+    losses, usable_pairs = [], []
     for i in range(len(aligned) - 1):
         n = min(vector_counts[: i + 2])
         (sx, tx), (sy, ty) = ([x[..., :n] for x in layer] for layer in aligned[i : i + 2])
         usable_pair = usable_maps[i] & usable_maps[i + 1]
         per_sample = torch.where(usable_pair, rbf_correlation_loss(sx, sy, tx, ty, beta, reduction="none"), 0)
-        total = total + per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(usable_pair), 1))
+        losses.append(per_sample.sum() * (0.5 * math.sqrt(n) if loss == "authors" else 1 / max(len(usable_pair), 1)))
         usable_pairs.append(usable_pair)
-    return cast(Tensor, total), torch.stack(usable_pairs)
+    return losses, torch.stack(usable_pairs)
 
 
 def _check_svd_kd(
