@@ -29,7 +29,7 @@ export KDKERNELS_ISAS ?= $(BEST_ISA)
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo test test-all test-torch bench bench-quick bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo test test-all test-torch test-peers bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
@@ -59,6 +59,14 @@ test-torch:
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(TORCH_ENVIRONMENT)/source
 	cd $(TORCH_ENVIRONMENT)/source && KDKERNELS_CUDA=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation -e '.[train,export,dev]' torch==$(VERSION) 'numpy<2.4'
 	cd $(TORCH_ENVIRONMENT)/source && ../bin/python -m pytest --durations=15 -n 2 --dist=worksteal $(TEST_FLAGS)
+
+# Compare kdkernels.compat with the packages whose losses it has, in a separate virtual environment.
+# torchdistill is installed without its dependencies, because its losses need only torch.
+test-peers: $(BUILT)
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q -c constraints.txt torch numpy triton pytest -r tests/peers/requirements.txt
+	.venv-peers/bin/python -m pip install -q --no-deps -r tests/peers/requirements-no-deps.txt
+	.venv-peers/bin/python -m pytest --noconftest -q tests/peers/check_peers.py $(TEST_FLAGS)
 
 bench: $(BUILT)
 	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
@@ -112,7 +120,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* .venv-peers build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
 # Prints the dependencies. The parser is pip's, because Python 3.10 has none.
 PRINT_REQUIREMENTS = from pip._vendor import tomli; \

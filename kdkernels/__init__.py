@@ -9,6 +9,7 @@ __version__ = VERSION
 load_cuda_kernels()
 
 from . import compat, nn  # noqa: E402  they need the registered ops
+from .compat import patch  # noqa: E402
 from .ops.attention_pool import attention_pool, attention_transfer_loss  # noqa: E402
 from .ops.rbf_correlation import rbf_correlation, rbf_correlation_loss  # noqa: E402
 from .ops.temperature_kl import temperature_kl  # noqa: E402
@@ -22,6 +23,7 @@ __all__ = [
     "compat",
     "feature_svd",
     "nn",
+    "patch",
     "rbf_correlation",
     "rbf_correlation_loss",
     "reference",

@@ -157,6 +157,9 @@ def test_jensen_shannon_divergence(beta):
         t[0, :3],
     )
     assert trl(s, t, labels=torch.full((2, 5), -100), beta=beta).item() == 0
+    elements = trl(s, t, beta=beta, temperature=2.0, reduction="none")
+    torch.testing.assert_close(elements.sum(-1), jsd(s, t, beta, 2.0))
+    assert torch.equal(trl(s, t, labels=labels, beta=beta, temperature=2.0, reduction="none"), elements[kept])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
@@ -393,8 +396,10 @@ def test_weights_that_cannot_be_converted(arguments, options, message):
 def test_wrong_input_raises():
     with pytest.raises(TypeError, match="reduction"):
         compat.modelopt.LogitsDistillationLoss(4.0)
-    with pytest.raises(ValueError, match="reduction must be one of"):
-        compat.trl.generalized_jsd_loss(randn(1, 2, 3), randn(1, 2, 3), reduction="none")
+    with pytest.raises(ValueError, match="reduction must be"):
+        compat.trl.generalized_jsd_loss(randn(1, 2, 3), randn(1, 2, 3), reduction="None")
+    with pytest.raises(ValueError, match="size_average and reduce are deprecated"):
+        compat.liger.LigerKLDIVLoss(1e-10, False)
     with pytest.raises(ValueError, match="mode must be"):
         compat.torchdistill.ATLoss({}, mode="sum")
     with pytest.raises(KeyError, match=r"student_io_dict has no 'output' of the module 'fc'; it has the modules"):

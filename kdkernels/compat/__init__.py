@@ -20,15 +20,18 @@ the old and the new call of each loss, and what they are divided by.
 """
 
 from . import attention_transfer, functional, liger, mdistiller, modelopt, repdistiller, torchdistill, trl
+from .patching import Patch, patch
 from .weights import convert_weight
 
 __all__ = [
+    "Patch",
     "attention_transfer",
     "convert_weight",
     "functional",
     "liger",
     "mdistiller",
     "modelopt",
+    "patch",
     "repdistiller",
     "torchdistill",
     "trl",

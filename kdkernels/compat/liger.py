@@ -22,6 +22,7 @@ class LigerKLDIVLoss(nn.Module):
 
     Args:
         eps: the smallest probability of the target inside the logarithm.
+        size_average, reduce: torch's deprecated options; only ``None``.
         reduction: as in ``F.kl_div``.
         log_target: the target has log-probabilities.
     """
@@ -29,12 +30,15 @@ class LigerKLDIVLoss(nn.Module):
     def __init__(
         self,
         eps: float = 1e-10,
-        *,
+        size_average: None = None,
+        reduce: None = None,
         reduction: Literal["none", "sum", "mean", "batchmean"] = "mean",
         log_target: bool = False,
     ):
         super().__init__()
         checks.not_negative("eps", eps)
+        if size_average is not None or reduce is not None:
+            raise ValueError("size_average and reduce are deprecated in torch and must be None: pass reduction")
         checks.choice("reduction", reduction, ("none", "sum", "mean", "batchmean"))
         checks.flag("log_target", log_target)
         self.eps, self.reduction, self.log_target = eps, reduction, log_target

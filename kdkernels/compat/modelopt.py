@@ -24,8 +24,10 @@ class LogitsDistillationLoss(nn.Module):
     divides by the number of rows; for logits [B, S, C] pass ``logits.flatten(0, 1)`` to get this.
     """
 
-    def __init__(self, temperature: float = 1.0, *, reduction: Literal["batchmean", "mean", "sum", "none"]):
+    def __init__(self, temperature: float = 1.0, reduction: Literal["batchmean", "mean", "sum", "none"] | None = None):
         super().__init__()
+        if reduction is None:
+            raise TypeError("reduction is required, because Model Optimizer's default was 'batchmean' in version 0.40 and is 'mean' in 0.47")
         checks.positive("temperature", temperature)
         checks.choice("reduction", reduction, ("batchmean", "mean", "sum", "none"))
         self.temperature, self.reduction = temperature, reduction

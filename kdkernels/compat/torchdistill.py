@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -118,5 +118,5 @@ class FSPLoss(nn.Module):
                 tuple(_value(f"{who}_io_dict", io_dict, pair[f"{who}_{place}"]) for place in ("first", "second"))
                 for who, io_dict in (("student", student_io_dict), ("teacher", teacher_io_dict))
             )
-            total = total + pair.get("weight", 1) * fsp_loss([student], [teacher], variant="torchdistill")
+            total = total + pair.get("weight", 1) * fsp_loss([cast(tuple, student)], [cast(tuple, teacher)], variant="torchdistill")
         return total
