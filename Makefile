@@ -66,6 +66,7 @@ test-peers: $(BUILT)
 	python3 -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q -c constraints.txt torch numpy triton pytest -r tests/peers/requirements.txt
 	.venv-peers/bin/python -m pip install -q --no-deps -r tests/peers/requirements-no-deps.txt
+	cp .venv/lib/python3*/site-packages/__editable__* .venv-peers/lib/python3*/site-packages/
 	.venv-peers/bin/python -m pytest --noconftest -q tests/peers/check_peers.py $(TEST_FLAGS)
 
 bench: $(BUILT)
