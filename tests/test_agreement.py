@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 pytest.importorskip("torchmetrics")
 from kdkernels.analysis import MinibatchCKA, calibration_error, fidelity
@@ -74,13 +75,29 @@ def test_cka_of_independent_features_is_about_zero():
         cka.compute()
 
 
+def test_cka_keeps_float64_sums():
+    features = 30 * torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+    whole = nn.Sequential(nn.Linear(2, 2), MinibatchCKA()).half()
+    whole[1].update(features, features.half())
+    assert whole[1].sums.dtype == torch.float64
+    assert whole.bfloat16()[1].compute().item() == pytest.approx(1.0, rel=1e-3)
+    assert whole[0].weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: fidelity(torch.zeros(2, 3), torch.zeros(3, 3)), r"must have the same shape \[N, K\]"),
         (lambda: fidelity(torch.zeros(0, 3), torch.zeros(0, 3)), r"must have the same shape \[N, K\]"),
         (lambda: fidelity([1.0], torch.zeros(2, 3)), "logits must be a tensor"),
-        (lambda: calibration_error(torch.zeros(2, 3), torch.zeros(3)), r"labels \[N\]"),
+        (lambda: calibration_error(torch.zeros(2, 3), torch.zeros(3).long()), r"labels \[N\]"),
+        (lambda: calibration_error(torch.zeros(2, 3), torch.zeros(2)), "labels must be a tensor of integers"),
+        (lambda: calibration_error(torch.zeros(2, 3), torch.tensor([0, -100])), r"labels must lie in \[0, 3\)"),
+        (lambda: calibration_error(torch.zeros(2, 3), torch.tensor([0, 3])), r"labels must lie in \[0, 3\)"),
+        (lambda: calibration_error(torch.full((2, 3), torch.nan), torch.tensor([0, 1])), "logits must not have NaN"),
+        (lambda: fidelity(torch.full((2, 3), torch.nan), torch.zeros(2, 3)), "logits must not have NaN"),
+        (lambda: fidelity(torch.zeros(2, 3), torch.full((2, 3), torch.nan)), "teacher_logits must not have NaN"),
+        (lambda: MinibatchCKA().update([1.0], torch.zeros(3, 2)), "features must be tensors, got list"),
         (lambda: calibration_error(torch.zeros(2, 3), torch.zeros(2).long(), bins=0), "bins must be at least 1"),
         (lambda: MinibatchCKA().update(torch.zeros(3, 2), torch.zeros(3, 2)), "of the same B >= 4"),
         (lambda: MinibatchCKA().update(torch.zeros(5, 2), torch.zeros(4, 2)), "of the same B >= 4"),

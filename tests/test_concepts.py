@@ -118,6 +118,18 @@ def test_blocks_of_the_foreground_are_those_of_nearest_downsampling():
     assert torch.equal(visual_concepts(torch.zeros(1, 4, 4), torch.ones(1, 8, 8).tril()).concepts, torch.zeros(1, 4, 4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("size", "grid"), [(33, 5), (8, 3), (17, 16), (16, 16), (227, 16)])
+def test_blocks_are_those_of_the_noise(size, grid):
+    """A foreground of one block of pixel_entropy has this block, whether or not the grid divides."""
+    blocks = torch.arange(size) * grid // size  # of each pixel, by nearest-neighbour upsampling
+    assert torch.equal(blocks, torch.nn.functional.interpolate(torch.arange(grid).float()[None, None], size)[0, 0].long())
+    for block in range(grid):
+        mask = torch.zeros(1, size, size)
+        mask[:, blocks == block] = 1
+        assert block_mask(mask, grid)[0].any(1).nonzero().flatten().tolist() == [block]
+        assert block_mask(mask.mT, grid)[0].any(0).nonzero().flatten().tolist() == [block]
+
+
 def test_suitable_images():
     """The background must have the larger mean entropy, at each checkpoint."""
     entropy = torch.zeros(2, 4, 2, 2)
@@ -156,11 +168,28 @@ def test_bootstrap_interval():
         (lambda: visual_concepts(torch.zeros(1, 2, 2), MASK, threshold="b"), "threshold must be a number"),
         (lambda: learning_speed(torch.zeros(3), [1.0, 2.0, 3.0]), r"foreground must have the shape \[M, N\]"),
         (lambda: learning_speed(torch.zeros(3, 1), [1.0, 2.0]), r"distances must have the shape \[3\]"),
-        (lambda: optimization_stability(torch.zeros(2, 1, 2, 2), MASK), "concepts must be bool"),
+        (lambda: optimization_stability(torch.zeros(2, 1, 2, 2), MASK), "concepts must be a tensor of bool"),
         (lambda: optimization_stability(CONCEPTS[0], MASK), r"concepts must have the shape \[M, N, g, g\]"),
         (lambda: weight_distance([torch.ones(2)]), "weights must be at least two tensors, got 1"),
         (lambda: weight_distance([torch.ones(2), torch.ones(3)]), "weights must have one shape"),
         (lambda: weight_distance([torch.zeros(2), torch.ones(2)]), "must not be zero"),
+        (lambda: weight_distance([torch.ones(2), torch.full((2,), math.nan)]), "weights must be finite"),
+        (lambda: weight_distance({"a": torch.ones(2)}), "weights must be a list of tensors, got dict"),
+        (lambda: visual_concepts(torch.zeros(1, 2, 2), MASK, threshold=math.nan), "threshold must be finite"),
+        (lambda: visual_concepts(torch.zeros(0, 1, 2, 2), MASK), "must have at least one checkpoint, image and block"),
+        (lambda: suitable_images(torch.zeros(0, 1, 2, 2), MASK), "must have at least one checkpoint, image and block"),
+        (lambda: learning_speed([1.0], [1.0]), "foreground must be a tensor, got list"),
+        (lambda: learning_speed(torch.zeros(2, 0), [1.0, 2.0]), "with at least one image and checkpoint"),
+        (lambda: learning_speed(torch.full((2, 1), math.nan), [1.0, 2.0]), "must be finite"),
+        (lambda: learning_speed(torch.zeros(2, 1), [1.0, math.inf]), "must be finite"),
+        (lambda: optimization_stability(visual_concepts(torch.eye(2)[None], MASK), MASK), "concepts must be a tensor of bool"),
+        (lambda: bootstrap_interval([1.0]), "values must be a tensor, got list"),
+        (lambda: bootstrap_interval(torch.tensor([1.0, math.inf])), "values must be finite"),
+        (lambda: bootstrap_interval(torch.zeros(3), samples=1.5), "samples must be an int"),
+        (lambda: bootstrap_interval(torch.zeros(3), seed=2**70), r"seed in \[0, 2\*\*63\)"),
+        (lambda: block_mask(torch.zeros(1, 2, 2), 0), "grid must be at least 1, got 0"),
+        (lambda: block_mask(torch.zeros(1, 2, 2), "2"), "grid must be an int"),
+        (lambda: block_mask(torch.full((1, 2, 2), math.nan), 2), "mask must not have NaN"),
         (lambda: bootstrap_interval(torch.zeros(0)), "values must have the shape"),
         (lambda: bootstrap_interval(torch.zeros(3), confidence=1.0), "confidence must lie in"),
         (lambda: block_mask(torch.zeros(2, 2), 2), r"mask must have the shape \[N, H, W\]"),
@@ -169,6 +198,15 @@ def test_bootstrap_interval():
 def test_wrong_input_raises(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_numbers_of_unusual_types():
+    assert weight_distance([torch.ones(2), 1j * torch.ones(2)][:1] * 2).tolist() == [0]
+    complex_weights = [torch.ones(2, dtype=torch.cfloat), 1j * torch.ones(2, dtype=torch.cfloat)]
+    assert weight_distance(complex_weights).item() == pytest.approx(math.sqrt(2), rel=1e-12, abs=0)
+    found = learning_speed(torch.tensor([[False, True], [True, True]]), torch.tensor([0.5, 1.0], requires_grad=True))
+    assert found.checkpoints.tolist() == [1, 0]
+    assert not found.distances.requires_grad
 
 
 # The recorder.
@@ -226,6 +264,57 @@ def test_recorder_with_accumulation_and_some_epochs(tmp_path):
     assert record.checkpoints == [0, 2]
     assert record.by_step == pytest.approx(record.by_epoch)  # one step in each epoch
     assert record.distances() == [record.by_epoch[0], record.by_epoch[2]]
+
+
+def test_recorders_of_two_layers(tmp_path):
+    """Each has a state of its own in the checkpoint, also if the layers have weights of one size."""
+
+    def trainer(epochs, layers):
+        recorders = [KnowledgeRecorder(tmp_path / layer, layer) for layer in layers]
+        return L.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[*recorders, *checkpoints(tmp_path)]
+        )
+
+    torch.manual_seed(0)
+    trainer(2, ["features.0", "head"]).fit(Supervised(Small(), optimizer=_sgd), data_of())
+    before = KnowledgeRecord.load(tmp_path / "head")
+    with pytest.raises(ValueError, match="without a record of layer 'features.1'"):
+        trainer(3, ["features.1"]).fit(Supervised(Small(), optimizer=_sgd), data_of(), ckpt_path=tmp_path / "last.ckpt")
+    trainer(3, ["features.0", "head"]).fit(Supervised(Small(), optimizer=_sgd), data_of(), ckpt_path=tmp_path / "last.ckpt")
+    after = KnowledgeRecord.load(tmp_path / "head")
+    assert after.by_epoch[:3] == before.by_epoch
+    assert after.epochs == [0, 1, 2, 3]
+    states = [after.weights(epoch)["head.weight"] for epoch in range(4)]
+    assert after.by_epoch == pytest.approx([0.0, *weight_distance(states).tolist()], rel=1e-9)
+
+
+def test_recorder_that_begins_in_the_middle_raises(tmp_path):
+    torch.manual_seed(0)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    L.Trainer(max_epochs=1, callbacks=checkpoints(tmp_path), **options).fit(Supervised(Small(), optimizer=_sgd), data_of())
+    resumed = L.Trainer(max_epochs=2, callbacks=[KnowledgeRecorder(tmp_path / "record", "head")], **options)
+    with pytest.raises(ValueError, match=r"resumed after \d+ steps from a checkpoint without a record of layer 'head'"):
+        resumed.fit(Supervised(Small(), optimizer=_sgd), data_of(), ckpt_path=tmp_path / "last.ckpt")
+    assert not (tmp_path / "record").exists()
+
+
+def test_fast_dev_run_records_nothing(tmp_path):
+    fit(Supervised(Small()), callbacks=[KnowledgeRecorder(tmp_path / "record", "head")], fast_dev_run=True)
+    assert not (tmp_path / "record").exists()
+
+
+def test_weights_that_are_not_in_the_record(tmp_path):
+    with pytest.warns(UserWarning, match="stores no weights: its first epoch is 5, and the training has 1"):
+        fit(Supervised(Small()), callbacks=[KnowledgeRecorder(tmp_path / "none", "head", [5])], max_epochs=1)
+    fit(Supervised(Small()), callbacks=[KnowledgeRecorder(tmp_path / "record", "head", [1])], max_epochs=1)
+    record = KnowledgeRecord.load(tmp_path / "record")
+    (tmp_path / "record" / "epoch_7.pt").write_bytes((tmp_path / "record" / "epoch_1.pt").read_bytes())
+    for epoch in (0, 7):
+        with pytest.raises(FileNotFoundError, match=rf"has the weights of the epochs \[1\], not of {epoch}"):
+            record.weights(epoch)
+    for epochs, kind in (([], ValueError), (3, TypeError)):
+        with pytest.raises(kind, match="epochs must"):
+            KnowledgeRecorder(tmp_path, "head", epochs)
 
 
 def test_recorder_errors(tmp_path):

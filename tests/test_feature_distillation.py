@@ -46,12 +46,29 @@ def test_stages_train_the_layers_of_their_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"student_tap": "features", "first_stage_epochs": 2}, "the first stage has 2 epochs, the training only 2"),
+        (
+            {"student_tap": "head", "first_stage_epochs": 1},
+            "the second stage has nothing to train, because no layer with weights is behind student_tap",
+        ),
+    ],
+)
+def test_stages_that_train_nothing_are_warned_of(options, message):
+    with pytest.warns(UserWarning, match=message):
+        fit(FeatureDistillation(*_networks(), **options), data_of(), max_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"student_tap": "head"}, None),
         ({"student_tap": None}, "student_tap must be the name of a layer, got None"),
         ({"student_tap": "features", "teacher_tap": 1}, "teacher_tap must be the name of a layer, got 1"),
         ({"student_tap": "features.0", "teacher_tap": "head"}, r"must have outputs of the same shape, got \[2, 4, 4, 4\] and \[2, 3\]"),
         ({"student_tap": "features", "beta": -1.0}, "beta, the weight of a term"),
         ({"student_tap": "nothing"}, "Small has no layer 'nothing'"),
+        ({"student_tap": "features", "first_stage_epochs": 1.5}, "first_stage_epochs must be an integer, got 1.5"),
+        ({"student_tap": "features", "first_stage_epochs": 1, "beta": 0.0}, "beta is 0, so that the first stage has nothing to train"),
     ],
 )
 def test_options(options, message):

@@ -15,6 +15,7 @@ from kdkernels.analysis.pixel_entropy import _checked_options, _Search
 from kdkernels.models import TinyCNN, resnet8
 
 CPU = torch.device("cpu")
+OPTIONS = {"grid": 4, "copies": 4, "steps": 21, "progress": False}
 
 
 def entropy_of(sigma):
@@ -136,6 +137,125 @@ def test_result_does_not_depend_on_the_batch():
     assert torch.equal(as_dataset.entropy, other.entropy)
     other_seed = pixel_entropy(model, "block2", images, seed=1, **options)
     assert not torch.equal(other_seed.entropy, other.entropy)
+
+
+class Chain(nn.Module):
+    """A forward pass that its weights do not determine."""
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.between, self.last = nn.Conv2d(3, 4, 3, padding=1), between, nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x) * 3))
+
+
+def test_files_of_another_forward_pass_raise(tmp_path):
+    images, path = torch.randn(3, 3, 8, 8), tmp_path / "e.npz"
+    found = pixel_entropy(Chain(nn.ReLU()), "last", images, path=path, **OPTIONS)
+    assert torch.equal(pixel_entropy(Chain(nn.ReLU()), "last", images, path=path, **OPTIONS).entropy, found.entropy)
+    strided = Chain(nn.ReLU())
+    strided.last.stride = (2, 2)
+    hooked = Chain(nn.ReLU())
+    hooked.first.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    for other in (Chain(nn.Tanh()), strided, hooked):
+        with pytest.raises(ValueError, match="was made with another forward pass"):
+            pixel_entropy(other, "last", images, path=path, **OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    torch.manual_seed(0)
+    model, images = TinyCNN(4).eval().to(dtype), torch.randn(2, 3, 8, 8)
+    found = pixel_entropy(model, "block2", images, **OPTIONS)
+    assert torch.equal(found.entropy, pixel_entropy(copy.deepcopy(model).float(), "block2", images, **OPTIONS).entropy)
+    assert next(model.parameters()).dtype == dtype
+
+
+def _with_norm(convolution):
+    torch.manual_seed(1)
+    return nn.Sequential(convolution(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+class ReadsNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)) * self.norm.weight.view(1, -1, 1, 1))
+
+
+class ChangesInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu, self.last = nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.relu(x))
+
+
+UNUSUAL = {
+    "weight_norm": lambda: _with_norm(nn.utils.parametrizations.weight_norm),
+    "spectral_norm": lambda: _with_norm(nn.utils.parametrizations.spectral_norm),
+    "orthogonal": lambda: _with_norm(nn.utils.parametrizations.orthogonal),
+    "old spectral_norm": lambda: _with_norm(nn.utils.spectral_norm),
+    "reads the batch norm": ReadsNorm,
+    "changes its input": ChangesInput,
+}
+
+
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_networks(make):
+    """The network is run as it is if its batch norms cannot be folded; images are not changed."""
+    model = make().eval()
+    layer = [name for name, _ in model.named_modules()][-1]
+    images = torch.randn(2, 3, 8, 8)
+    before = images.clone()
+    found = pixel_entropy(model, layer, images, grid=4, copies=4, steps=40, margin=None, progress=False)
+    assert torch.equal(images, before)
+
+    class Plain(nn.Module):  # the same function, in which nothing can be folded
+        def __init__(self):
+            super().__init__()
+            self.all = nn.ModuleList([model])
+            self.out = nn.Identity()
+
+        def forward(self, x):
+            return self.out(model(x.clone()))
+
+    torch.testing.assert_close(found.entropy, pixel_entropy(Plain(), "out", images, grid=4, copies=4, steps=40, margin=None, progress=False).entropy)
+
+
+class Output(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Conv2d(3, 4, 3), function
+        self.out = nn.Identity()
+
+    def forward(self, x):
+        return self.out(self.function(self.layer(x)))
+
+
+WRONG_MODELS = {
+    "no module": (lambda: lambda x: x, TypeError, "model must be a torch.nn.Module, got function"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3))), TypeError, "before torch.jit.script"),
+    "lazy": (lambda: Output(nn.LazyConv2d(4, 3)), ValueError, "the parameter 'function.weight' has no values yet"),
+    "meta": (lambda: Output(nn.Identity()).to("meta"), ValueError, "has no values yet"),
+    "integers": (lambda: Output(lambda x: x.int()), ValueError, "must be real floating-point numbers, got torch.int32"),
+    "complex": (lambda: Output(lambda x: x + 1j), ValueError, "must be real floating-point numbers, got torch.complex64"),
+    "detached": (lambda: Output(torch.Tensor.detach), ValueError, "does not depend differentiably on the images"),
+    "pruned": (lambda: Output(nn.utils.prune.l1_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5)), ValueError, "model: this Output cannot be copied"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", WRONG_MODELS.values(), ids=WRONG_MODELS)
+def test_models_that_cannot_be_analysed(case):
+    make, kind, message = case
+    with pytest.raises(kind, match=message):
+        pixel_entropy(make(), "out", torch.randn(2, 3, 8, 8), grid=4, copies=4, steps=21, progress=False)
 
 
 class Recording(nn.Module):
@@ -264,8 +384,6 @@ def test_batch_norm_that_cannot_be_folded():
 
 # Files.
 
-OPTIONS = {"grid": 4, "copies": 4, "steps": 21, "progress": False}
-
 
 class Stop(Exception):
     pass
@@ -296,7 +414,8 @@ def test_interrupted_run_is_continued(tmp_path):
     assert {p.name for p in path.parent.iterdir()} == {"e.npz.part"}
     watched = Stopping(images, None)
     found = pixel_entropy(model, "block2", watched, batch_size=2, path=path, **OPTIONS)
-    assert min(watched.reads[1:]) == 4  # the first read checks the last image of the stored state
+    assert watched.reads[:2] == [0, 3]  # the first and the last image of the stored state are checked
+    assert min(watched.reads[2:]) == 4
     assert {p.name for p in path.parent.iterdir()} == {"e.npz"}
     whole = pixel_entropy(model, "block2", images, batch_size=2, **OPTIONS)
     loaded = PixelEntropy.load(path)
@@ -357,8 +476,8 @@ WRONG = [
     ({"initial_sigma": 2.0}, r"initial_sigma must lie in \[0\.001, 1\], got 2\.0"),
     ({"margin": -0.1}, "margin must be"),
     ({"relu": 1}, "relu must be True or False"),
-    ({"seed": 0.5}, "seed must be an integer"),
-    ({"batch_size": 0}, "batch_size and save_every must be at least 1"),
+    ({"seed": 0.5}, "seed must be an int"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"images": torch.randn(3, 8, 8)}, r"images must have the shape \[N, C, H, W\], got \[3, 8, 8\]"),
     ({"images": torch.randn(0, 3, 8, 8)}, "images must not be empty"),
     ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"images must be floats, normalised .* got torch\.uint8"),

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("lightning")
 from kdkernels.analysis import KnowledgeRecord, PixelEntropy, Training, block_mask, knowledge_of_trainings, visual_concepts
 from kdkernels.cli import main
+from kdkernels.cli.quantify import check_comparable
 from kdkernels.models import TinyCNN
 
 
@@ -42,6 +43,28 @@ def test_protocol(tmp_path, capsys):
     assert main(["quantify", "--quick", "--out", str(out)]) == 0
     assert {p: p.stat().st_mtime_ns for p in (out / "entropies").iterdir()} == before
     assert json.loads((out / "knowledge.json").read_text())["table"] == stored["table"]
+    assert "layer block3, network TinyCNN, images 16, grid 8," in page
+    # The trainings are not taken for those of another seed.
+    for options, message in ((["--quick", "--seed=1"], "made with seed 0, now 1"), (["--epochs=2"], "made with quick True, now False")):
+        capsys.readouterr()
+        assert main(["quantify", *options, "--out", str(out)]) != 0
+        assert message in capsys.readouterr().err
+
+
+def test_trainings_that_cannot_be_compared(tmp_path):
+    def training(layer="block2", epochs=(0, 1), width=4):
+        epochs = list(epochs)
+        zeros = [0.0] * len(epochs)
+        return Training(KnowledgeRecord(tmp_path, layer, epochs, zeros, zeros, epochs), TinyCNN(width))
+
+    check_comparable(training(), training())
+    for other, message in (
+        (training(layer="block3"), "must have the same recorded layer, got block2 and block3"),
+        (training(epochs=(0, 1, 2)), r"must have the same recorded epochs, got \[0, 1\] and \[0, 1, 2\]"),
+        (training(width=8), r"must have the same network, got block1.0.weight \(4, 3, 3, 3\) and block1.0.weight \(8, 3, 3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_comparable(training(), other)
 
 
 def _fit(folder, *options, width=4):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,14 @@ def fidelity(logits: Tensor, teacher_logits: Tensor) -> Tensor:  # [N, K] each -
 
     Raises:
         TypeError: an argument is not a tensor of a supported dtype.
-        ValueError: the shapes differ or are not [N, K] with N >= 1.
+        ValueError: the shapes differ or are not [N, K] with N >= 1, or there is a NaN.
     """
     checks.tensor("logits", logits, "logits")
     checks.tensor("teacher_logits", teacher_logits, "logits")
     if logits.dim() != 2 or logits.shape != teacher_logits.shape or not logits.numel():
         raise ValueError(f"logits and teacher_logits must have the same shape [N, K], got {list(logits.shape)} and {list(teacher_logits.shape)}")
+    _require_numbers("logits", logits)
+    _require_numbers("teacher_logits", teacher_logits)
     return (logits.argmax(1) == teacher_logits.argmax(1)).double().mean()
 
 
@@ -34,17 +38,29 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Tens
     torchmetrics with the l1 norm (Guo et al., On Calibration of Modern Neural Networks, ICML 2017).
 
     Raises:
-        TypeError: ``logits`` is not a tensor of a supported dtype.
-        ValueError: the shapes do not fit, or ``bins`` < 1.
+        TypeError: an argument has the wrong type.
+        ValueError: the shapes do not fit, a label is no class in [0, K), there is a NaN, or
+            ``bins`` < 1.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     checks.tensor("logits", logits, "logits")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be a tensor of integers, got {checks.kind(labels)}")
+    checks.integer("bins", bins)
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.numel():
         raise ValueError(f"logits must have the shape [N, K] and labels [N], got {list(logits.shape)} and {list(labels.shape)}")
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
+    if not (labels.ge(0) & labels.lt(logits.shape[1])).all():
+        raise ValueError(f"labels must lie in [0, {logits.shape[1]}): leave out samples without a label")
+    _require_numbers("logits", logits)
     return multiclass_calibration_error(logits.float().softmax(1), labels, logits.shape[1], n_bins=bins, norm="l1")
+
+
+def _require_numbers(name: str, logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise ValueError(f"{name} must not have NaN")
 
 
 class MinibatchCKA(nn.Module):
@@ -53,7 +69,11 @@ class MinibatchCKA(nn.Module):
     The similarity :math:`HSIC(K, L) / \sqrt{HSIC(K, K) HSIC(L, L)}` of the Gram matrices K and L of
     the features, with the unbiased estimator HSIC_1 (Song et al. 2012), averaged over batches
     (Nguyen, Raghu, Kornblith, ICLR 2021). It is 1 for features that are equal up to rotation and
-    scale, and about 0 for independent ones; because it is unbiased, it may be slightly negative.
+    scale, and about 0 for independent ones; because it is unbiased, it may be slightly negative. It
+    is NaN if the features of a layer are the same for all samples. Sums are in float64, also after
+    ``half()``.
+
+    A batch needs 4 samples: use a loader with ``drop_last=True``.
 
     >>> cka = MinibatchCKA()
     >>> for images in batches:
@@ -68,13 +88,22 @@ class MinibatchCKA(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of HSIC(K, L), HSIC(K, K) and HSIC(L, L)
         self.batches = 0
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MinibatchCKA:
+        sums = self.sums
+        super()._apply(fn, recurse)
+        self.sums = sums.to(self.sums.device)  # in float64, also after half()
+        return self
+
     @torch.no_grad()
     def update(self, first: Tensor, second: Tensor) -> None:
         """Add a batch of features [B, ...] each, B >= 4.
 
         Raises:
+            TypeError: the features are no tensors.
             ValueError: the batches differ in length or have fewer than 4 samples.
         """
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            raise TypeError(f"features must be tensors, got {checks.kind(first)} and {checks.kind(second)}")
         if first.dim() < 2 or second.dim() < 2 or len(first) != len(second) or len(first) < 4:
             raise ValueError(f"features must be two batches [B, ...] of the same B >= 4, got {list(first.shape)} and {list(second.shape)}")
         one, two = (_gram(x) for x in (first, second))

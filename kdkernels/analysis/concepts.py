@@ -7,11 +7,11 @@ CVPR 2020. M is the number of checkpoints of a training, N that of images.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import checks
@@ -59,22 +59,34 @@ class OptimizationStability(NamedTuple):
 
 
 def block_mask(mask: Tensor, grid: int) -> Tensor:  # [N, H, W] -> [N, grid, grid] bool
-    """Return which blocks belong to the foreground, as nearest-neighbour downsampling does.
+    """Return which blocks belong to the foreground: those whose first pixel does.
+
+    This is nearest-neighbour downsampling, as in the authors' code, if the grid divides H and W.
+    Otherwise nearest-neighbour downsampling takes some pixels from the block before; here each
+    pixel is one of the block to which :func:`pixel_entropy` adds the noise.
 
     Args:
         mask: bool or numbers; the foreground is where they are > 0.
         grid: number of blocks along each side.
 
     Raises:
-        ValueError: ``mask`` is not of the shape [N, H, W], or smaller than the grid.
+        TypeError: an argument has the wrong type.
+        ValueError: ``mask`` is not of the shape [N, H, W], is smaller than the grid, or has NaN.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    checks.integer("grid", grid)
     if mask.dim() != 3:
         raise ValueError(f"mask must have the shape [N, H, W], got {list(mask.shape)}")
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1, got {grid}")
+    if mask.is_floating_point() and mask.isnan().any():
+        raise ValueError("mask must not have NaN")
     if min(mask.shape[1:]) < grid:
         raise ValueError(f"grid must be at most the height and the width of the masks, {list(mask.shape[1:])}, got {grid}")
-    return F.interpolate((mask > 0).float()[:, None], size=(grid, grid), mode="nearest")[:, 0] > 0
+    # Pixel p belongs to block p * grid // size, so that block i begins at the next integer from i * size / grid.
+    rows, columns = (-(-torch.arange(grid, device=mask.device) * size // grid) for size in mask.shape[1:])
+    return (mask > 0)[:, rows][:, :, columns]
 
 
 def visual_concepts(
@@ -104,6 +116,8 @@ def visual_concepts(
     checks.choice("reference", reference, ("background", "image"))
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold must be finite, got {threshold}")
     foreground = _foreground(entropy, mask)
     values = entropy.double()
     bad = (~values.isfinite()).flatten(2).any(2).any(0) if values.dim() == 4 else (~values.isfinite()).flatten(1).any(1)
@@ -155,17 +169,23 @@ def weight_distance(weights: Sequence[Tensor]) -> Tensor:  # M + 1 tensors of on
     path. :class:`KnowledgeRecorder` records both.
 
     Args:
-        weights: w_0, w_1, ..., w_M of a layer.
+        weights: w_0, w_1, ..., w_M of a layer, real or complex.
 
     Raises:
-        ValueError: there are fewer than two weights, their shapes differ, or w_0 is zero.
+        TypeError: the weights are no list of tensors.
+        ValueError: there are fewer than two weights, their shapes differ, one is not finite, or w_0
+            is zero.
     """
+    if not isinstance(weights, Sequence) or not all(isinstance(w, Tensor) for w in weights):
+        raise TypeError(f"weights must be a list of tensors, got {checks.kind(weights)}")
     if len(weights) < 2:
         raise ValueError(f"weights must be at least two tensors, got {len(weights)}")
     shapes = sorted({tuple(w.shape) for w in weights})
     if len(shapes) > 1:
         raise ValueError(f"weights must have one shape, got {shapes}")
-    values = [w.detach().double() for w in weights]
+    values = [w.detach().to(torch.complex128 if w.is_complex() else torch.float64) for w in weights]
+    if not all(bool(w.isfinite().all()) for w in values):
+        raise ValueError("weights must be finite")
     first = values[0].norm()
     if not first > 0:
         raise ValueError("the first of the weights must not be zero, because the distance is relative to its norm")
@@ -177,21 +197,27 @@ def learning_speed(foreground: Tensor, distances: Tensor | Sequence[float]) -> L
 
     For each image, this is the weight distance at the first checkpoint with the largest number of
     concepts in the foreground. A small mean says that concepts are learned early, a small
-    deviation that they are learned at the same time.
+    deviation that they are learned at the same time. For an image that never has a concept, this
+    is the first checkpoint.
 
     Args:
         foreground: [M, N], N_fg of :func:`visual_concepts`.
         distances: [M], the weight distance at each of these checkpoints.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError: ``foreground`` is not a tensor.
+        ValueError: shapes do not fit, or a number is not finite.
     """
-    path = torch.as_tensor(distances, dtype=torch.float64)
+    if not isinstance(foreground, Tensor):
+        raise TypeError(f"foreground must be a tensor, got {checks.kind(foreground)}")
+    path = torch.as_tensor(distances, dtype=torch.float64).detach()
     if foreground.dim() != 2 or not foreground.numel():
-        raise ValueError(f"foreground must have the shape [M, N], got {list(foreground.shape)}")
+        raise ValueError(f"foreground must have the shape [M, N] with at least one image and checkpoint, got {list(foreground.shape)}")
+    if not (foreground.isfinite().all() and path.isfinite().all()):
+        raise ValueError("foreground and distances must be finite")
     if path.shape != foreground.shape[:1]:
         raise ValueError(f"distances must have the shape [{len(foreground)}], one for each checkpoint, got {list(path.shape)}")
-    best = foreground.argmax(0)  # the first of equal ones
+    best = foreground.double().argmax(0)  # the first of equal ones
     found = path.to(best.device)[best]
     variance = float(found.var(correction=0))
     return LearningSpeed(float(found.mean()), variance**0.5, variance, found, best)
@@ -212,8 +238,8 @@ def optimization_stability(concepts: Tensor, mask: Tensor) -> OptimizationStabil
         TypeError: ``concepts`` is not bool.
         ValueError: shapes do not fit, or an image has no foreground.
     """
-    if concepts.dtype != torch.bool:
-        raise TypeError(f"concepts must be bool, got {concepts.dtype}")
+    if not isinstance(concepts, Tensor) or concepts.dtype != torch.bool:
+        raise TypeError(f"concepts must be a tensor of bool, as visual_concepts(...).concepts, got {checks.kind(concepts)}")
     if concepts.dim() != 4 or not concepts.numel():
         raise ValueError(f"concepts must have the shape [M, N, g, g], got {list(concepts.shape)}")
     foreground = _foreground(concepts, mask)
@@ -236,14 +262,22 @@ def bootstrap_interval(values: Tensor, *, confidence: float = 0.95, samples: int
         seed: seed of the resamples.
 
     Raises:
-        ValueError: ``values`` is not of the shape [N] with N >= 1, or an option is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: ``values`` is not of the shape [N] with N >= 1, or not finite; or an option is
+            out of range.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a tensor, got {checks.kind(values)}")
+    for name, value in (("samples", samples), ("seed", seed)):
+        checks.integer(name, value)
     if values.dim() != 1 or not len(values):
         raise ValueError(f"values must have the shape [N] with N >= 1, got {list(values.shape)}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples < 1 or not 0 <= seed < 2**63:
+        raise ValueError(f"samples must be at least 1 and seed in [0, 2**63), got {samples} and {seed}")
+    if not values.isfinite().all():
+        raise ValueError("values must be finite")
     generator = torch.Generator().manual_seed(seed)
     data = values.detach().double().cpu()
     means = torch.stack([data[torch.randint(len(data), (len(data),), generator=generator)].mean() for _ in range(samples)])
@@ -257,6 +291,8 @@ def _foreground(blocks: Tensor, mask: Tensor) -> Tensor:
     if not isinstance(blocks, Tensor) or blocks.dim() not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
         got = list(blocks.shape) if isinstance(blocks, Tensor) else type(blocks).__name__
         raise ValueError(f"entropy and concepts must have the shape [N, g, g] or [M, N, g, g], got {got}")
+    if not blocks.numel():
+        raise ValueError(f"entropy and concepts must have at least one checkpoint, image and block, got {list(blocks.shape)}")
     count, grid = blocks.shape[-3], blocks.shape[-1]
     if not isinstance(mask, Tensor) or mask.dim() != 3 or len(mask) != count:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -25,12 +25,12 @@ from ..data.keyed_random import bits
 from ..files import replaced_atomically
 from ..nn.hashing import hash_of
 from ..ops import checks
-from .frozen_network import FrozenNetwork
+from .frozen_network import FrozenNetwork, check_module
 from .side_by_side import SideBySide
 
 __all__ = ["PixelEntropy", "pixel_entropy"]
 
-VERSION = 1  # of the format of the files
+VERSION = 2  # of the format of the files
 HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1.0
 EXTENSION = 20  # the last steps, which are made only if the first ones do not reach the target
@@ -115,11 +115,17 @@ def pixel_entropy(
     are compared at equal total entropy. If none of the first ``steps - 20`` iterates exceeds
     ``target``, lambda is multiplied by 1.5 for the last 20; otherwise these are not computed.
 
-    The noise depends on ``seed``, the number of the step and the kind of device, and is the same
-    for all images and networks. The result does not depend on ``batch_size`` beyond rounding.
+    The noise depends on ``seed``, the number of the step, the dtype and the kind of device, and is
+    the same for all images and networks. The result does not depend on ``batch_size`` beyond
+    rounding, nor on the number of threads, unless the network mixes the images of a batch or is
+    random in eval mode.
+
+    If lambda, the rate or the grid are such that no iterate comes near ``target``, the nearest one
+    is still returned: compare the mean of the entropies with ``target``.
 
     Args:
-        model: a copy is run in eval mode, up to the layer.
+        model: a copy is run in eval mode, up to the layer; in float32 if the model is in half
+            precision.
         layer: name of a layer as in ``model.named_modules()``. Its output is a tensor [B, ...].
         images: [N, C, H, W], normalised as the model expects; or a map-style dataset of images [C,
             H, W], of (image, label) or of dicts with ``image``, of floats and of one size. Images
@@ -138,8 +144,9 @@ def pixel_entropy(
         seed: seed of the noise.
         batch_size: number of images at once; each needs the memory of ``copies`` images.
         device: by default that of the model's parameters.
-        path: ``.npz`` file to write. If it exists, it is checked and returned. An interrupted run
-            is continued from the file ``path`` + ``.part``.
+        path: ``.npz`` file to write. If it exists, it is checked and returned: model (all its
+            weights, and the feature of the first image), layer, images and options must be the
+            same. An interrupted run is continued from the file ``path`` + ``.part``.
         save_every: number of batches after which the state is stored in this file.
         progress: show a progress bar.
 
@@ -153,26 +160,33 @@ def pixel_entropy(
         RuntimeError: the layer does not run.
     """
     options = _checked_options(grid, weight, target, initial_sigma, lr, steps, copies, relu, margin, seed)
-    if batch_size < 1 or save_every < 1:
-        raise ValueError(f"batch_size and save_every must be at least 1, got {batch_size} and {save_every}")
+    for name, value in (("batch_size", batch_size), ("save_every", save_every)):
+        checks.integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_module(model)
     total = _count(images)
     parameter = next(model.parameters(), torch.empty(0))
     where = parameter.device if device is None else torch.device(device)
-    provenance = {"version": VERSION, "model": hash_of(model), "layer": layer, "count": total, "device": where.type, **options}
     target_path = None if path is None else Path(path)
     if target_path is not None and target_path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {target_path.name!r}")
+    chunk, threads = (CPU_CHUNK, torch.get_num_threads()) if where.type == "cpu" else (batch_size * copies, 1)
+    network = FrozenNetwork(model, layer, where)
+    search = _Search(network, where, chunk, options, threads)
+    modes = torch.inference_mode(False), torch.autocast(where.type, enabled=False)  # the caller may be in others
+    with modes[0], modes[1]:
+        fingerprint = search.fingerprint(_read(images, [0]))
+    provenance = {"version": VERSION, "model": hash_of(model), "layer": layer, "count": total, "device": where.type, **options}
     if target_path is not None and target_path.exists():
         stored = PixelEntropy.load(target_path)
         _check_same(target_path, stored.provenance, provenance)
         if stored.provenance["images"] != _joint_hash(_hashes(_read(images, [i]))[0] for i in range(total)):
             raise ValueError(f"{os.fspath(target_path)!r} was made from other images: remove it, or give another path")
+        _check_same(target_path, stored.provenance, fingerprint)
         return stored
-    state = _State(target_path, provenance, save_every)
+    state = _State(target_path, provenance, fingerprint, save_every)
     state.resume(images)
-    chunk, threads = (CPU_CHUNK, torch.get_num_threads()) if where.type == "cpu" else (batch_size * copies, 1)
-    search = _Search(FrozenNetwork(model, layer, where), where, chunk, options, threads)
-    modes = torch.inference_mode(False), torch.autocast(where.type, enabled=False)  # the caller may be in others
     with modes[0], modes[1], search.parts.open(), _bar(total, state.done, progress) as bar:
         for first in range(state.done, total, batch_size):
             batch = _read(images, range(first, min(first + batch_size, total)))
@@ -189,8 +203,15 @@ class _Search:
         self.parts = SideBySide(self.losses_of_part, network, threads)
 
     def feature(self, network: FrozenNetwork, image: Tensor) -> Tensor:
+        """Return the feature [B, ...]. The network may change the images in place."""
         output = network(image)
         return output.relu() if self.options["relu"] else output
+
+    @torch.no_grad()
+    def fingerprint(self, image: Tensor) -> dict[str, Any]:
+        """Return what tells networks of equal weights and different forward passes apart."""
+        feature = self.network(image.to(self.device, self.dtype, copy=True))
+        return {"feature shape": list(feature.shape[1:]), "feature norm": float(feature.double().norm())}
 
     def noise(self, step: int, shape: Sequence[int]) -> Tensor:
         """Return standard normal numbers [copies, C, H, W] that depend on the seed and the step."""
@@ -230,16 +251,18 @@ class _Search:
         self, network: FrozenNetwork, image: Tensor, clean: Tensor, by_pixel: Tensor, noise: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return what some of the noisy images contribute to :meth:`losses`."""
-        noisy = torch.addcmul(image[:, None], by_pixel[:, None, None], noise).flatten(0, 1)
+        leaf = by_pixel.detach().requires_grad_(scale is not None)
         with torch.set_grad_enabled(scale is not None):
-            noisy.requires_grad_(scale is not None)
+            noisy = torch.addcmul(image[:, None], leaf[:, None, None], noise).flatten(0, 1)  # no leaf: the network may change it in place
             feature = self.feature(network, noisy).unflatten(0, (-1, len(noise)))
             difference = (feature - clean[:, None]).square().flatten(2).mean(2).sum(1) / self.options["copies"]
             if scale is None:
                 return difference, None
             difference = difference / scale
-            (gradient,) = torch.autograd.grad(difference.sum(), noisy)
-        return difference.detach(), (gradient.unflatten(0, (-1, len(noise))) * noise).sum((1, 2))
+            if not difference.requires_grad:
+                raise ValueError("model: the feature does not depend differentiably on the images, because its forward pass uses no_grad or detach")
+            (slope,) = torch.autograd.grad(difference.sum(), leaf)
+        return difference.detach(), slope
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
         o = self.options
@@ -253,7 +276,7 @@ class _Search:
         in_row, in_column = (F.one_hot(blocks, grid).to(self.dtype) for blocks in (self.rows, self.columns))
         sigma = torch.full((count, grid, grid), o["initial_sigma"], device=self.device, dtype=self.dtype)
         with torch.no_grad():
-            clean = torch.cat([self.feature(self.network, part) for part in image.split(self.chunk)])
+            clean = torch.cat([self.feature(self.network, part.clone()) for part in image.split(self.chunk)])
         scale, _ = self.losses(image, clean, sigma, -1)
         results = {
             "entropy": torch.full((count, grid, grid), torch.nan, device=self.device, dtype=self.dtype),
@@ -296,8 +319,8 @@ class _Search:
 class _State:
     """The results so far, and their file."""
 
-    def __init__(self, path: Path | None, provenance: dict[str, Any], save_every: int):
-        self.path, self.provenance, self.save_every = path, provenance, save_every
+    def __init__(self, path: Path | None, provenance: dict[str, Any], fingerprint: dict[str, Any], save_every: int):
+        self.path, self.provenance, self.fingerprint, self.save_every = path, provenance, fingerprint, save_every
         self.part = None if path is None else path.with_name(f"{path.name}.part")
         self.results: list[dict[str, Tensor]] = []
         self.hashes: list[str] = []  # of the images
@@ -317,19 +340,20 @@ class _State:
         _check_same(self.part, provenance, self.provenance)
         if self.done and _hashes(_read(images, [self.done - 1])) != self.hashes[-1:]:
             raise ValueError(f"the stored state {os.fspath(self.part)!r} is of other images: remove it, or give another path")
+        _check_same(self.part, provenance, self.fingerprint)
 
     def add(self, result: dict[str, Tensor], hashes: list[str]) -> None:
         self.results.append(result)
         self.hashes += hashes
         if self.part is not None and len(self.results) % self.save_every == 0:
-            stored = {"provenance": self.provenance, "results": self.results, "hashes": self.hashes}
+            stored = {"provenance": self.provenance | self.fingerprint, "results": self.results, "hashes": self.hashes}
             with replaced_atomically(self.part) as temporary:
                 torch.save(stored, temporary)
 
     def finish(self) -> PixelEntropy:
         joined = {name: torch.cat([result[name] for result in self.results]) for name in _ARRAYS}
         joined = {name: value.float() if value.is_floating_point() else value for name, value in joined.items()}
-        found = PixelEntropy(**joined, provenance=self.provenance | {"images": _joint_hash(self.hashes)})
+        found = PixelEntropy(**joined, provenance=self.provenance | self.fingerprint | {"images": _joint_hash(self.hashes)})
         if self.path is not None and self.part is not None:
             found.save(self.path)
             self.part.unlink(missing_ok=True)
@@ -360,8 +384,9 @@ def _checked_options(
     if margin is not None:
         checks.not_negative("margin", margin)
     checks.flag("relu", relu)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    checks.integer("seed", seed)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63), got {seed}")
     return {
         "grid": grid,
         "weight": float(weight),
@@ -404,8 +429,14 @@ def _joint_hash(hashes: Iterable[str]) -> str:
 
 def _check_same(path: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
     for name, value in given.items():
-        if stored.get(name) != value:
-            words = {"model": "another model", "count": "another number of images"}.get(name, f"another {name}")
+        same = stored.get(name) == value
+        if name == "feature norm" and isinstance(stored.get(name), float):  # beyond rounding
+            same = math.isclose(stored[name], value, rel_tol=1e-3)
+        if not same:
+            feature = "another forward pass"
+            words = {"model": "another model", "count": "another number of images", "feature shape": feature, "feature norm": feature}.get(
+                name, f"another {name}"
+            )
             raise ValueError(f"{os.fspath(path)!r} was made with {words} ({name} {stored.get(name)}, now {value}): remove it, or give another path")
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ..files import replaced_atomically
@@ -37,6 +38,8 @@ class KnowledgeRecord(NamedTuple):
         Raises:
             FileNotFoundError: it was not stored.
         """
+        if epoch not in self.checkpoints:
+            raise FileNotFoundError(f"the record in {os.fspath(self.folder)!r} has the weights of the epochs {self.checkpoints}, not of {epoch}")
         return torch.load(self.folder / f"epoch_{epoch}.pt", weights_only=True)
 
     def distances(self, *, by: str = "epoch") -> list[float]:
@@ -82,7 +85,10 @@ class KnowledgeRecorder(L.Callback):
 
     The folder gets ``knowledge.json`` (:class:`KnowledgeRecord`) and ``epoch_E.pt``, the student's
     state dict. Files are written completely or not at all. The state is part of Lightning's
-    checkpoints, so a resumed run continues the record.
+    checkpoints, so a resumed run continues the record. An epoch that ``max_steps`` or ``max_time``
+    ends early counts as one. With ``fast_dev_run`` nothing is recorded.
+
+    A trainer may have recorders of several layers, each with a folder of its own.
 
     Args:
         folder: a new folder, or that of the run which is resumed.
@@ -92,32 +98,51 @@ class KnowledgeRecorder(L.Callback):
 
     Raises:
         FileExistsError: when training begins: the folder has the record of another run.
-        ValueError: when training begins: the student has no such layer, or it has no weights; or
-            the weights are sharded over processes.
+        TypeError: ``epochs`` are no integers.
+        ValueError: an epoch is negative, or there is none. When training begins: the student has no
+            such layer, or it has no weights; the weights are sharded over processes; or the run is
+            resumed from a checkpoint without a record of this layer, so that w_0 is not known.
     """
 
     def __init__(self, folder: str | os.PathLike, layer: str, epochs: Iterable[int] | None = None):
         self.folder, self.layer = Path(folder), layer
+        if epochs is not None and not isinstance(epochs, Iterable):
+            raise TypeError(f"epochs must be a list of integers, got {epochs!r}")
         self.epochs = None if epochs is None else sorted(set(epochs))
         if self.epochs is not None and any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in self.epochs):
             raise ValueError(f"epochs must be integers >= 0, got {self.epochs}")
+        if self.epochs == []:
+            raise ValueError("epochs must have at least one epoch, or be None for all")
         self._recorded: dict[str, list] = {"epochs": [], "by_epoch": [], "by_step": [], "checkpoints": []}
         self._first_norm = 0.0
         self._path = 0.0  # of the steps so far, not yet divided by the norm
         self._after_epoch = self._after_step = torch.empty(0)  # the weights
         self._steps = 0
 
+    @property
+    def state_key(self) -> str:  # of Lightning's checkpoints: the record of another layer is not this one's
+        return self._generate_state_key(layer=self.layer)
+
     # Hooks that Lightning calls.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         student = _student(pl_module)
         weights = layer_weights(student, self.layer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if self._recorded["epochs"]:  # a resumed run
             if len(self._after_step) != len(weights):
                 raise ValueError(f"the checkpoint has a record of {len(self._after_step)} weights, but layer {self.layer!r} has {len(weights)}")
             return
         if (self.folder / NAME).exists():
             raise FileExistsError(f"folder: {os.fspath(self.folder)!r} has the record of another run: give another folder, or remove it")
+        if trainer.global_step:
+            raise ValueError(
+                f"this run is resumed after {trainer.global_step} steps from a checkpoint without a record of layer {self.layer!r}, and the weight "
+                "distance begins before the training: record from the first step on"
+            )
+        if self.epochs is not None and trainer.max_epochs is not None and 0 <= trainer.max_epochs < self.epochs[0]:
+            rank_zero_warn(f"KnowledgeRecorder stores no weights: its first epoch is {self.epochs[0]}, and the training has {trainer.max_epochs}")
         self._first_norm = float(weights.norm())
         if not self._first_norm > 0:
             raise ValueError(f"layer {self.layer!r} has weights that are all 0, and the weight distance is relative to their norm")
@@ -126,7 +151,7 @@ class KnowledgeRecorder(L.Callback):
         self._record(trainer, student, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self._steps:
+        if trainer.global_step != self._steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._steps = trainer.global_step
             weights = layer_weights(_student(pl_module), self.layer)
             self._path += float((weights - self._after_step).norm())
@@ -150,7 +175,7 @@ class KnowledgeRecorder(L.Callback):
 
     def _record(self, trainer: L.Trainer, student: nn.Module, epoch: int) -> None:
         recorded = self._recorded
-        if epoch in recorded["epochs"]:
+        if trainer.fast_dev_run or epoch in recorded["epochs"]:  # type: ignore[attr-defined]
             return
         weights = layer_weights(student, self.layer)
         moved = float((weights - self._after_epoch).norm()) / self._first_norm

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +31,7 @@ from .arguments import Parser, make_folder
 from .quantify_report import write_report
 
 LAYER = "block3"
+SETTINGS = "settings.json"  # of the trainings in --out
 RECORD = "knowledge"  # name of the recorder's folder in that of a run
 
 
@@ -36,30 +40,36 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quantify"), help="folder for the results and report.html (default: %(default)s)")
     parser.add_argument("--student", type=Path, help="folder of a run of kdkernels fit with the callback KnowledgeRecorder (folder: RUN/knowledge)")
     parser.add_argument("--baseline", type=Path, help="folder of the run to compare with, on the same data")
-    parser.add_argument("--images", type=int, default=24, help="number of validation images (default: %(default)s)")
-    parser.add_argument("--grid", type=int, default=16, help="blocks along each side of an image (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="number of validation images (default: 24; 16 with --quick)")
+    parser.add_argument("--grid", type=int, help="blocks along each side of an image (default: 16; 8 with --quick)")
     parser.add_argument("--weight", type=float, default=7.0, help="lambda of the entropy; the authors use 6 for ResNets (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.2, help="b, of the concepts, in nats (default: %(default)s)")
     parser.add_argument("--by", choices=("epoch", "step"), default="epoch", help="weight distance of the paper or of its code (default: %(default)s)")
     parser.add_argument("--foreground", choices=("mask", "center"), default="mask", help="masks of the data, or the centre as the paper for ILSVRC")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of the trainings without --student (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="epochs of the trainings without --student (default: 8; 2 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of these trainings and of the noise (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="train for two epochs on few images, with little noise, as a test; the numbers mean nothing"
     )
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.epochs, options.images, options.grid = 2, 16, 8
+    for name, (value, quick) in {"images": (24, 16), "grid": (16, 8), "epochs": (8, 2)}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else value)
     if (options.student is None) != (options.baseline is None):
         parser.error("--student and --baseline must be given together, or neither")
     for name in ("images", "grid", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if not 0 < options.weight < math.inf:
+        parser.error(f"--weight must be finite and > 0, got {options.weight}")
+    if not math.isfinite(options.threshold):
+        parser.error(f"--threshold must be finite, got {options.threshold}")
     make_folder(parser, options.out)
     silence_lightning()
     accuracies: dict[str, float] = {}
     if options.student is None:
         data: ImageData = ClutterDigits(train_size=128, val_size=64, test_size=64) if options.quick else ClutterDigits()
+        check_settings(options)
         trainings, accuracies = train_protocol(options, cast(ClutterDigits, data))
     else:
         trainings, data = {}, cast(ImageData, None)
@@ -69,6 +79,7 @@ def main(arguments: list[str]) -> int:
                 raise ValueError(f"--baseline: {folder} was trained on other data than {options.student}: their validation images differ")
             data = found
             trainings[name] = Training(KnowledgeRecord.load(folder / RECORD), method.student)
+        check_comparable(*trainings.values())
     raw, images, mask = images_of(data, options)
     print(f"Finding the entropies of {len(images)} images at the checkpoints of {len(trainings)} trainings", flush=True)
     cheap: dict[str, Any] = {"copies": 8, "steps": 30} if options.quick else {}
@@ -85,16 +96,63 @@ def main(arguments: list[str]) -> int:
         **cheap,
     )
     table = knowledge_table(results)
-    stored = {"kept_images": keep.tolist(), "accuracies": accuracies, "table": table, "trainings": {n: as_values(r) for n, r in results.items()}}
+    settings = settings_of(options, trainings)
+    stored = {
+        "settings": settings,
+        "kept_images": keep.tolist(),
+        "accuracies": accuracies,
+        "table": table,
+        "trainings": {name: as_values(result) for name, result in results.items()},
+    }
     with replaced_atomically(options.out / "knowledge.json") as temporary:
         temporary.write_text(json.dumps(stored, indent=1) + "\n")
-    report = write_report(options.out / "report.html", results, table, accuracies, raw[keep], mask[keep], len(images))
+    report = write_report(options.out / "report.html", results, table, accuracies, settings, raw[keep], mask[keep], len(images))
     for row in table:
         print(
             f"{row['quantity']:44}" + "".join(f"{row[name]:>10.3f}" for name in results) + f"   difference {row['difference']:+.3f} {row['interval']}"
         )
     print(f"\nReport: {report}")
     return 0
+
+
+def settings_of(options: argparse.Namespace, trainings: Mapping[str, Training]) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    (record, network), _ = trainings.values()
+    names = ("images", "grid", "weight", "threshold", "by", "foreground", "seed", "quick")
+    return {"layer": record.layer, "network": type(network).__name__} | {name: getattr(options, name) for name in names}
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Raise ValueError if the trainings in the folder were made with other settings; else store these.
+
+    They would be continued, and their weights taken for those of the new settings.
+    """
+    path, given = options.out / SETTINGS, {name: getattr(options, name) for name in ("seed", "epochs", "quick")}
+    if path.exists():
+        stored = json.loads(path.read_text())
+        for name, value in given.items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"--out: the trainings in {os.fspath(options.out)!r} were made with {name} {stored.get(name)}, now {value}: give another folder, "
+                    "or remove this one"
+                )
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(json.dumps(given) + "\n")
+
+
+def check_comparable(student: Training, baseline: Training) -> None:
+    """Raise ValueError unless two recorded trainings can be compared."""
+    for what, values in {
+        "recorded layer": [x.record.layer for x in (student, baseline)],
+        "recorded epochs": [x.record.checkpoints for x in (student, baseline)],
+        "network": [{name: tuple(v.shape) for name, v in x.network.state_dict().items()} for x in (student, baseline)],
+    }.items():
+        first, second = values
+        if first != second:
+            if isinstance(first, dict):
+                differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+                first, second = (f"{differing[0]} {value.get(differing[0])}" for value in values)
+            raise ValueError(f"--student and --baseline must have the same {what}, got {first} and {second}")
 
 
 def as_values(result: TrainingKnowledge) -> dict[str, Any]:

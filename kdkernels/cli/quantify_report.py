@@ -20,6 +20,7 @@ def write_report(
     results: Mapping[str, TrainingKnowledge],
     table: list[dict[str, Any]],
     accuracies: Mapping[str, float],
+    settings: Mapping[str, Any],
     images: Tensor,
     mask: Tensor,
     total: int,
@@ -34,7 +35,8 @@ def write_report(
         for row in table
     )
     accuracy = ", ".join(f"{html.escape(name)} {100 * value:.2f} %" for name, value in accuracies.items())
-    distance = next(iter(results.values())).distances
+    ends = " and ".join(f"{result.distances[-1]:.2f} for the {html.escape(name)}" for name, result in results.items())
+    used = ", ".join(f"{html.escape(name)} {html.escape(str(value))}" for name, value in settings.items())
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>What the student knows</title><style>{STYLE}</style></head><body>
 <h1>What the student knows, compared with the baseline</h1>
@@ -53,8 +55,9 @@ those in the foreground + in the background. The line in the image is the edge o
 {image_tag(concept_maps(results, images, mask), "entropies of the blocks of some images through the epochs")}
 <h2>Curves</h2>
 <p class="note">The weight distance is the length of the path of the layer's weights relative to their first norm; it ends at
-{distance[-1]:.2f} for the {html.escape(names[0])}. Thin lines are images.</p>
+{ends}. Thin lines are images.</p>
 {image_tag(concept_curves(results), "numbers of concepts against the weight distance")}
+<p class="note">Settings: {used}.</p>
 </body></html>
 """
     with replaced_atomically(path) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .checks import check_weights
@@ -71,7 +72,10 @@ class FeatureDistillation(TwoStage):
     def losses(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         in_second_stage = self.first_stage_epochs > 0 and not self.first_stage
         if in_second_stage and self._frozen is None and torch.is_grad_enabled():
-            self._freeze(self._parameters_before_tap(batch))
+            parameters = self._parameters_before_tap(batch)
+            if len(parameters) == sum(p.requires_grad for p in self.student.parameters()):
+                rank_zero_warn("the second stage has nothing to train, because no layer with weights is behind student_tap")
+            self._freeze(parameters)
         target, teacher_features = self.teacher_outputs(batch)
         logits, features = self.student_outputs(batch)
         (feature,), (teacher_feature,) = features.values(), teacher_features.values()

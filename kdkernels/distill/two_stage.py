@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .base import Distiller
@@ -14,19 +15,22 @@ class TwoStage(Distiller):
 
     The first stage lasts ``first_stage_epochs`` epochs and trains the layers up to the last tap.
     The layers behind the last tap do not change, not even by weight decay or momentum. A subclass
-    gets the losses of the second stage from :meth:`main_losses`, and has the attributes ``gamma``,
-    ``alpha`` and ``temperature``.
+    gets the losses of the second stage from :meth:`main_losses`, and has the attributes ``beta``,
+    the weight of the loss on features, ``gamma``, ``alpha`` and ``temperature``.
 
     Args:
         first_stage_epochs: epochs of the first stage; 0 trains in one stage.
         **options: the other arguments of :class:`Distiller`.
     """
 
+    beta: float
     gamma: float
     alpha: float
     temperature: float
 
     def __init__(self, student: nn.Module, teacher: nn.Module, first_stage_epochs: int = 0, **options):
+        if isinstance(first_stage_epochs, bool) or not isinstance(first_stage_epochs, int):
+            raise TypeError(f"first_stage_epochs must be an integer, got {first_stage_epochs!r}")
         super().__init__(student, teacher, **options)
         if first_stage_epochs < 0:
             raise ValueError(f"first_stage_epochs must be >= 0, got {first_stage_epochs}")
@@ -37,6 +41,18 @@ class TwoStage(Distiller):
     @property
     def first_stage(self) -> bool:
         return self.current_epoch < self.first_stage_epochs
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self.first_stage_epochs:
+            return
+        if not self.beta:
+            raise ValueError("beta is 0, so that the first stage has nothing to train: give a beta > 0, or first_stage_epochs=0")
+        last = self.trainer.max_epochs
+        if last is not None and 0 <= last <= self.first_stage_epochs and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"the layers behind the last tap are not trained: the first stage has {self.first_stage_epochs} epochs, the training only {last}"
+            )
 
     def main_losses(self, logits: Tensor, teacher_logits: Tensor, batch: dict) -> dict[str, Tensor]:
         """Return the loss on the labels, multiplied by ``gamma``, and ``alpha`` T^2 KL.

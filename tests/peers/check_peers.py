@@ -107,7 +107,7 @@ def test_liger_jsd(beta, labels):
 
 
 class Epsilon(float):
-    """A number that Liger's kernel converts, as a compiled kernel can; Triton's interpreter cannot."""
+    """A number with a method that compiled kernels have and Triton's interpreter lacks."""
 
     def to(self, _dtype):
         return self
