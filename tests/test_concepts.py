@@ -120,7 +120,7 @@ def test_blocks_of_the_foreground_are_those_of_nearest_downsampling():
 
 @pytest.mark.parametrize(("size", "grid"), [(33, 5), (8, 3), (17, 16), (16, 16), (227, 16)])
 def test_blocks_are_those_of_the_noise(size, grid):
-    """A foreground of one block of pixel_entropy has this block, whether or not the grid divides."""
+    """The pixels of a block of pixel_entropy are this block, whether or not the grid divides."""
     blocks = torch.arange(size) * grid // size  # of each pixel, by nearest-neighbour upsampling
     assert torch.equal(blocks, torch.nn.functional.interpolate(torch.arange(grid).float()[None, None], size)[0, 0].long())
     for block in range(grid):
@@ -267,7 +267,7 @@ def test_recorder_with_accumulation_and_some_epochs(tmp_path):
 
 
 def test_recorders_of_two_layers(tmp_path):
-    """Each has a state of its own in the checkpoint, also if the layers have weights of one size."""
+    """Each has a state of its own in the checkpoint, also if the weights have the same size."""
 
     def trainer(epochs, layers):
         recorders = [KnowledgeRecorder(tmp_path / layer, layer) for layer in layers]
@@ -278,7 +278,7 @@ def test_recorders_of_two_layers(tmp_path):
     torch.manual_seed(0)
     trainer(2, ["features.0", "head"]).fit(Supervised(Small(), optimizer=_sgd), data_of())
     before = KnowledgeRecord.load(tmp_path / "head")
-    with pytest.raises(ValueError, match="without a record of layer 'features.1'"):
+    with pytest.raises(ValueError, match=r"without a record of layer 'features\.1'"):
         trainer(3, ["features.1"]).fit(Supervised(Small(), optimizer=_sgd), data_of(), ckpt_path=tmp_path / "last.ckpt")
     trainer(3, ["features.0", "head"]).fit(Supervised(Small(), optimizer=_sgd), data_of(), ckpt_path=tmp_path / "last.ckpt")
     after = KnowledgeRecord.load(tmp_path / "head")

@@ -84,7 +84,7 @@ def block_mask(mask: Tensor, grid: int) -> Tensor:  # [N, H, W] -> [N, grid, gri
         raise ValueError("mask must not have NaN")
     if min(mask.shape[1:]) < grid:
         raise ValueError(f"grid must be at most the height and the width of the masks, {list(mask.shape[1:])}, got {grid}")
-    # Pixel p belongs to block p * grid // size, so that block i begins at the next integer from i * size / grid.
+    # Pixel p belongs to block p * grid // size: block i begins at i * size / grid, rounded up.
     rows, columns = (-(-torch.arange(grid, device=mask.device) * size // grid) for size in mask.shape[1:])
     return (mask > 0)[:, rows][:, :, columns]
 

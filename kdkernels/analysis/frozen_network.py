@@ -138,7 +138,7 @@ class FrozenNetwork:
 
 
 def check_module(network: object) -> None:
-    """Raise TypeError unless it is a module whose layers can be tapped; ValueError if it has no values."""
+    """Raise unless it is a module with values, whose layers can be tapped."""
     if not isinstance(network, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(network).__name__}")
     if isinstance(network, torch.jit.ScriptModule):

@@ -123,7 +123,7 @@ def settings_of(options: argparse.Namespace, trainings: Mapping[str, Training]) 
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Raise ValueError if the trainings in the folder were made with other settings; else store these.
+    """Raise ValueError if the trainings in the folder have other settings; else store these.
 
     They would be continued, and their weights taken for those of the new settings.
     """
@@ -142,17 +142,16 @@ def check_settings(options: argparse.Namespace) -> None:
 
 def check_comparable(student: Training, baseline: Training) -> None:
     """Raise ValueError unless two recorded trainings can be compared."""
-    for what, values in {
-        "recorded layer": [x.record.layer for x in (student, baseline)],
-        "recorded epochs": [x.record.checkpoints for x in (student, baseline)],
-        "network": [{name: tuple(v.shape) for name, v in x.network.state_dict().items()} for x in (student, baseline)],
-    }.items():
-        first, second = values
+    for what, first, second in (
+        ("recorded layer", student.record.layer, baseline.record.layer),
+        ("recorded epochs", student.record.checkpoints, baseline.record.checkpoints),
+    ):
         if first != second:
-            if isinstance(first, dict):
-                differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-                first, second = (f"{differing[0]} {value.get(differing[0])}" for value in values)
             raise ValueError(f"--student and --baseline must have the same {what}, got {first} and {second}")
+    shapes, others = ({name: tuple(v.shape) for name, v in x.network.state_dict().items()} for x in (student, baseline))
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            raise ValueError(f"--student and --baseline must have the same network, got {name} {shapes.get(name)} and {name} {others.get(name)}")
 
 
 def as_values(result: TrainingKnowledge) -> dict[str, Any]:

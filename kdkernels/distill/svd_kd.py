@@ -168,7 +168,7 @@ class SVDKD(TwoStage):
             pairs = pair_features(features, teacher_features, channels=True)
             student_maps, teacher_maps = zip(*pairs, strict=True)
             pair_losses, kept = svd_kd_terms(student_maps, teacher_maps, **self.terms)
-            transfer = sum(pair_losses)
+            transfer = cast(Tensor, sum(pair_losses))
             losses["svd"] = self.beta * transfer
             self._left_out = (~kept.all(0)).sum()
         return logits, losses
