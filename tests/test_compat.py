@@ -1,6 +1,8 @@
 """Losses of other projects on the ops of this package, against transcriptions of their formulas."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,6 +372,26 @@ def test_convert_weight():
                 assert converted * value == pytest.approx(0.3 * values[name], rel=1e-6, abs=0), (name, other)
                 compared += name != other
     assert compared > 60
+
+
+def test_ratios_of_the_docs():
+    """The last column of the table in docs/migration.md, for T = 4 and C = 10, from the losses."""
+    page = (Path(__file__).parent.parent / "docs/migration.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| (?:yes|no) \| [^|]+ \| (?:[^|]+ = )?([\d.]+) \|$", page, flags=re.MULTILINE))
+    s, t = randn(B, K), randn(B, K, seed=1)
+    expected = kdkernels.temperature_kl(s, t, T)
+    jsd = kdkernels.temperature_kl(s, t, T, direction="jsd")
+    measured = {
+        "RepDistiller, attention-transfer, torchdistill with targets": compat.repdistiller.DistillKL(T)(s, t) / expected,
+        "mdistiller": compat.mdistiller.kd_loss(s, t, T) / expected,
+        "torchdistill without targets or with alpha = 0": torchdistill_kd()(s, t) / expected,
+        'modelopt, `reduction="batchmean"` (the default of 0.40)': compat.modelopt.LogitsDistillationLoss(T, "batchmean")(s, t) / expected,
+        'modelopt, `reduction="mean"` (the default of 0.47)': compat.modelopt.LogitsDistillationLoss(T, "mean")(s, t) / expected,
+        '`F.kl_div`, `reduction="batchmean"`': F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="batchmean") / expected,
+        '`F.kl_div`, `reduction="mean"` (the default)': F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="mean") / expected,
+        "TRL, Liger (JSD)": compat.trl.generalized_jsd_loss(s, t, temperature=T) / jsd,
+    }
+    assert {name: float(shown) for name, shown in rows.items()} == pytest.approx({name: x.item() for name, x in measured.items()}, rel=1e-9, abs=0)
 
 
 def test_known_weights():
