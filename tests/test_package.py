@@ -128,9 +128,35 @@ def _python_blocks(path):
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.S)
 
 
-def test_examples_in_the_documents_run():
-    readme, own_method = _python_blocks("README.md")[0], _python_blocks("docs/kd.md")[0]
-    exec(readme, {})
+# Blocks that read files: those of docs/inference.md and docs/own_model.md are written and run by
+# tests/test_predict.py and tests/test_docs.py, the others need a trained network.
+NEEDS_FILES = {
+    ("README.md", 4),
+    ("docs/byot.md", 0),
+    ("docs/inference.md", 1),
+    ("docs/inference.md", 2),
+    ("docs/inference.md", 3),
+    ("docs/models.md", 0),
+    ("docs/own_model.md", 2),
+    ("docs/own_model.md", 3),
+}
+PAGES = [path for path in ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))] if _python_blocks(path)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_in_the_documents_run(page, tmp_path, monkeypatch):
+    """The blocks of a page are run one after another, in one namespace."""
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for i, block in enumerate(_python_blocks(page)):
+        code = compile(block, f"{page}, block {i}", "exec")
+        if (page, i) not in NEEDS_FILES:
+            exec(code, namespace)
+
+
+def test_method_of_the_documents():
+    own_method = _python_blocks("docs/kd.md")[0]
     pytest.importorskip("lightning")
     namespace = {}
     exec(own_method, namespace)
