@@ -84,6 +84,19 @@ def test_table_of_concepts_matches_the_results():
         assert shown == [*means, f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}", sure]
 
 
+def test_table_of_the_protocol_matches_the_results():
+    runs = json.loads((ROOT / "benches/results/amd-epyc-2-cores/knowledge_protocol.json").read_text())
+    pattern = r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([-+\d.]+) \| ([-+\d.]+) \| ([-+\d.]+) \| (\d?) ?\|$"
+    shown = re.findall(pattern, (ROOT / "docs/analysis.md").read_text(), flags=re.MULTILINE)
+    assert len(shown) == 7
+    for quantity, *numbers in shown:
+        rows = [next(row for row in runs[seed]["table"] if row["quantity"] == quantity) for seed in "012"]
+        intervals = [row["interval"] for row in rows]
+        sure = "" if intervals[0] is None else str(sum(low > 0 or high < 0 for low, high in intervals))
+        means = [f"{statistics.mean(row[name] for row in rows):.2f}" for name in ("student", "baseline")]
+        assert numbers == [*means, *(f"{row['difference']:+.2f}" for row in rows), sure]
+
+
 def test_table_of_lanes_matches_the_results():
     results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/lane_accuracy.json").read_text())
     pattern = r"^\| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([-+\d.]+) ± ([\d.]+) )?\| ([\d.]+) ± ([\d.]+) \|$"
