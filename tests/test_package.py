@@ -49,6 +49,7 @@ def test_version_matches_the_distribution():
     from importlib.metadata import version
 
     assert kdkernels.__version__ == version("kdkernels")
+    assert f"version: {kdkernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 ISAS = _C.build_info()["isas"].split(",")

@@ -482,6 +482,13 @@ WRONG = [
     ({"images": torch.randn(0, 3, 8, 8)}, "images must not be empty"),
     ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"images must be floats, normalised .* got torch\.uint8"),
     ({"images": iter([])}, "images must be a tensor or a map-style dataset"),
+    ({"images": torch.randn(2, 3, 8, 8).numpy()}, "got ndarray: torch.from_numpy makes a tensor of an array"),
+    ({"images": {"image": torch.randn(2, 3, 8, 8)}}, "images must be a tensor or a map-style dataset, got dict"),
+    ({"images": [{"picture": torch.randn(3, 8, 8)}]}, r"image 0 of images is a dict without 'image', it has \['picture'\]"),
+    ({"images": [torch.randn(3, 8, 8), torch.randn(3, 9, 9)]}, "the images of images must have one shape, got"),
+    ({"batch_size": 1.5}, "batch_size must be an int"),
+    ({"save_every": 0}, "save_every must be at least 1"),
+    ({"seed": 2**64}, r"seed must lie in \[0, 2\*\*63\)"),
     ({"path": "a.pt"}, r"path must end in \.npz, got 'a\.pt'"),
 ]
 

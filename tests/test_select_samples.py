@@ -244,7 +244,7 @@ FLOATS = [image.float() / 255 for image in POOL]
         ([*POOL[:15], *FLOATS[15:]], {}, "must have one dtype, because it determines the value of white"),
         (iter(POOL), {}, "pool must be a map-style dataset"),
         ([*POOL[:9], None, *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
-        ([*POOL[:9], {"x": 1}, *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
+        ([*POOL[:9], {"x": 1}, *POOL[10:]], {}, "image 9 of the pool is a dict without .image."),
         ([*POOL[:9], (), *POOL[10:]], {}, "image 9 of the pool must be a tensor"),
     ],
 )

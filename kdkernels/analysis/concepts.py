@@ -280,7 +280,9 @@ def bootstrap_interval(values: Tensor, *, confidence: float = 0.95, samples: int
         raise ValueError("values must be finite")
     generator = torch.Generator().manual_seed(seed)
     data = values.detach().double().cpu()
-    means = torch.stack([data[torch.randint(len(data), (len(data),), generator=generator)].mean() for _ in range(samples)])
+    at_once = max(1, 2**20 // len(data))  # resamples, for a bounded memory
+    parts = [min(at_once, samples - first) for first in range(0, samples, at_once)]
+    means = torch.cat([data[torch.randint(len(data), (part, len(data)), generator=generator)].mean(1) for part in parts])
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

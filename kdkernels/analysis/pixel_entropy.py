@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -168,6 +168,8 @@ def pixel_entropy(
     total = _count(images)
     parameter = next(model.parameters(), torch.empty(0))
     where = parameter.device if device is None else torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(where)!r}, but torch finds no GPU")
     target_path = None if path is None else Path(path)
     if target_path is not None and target_path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {target_path.name!r}")
@@ -404,6 +406,8 @@ def _checked_options(
 def _count(images: Any) -> int:
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must have the shape [N, C, H, W], got {list(images.shape)}")
+    if isinstance(images, (np.ndarray, Mapping)):
+        raise TypeError(f"images must be a tensor or a map-style dataset, got {type(images).__name__}: torch.from_numpy makes a tensor of an array")
     if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
         raise TypeError(f"images must be a tensor or a map-style dataset, got {type(images).__name__}")
     if not len(images):
@@ -413,7 +417,9 @@ def _count(images: Any) -> int:
 
 def _read(images: Any, indices: Sequence[int]) -> Tensor:
     """Return images [B, C, H, W] on the CPU."""
-    batch = images[list(indices)].detach().cpu() if isinstance(images, Tensor) else images_of(images, list(indices), None)
+    batch = (
+        images[list(indices)].detach().cpu() if isinstance(images, Tensor) else images_of(images, list(indices), None, name="images", resizable=False)
+    )
     if not batch.is_floating_point():
         raise TypeError(f"images must be floats, normalised as the model expects, got {batch.dtype}")
     return batch

@@ -68,8 +68,10 @@ class ImagePool(Dataset):
             return list(threads.map(self.__getitem__, indices))
 
 
-def images_of(pool: Any, indices: list[int], size: tuple[int, int] | None) -> Tensor:
+def images_of(pool: Any, indices: list[int], size: tuple[int, int] | None, *, name: str = "the pool", resizable: bool = True) -> Tensor:
     """Return images of a pool [B, C, H, W], resized to ``size`` if it is given.
+
+    ``name`` is that of the pool in messages, and ``resizable`` whether the user can give a size.
 
     Raises:
         TypeError, ValueError: an item is no image, or the shapes or dtypes differ.
@@ -78,20 +80,22 @@ def images_of(pool: Any, indices: list[int], size: tuple[int, int] | None) -> Te
     images = []
     for i, item in zip(indices, items, strict=True):
         if isinstance(item, dict):
-            item = item.get("image")
+            if "image" not in item:
+                raise TypeError(f"image {i} of {name} is a dict without 'image', it has {sorted(map(str, item))}")
+            item = item["image"]
         elif isinstance(item, (tuple, list)) and item:
             item = item[0]
-        image = as_pixels(item, f"image {i} of the pool").detach()
+        image = as_pixels(item, f"image {i} of {name}").detach()
         if size is not None and tuple(image.shape[1:]) != size:
             image = _resized(image, size)
         images.append(image)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        advice = " or size must be given," if len({shape[0] for shape in shapes}) == 1 else ""
-        raise ValueError(f"the images of the pool must have one shape,{advice} got {sorted(shapes)}")
+        advice = " or size must be given," if resizable and len({shape[0] for shape in shapes}) == 1 else ""
+        raise ValueError(f"the images of {name} must have one shape,{advice} got {sorted(shapes)}")
     dtypes = {str(image.dtype) for image in images}
     if len(dtypes) > 1:
-        raise ValueError(f"the images of the pool must have one dtype, because it determines the value of white, got {sorted(dtypes)}")
+        raise ValueError(f"the images of {name} must have one dtype, because it determines the value of white, got {sorted(dtypes)}")
     return torch.stack(images)
 
 
