@@ -46,7 +46,7 @@ class PixelEntropy(NamedTuple):
     step: Tensor  # [N] int64, the number of the chosen iterate, from 0
     feature_loss: Tensor  # [N] float32, change of the feature at this iterate, relative to feature_scale
     feature_scale: Tensor  # [N] float32, mean squared change of the feature for sigma = initial_sigma
-    provenance: dict[str, Any]  # model (a hash), layer, images (a hash), and the options
+    provenance: dict[str, Any]  # model (a hash), layer, images (a hash), feature of the first image, and the options
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an ``.npz`` file, completely or not at all."""
