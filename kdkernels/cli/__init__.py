@@ -16,6 +16,8 @@ USAGE = """usage: kdkernels COMMAND [options]
   export                   write the student of a checkpoint: kdkernels export --ckpt best.ckpt --out student.onnx
   predict                  classify a folder of images: kdkernels predict --model student.onnx --images photos --out classes.csv
   plot attention           plot images and their attention maps: kdkernels plot attention --ckpt best.ckpt --out attention.png
+  plot confusion           plot confusion matrices, and the difference of two of them: --ckpt a.ckpt b.ckpt
+  plot curves              plot a metric and the training loss through the epochs: kdkernels plot curves --runs runs/kd runs/alone
   plot dfnd                plot the images that a run of DFND selected, its matrix Q, and the shares of the classes
   plot dfv                 plot singular values, vectors and their correlations: kdkernels plot dfv --ckpt a.ckpt b.ckpt --out dfv.png
   plot exits               plot accuracy against computation of a network with exits, and print the table

@@ -9,6 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..distill.exit_curve import THRESHOLDS
 from ..plots.attention import plot_attention
+from ..plots.confusion import most_frequent, plot_confusion
+from ..plots.curves import plot_curves
+from ..plots.curves import table as table_of_curves
 from ..plots.dfnd import plot_dfnd
 from ..plots.dfv import plot_dfv
 from ..plots.exits import plot_exits
@@ -18,11 +21,23 @@ from ..plots.robustness import NOISE, plot_robustness
 from ..plots.robustness import table as table_of_robustness
 from .arguments import UsageError, parse_typed
 
-_USAGE = "usage: kdkernels plot {attention,dfnd,dfv,exits,lanes,robustness} --ckpt FILE [options]; kdkernels plot attention --help lists the options"
+_USAGE = (
+    "usage: kdkernels plot {attention,confusion,curves,dfnd,dfv,exits,lanes,robustness} --ckpt FILE [options] (curves: --runs FOLDER); "
+    "kdkernels plot attention --help lists the options"
+)
 
 
 def main(arguments: list[str]) -> int:
-    kinds = {"attention": _attention, "dfnd": _dfnd, "dfv": _dfv, "exits": _exits, "lanes": _lanes, "robustness": _robustness}
+    kinds = {
+        "attention": _attention,
+        "confusion": _confusion,
+        "curves": _curves,
+        "dfnd": _dfnd,
+        "dfv": _dfv,
+        "exits": _exits,
+        "lanes": _lanes,
+        "robustness": _robustness,
+    }
     kind = arguments[0] if arguments else None
     if kind in ("-h", "--help"):
         print(_USAGE)
@@ -52,6 +67,30 @@ def _attention(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
     parser.add_argument("--p", type=float, default=2.0, help="exponent of the attention maps")
     _add_layers(parser)
     return lambda o: plot_attention(o.ckpt, o.out, o.layers, o.teacher_layers, o.images, o.p)
+
+
+def _confusion(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    parser.add_argument(
+        "--ckpt", type=str, nargs="+", required=True, help="checkpoints of kdkernels fit, each a matrix; two are also subtracted from each other"
+    )
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="images of the validation split or of the test split")
+
+    def draw(options: Namespace) -> str:
+        out, results = plot_confusion(options.ckpt, options.out, options.split)
+        return "\n".join([*map(most_frequent, results), str(out)])
+
+    return draw
+
+
+def _curves(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    parser.add_argument("--runs", type=str, nargs="+", required=True, help="folders of runs of kdkernels fit, each a line")
+    parser.add_argument("--metric", type=str, help="column of the CSV logs; by default the main metric, such as val/accuracy")
+
+    def draw(options: Namespace) -> str:
+        out, metric, curves = plot_curves(options.runs, options.out, options.metric)
+        return f"{table_of_curves(curves, metric)}\n{out}"
+
+    return draw
 
 
 def _dfnd(parser: ArgumentParser) -> Callable[[Namespace], str]:
