@@ -29,7 +29,7 @@ export KDKERNELS_ISAS ?= $(BEST_ISA)
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo test test-all test-torch test-peers bench bench-quick bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo docs test test-all test-torch test-peers bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
@@ -113,6 +113,22 @@ format: $(BUILT)
 	$(PY) -m ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs "$$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" -i
 
+# The documentation site, in site/. It needs neither torch nor a build of the package, so its packages
+# are in a separate virtual environment. A broken link is an error.
+DOCS_REQUIREMENTS = from pip._vendor import tomli; \
+  print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+docs: .venv-docs/.dependencies
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --clean -q
+	@echo "site/index.html"
+
+.venv-docs/.dependencies: pyproject.toml constraints.txt
+	python3 -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --upgrade pip
+	.venv-docs/bin/python -c '$(DOCS_REQUIREMENTS)' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install -q -c constraints.txt -r .venv-docs/requirements.txt
+	touch $@
+
 wheel: $(BUILT)
 	rm -rf build/lib*
 	KDKERNELS_TESTING=0 KDKERNELS_ISAS=$(ALL_ISAS) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
@@ -121,7 +137,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv .venv-torch-* .venv-peers build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* .venv-peers .venv-docs site build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
 # Prints the dependencies. The parser is pip's, because Python 3.10 has none.
 PRINT_REQUIREMENTS = from pip._vendor import tomli; \
