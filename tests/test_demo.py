@@ -29,29 +29,32 @@ def _restore_ctrl_c() -> None:
 
 
 def test_interrupted_demo_can_be_resumed(tmp_path):
-    command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "kdkernels", "demo", "--quick", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_restore_ctrl_c)
-    results = tmp_path / "out" / "results.json"
+    results = tmp_path / "out" / "trainings"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if results.exists() and len(json.loads(results.read_text())["stages"]) >= 2:
+        if len(list(results.rglob("*.json"))) >= 4:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "resume with: kdkernels demo --quick" in output
-    before = json.loads(results.read_text())["stages"]
-    assert 2 <= len(before) < 6
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*.json")}
+    assert 4 <= len(before) < 12
 
     run = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    after = json.loads(results.read_text())
-    assert len(after["stages"]) == 6
-    assert all(after["stages"][k] == v for k, v in before.items())  # finished stages are not repeated
-    assert "student distilled" in run.stdout
+    assert len(list(results.rglob("*.json"))) == 12
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # finished trainings are not repeated
+    rows = {line["row"]: line for line in json.loads((tmp_path / "out" / "comparison.json").read_text())["table"]}
+    assert [row.partition(":")[0] for row in rows] == ["alone", "kd", "at", "fsp", "svd_kd"]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    for op in ("temperature_kl", "attention_transfer_loss", "truncated_svd", "rbf_correlation_loss"):
+        assert re.search(rf"^{op} .* ms \(.*x\)", run.stdout, re.MULTILINE), run.stdout
+        assert f"<td>{op} " in page
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # the page loads no external files
 
 

@@ -23,6 +23,7 @@ USAGE = """usage: kdkernels COMMAND [options]
   plot exits               plot accuracy against computation of a network with exits, and print the table
   plot lanes               plot predicted and labelled lanes, and the attention maps of each layer: --ckpt a.ckpt b.ckpt
   plot robustness          plot accuracy under noise in the weights, and the sizes of gradients: --ckpt a.ckpt b.ckpt
+  compare                  train several methods on the same data and seeds, and write a table and a report: --methods kd,at,fsp,svd_kd
   quantify                 count the visual concepts of a distilled student through its training, and write a report
   bench                    time each op, its reference and its peers, and compare with hardware limits: kdkernels bench --quick --report
   demo                     train a teacher, a student alone and a distilled student on generated images, and write a report
@@ -31,7 +32,7 @@ USAGE = """usage: kdkernels COMMAND [options]
 kdkernels COMMAND --help lists the options of a command.
 """
 TRAINING = ("fit", "validate", "test")
-COMMANDS = (*TRAINING, "bench", "demo", "export", "info", "plot", "predict", "quantify")
+COMMANDS = (*TRAINING, "bench", "compare", "demo", "export", "info", "plot", "predict", "quantify")
 _EXTRAS = {
     "train": ("lightning", "jsonargparse", "torchmetrics", "sklearn", "scipy", "matplotlib", "PIL", "safetensors", "tensorboard"),
     "export": ("onnx", "onnxscript", "onnxruntime"),

@@ -1,0 +1,1 @@
+"""``kdkernels compare`` without its command line: methods, trainings, statistics and cost."""
