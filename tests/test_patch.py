@@ -8,6 +8,7 @@ import torch
 
 import kdkernels
 from kdkernels import compat
+from kdkernels.compat import patching
 
 FILES = {
     "torchdistill/__init__.py": "",
@@ -52,7 +53,7 @@ def install(tmp_path, monkeypatch):
 
     yield install
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("torchdistill", "trl"):
+        if name.split(".")[0] in ("distiller_zoo", "torchdistill", "trl"):
             del sys.modules[name]
 
 
@@ -103,3 +104,44 @@ def test_packages_that_cannot_be_patched(install):
         kdkernels.patch("trl")
     with pytest.raises(ImportError, match=r"No module named 'trl\.experimental'"):  # and is not "patched already"
         kdkernels.patch("trl")
+
+
+ZOO = {
+    "distiller_zoo/__init__.py": "from .KD import DistillKL\nfrom . import AT, FSP, KDSVD\n",
+    "distiller_zoo/KD.py": "class DistillKL:\n    '''KL'''\n    def __init__(self, T): self.T = T  # temperature\n",
+    "distiller_zoo/AT.py": "class Attention: pass\n",
+    "distiller_zoo/FSP.py": "class FSP: pass\n",
+    "distiller_zoo/KDSVD.py": "class KDSVD: pass\n",
+}
+
+
+def test_repository_is_known_by_the_source_of_its_losses(install, monkeypatch):
+    target = patching._TARGETS["distiller_zoo"]
+    with pytest.raises(ImportError, match=r"distiller_zoo\.AT\.Attention of RepDistiller cannot be imported"):
+        kdkernels.patch("distiller_zoo")
+    install("unrelated", "1.0", ZOO)
+    zoo = importlib.import_module("distiller_zoo")
+    with pytest.raises(RuntimeError, match=r"distiller_zoo\.AT\.Attention has another source than the one of RepDistiller"):
+        kdkernels.patch("distiller_zoo")
+    sources = {(module, name): patching.source_hash(getattr(importlib.import_module(module), name)) for module, name in target.replacements}
+    monkeypatch.setitem(patching._TARGETS, "distiller_zoo", target._replace(sources=sources))
+    own = zoo.DistillKL
+    with kdkernels.patch("distiller_zoo"):
+        assert zoo.DistillKL is zoo.KD.DistillKL is compat.repdistiller.DistillKL
+    assert zoo.DistillKL is zoo.KD.DistillKL is own
+
+
+def test_hash_of_a_source_does_not_depend_on_its_layout(tmp_path, monkeypatch):
+    texts = {
+        "plain": "def f(x):\n    return x * 'a'\n",
+        "formatted": '# comment\ndef f( x ):\n\n  """Doc."""\n  return (\n    x * \'a\')  # comment\n'.replace("(\n    x * 'a')", "x*'a'"),
+        "other": "def f(x):\n    return x * 'b'\n",
+        "nested": "def f(x):\n    if x:\n        return x * 'a'\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}_layout.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = {name: patching.source_hash(importlib.import_module(f"{name}_layout").f) for name in texts}
+    assert hashes["plain"] == hashes["formatted"]
+    assert len(set(hashes.values())) == 3
+    assert patching.source_hash(3) == ""
