@@ -74,7 +74,9 @@ def on_page_content(content, page, config, files):
 
 
 def _mathml(formula: str, display: str) -> str:
-    formula = html.unescape(formula).strip().replace("\\tfrac", "\\frac").replace("\\!", "")
+    formula = html.unescape(formula).strip()
+    for unknown, known in (("\\tfrac", "\\frac"), ("\\!", ""), ("\\_", "_"), ("\\arg", "\\operatorname{arg}")):
+        formula = formula.replace(unknown, known)
     result = latex2mathml.converter.convert(formula, display=display)
     # Space between a function and its argument, as in "log x".
     result = re.sub(r"(<mi[^>]*>(?:arg|cos|exp|log|max|min|sign|sin|softmax)</mi>)(?=<m(?:i|n|sub|sup|frac))", r'\1<mspace width="0.17em"/>', result)

@@ -412,7 +412,7 @@ def test_plot_dfv(cwd, capsys):
     assert main(["plot", "dfv", "--ckpt", "runs/deep_teacher/last.ckpt"]) == 1
     assert "trained without a teacher" in capsys.readouterr().err
     assert main(["plot", "spectra"]) == 2
-    assert "{attention,dfnd,dfv,exits,lanes,robustness}" in capsys.readouterr().err
+    assert "{attention,confusion,curves,dfnd,dfv,exits,lanes,robustness}" in capsys.readouterr().err
     assert not list(cwd.glob("dfv*"))
 
 

@@ -22,8 +22,8 @@ def _read_modules():
 
 
 MODULES = _read_modules()
-# Not public: the command line, and helpers of reports.
-PRIVATE = {"kdkernels.cli", "kdkernels.plots.comparison"}
+# Not public: the command line, whose commands have --help.
+PRIVATE = {"kdkernels.cli"}
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def test_unknown_versions_and_packages_raise(install):
     with pytest.raises(RuntimeError, match=r"torchdistill 2\.0\.0 is not a version whose losses were compared with ours \(1\.1\.5\)"):
         kdkernels.patch("torchdistill")
     assert "torchdistill.losses" not in sys.modules
-    with pytest.raises(ValueError, match=r"target must be one of 'liger_kernel', .*, got 'torch'"):
+    with pytest.raises(ValueError, match=r"target must be one of 'distiller_zoo', .*, got 'torch'"):
         kdkernels.patch("torch")
 
 

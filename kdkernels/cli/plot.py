@@ -110,7 +110,7 @@ def _dfv(parser: ArgumentParser) -> Callable[[Namespace], Path | str]:
         type=str,
         nargs="+",
         required=True,
-        help="checkpoints of kdkernels fit, each a row of the picture",
+        help="checkpoints of kdkernels fit, each two rows of the picture",
     )
     parser.add_argument("--image", type=int, default=0, help="index of the image in the validation split")
     parser.add_argument("--vector", type=int, default=1, help="number of the teacher's singular vector, from 1")

@@ -138,7 +138,7 @@ def patch(target: str) -> Patch:
         ValueError: the target is unknown.
     """
     if target not in _TARGETS:
-        raise ValueError(f"target must be one of {', '.join(map(repr, _TARGETS))}, got {target!r}")
+        raise ValueError(f"target must be one of {', '.join(map(repr, sorted(_TARGETS)))}, got {target!r}")
     if target in _active:
         raise RuntimeError(f"{target} is patched already: undo the first patch before another one")
     known = _TARGETS[target]

@@ -102,7 +102,7 @@ def draw(shown: Shown):
         diagonal = shown.matrix.diagonal()
         values = f"{diagonal[0]:.4g}" if bool((diagonal == diagonal[0]).all()) else f"{diagonal.min():.4g} to {diagonal.max():.4g}"
         upper.set_title(f"Q beside its diagonal ({values}, grey)", fontsize=10)
-        upper.set_xlabel("class that the teacher says")
+        upper.set_xlabel("class predicted by the teacher")
         upper.set_ylabel("class")
         if few:
             upper.set_xticks(range(len(shown.classes)), shown.classes)
@@ -110,7 +110,7 @@ def draw(shown: Shown):
     place = torch.arange(len(shown.pool_share)).float()
     lower.bar(place - 0.2, 100 * shown.pool_share, 0.4, label="of the pool", color="0.7")
     lower.bar(place + 0.2, 100 * shown.selected_share, 0.4, label="of the selected images", color="#1c7ed6")
-    lower.set_xlabel("class, as the teacher sees it")
+    lower.set_xlabel("class predicted by the teacher")
     lower.set_ylabel("share in %")
     if few:
         lower.set_xticks(place, shown.classes[: len(place)])

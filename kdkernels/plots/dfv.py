@@ -17,7 +17,7 @@ from ..models.weights import describe
 from ..ops.rbf_correlation import rbf_correlation
 from ..ops.truncated_svd import align_singular_vectors, feature_svd
 from .checkpoints import batch_of, count_images, restore_with_images, taps_of
-from .drawing import picture_path, subplots, write_picture
+from .drawing import new_figure, picture_path, write_picture
 
 __all__ = ["plot_dfv"]
 
@@ -111,57 +111,58 @@ def _title(ckpt: str | os.PathLike) -> str:
 
 
 def _draw(rows: list[tuple[str, list[Layer]]], vector: int):
+    """Draw two rows for each checkpoint: spectra and vectors, and the correlations below them."""
     layer_count = len(rows[0][1])
-    columns = 1 + layer_count + 3 * (layer_count - 1)
-    widths = [1.5] + [1.2] * layer_count + [1.0] * (3 * (layer_count - 1))
-    size = (1.75 * sum(widths), 1.9 * len(rows) + 1.0)
-    figure, axes = subplots(len(rows), columns, figsize=size, squeeze=False, width_ratios=widths)
-    largest = max(float((a - b).abs().max()) for _, layers in rows for pair in _correlations(layers) for a, b in [pair]) or 1.0
-    lowest = min(float(x.min()) for _, layers in rows for pair in _correlations(layers) for x in pair)
+    height = 2 if layer_count > 1 else 1
+    figure = new_figure(figsize=(max(9.0, 2.0 * max(1 + layer_count, 3 * (layer_count - 1))), 1.9 * height * len(rows) + 1.2))
+    grid = figure.add_gridspec(height * len(rows), 1)
+    largest = max([float((a - b).abs().max()) for _, layers in rows for a, b in _correlations(layers)], default=0.0) or 1.0
+    lowest = min([float(x.min()) for _, layers in rows for pair in _correlations(layers) for x in pair], default=0.0)
+    shown: list = [None, None, None]  # the last image of the student, of the teacher and of the difference
+    panels = []
     for row, (title, layers) in enumerate(rows):
-        spectrum = axes[row, 0]
-        for i, layer in enumerate(layers):
-            for values, style in zip(layer.spectra, ("-", "--"), strict=True):
-                clamped = values.clamp(min=1e-7)
-                spectrum.semilogy(
-                    range(1, len(clamped) + 1), clamped, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None
-                )
-        spectrum.set_xscale("log")
-        spectrum.set_ylim(1e-4, 1.5)
-        spectrum.set_ylabel(title, fontsize=8)
-        spectrum.tick_params(labelsize=7)
-        for i, layer in enumerate(layers, start=1):
+        axes = grid[height * row].subgridspec(1, 1 + layer_count).subplots(squeeze=False)[0]
+        _draw_spectra(axes[0], layers)
+        axes[0].set_ylabel(title, fontsize=8)
+        for i, (ax, layer) in enumerate(zip(axes[1:], layers, strict=True)):
             order = layer.vectors[1].argsort(descending=True)
             for values, style in zip(layer.vectors, ("-", "--"), strict=True):
-                axes[row, i].plot(values[order], style, color=f"C{i - 1}", linewidth=1.0)
+                ax.plot(values[order], style, color=f"C{i}", linewidth=1.0)
             cosine = float((layer.vectors[0] * layer.vectors[1]).sum())
-            axes[row, i].set_xlabel(f"cosine {cosine:.3f}", fontsize=8)
-            axes[row, i].tick_params(labelsize=7)
+            ax.set_xlabel(f"cosine {cosine:.3f}", fontsize=8)
+            ax.tick_params(labelsize=7)
+            ax.set_title(f"{layer.name}: vector {vector}\nchannels sorted by teacher", fontsize=8)
+        if layer_count == 1:
+            continue
+        axes = grid[height * row + 1].subgridspec(1, 3 * (layer_count - 1)).subplots(squeeze=False)[0]
+        panels += list(axes)
         for i, pair in enumerate(_correlations(layers)):
-            first = 1 + layer_count + 3 * i
-            for j, (x, scale) in enumerate(zip((*pair, pair[0] - pair[1]), ((lowest, 1), (lowest, 1), (-largest, largest)), strict=True)):
-                low, high = scale
-                heat_map = axes[row, first + j].imshow(
-                    x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none"
-                )
-                axes[row, first + j].set_xticks([])
-                axes[row, first + j].set_yticks([])
-                if row == len(rows) - 1 and i == layer_count - 2 and j > 0:
-                    bar = figure.colorbar(
-                        heat_map, ax=axes[row, 1 + layer_count :: 1].tolist(), orientation="horizontal", fraction=0.05, pad=0.03, aspect=60
-                    )
-                    bar.ax.tick_params(labelsize=7)
-                    bar.set_label("student minus teacher" if j == 2 else "correlation of channels", fontsize=8)
-            axes[row, first + 2].set_xlabel(f"sum of squares {float((pair[0] - pair[1]).square().sum()):.2g}", fontsize=8)
-            if row == 0:
-                names = f"{layers[i].name} x {layers[i + 1].name}"
-                for j, panel in enumerate(("student", "teacher", "difference")):
-                    axes[0, first + j].set_title(f"{panel}\n{names}", fontsize=8)
-    axes[0, 0].set_title("singular values, relative\n- student, -- teacher", fontsize=8)
-    axes[0, 0].legend(fontsize=6)
-    for i, layer in enumerate(rows[0][1], start=1):
-        axes[0, i].set_title(f"{layer.name}: vector {vector}\nchannels sorted by teacher", fontsize=8)
+            for j, x in enumerate((*pair, pair[0] - pair[1])):
+                low, high = (-largest, largest) if j == 2 else (lowest, 1)
+                ax = axes[3 * i + j]
+                shown[j] = ax.imshow(x, cmap="RdBu" if j == 2 else "viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.set_title(f"{('student', 'teacher', 'difference')[j]}\n{layers[i].name} x {layers[i + 1].name}", fontsize=8)
+            axes[3 * i + 2].set_xlabel(f"sum of squares {float((pair[0] - pair[1]).square().sum()):.2g}", fontsize=8)
+    for image, label in zip(shown[1:], ("correlation of channels", "student minus teacher"), strict=True):
+        if image is not None:
+            bar = figure.colorbar(image, ax=panels, orientation="horizontal", fraction=0.05, pad=0.03, aspect=60)
+            bar.ax.tick_params(labelsize=7)
+            bar.set_label(label, fontsize=8)
     return figure
+
+
+def _draw_spectra(ax, layers: list[Layer]) -> None:
+    for i, layer in enumerate(layers):
+        for values, style in zip(layer.spectra, ("-", "--"), strict=True):
+            clamped = values.clamp(min=1e-7)
+            ax.semilogy(range(1, len(clamped) + 1), clamped, style, color=f"C{i}", linewidth=1.2, label=layer.name if style == "-" else None)
+    ax.set_xscale("log")
+    ax.set_ylim(1e-4, 1.5)
+    ax.tick_params(labelsize=7)
+    ax.set_title("singular values, relative\n- student, -- teacher", fontsize=8)
+    ax.legend(fontsize=6)
 
 
 def _correlations(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
