@@ -31,6 +31,7 @@ def concept_maps(results: Mapping[str, TrainingKnowledge], images: Tensor, mask:
     figure, axes = subplots(len(rows), 1 + columns, figsize=(1.35 * (1 + columns) + 1.2, 1.35 * len(rows) + 0.8), squeeze=False)
     finite = torch.cat([result.entropy[:, chosen].flatten() for result in results.values()])
     low, high = finite.quantile(0.01).item(), finite.quantile(0.99).item()
+    same_epochs = len({tuple(result.epochs) for result in results.values()}) == 1
     shown = None
     for row, (image, name) in zip(axes, rows, strict=True):
         result = results[name]
@@ -42,7 +43,8 @@ def concept_maps(results: Mapping[str, TrainingKnowledge], images: Tensor, mask:
             shown = ax.imshow(result.entropy[m, image], cmap="viridis", vmin=low, vmax=high)
             for y, x in result.concepts.concepts[m, image].nonzero().tolist():
                 ax.add_patch(_frame(x, y))
-            ax.set_title(f"epoch {result.epochs[m]}", fontsize=8)
+            if row[0] is axes[0, 0] or not same_epochs:
+                ax.set_title(f"epoch {result.epochs[m]}", fontsize=8)
             ax.set_xlabel(f"{int(result.concepts.foreground[m, image])} + {int(result.concepts.background[m, image])}", fontsize=7)
     for ax in axes.flat:
         ax.set_xticks([])
