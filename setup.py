@@ -12,6 +12,8 @@ Environment variables:
 - KDKERNELS_ISAS="avx2,baseline" builds fewer instruction sets.
 - KDKERNELS_UNITE=0 compiles each source separately.
 - KDKERNELS_TESTING=1 adds kdkernels._testing, which the tests need.
+- KDKERNELS_PIN_TORCH=1 is for wheels that are published: the wheel then requires the minor release
+  of torch that it was compiled against, because it does not run with another one.
 """
 
 import copy
@@ -113,16 +115,15 @@ def sorted_glob(pattern: str) -> list[str]:
 
 
 def extension(name: str, files: list[str], flags: Sequence[str] = (), optimize: str = "-O2", **options):
-    # -fopenmp is passed only to the compiler, not to the linker: the extension must use the OpenMP
-    # runtime that torch has loaded, and not load a second one.
+    # Without -fopenmp: csrc/common/parallel.h calls the OpenMP runtime that torch has loaded.
     flags = [
         optimize,
         "-g0",  # Python's default flags request debug symbols: nine tenths of a module's size, half of its build time
-        "-fopenmp",
         "-fvisibility=hidden",
         "-ffp-contract=fast",
         "-Wno-psabi",
         "-Wno-ignored-attributes",
+        "-Wno-unknown-warning-option",  # clang does not know each of these options
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
         *flags,
@@ -170,6 +171,15 @@ def unite(sources: list[str], folder: Path) -> str:
     return str(path)
 
 
+class Distribution(setuptools.Distribution):
+    def parse_config_files(self, *arguments, **options):
+        super().parse_config_files(*arguments, **options)
+        if os.environ.get("KDKERNELS_PIN_TORCH") == "1":
+            release = ".".join(torch.__version__.split(".")[:2])
+            requirements = [f"torch=={release}.*" if name.startswith("torch>=") else name for name in self.install_requires]
+            self.install_requires = self.metadata.install_requires = requirements
+
+
 def packages() -> list[str]:
     """Return every folder of kdkernels/ with an __init__.py, and the two packages outside it.
 
@@ -178,4 +188,4 @@ def packages() -> list[str]:
     return sorted({*setuptools.find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels.reference", "kdkernels.benches"})
 
 
-setuptools.setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setuptools.setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, distclass=Distribution)

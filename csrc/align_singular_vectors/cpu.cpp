@@ -1,11 +1,11 @@
 // CPU kernels of the align_singular_vectors ops. Compiled once per instruction set.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../common/implementations.h"
+#include "../common/parallel.h"
 #include "../common/simd.h"
 #include "align_singular_vectors.h"
 
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& student, const 
   const auto options = student.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
   const Tensor out_s = at::empty(batched(teacher, {k, n}), options), out_t = at::empty(batched(teacher, {k, n}), options);
   const Tensor match = at::empty(batched(teacher, {k}), options.dtype(at::kLong)), flips = at::empty(batched(teacher, {k}), options);
-  at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (student_k * k * n)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, std::max<int64_t>(1, kGrain / (student_k * k * n)), [&](int64_t begin, int64_t end) {
     std::vector<double> cosine(student_k);
     for (int64_t i = begin * k; i < end * k; ++i) {
       const T *teacher_vector = t.const_data_ptr<T>() + i * n, *student_vectors = s.const_data_ptr<T>() + i / k * student_k * n;
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_st
   const Tensor result_s = at::zeros({wanted[0] ? batch : 0, student_k, n}, options),
                result_t = at::zeros({wanted[1] ? batch : 0, k, n}, options);
   const Tensor result_w = at::zeros({wanted[2] ? batch : 0, k}, options);
-  at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (student_k * n)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, std::max<int64_t>(1, kGrain / (student_k * n)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * k; i < end * k; ++i) {
       const int64_t source = i / k * student_k + match.const_data_ptr<int64_t>()[i];
       const T flip = flips.const_data_ptr<T>()[i], factor = w.defined() ? w.const_data_ptr<T>()[i] : T(1);

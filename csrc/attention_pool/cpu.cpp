@@ -2,13 +2,13 @@
 // set.
 #include "attention_pool.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "../common/convert.h"
 #include "../common/memory.h"
+#include "../common/parallel.h"
 #include "maps.h"
 #include "scatter.h"
 
@@ -159,7 +159,7 @@ class Schedule {
   template <typename MakeScratch, typename Pool, typename Finish, typename Scatter>
   void run(MakeScratch&& make_scratch, Pool&& pool, Finish&& finish, Scatter&& scatter) const {
     if (!samples_are_split_) {
-      at::parallel_for(0, batch_, std::max<int64_t>(1, kGrain / elements_per_sample_), [&](int64_t begin, int64_t end) {
+      parallel_for(0, batch_, std::max<int64_t>(1, kGrain / elements_per_sample_), [&](int64_t begin, int64_t end) {
         const auto scratch = make_scratch();
         for (int64_t b = begin; b < end; ++b) {
           pool(scratch, b, 0, positions_, 0);
@@ -172,7 +172,7 @@ class Schedule {
     }
     const auto scratch = make_scratch();
     auto for_each_part = [&](auto&& stage) {
-      at::parallel_for(0, batch_ * parts_per_sample_, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, batch_ * parts_per_sample_, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / parts_per_sample_, k = i % parts_per_sample_, first = boundary(k), count = boundary(k + 1) - first;
           stage(scratch, b, first, count, b);
@@ -181,7 +181,7 @@ class Schedule {
       });
     };
     for_each_part(pool);
-    at::parallel_for(0, batch_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) finish(scratch, b, b);
     });
     for_each_part(scatter);
@@ -413,10 +413,10 @@ void attention_transfer_loss_rescale_cpu(at::Tensor& grad, const at::Tensor& sca
   if (scale.numel() > 0) check_shape(scale, "scale", {grad.size(0)});
   const at::Tensor scales = scale.numel() > 0 ? scale.to(at::kDouble) : at::ones({grad.size(0)}, scale.options().dtype(at::kDouble));
   const at::Tensor factors = scales.mul(upstream).to(at::kFloat).contiguous();
-  at::parallel_for(0, grad.size(0), std::max<int64_t>(1, 4 * kGrain * grad.size(0) / std::max<int64_t>(1, grad.numel())),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t b = begin; b < end; ++b) scale_in_place(grad.select(0, b), factors.const_data_ptr<float>()[b]);
-                   });
+  parallel_for(0, grad.size(0), std::max<int64_t>(1, 4 * kGrain * grad.size(0) / std::max<int64_t>(1, grad.numel())),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t b = begin; b < end; ++b) scale_in_place(grad.select(0, b), factors.const_data_ptr<float>()[b]);
+               });
 }
 
 }  // namespace

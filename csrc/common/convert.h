@@ -40,6 +40,16 @@ KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
 KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
+  float16x4_t half;
+  std::memcpy(&half, p, sizeof half);
+  return (simd::Vec<float>)vcvt_f32_f16(half);
+}
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
+  const float16x4_t half = vcvt_f16_f32((float32x4_t)v);
+  std::memcpy(p, &half, sizeof half);
+}
 #else
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   simd::Vec<float> v;

@@ -15,6 +15,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // The kernels' inner loops consist of these functions; a function call in such a loop costs more
@@ -103,6 +105,8 @@ KDKERNELS_INLINE Vec<float> sqrt(Vec<float> v) {
   return (Vec<float>)_mm256_sqrt_ps((__m256)v);
 #elif defined(__SSE2__)
   return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (Vec<float>)vsqrtq_f32((float32x4_t)v);
 #else
   for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
   return v;
@@ -115,6 +119,8 @@ KDKERNELS_INLINE Vec<double> sqrt(Vec<double> v) {
   return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
 #elif defined(__SSE2__)
   return (Vec<double>)_mm_sqrt_pd((__m128d)v);
+#elif defined(__aarch64__)
+  return (Vec<double>)vsqrtq_f64((float64x2_t)v);
 #else
   for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
   return v;

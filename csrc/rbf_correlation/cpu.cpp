@@ -3,13 +3,13 @@
 #include "rbf_correlation.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "../common/memory.h"
+#include "../common/parallel.h"
 #include "dense.h"
 #include "pairs.h"
 #include "rank.h"
@@ -75,7 +75,7 @@ class Loss {
   void run() {
     const int64_t columns = static_cast<int64_t>(losses_.size());
     std::vector<char> needs_pairs(columns);
-    at::parallel_for(0, columns, std::max<int64_t>(1, (int64_t(1) << 14) / (m_ + n_ + 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, columns, std::max<int64_t>(1, (int64_t(1) << 14) / (m_ + n_ + 1)), [&](int64_t begin, int64_t end) {
       ColumnBuffers column(m_, n_);
       SeriesState series(m_, n_);
       for (int64_t c = begin; c < end; ++c) needs_pairs[c] = !try_series(c, column, series);
@@ -87,7 +87,7 @@ class Loss {
     // each column.
     if (static_cast<int64_t>(remaining.size()) >= 4 * at::get_num_threads() || m_ * n_ < (1 << 14)) {
       const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 13) / (m_ * n_ + 1));
-      at::parallel_for(0, static_cast<int64_t>(remaining.size()), grain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, static_cast<int64_t>(remaining.size()), grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) sum_pairs(remaining[i]);
       });
     } else {
@@ -164,7 +164,7 @@ class Loss {
     const int64_t blocks = (m_ + kRows - 1) / kRows, width = padded(n_);
     const std::unique_ptr<double[]> grad_x(new double[2 * m_]), grad_y(new double[2 * blocks * width]());
     std::vector<double> losses(blocks);
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kRows;
         Gradients x_gradients, y_gradients;
@@ -245,7 +245,7 @@ LossAndGradients rbf_correlation_loss_cpu(const at::Tensor& sx, const at::Tensor
 void rbf_correlation_loss_rescale_cpu(at::Tensor& gradient, const at::Tensor& grad_loss) {
   check_floating(gradient, "gradient");
   check_floating(grad_loss, "grad_loss");
-  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || gradient.dim() == 3 && grad_loss.sizes() == at::IntArrayRef{gradient.size(0)},
+  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || (gradient.dim() == 3 && grad_loss.sizes() == at::IntArrayRef{gradient.size(0)}),
                     "grad_loss must be one number or have the shape [B], got ", grad_loss.sizes());
   if (gradient.numel() == 0) return;
   if (grad_loss.dim() == 0) {
@@ -284,7 +284,7 @@ at::Tensor correlate(const at::Tensor& x, const at::Tensor& y, double beta) {
   T* to = out.mutable_data_ptr<T>();
   const bool stream =
       row_size % simd::kLanes<T> == 0 && reinterpret_cast<uintptr_t>(to) % simd::kBytes == 0 && out.nbytes() > (size_t(32) << 20);
-  at::parallel_for(0, x.size(0) * m, std::max<int64_t>(1, (int64_t(1) << 14) / row_size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.size(0) * m, std::max<int64_t>(1, (int64_t(1) << 14) / row_size), [&](int64_t begin, int64_t end) {
     Pattern<T> pattern(columns);
     for (int64_t row = begin; row < end; ++row) {
       pattern.set(xs + row * columns);
@@ -331,7 +331,7 @@ std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const a
   T *gx = grad_x.mutable_data_ptr<T>(), *gy = grad_y.mutable_data_ptr<T>();
   const GradientRows<T> rows(upstream);
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 14) / (row_size * std::min(m, kRows)));
-  at::parallel_for(0, batch * blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * blocks, grain, [&](int64_t begin, int64_t end) {
     Pattern<T> pattern(columns), sums(columns);
     std::vector<T> scratch;
     for (int64_t i = begin; i < end; ++i) {

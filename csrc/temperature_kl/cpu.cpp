@@ -1,7 +1,6 @@
 // CPU kernels of the temperature_kl ops, compiled once per instruction set.
 #include "temperature_kl.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
@@ -14,6 +13,7 @@
 
 #include "../common/convert.h"
 #include "../common/memory.h"
+#include "../common/parallel.h"
 #include "divergence.h"
 #include "forms.h"
 #include "jsd.h"
@@ -330,10 +330,10 @@ void run(Call<T>& call) {
   constexpr int64_t grain = 1 << 14;  // with fewer logits per thread, a second thread costs more than it saves
   if (per_lane) {
     const LaneTiles<T> tiles(call, layout);
-    at::parallel_for(0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), tiles);
+    parallel_for(0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), tiles);
   } else {
-    at::parallel_for(0, call.rows, std::max<int64_t>(1, grain / call.classes),
-                     [&](int64_t begin, int64_t end) { run_rows(call, layout, begin, end); });
+    parallel_for(0, call.rows, std::max<int64_t>(1, grain / call.classes),
+                 [&](int64_t begin, int64_t end) { run_rows(call, layout, begin, end); });
   }
   for (int k : {kStudentGrad, kTeacherGrad})
     if (call.x[k].defined() && !call.x[k].is_same(originals[k])) originals[k].copy_(call.x[k]);

@@ -1,12 +1,12 @@
 // The implementation "cuda" on CPU tensors, for tests: the Cta (cooperative thread array, a block
 // of threads) of host_cta.h runs the bodies of the CUDA kernels, block after block. This is slow.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <atomic>
 
 #include "../align_singular_vectors/cta.h"
 #include "../align_singular_vectors/cuda_problems.h"
+#include "../common/parallel.h"
 #include "../truncated_svd/cta/blocks.h"
 
 namespace kdkernels::truncated_svd::gpu {
@@ -35,7 +35,7 @@ class GuardedMemory {
 // share the block). The slots of a block run one after another.
 template <int Threads, typename F>
 void for_each_block(int64_t blocks, int slots, int64_t shared, F run) {
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       GuardedMemory memory(slots * shared);
       for (int slot = 0; slot < slots; ++slot) {

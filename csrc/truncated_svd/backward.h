@@ -60,7 +60,7 @@ class Backward {
 
   std::vector<int64_t> run_krylov(const Target& target) const {
     std::vector<uint8_t> solved(m_.batch);
-    at::parallel_for(0, m_.batch, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, m_.batch, 1, [&](int64_t begin, int64_t end) {
       const int64_t stride = direct_.vector_stride();
       ThreadState thread(m_, k_, stride);
       ConjugateGradients<T> solver(m_, k_, stride);

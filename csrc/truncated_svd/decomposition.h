@@ -2,10 +2,10 @@
 // matrices for which squaring lost accuracy or the Krylov tier did not converge.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
+#include "../common/parallel.h"
 #include "direct.h"
 #include "krylov.h"
 #include "triplets.h"
@@ -70,7 +70,7 @@ void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& m
                     Before&& before, Group&& solve, After&& after) {
   const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
   if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
-    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       auto buffers = make_buffers(1);
       auto workspace = make_workspace();
       for (int64_t g = begin; g < end; ++g) {
@@ -84,13 +84,13 @@ void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& m
   }
   auto buffers = make_buffers(groups);
   auto each_sample = [&](auto&& stage) {
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       auto workspace = make_workspace();
       for (int64_t b = begin; b < end; ++b) stage(buffers, workspace, b, b);
     });
   };
   each_sample(before);
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     auto workspace = make_workspace();
     for (int64_t g = begin; g < end; ++g) solve(buffers, workspace, g, g, std::min(group, batch - g * group));
   });
@@ -188,7 +188,7 @@ class Decomposition {
 
   void run_krylov() {
     constexpr int64_t group = Krylov<T>::kGroup;
-    at::parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
       Krylov<T> krylov(m_, k_);
       Reader<T> reader(m_, gram_columns<T>(m_));
       Buffer<T> vectors(group * k_ * krylov.stride());

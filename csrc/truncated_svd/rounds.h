@@ -42,7 +42,7 @@ inline Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b) {
     double* all_residuals = residual.mutable_data_ptr<double>();
     const auto count = static_cast<int64_t>(indices.size());
     if (min_found > 0)
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const double* a_vectors = all_a + indices[i] * k * p;
           double* projections = all_b + indices[i] * k * q;
@@ -55,7 +55,7 @@ inline Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b) {
         }
       });
     const Triplets round = Decomposition<double>(residual.transpose(-1, -2), wanted, false, false, false, false, Tier::direct).run();
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double *a_vectors = all_a + indices[i] * k * p, *sigma = all_s + indices[i] * k;
         std::copy_n(round.v.const_data_ptr<double>() + i * wanted * p, wanted * p, a_vectors + min_found * p);
@@ -70,7 +70,7 @@ inline Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b) {
       }
     });
   }
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       transposed_product(all_m + i * p * q, p, q, all_a + i * k * p, k, all_b + i * k * q);
       normalize_triplets(k, all_b + i * k * q, q, all_s + i * k);

@@ -11,6 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
+#include <c10/util/Half.h>
+
 #include <cmath>
 #include <cstring>
 #endif
@@ -45,13 +47,7 @@ KDKERNELS_GPU int exponent_of(double x) {  // floor(log2 x) of a normal number
 }
 #else
 inline float widen(Half x) {
-#if defined(__aarch64__)
-  __fp16 half;
-#else
-  _Float16 half;
-#endif
-  std::memcpy(&half, &x.bits, 2);
-  return static_cast<float>(half);
+  return c10::Half(x.bits, c10::Half::from_bits());
 }
 inline float widen(Bfloat x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
@@ -60,12 +56,7 @@ inline float widen(Bfloat x) {
   return result;
 }
 inline void round_to(float x, Half& y) {
-#if defined(__aarch64__)
-  const __fp16 half = x;
-#else
-  const _Float16 half = static_cast<_Float16>(x);
-#endif
-  std::memcpy(&y.bits, &half, 2);
+  y.bits = c10::Half(x).x;
 }
 inline void round_to(float x, Bfloat& y) {
   uint32_t bits;
