@@ -5,6 +5,7 @@ Also the status that show_config prints.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -251,7 +252,7 @@ for environment, fault, text in json.loads(sys.stdin.read()):
         os.environ.pop(name, None)
 print(json.dumps(results))
 """
-SETTINGS = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS", "KDKERNELS_TESTING")
+SETTINGS = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_CUDA", "KDKERNELS_ISAS", "KDKERNELS_TESTING", "KDKERNELS_PIN_TORCH")
 SPECIAL_CHARACTERS = "C:\\x 'a' \"b\" $HOME; $(echo) `c`"
 
 
@@ -326,7 +327,8 @@ done
 def test_files_of_a_wheel(tmp_path):
     """Build a wheel with a compiler that writes empty files.
 
-    It contains every module that kdkernels loads, and no module that only tests use.
+    It contains every module that kdkernels loads, and no module that only tests use. With
+    KDKERNELS_PIN_TORCH=1 it requires the minor release of torch that it was built against.
     """
     source = tmp_path / "source"
     for folder in ("csrc", "kdkernels", "python_ref", "benches"):
@@ -337,12 +339,19 @@ def test_files_of_a_wheel(tmp_path):
     compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
     tools = {name: str(compiler) for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED")}
-    environment = without_settings() | tools | {"KDKERNELS_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    settings = {"KDKERNELS_CUDA": "0", "KDKERNELS_PIN_TORCH": "1", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    environment = without_settings() | tools | settings
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     (wheel,) = tmp_path.glob("*.whl")
     files = zipfile.ZipFile(wheel).namelist()
+    (metadata,) = (zipfile.ZipFile(wheel).read(name).decode().splitlines() for name in files if name.endswith("/METADATA"))
+    pinned = f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
+    assert [line for line in metadata if line.startswith("Requires-Dist: ") and "extra" not in line] == [
+        f"Requires-Dist: {pinned}",
+        "Requires-Dist: numpy",
+    ]
     modules = {Path(name).name.partition(".")[0] for name in files if name.endswith(".so")}
     assert {"_C", "_cpu_baseline"} <= modules
     assert all(module == "_C" or module.startswith("_cpu_") for module in modules)
@@ -440,6 +449,19 @@ def test_gpu_without_an_image_uses_triton(gpu):
         assert implementations.fastest("truncated_svd_backward", backward) == name
         assert implementations.fastest("align_singular_vectors", (x, x, None, True)) == name
         assert implementations._cuda_runs([x, x]) == (name == "cuda")
+
+
+def test_python_versions_agree():
+    """Wheels are built for the same versions in pyproject.toml and in the workflow, from the oldest
+    one that requires-python allows. The classifiers are the versions that were tested.
+    """
+    project = (ROOT / "pyproject.toml").read_text()
+    built = re.findall(r'"cp3(\d+)-\*"', project)
+    assert f'requires-python = ">=3.{built[0]}"' in project
+    assert f"python: [{', '.join(f'cp3{minor}' for minor in built)}]\n" in (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    classifiers = re.findall(r"Programming Language :: Python :: 3\.(\d+)", project)
+    assert classifiers
+    assert set(classifiers) <= set(built)
 
 
 def test_old_setuptools_is_a_one_line_error(tmp_path):
