@@ -214,6 +214,22 @@ def test_comparison_is_consistent(comparison):
     assert "the numbers mean nothing" in page
 
 
+def test_comparisons_are_collected_for_the_docs(comparison):
+    from kdkernels.benches.comparison import collect, draw, markdown
+
+    found = collect({"two rows": comparison, "the same": comparison})
+    whole = json.loads((comparison / "comparison.json").read_text())
+    assert found["two rows"]["table"] == whole["table"]
+    assert "runs" not in found["two rows"]
+    shown = markdown(found["two rows"]).splitlines()
+    assert len(shown) == 2 + 1 + 3  # head, teacher, rows
+    line = whole["table"][1]
+    assert shown[4].startswith(f"| KD | `alpha=0.9` | {line['mean']:.2f} ± {line['std']:.2f} | {line['difference']['mean']:+.2f} | ")
+    figure = draw(found, {"KD": "KD", "AT": "attention"})
+    assert [ax.get_title() for ax in figure.axes] == ["two rows", "the same"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["KD", "attention"]
+
+
 def test_student_alone_is_that_of_a_plain_training(comparison):
     """The row has the accuracy that Lightning's trainer gives for the same seed and data."""
     data = data_of(QUICK)

@@ -109,3 +109,41 @@ def test_table_of_lanes_matches_the_results():
         expected = [f"{statistics.mean(f1):.2f}", f"{statistics.stdev(f1):.2f}"]
         expected += ["", ""] if name == "network alone" else [f"{statistics.mean(differences):+.2f}", f"{statistics.stdev(differences):.2f}"]
         assert numbers == [*expected, f"{statistics.mean(iou):.2f}", f"{statistics.stdev(iou):.2f}"]
+
+
+def _table_rows(text, columns):
+    """Return the cells of all rows of tables with this number of columns, without heads."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if len(row) == columns]
+
+
+def test_ratios_of_the_readme_match_the_results():
+    performance = (ROOT / "docs/performance.md").read_text()
+    rows = [row for row in _table_rows((ROOT / "README.md").read_text(), 4) if re.fullmatch(r"[\d.]+x", row[2])]
+    assert len(rows) == 4
+    for op, shape, eager, other in rows:
+        section = re.search(rf"^### {re.match('`([a-z_]+)`', op).group(1)}.*?(?=^###)", performance, re.MULTILINE | re.DOTALL).group()
+        head = next(line for line in section.splitlines() if line.startswith("| input"))
+        line = next(line for line in section.splitlines() if line.startswith(f"| {shape} | forward + backward |"))
+        found = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        name, _, ratio = other.partition(": ")
+        assert found["eager"].split()[0] == eager
+        assert found[{"torch.compile": "Inductor"}.get(name, name)].split()[0] == ratio
+
+
+def test_tables_of_the_comparisons_match_the_results():
+    from kdkernels.benches.comparison import markdown
+
+    stored = json.loads((ROOT / "benches/results/amd-epyc-2-cores/comparison.json").read_text())
+    page, overview = ((ROOT / "docs" / name).read_text() for name in ("compare.md", "which_method.md"))
+    for comparison in stored.values():
+        assert markdown(comparison) in page
+    few, many = ({line["title"]: line for line in comparison["table"]} for comparison in list(stored.values())[:2])
+    shown = [row for row in _table_rows(overview, 3) if re.match(r"\d+\.\d\d", row[1])]
+    assert [row[0] for row in shown] == ["student alone", "`KD`", "`AttentionTransfer`", "`FSP`", '`SVDKD`, `loss="mean"`']
+    for row, title in zip(shown, ("student alone", "KD", "AT", "FSP", "SVD-KD, loss=mean"), strict=True):
+        for cell, lines in zip(row[1:], (few, many), strict=True):
+            expected = f"{lines[title]['mean']:.2f}"
+            if lines[title]["difference"]:
+                expected += f", {lines[title]['difference']['mean']:+.2f} ({lines[title]['chosen'].split(':')[-1]})"
+            assert cell == expected

@@ -132,7 +132,7 @@ def _python_blocks(path):
 # Blocks that read files: those of docs/inference.md and docs/own_model.md are written and run by
 # tests/test_predict.py and tests/test_docs.py, the others need a trained network.
 NEEDS_FILES = {
-    ("README.md", 4),
+    ("README.md", 1),
     ("docs/byot.md", 0),
     ("docs/inference.md", 1),
     ("docs/inference.md", 2),

@@ -58,7 +58,7 @@ def reliability(tables: Mapping[str, Sequence[Sequence[Sequence[float]]]]):
         tables: for each row and seed, the number of images in each bin of the confidence, the sum
             of their confidences, and the number of right ones.
     """
-    figure, axes = subplots(figsize=(5.6, 5))
+    figure, axes = subplots(figsize=(8, 4.6))
     axes.plot([0, 100], [0, 100], color="#212529", lw=1)
     for i, (title, of_seeds) in enumerate(tables.items()):
         counts, confidences, right = ([sum(bins) for bins in zip(*quantity, strict=True)] for quantity in zip(*of_seeds, strict=True))
@@ -69,7 +69,7 @@ def reliability(tables: Mapping[str, Sequence[Sequence[Sequence[float]]]]):
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -38,7 +38,7 @@ def plot_dfv(
     image: int = 0,
     vector: int = 1,
 ) -> Path:
-    """Write a picture with a row for each checkpoint.
+    """Write a picture with two rows for each checkpoint.
 
     A row shows the singular values and the aligned singular vectors of each layer and, for each
     pair of consecutive layers, the correlations of the student, those of the teacher, and their
