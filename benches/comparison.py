@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.benches.machine import commit, machine
+
 from kdkernels.plots.drawing import subplots, write_picture
 
 
@@ -46,7 +47,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         if difference is None:
             cells += ["", "", "", ""]
         else:
-            cells += [f"{difference['mean']:+.2f}", f"{difference['low']:+.2f} to {difference['high']:+.2f}", f"{difference['p_holm']:.2g}"]
+            known = difference["p"] is not None
+            cells += [f"{difference['mean']:+.2f}", f"{difference['low']:+.2f} to {difference['high']:+.2f}" if known else ""]
+            cells.append(f"{difference['p_holm']:.2g}" if known else "")
             cells.append(f"{difference['better']} of {difference['seeds']}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
@@ -66,15 +69,17 @@ def draw(comparisons: Mapping[str, Any], rows: Mapping[str, str]):
             if row not in lines or lines[row]["difference"] is None:
                 continue
             difference = lines[row]["difference"]
-            colour = "#2f9e44" if difference["low"] > 0 else "#c92a2a" if difference["high"] < 0 else "#4c6ef5"
+            colour = "#4c6ef5"
+            if difference["low"] is not None:
+                colour = "#2f9e44" if difference["low"] > 0 else "#c92a2a" if difference["high"] < 0 else colour
+                ax.plot([difference["low"], difference["high"]], [i, i], color=colour, lw=3, zorder=3, solid_capstyle="butt")
             ax.scatter(lines[row]["differences"], [i] * len(lines[row]["differences"]), s=9, color="#adb5bd", zorder=2)
-            ax.plot([difference["low"], difference["high"]], [i, i], color=colour, lw=3, zorder=3, solid_capstyle="butt")
             ax.plot(difference["mean"], i, "D", ms=5, color=colour, zorder=4)
         ax.axvline(0, color="#212529", lw=1)
         ax.set_title(name, fontsize=10)
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(rows)), list(rows.values()), fontsize=9)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     figure.supxlabel("test accuracy minus that of the student alone, percentage points", fontsize=9)
     return figure
 

@@ -18,7 +18,7 @@ pytest.importorskip("lightning")
 import lightning as L
 
 from kdkernels.analysis import calibration_error
-from kdkernels.cli import main
+from kdkernels.cli import compare, main
 from kdkernels.cli.comparison.methods import BASELINE, METHODS, Row, parse_rows
 from kdkernels.cli.comparison.pool import Job, pool_of
 from kdkernels.cli.comparison.runs import Settings, data_of, measures, optimizer_of, student_data, take
@@ -122,10 +122,11 @@ def test_paired_difference_known_answer():
 def test_correction_of_holm():
     one = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     given_p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
-    found = corrected({name: one._replace(p=p) for name, p in given_p.items()} | {"one seed": paired_difference([1.0], [0.0])})
+    found = corrected({name: one._replace(p=p) for name, p in given_p.items()})
     # 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04, which may not be smaller than the one before.
     assert {name: found[name].p_holm for name in given_p} == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
-    assert math.isnan(found["one seed"].p_holm)
+    found = corrected({"a": one._replace(p=0.01), "b": one._replace(p=0.02), "equal": one._replace(p=math.nan)})
+    assert (found["a"].p_holm, found["b"].p_holm) == pytest.approx((0.03, 0.04))  # three methods were compared
 
 
 def test_weight_with_the_best_mean_validation_accuracy_is_chosen():
@@ -255,6 +256,43 @@ def test_comparison_continues_and_grows(comparison, capsys):
     assert not list((comparison / "trainings").rglob("*.ckpt"))
 
 
+def test_second_comparison_in_the_same_folder_is_an_error(comparison, capsys):
+    with compare.only_one(comparison):
+        assert main(["compare", *FAST, "--methods=kd", "--out", str(comparison)]) == 1
+    assert "--out: another comparison is running in" in capsys.readouterr().err
+
+
+def test_own_folder_of_images(tmp_path, monkeypatch, capsys):
+    """A folder without test images, an own network without default layers, and too few images."""
+    from PIL import Image
+
+    def write(root, count):
+        for name, shade in (("dark", 40), ("light", 200)):
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (9 + i, 12), shade + i).save(tmp_path / root / name / f"{i}.png")
+
+    write("photos", 30)
+    write("few", 2)
+    (tmp_path / "own_compare_net.py").write_text(
+        "from torch import nn\n\n\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--student=own_compare_net.net", "--size=8", "--jobs=1", "--device=cpu", "--no_cost", "--epochs=1", "--seeds=2", "--keep"]
+    rows = ["--methods=kd:alpha=0.9", "--teacher=own_compare_net.net", "--batch_size=8"]
+    out = tmp_path / "out"
+    assert main(["compare", *flags, *rows, "--data", str(tmp_path / "photos"), "--out", str(out)]) == 0
+    found = json.loads((out / "comparison.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["settings"]["classes"] == ["dark", "light"]
+    assert sum(map(sum, found["runs"]["alone"][0]["confusion"])) == 6  # half of the 12 validation images
+    assert (out / "trainings" / "alone" / "seed_1.pt").exists()
+    capsys.readouterr()
+    assert main(["compare", *flags, *rows, "--data", str(tmp_path / "few"), "--out", str(tmp_path / "out2")]) == 1
+    assert "--data: a comparison needs at least 2 images for training, validation and test each" in capsys.readouterr().err
+    assert main(["compare", *flags, "--methods=at", "--teacher=own_compare_net.net", "--data", str(tmp_path / "photos"), "--out", str(out)]) == 1
+    assert "--layers: there are no default layers for Sequential" in capsys.readouterr().err
+
+
 def test_trainings_with_other_settings_are_not_continued(comparison, capsys):
     for change, message in (
         ("--batch_size=32", "made with batch_size 64, now 32"),
@@ -266,8 +304,6 @@ def test_trainings_with_other_settings_are_not_continued(comparison, capsys):
 
 
 def test_weights_are_chosen_with_other_seeds(tmp_path, monkeypatch, capsys):
-    from kdkernels.cli import compare
-
     monkeypatch.setattr(compare, "plan_of", lambda options: compare.Plan([Row("alone"), Row("kd")], [3], [10_000], "alone", cost=False))
     assert main(["compare", *FAST, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "comparison.json").read_text())
@@ -285,7 +321,8 @@ def test_training_that_fails_does_not_end_the_comparison(tmp_path, capsys):
     assert "failed: " in capsys.readouterr().out
     line = json.loads((tmp_path / "comparison.json").read_text())["table"][2]
     assert "mean" not in line
-    assert "infinite" in line["error"] or "NaN" in line["error"]
+    assert line["error"].startswith("the loss is not finite at step ")
+    assert ". " not in line["error"]  # not the path of the batch, which is removed
 
 
 @pytest.mark.parametrize(
@@ -298,7 +335,11 @@ def test_training_that_fails_does_not_end_the_comparison(tmp_path, capsys):
         (["--epochs=0"], "--epochs must be at least 1, got 0"),
         (["--learning_rate=nan"], "--learning_rate must be finite and > 0, got nan"),
         (["--data=/nowhere"], "--data must be clutter_digits or a folder of images, got '/nowhere'"),
-        (["--baseline=at"], "--baseline must be one of the rows alone, kd, got 'at'"),
+        (["--baseline=att"], "--baseline: there is no method 'att'; did you mean 'at'?"),
+        (["--methods=kd:alpha=x"], "--methods: 'kd:alpha=x': alpha must be a finite number >= 0, got x"),
+        (["--methods=kd:alpha=null"], "alpha must be a finite number >= 0, got none"),
+        (["--methods=at:beta=-1"], "beta must be a finite number >= 0, got -1"),
+        (["--val_fraction=1"], "--val_fraction must lie in (0, 1), got 1.0"),
         (["--jobs=0"], "--jobs must be at least 1, got 0"),
         (["--first_seed=10000"], "--first_seed must be at least 0 and below"),
     ],
@@ -317,15 +358,18 @@ def test_wrong_options(options, message, tmp_path, capsys):
         (["--student=nowhere.Net"], "--student: there is no module 'nowhere'"),
         (["--layers=block9"], "--layers: TinyCNN has no layer 'block9'"),
         (["--methods=fsp:beta=1", "--teacher=TinyCNN:width=8"], "--methods: fsp:beta=1 does not fit TinyCNN:width=4 and TinyCNN:width=8"),
-        (["--methods=kd:temperature=-1"], "--methods: kd:temperature=-1"),
+        (["--methods=kd:temperature=-1"], "--methods: kd:temperature=-1:alpha=0.9 does not fit"),
+        (["--methods=svd_kd:loss=bad"], "does not fit TinyCNN:width=4 and TinyCNN:width=4:depth=2: loss must be one of"),
         (["--labelled=10000"], "--labelled: there are 256 training images, got 10000"),
-        (["--teacher_weights=/nowhere.pt"], "/nowhere.pt"),
+        (["--teacher_weights=/nowhere.pt"], "--teacher_weights: weights: there is no file '/nowhere.pt'"),
+        (["--student=TinyCNN:num_classes=7"], "--student: TinyCNN:num_classes=7 must return logits [2, 10] for two images, got [2, 7]"),
+        (["--teacher=TinyCNN:width=0"], "--teacher: TinyCNN cannot be built with"),
     ],
 )
 def test_networks_and_rows_that_do_not_fit(options, message, tmp_path, capsys):
     assert main(["compare", *FAST, "--methods=kd", *options, "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.rglob("alone*"))  # no student was trained
+    assert not (tmp_path / "trainings").exists()  # nothing was trained
 
 
 # Processes.

@@ -316,10 +316,11 @@ LOSSES = {  # losses in the names of convert_weight, of logits [B, K, 3], maps a
     "F.kl_div, batchmean": lambda s, t: compat.functional.kl_div_of_logits(s, t, T, dim=1, reduction="batchmean"),
     "F.kl_div, mean": lambda s, t: compat.functional.kl_div_of_logits(s, t, T, dim=1),
     "F.kl_div, sum": lambda s, t: compat.functional.kl_div_of_logits(s, t, T, dim=1, reduction="sum"),
-    "liger.LigerKLDIVLoss, batchmean": lambda s, t: liger_kl(s, t, "batchmean") * 3,  # Liger takes [B, V] only: here [B * 3, V]
+    "liger.LigerKLDIVLoss, batchmean": lambda s, t: liger_kl(s, t, "batchmean"),
     "liger.LigerKLDIVLoss, mean": lambda s, t: liger_kl(s, t, "mean"),
     "kdkernels.temperature_kl, jsd": lambda s, t: kdkernels.temperature_kl(s, t, T, dim=1, direction="jsd"),
     "trl.generalized_jsd_loss": lambda s, t: compat.trl.generalized_jsd_loss(s.mT, t.mT, torch.zeros(B, 3), temperature=T),
+    "trl.generalized_jsd_loss, without labels": lambda s, t: compat.trl.generalized_jsd_loss(s.mT, t.mT, temperature=T),
     "liger.LigerJSD": lambda s, t: compat.liger.LigerJSD()(*((x.mT / T).log_softmax(-1).flatten(0, 1) for x in (s, t))),
     "kdkernels.attention_transfer_loss": kdkernels.attention_transfer_loss,
     "attention_transfer.at_loss": compat.attention_transfer.at_loss,
@@ -389,7 +390,8 @@ def test_ratios_of_the_docs():
         'modelopt, `reduction="mean"` (the default of 0.47)': compat.modelopt.LogitsDistillationLoss(T, "mean")(s, t) / expected,
         '`F.kl_div`, `reduction="batchmean"`': F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="batchmean") / expected,
         '`F.kl_div`, `reduction="mean"` (the default)': F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="mean") / expected,
-        "TRL, Liger (JSD)": compat.trl.generalized_jsd_loss(s, t, temperature=T) / jsd,
+        "TRL, Liger (JSD)": compat.trl.generalized_jsd_loss(s, t, torch.zeros(B), temperature=T) / jsd,
+        "TRL without `labels`, logits [B, V]": compat.trl.generalized_jsd_loss(s, t, temperature=T) / jsd,
     }
     assert {name: float(shown) for name, shown in rows.items()} == pytest.approx({name: x.item() for name, x in measured.items()}, rel=1e-9, abs=0)
 
@@ -424,7 +426,7 @@ def test_wrong_input_raises():
         compat.liger.LigerKLDIVLoss(1e-10, False)
     with pytest.raises(ValueError, match="mode must be"):
         compat.torchdistill.ATLoss({}, mode="sum")
-    with pytest.raises(KeyError, match=r"student_io_dict has no 'output' of the module 'fc'; it has the modules"):
+    with pytest.raises(KeyError, match=r"student_io_dict has no module 'fc'; it has"):
         compat.torchdistill.KDLoss("fc", "output", "fc", "output", T)({"head": {"output": randn(2, 3)}}, {})
     with pytest.raises(ValueError, match="student and teacher must have the same classes"):
         compat.functional.kl_div_of_logits(randn(2, 3), randn(2, 4), reduction="none")
@@ -442,3 +444,86 @@ def test_half_precision():
         torch.testing.assert_close(found.double(), attention_loss(s.to(dtype).double(), t.to(dtype).double()), rtol=1e-5, atol=0)
         found = compat.repdistiller.Attention(3)([s.to(dtype)], [t.to(dtype)])[0]
         torch.testing.assert_close(found.double(), attention_loss(s.to(dtype).double(), t.to(dtype).double(), 3), rtol=1e-5, atol=0)
+
+
+# What a user of the originals does, and what they refuse.
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("eps", [1e-10, 1e-3])
+def test_liger_target_need_not_sum_to_one(eps, reduction):
+    student = randn(4, 10).requires_grad_()
+    target = randn(4, 10, seed=1).softmax(1)
+    target = torch.stack([target[0], torch.zeros_like(target[1]), 0.9 * target[2], torch.eye(10, dtype=target.dtype)[3]])
+    elements = target * (target.clamp(min=eps).log() - student.log_softmax(1))  # Liger's formula
+    expected = {"none": elements, "sum": elements.sum(), "mean": elements.mean(), "batchmean": elements.sum() / 4}[reduction]
+    found = compat.liger.LigerKLDIVLoss(eps=eps, reduction=reduction)(student.log_softmax(1), target)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(loss.sum(), student, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    assert not gradients[0][1].any()  # the row of padding
+
+
+@pytest.mark.parametrize("loss", [compat.liger.LigerKLDIVLoss(), compat.liger.LigerJSD()])
+def test_liger_takes_rows_only(loss):
+    with pytest.raises(ValueError, match=r"must have the shape \[BT, V\], as in Liger, got \[2, 3, 4\]"):
+        loss(randn(2, 3, 4), randn(2, 3, 4))
+    with pytest.raises(ValueError, match="both arguments must have the same shape"):
+        loss(randn(3, 4), randn(2, 4))
+
+
+def test_liger_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"shift_labels must have the shape \[3\], a label for each row, got \[2\]"):
+        compat.liger.LigerJSD()(randn(3, 4), randn(3, 4), torch.zeros(2))
+
+
+def test_sizes_that_the_originals_refuse():
+    where = {"path": "x", "io": "output"}
+    at = compat.torchdistill.ATLoss({"a": {"student": where, "teacher": where}})
+    wide, small = randn(2, 3, 8, 8), randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"one spatial size, got \[8, 8\] and \[4, 4\]"):
+        compat.attention_transfer.at_loss(wide, small)
+    with pytest.raises(ValueError, match="one spatial size"):
+        at({"x": {"output": wide}}, {"x": {"output": small}})
+    for p in (2, 3):
+        with pytest.raises(ValueError, match="one spatial size"):
+            compat.mdistiller.at_loss([randn(2, 3, 8, 6)], [randn(2, 3, 4, 9)], p)
+    for maps in ([randn(2, 3, 8, 4), randn(2, 5, 4, 2)], [randn(2, 3, 4, 8), randn(2, 5, 4, 4)]):
+        with pytest.raises(ValueError, match=r"as in RepDistiller|one spatial size"):
+            compat.repdistiller.FSP([m.shape for m in maps], [m.shape for m in maps])(maps, maps)
+    with pytest.raises(ValueError, match="same number of feature maps, got 2 and 1"):
+        compat.repdistiller.FSP([wide.shape] * 2, [wide.shape] * 2)([wide, wide], [wide])
+
+
+def test_empty_batches_have_a_loss_of_zero():
+    maps = [torch.zeros(0, 3, 8, 8, requires_grad=True), torch.zeros(0, 5, 4, 4, requires_grad=True)]
+    where = {f"{who}_{place}": {"path": place, "io": "o"} for who in ("student", "teacher") for place in ("first", "second")}
+    values = {"first": {"o": maps[0]}, "second": {"o": maps[1]}}
+    losses = [
+        sum(compat.repdistiller.FSP([m.shape for m in maps], [m.shape for m in maps])(maps, maps)),
+        compat.torchdistill.FSPLoss({"a": where})(values, values),
+        *(sum(compat.repdistiller.Attention(p)(maps, maps)) for p in (2, 3)),
+        *(kdkernels.nn.fsp_loss([maps], [maps], variant=variant) for variant in ("paper", "sskd")),
+    ]
+    for loss in losses:
+        assert loss.item() == 0
+        loss.backward()
+
+
+def test_temperature_of_elements_is_a_number():
+    with pytest.raises(TypeError, match=r"temperature must be a number for reduction='none', got a tensor of shape \[4\]"):
+        compat.functional.kl_div_of_logits(randn(4, 4), randn(4, 4), torch.ones(4), reduction="none")
+
+
+def test_losses_have_the_bases_and_attributes_of_the_originals():
+    kd = compat.torchdistill.KDLoss("fc", "output", "head", "input", temperature=4.0)
+    assert isinstance(kd, torch.nn.KLDivLoss)
+    assert (kd.student_module_path, kd.student_module_io, kd.teacher_module_path, kd.teacher_module_io) == ("fc", "output", "head", "input")
+    assert isinstance(compat.liger.LigerKLDIVLoss(), torch.nn.KLDivLoss)
+    loss = compat.modelopt.LogitsDistillationLoss(2.0, reduction="mean")
+    assert isinstance(loss, torch.nn.modules.loss._Loss)
+    assert (loss._temperature, loss._reduction) == (2.0, "mean")
+    with pytest.raises(KeyError, match=r"has no 'output' of the module 'fc'; it has \['x'\]"):
+        kd({"fc": {"x": None}}, {})
+    with pytest.raises(TypeError, match="classes"):
+        compat.convert_weight(1, "F.kl_div, mean", "kdkernels.temperature_kl", temperature=4, classes=10.5)

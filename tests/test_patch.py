@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -145,3 +146,51 @@ def test_hash_of_a_source_does_not_depend_on_its_layout(tmp_path, monkeypatch):
     assert hashes["plain"] == hashes["formatted"]
     assert len(set(hashes.values())) == 3
     assert patching.source_hash(3) == ""
+
+
+def test_second_undo_does_not_end_a_later_patch(install):
+    install("torchdistill", "1.1.5")
+    mid_level = importlib.import_module("torchdistill.losses.mid_level")
+    own = mid_level.KDLoss
+    first = kdkernels.patch("torchdistill")
+    first.undo()
+    second = kdkernels.patch("torchdistill")
+    first.undo()
+    with pytest.raises(RuntimeError, match="is patched already"):
+        kdkernels.patch("torchdistill")
+    with pytest.raises(RuntimeError, match=r"this patch of torchdistill was undone"), first:
+        pass
+    second.undo()
+    assert mid_level.KDLoss is own
+
+
+def test_undo_keeps_what_was_assigned_during_the_patch(install):
+    install("torchdistill", "1.1.5")
+    mid_level = importlib.import_module("torchdistill.losses.mid_level")
+    with kdkernels.patch("torchdistill"):
+        mid_level.KDLoss = "the user's"
+    assert mid_level.KDLoss == "the user's"
+    with pytest.raises(TypeError, match="target must be the name of a package, got list"):
+        kdkernels.patch(["torchdistill"])
+
+
+def test_patches_of_several_threads_leave_nothing_behind(install):
+    install("torchdistill", "1.1.5")
+    mid_level, registry = (importlib.import_module(f"torchdistill.{name}") for name in ("losses.mid_level", "registry"))
+    own = dict(registry.LOSSES)
+
+    def work():
+        for _ in range(50):
+            try:
+                with kdkernels.patch("torchdistill"):
+                    pass
+            except RuntimeError:  # another thread has patched it
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert own == registry.LOSSES
+    assert mid_level.KDLoss is own["KDLoss"]

@@ -11,22 +11,28 @@ comparison that was stopped continues where it was; more methods and seeds can b
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..config import build_info
 from ..files import replaced_atomically
+from ..models import load_weights
+from ..tasks import find_logits
 from .arguments import Parser, make_folder
 from .compare_report import write_report
 from .comparison.cost import step_cost
 from .comparison.methods import BASELINE, METHODS, Row, parse_rows
+from .comparison.networks import layers_of, network_from
 from .comparison.pool import Job, Pool, in_new_process, pool_of, processes_of
 from .comparison.runs import EMBEDDED, TEACHER, Settings, build, data_of, run_path, stored_run, student_data, train_student, train_teacher
 from .comparison.summary import choose, table
@@ -56,7 +62,9 @@ def main(arguments: list[str]) -> int:
     add("--data", default=EMBEDDED, help="clutter_digits, which are generated, or a folder of images with a folder per class (default: %(default)s)")
     add("--size", type=int, default=32, help="side in pixels to which images of a folder are resized (default: %(default)s)")
     add("--labelled", help="training images of the students, drawn for each seed; the teacher has all (default: all; 1000 for clutter_digits)")
-    add("--epochs", type=int, default=24, help="epochs of each student (default: %(default)s)")
+    add("--val_fraction", type=float, help="fraction of a folder's training images for validation, if it has no folder val (default: 0.2)")
+    add("--on_error", choices=("fail", "skip"), default="fail", help="what to do with unreadable files of a folder (default: %(default)s)")
+    add("--epochs", type=int, help="epochs of each student (default: 24)")
     add("--teacher_epochs", type=int, help="epochs of the teachers (default: as --epochs; 8 for clutter_digits)")
     add("--batch_size", type=int, default=128, help="images per step (default: %(default)s)")
     add("--learning_rate", type=float, default=0.1, help="of SGD with Nesterov momentum 0.9, warm-up and cosine decay (default: %(default)s)")
@@ -66,15 +74,15 @@ def main(arguments: list[str]) -> int:
     add("--teacher_weights", help="file with the teacher's weights; by default a teacher is trained for each seed")
     add("--layers", default="", help="layers that methods compare, separated by commas (default: those of the network's family)")
     add("--teacher_layers", default="", help="the same for the teacher (default: as --layers)")
-    add("--seeds", type=int, default=5, help="number of repetitions (default: %(default)s)")
+    add("--seeds", type=int, help="number of repetitions (default: 5)")
     add("--first_seed", type=int, default=0, help="the seeds are this one and those that follow (default: %(default)s)")
-    add("--tuning_seeds", type=int, default=2, help="number of repetitions for the choice of weights (default: %(default)s)")
+    add("--tuning_seeds", type=int, help="number of repetitions for the choice of weights (default: 2)")
     add("--baseline", default=BASELINE, help="row that the others are compared with (default: %(default)s, the student alone)")
     add("--jobs", type=int, help="trainings at the same time, a process each (default: one per core; 1 with a GPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the trainings (default: a GPU, if there is one)")
     add("--keep", action="store_true", help="keep the weights of all students, as seed_N.pt")
     add("--no_cost", action="store_true", help="do not measure time and memory of a step")
-    add("--quick", action="store_true", help="few images, one epoch, one seed and one weight, as a test; the numbers mean nothing")
+    add("--quick", action="store_true", help="few images and one weight, by default one epoch and one seed, as a test; the numbers mean nothing")
     options = parser.parse_args(arguments)
     try:
         plan, settings = plan_of(options), settings_of(options)
@@ -82,7 +90,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     jobs = jobs_of(parser, options)
     make_folder(parser, options.out)
-    with pool_of(jobs) as pool:
+    with only_one(options.out), pool_of(jobs) as pool:
         try:
             comparison = compare(settings, plan, options.out, pool)
         except (KeyboardInterrupt, SystemExit):
@@ -91,6 +99,23 @@ def main(arguments: list[str]) -> int:
     print("\n" + text_table(comparison))
     print(f"\nReport: {write_report(options.out / 'report.html', comparison)}")
     return 0
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder, so that no second comparison writes to it at the same time.
+
+    The system frees the lock when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out: another comparison is running in {os.fspath(folder)!r}: wait for it, or give another folder") from error
+        yield
 
 
 def jobs_of(parser: Parser, options: argparse.Namespace) -> int:
@@ -114,19 +139,24 @@ def plan_of(options: argparse.Namespace) -> Plan:
         rows = parse_rows(options.methods)
     except ValueError as error:
         raise ValueError(f"--methods: {error}") from error
-    if options.baseline not in map(str, rows):
-        raise ValueError(f"--baseline must be one of the rows {', '.join(map(str, rows))}, got {options.baseline!r}")
-    for name in ("seeds", "tuning_seeds"):
+    try:
+        baseline_row = Row.parse(options.baseline)
+    except ValueError as error:
+        raise ValueError(f"--baseline: {error}") from error
+    rows = rows if baseline_row in rows else [*rows, baseline_row]
+    for name, (value, quick) in {"seeds": (5, 1), "tuning_seeds": (2, 1)}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else value)
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not 0 <= options.first_seed < FIRST_TUNING_SEED - options.seeds:
         raise ValueError(f"--first_seed must be at least 0 and below {FIRST_TUNING_SEED - options.seeds}, got {options.first_seed}")
+    baseline = str(baseline_row)
     if options.quick:
         rows = [row.grid[len(row.grid) // 2] for row in rows]
-        options.seeds, options.tuning_seeds = min(options.seeds, 2), 1
+        baseline = str(baseline_row.grid[len(baseline_row.grid) // 2])
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     tuning_seeds = list(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds))
-    baseline = next((str(row) for row in rows if str(row).startswith(options.baseline)), BASELINE)
     return Plan(rows, seeds, tuning_seeds, baseline, options.keep, not options.no_cost)
 
 
@@ -144,8 +174,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         labelled = None if options.labelled == "all" else int(options.labelled)
     if labelled is not None and labelled < 2:
         raise ValueError(f"--labelled must be at least 2, got {labelled}")
-    teacher_epochs = options.teacher_epochs if options.teacher_epochs is not None else 8 if embedded else options.epochs
-    for name, value in (("epochs", options.epochs), ("teacher_epochs", teacher_epochs), ("batch_size", options.batch_size), ("size", options.size)):
+    epochs = options.epochs if options.epochs is not None else 1 if options.quick else 24
+    teacher_epochs = options.teacher_epochs
+    if teacher_epochs is None:
+        teacher_epochs = 8 if embedded and not options.quick else epochs
+    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
+        raise ValueError(f"--val_fraction must lie in (0, 1), got {options.val_fraction}")
+    for name, value in (("epochs", epochs), ("teacher_epochs", teacher_epochs), ("batch_size", options.batch_size), ("size", options.size)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if not 0 < options.learning_rate < math.inf:
@@ -156,8 +191,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         data=options.data if embedded else os.path.abspath(options.data),
         size=options.size,
         labelled=labelled,
-        epochs=1 if options.quick else options.epochs,
-        teacher_epochs=1 if options.quick else teacher_epochs,
+        epochs=epochs,
+        teacher_epochs=teacher_epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         augment=options.augment,
@@ -168,6 +203,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         teacher_layers=tuple(name for name in options.teacher_layers.split(",") if name),
         quick=options.quick,
         device=options.device,
+        val_fraction=options.val_fraction,
+        on_error=options.on_error,
     )
 
 
@@ -177,12 +214,12 @@ def compare(settings: Settings, plan: Plan, folder: Path, pool: Pool) -> dict[st
     images = len(data.splits["train"])  # type: ignore[arg-type]
     if settings.labelled is not None and settings.labelled > images:
         raise ValueError(f"--labelled: there are {images} training images, got {settings.labelled}")
+    check_networks_and_rows(settings, plan.rows)
     check_settings(settings, folder, data.fingerprint("train"))
     tuned = [row for row in plan.rows if len(row.grid) > 1]
     tuning_seeds = plan.tuning_seeds if tuned else []
     teacher_seeds = [*tuning_seeds, *plan.seeds]
     _train_teachers(settings, folder, teacher_seeds, pool)
-    check_rows(settings, plan.rows, folder, teacher_seeds[0])
 
     candidates = {str(row): [str(candidate) for candidate in row.grid] for row in tuned}
     names = [name for group in candidates.values() for name in group]
@@ -197,6 +234,10 @@ def compare(settings: Settings, plan: Plan, folder: Path, pool: Pool) -> dict[st
     final = [name for name in chosen.values() if name is not None]
     print(f"\nComparing {len(final)} rows over {len(plan.seeds)} seeds", flush=True)
     _train_students(settings, folder, final, plan.seeds, pool, plan.keep)
+    if plan.keep:
+        without = [name for name in final for seed in plan.seeds if not run_path(folder, name, seed).with_suffix(".pt").exists()]
+        if without:
+            print(f"--keep: {len(without)} trainings that had finished before have no weights: {', '.join(dict.fromkeys(without))}", flush=True)
     results: dict[str, dict[str, Any]] = {
         name: {"chosen": form, "runs": {} if form is None else {seed: _finished(folder, form, seed) for seed in plan.seeds}}
         for name, form in chosen.items()
@@ -217,7 +258,7 @@ def compare(settings: Settings, plan: Plan, folder: Path, pool: Pool) -> dict[st
             for name, group in tuning.items()
         },
         "runs": {name: list(found["runs"].values()) for name, found in results.items()},
-        "cost": {name: costs.get(form) for name, form in chosen.items() if form is not None},
+        "cost": {name: costs[form] for name, form in chosen.items() if form in costs},
     }
     with replaced_atomically(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(comparison, indent=1) + "\n")
@@ -237,27 +278,43 @@ def check_settings(settings: Settings, folder: Path, fingerprint: str) -> None:
         temporary.write_text(json.dumps(given, indent=1) + "\n")
 
 
-def check_rows(settings: Settings, rows: Sequence[Row], folder: Path, seed: int) -> None:
-    """Build each row once and compare the layers of its networks, before any student is trained.
+def check_networks_and_rows(settings: Settings, rows: Sequence[Row]) -> None:
+    """Build the teacher and each row once, before anything is trained, and run them on two images.
 
     Raises:
-        ValueError: a row does not fit the networks; the message names it.
+        ValueError: a network or a row is wrong; the message names its option.
     """
-    data = student_data(settings, seed)
-    for row in rows:
-        for candidate in row.grid:
-            try:
-                method = build(settings, folder, candidate, seed, data)
-                if not candidate.kind.has_teacher:
-                    continue
-                image = data.finish(data.splits["val"][[0, 1]])["image"]
-                method.eval()
-                with torch.no_grad():
-                    features = [taps(image)[1] for taps in (method.student_taps, method.teacher_taps) if taps is not None]
-                    if len(features) == 2 and hasattr(method, "check_features"):
-                        method.check_features(*features)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"--methods: {candidate} does not fit {settings.student} and {settings.teacher}: {error}") from error
+    data = student_data(settings, 0)
+    classes = data.num_classes
+    image = data.finish(data.splits["val"][[0, 1]])["image"]  # type: ignore[index]
+    teacher = network_from(settings.teacher, "teacher", cast(int, classes)).eval()
+    if settings.teacher_weights is not None:
+        try:
+            load_weights(teacher, settings.teacher_weights)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--teacher_weights: {error}") from error
+    for option, network in (("teacher", teacher), ("student", network_from(settings.student, "student", cast(int, classes)).eval())):
+        try:
+            with torch.no_grad():
+                shape = list(find_logits(network(image)).shape)
+        except Exception as error:
+            raise ValueError(f"--{option}: {getattr(settings, option)} cannot be run on images {list(image.shape)}: {error}") from error
+        if shape != [2, classes]:
+            raise ValueError(f"--{option}: {getattr(settings, option)} must return logits [2, {classes}] for two images, got {shape}")
+        given, name = (settings.layers, "layers") if option == "student" else (settings.teacher_layers, "teacher_layers")
+        if given:
+            layers_of(network, given, name)
+    for candidate in [candidate for row in rows for candidate in row.grid]:
+        try:
+            method = build(settings, None, candidate, 0, data).eval()
+            with torch.no_grad():
+                features = [taps(image)[1] for taps in (method.student_taps, method.teacher_taps) if taps is not None and taps.names]
+                if len(features) == 2 and hasattr(method, "check_features"):
+                    method.check_features(*features)
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("--"):
+                raise
+            raise ValueError(f"--methods: {candidate} does not fit {settings.student} and {settings.teacher}: {error}") from error
 
 
 def _train_teachers(settings: Settings, folder: Path, seeds: Sequence[int], pool: Pool) -> None:
@@ -309,8 +366,10 @@ def text_table(comparison: dict[str, Any]) -> str:
     baseline = next(line["title"] for line in lines if line["row"] == comparison["baseline"])
     width = max(28, *(len(str(line["chosen"] or line["row"])) for line in lines)) + 2
     accuracies = [100 * run["accuracy"] for run in comparison["teacher"]]
-    head = f"{'test accuracy, %':<{width}}{'mean +- std':>15}{'difference':>12}{'95 % interval':>18}{'p (Holm)':>11}{'better':>8}{'step':>8}"
-    text = [head, f"{'teacher':<{width}}{sum(accuracies) / len(accuracies):>15.2f}"]
+    head = f"{'test accuracy, %':<{width}}{'mean +- std':>15}{'difference':>12}{'95 % interval':>18}{'p (Holm)':>11}{'better':>8}"
+    head += f"{'step':>8}" if comparison["cost"] else ""
+    spread = f" +- {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    text = [head, f"{'teacher':<{width}}" + f"{statistics.mean(accuracies):.2f}{spread}".rjust(15)]
     for line in lines:
         start = f"{line['chosen'] or line['row']:<{width}}"
         if "mean" not in line:
@@ -322,14 +381,18 @@ def text_table(comparison: dict[str, Any]) -> str:
             start + f"{line['mean']:.2f}{spread}".rjust(15) + difference_cells(line["difference"]) + (f"{cost['ratio']:7.2f}x" if cost else "")
         )
     runs = f"{len(comparison['seeds'])} seeds" if len(comparison["seeds"]) > 1 else "one seed, so that there is no interval"
-    text.append(f"The differences are those to '{baseline}' in percentage points, paired over {runs}; step: time relative to the student alone.")
+    text.append(f"The differences are those to '{baseline}' in percentage points, paired over {runs}.")
+    if any(line["difference"] and line["difference"]["p"] is None for line in lines) and len(comparison["seeds"]) > 1:
+        text.append("A row without an interval has the same difference in all seeds.")
+    if comparison["cost"]:
+        text.append("Step: time of a training step relative to the student alone.")
     return "\n".join(text)
 
 
 def difference_cells(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return " " * 49
-    if math.isnan(difference["p"]):
-        return f"{difference['mean']:>+12.2f}{'':>18}{'':>11}{difference['better']:>5}/{difference['seeds']}"
+    if difference["p"] is None:
+        return f"{difference['mean']:>+12.2f}{'':>18}{'':>11}{difference['better']:>6}/{difference['seeds']}"
     interval = f"{difference['low']:+.2f} to {difference['high']:+.2f}"
     return f"{difference['mean']:>+12.2f}{interval:>18}{difference['p_holm']:>11.4f}{difference['better']:>6}/{difference['seeds']}"

@@ -50,14 +50,17 @@ def write_report(path: Path, comparison: dict[str, Any], before: str = "", after
     used = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in ("quick", "classes"))
     versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
     trained_for = (
-        "the weights of a given file" if settings["teacher_weights"] else f"been trained {settings['teacher_epochs']} epochs on all images"
+        "the weights of a given file" if settings["teacher_weights"] else f"been trained for {_epochs(settings['teacher_epochs'])} on all images"
     )
+    cost = ""
+    if comparison["cost"]:
+        cost = f"A training step has {settings['batch_size']} images; time and peak memory of the process were measured one row at a time."
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}{WIDE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 {before}
-<p>All students ({html.escape(settings["student"])}) were trained for {settings["epochs"]} epochs on {images} of
+<p>All students ({html.escape(settings["student"])}) were trained for {_epochs(settings["epochs"])} on {images} of
 {html.escape(Path(settings["data"]).name)}, with the same optimizer, and for each seed with the same initial weights, images and order.
 The teacher ({html.escape(settings["teacher"])}) has {trained_for}.
 {"<b>Quick run on few images: the numbers mean nothing.</b>" if settings["quick"] else ""}</p>
@@ -66,8 +69,7 @@ The teacher ({html.escape(settings["teacher"])}) has {trained_for}.
 <p class="note">Accuracies are those of the test images. Differences are those to “{html.escape(titles[baseline])}” in percentage points, paired
 over {len(comparison["seeds"])} seeds, with the 95 % interval and the p-value of a paired t-test; p (Holm) is corrected for the number of rows.
 Better: seeds in which the row is better. Fidelity: % of the test images for which student and teacher predict the same class. ECE: expected
-calibration error in %, 15 bins. A training step has {settings["batch_size"]} images; time and peak memory of the process were measured one row at
-a time.</p>
+calibration error in %, 15 bins. {cost}</p>
 {"".join(pictures)}
 {after}
 <p class="note">Settings: {html.escape(used)}; seeds {html.escape(str(comparison["seeds"]))}; {html.escape(versions)}. All numbers are in
@@ -80,11 +82,13 @@ comparison.json.</p>
 
 
 def _table(comparison: dict[str, Any]) -> str:
-    heads = ("", "weight", "accuracy, %", "difference", "95 % interval", "p", "p (Holm)", "better", "fidelity", "ECE", "step, ms", "step", "MB")
+    heads = ["", "weight", "accuracy, %", "difference", "95 % interval", "p", "p (Holm)", "better", "fidelity", "ECE"]
+    if comparison["cost"]:
+        heads += ["step, ms", "step", "MB"]
     teacher = comparison["teacher"]
     mean = sum(100 * run["accuracy"] for run in teacher) / len(teacher)
     error = sum(100 * run["calibration_error"] for run in teacher) / len(teacher)
-    rows = [_cells(["teacher", "", f"{mean:.2f}", "", "", "", "", "", "", f"{error:.2f}", "", "", ""])]
+    rows = [_cells(["teacher", "", f"{mean:.2f}", "", "", "", "", "", "", f"{error:.2f}", "", "", ""][: len(heads)])]
     for line in comparison["table"]:
         weight = _weight(line)
         if "mean" not in line:
@@ -98,8 +102,12 @@ def _table(comparison: dict[str, Any]) -> str:
         cells += [f"{line['fidelity']:.2f}", f"{line['calibration_error']:.2f}"]
         cells += [f"{cost['milliseconds']:.1f}", f"{cost['ratio']:.2f}x"] if cost else ["", ""]
         cells.append(f"{cost['megabytes']:.0f}" if cost.get("megabytes") else "")
-        rows.append(_cells(cells))
+        rows.append(_cells(cells[: len(heads)]))
     return f"<table class='wide'><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(rows)}</table>"
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
 
 
 def _weight(line: dict[str, Any]) -> str:
@@ -112,7 +120,7 @@ def _weight(line: dict[str, Any]) -> str:
 
 def _difference(difference: dict[str, Any]) -> list[str]:
     better = f"{difference['better']}/{difference['seeds']}"
-    if difference["p"] != difference["p"]:  # NaN: one seed
+    if difference["p"] is None:  # one seed, or the same difference in all seeds
         return [f"{difference['mean']:+.2f}", "", "", "", better]
     interval = f"{difference['low']:+.2f} to {difference['high']:+.2f}"
     return [f"{difference['mean']:+.2f}", interval, f"{difference['p']:.2g}", f"{difference['p_holm']:.2g}", better]

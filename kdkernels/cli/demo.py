@@ -21,7 +21,7 @@ from .. import attention_transfer_loss, rbf_correlation_loss, reference, tempera
 from ..benches.timing import forward_backward, ratio, time_interleaved
 from ..files import replaced_atomically
 from .arguments import Parser, make_folder
-from .compare import Plan, compare, jobs_of, text_table
+from .compare import Plan, compare, jobs_of, only_one, text_table
 from .comparison.methods import BASELINE, parse_rows
 from .comparison.pool import pool_of
 from .comparison.runs import EMBEDDED, Settings
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if options.restart:
         remove_results(options.out)
     plan = Plan(parse_rows(ROWS), list(range(options.seeds)), [], BASELINE, cost=False)
-    with pool_of(jobs) as pool:
+    with only_one(options.out), pool_of(jobs) as pool:
         try:
             comparison = compare(demo_settings(options.quick, options.device), plan, options.out, pool)
             times = op_times(options.out / "op_times.json", 0.1 if options.quick else 1.5, options.device)

@@ -22,4 +22,14 @@ def at(x: Tensor) -> Tensor:
 
 def at_loss(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of the attention maps of two feature maps of one spatial size."""
+    require_one_size(x, y)
     return attention_transfer_loss(x, y)
+
+
+def require_one_size(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if two feature maps differ in their spatial sizes."""
+    if x.shape[2:] != y.shape[2:]:
+        raise ValueError(
+            f"the feature maps must have one spatial size, got {list(x.shape[2:])} and {list(y.shape[2:])}; "
+            "kdkernels.attention_transfer_loss averages the larger one"
+        )

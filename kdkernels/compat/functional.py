@@ -43,6 +43,8 @@ def kl_div_of_logits(
     if reduction != "none":
         divisor = max(len(student), 1) if reduction == "batchmean" else None
         return temperature_kl(student, teacher, temperature, dim=dim, reduction=reduction, scale_by_t2=scale_by_t2, normalizer=divisor)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        raise TypeError(f"temperature must be a number for reduction='none', got a tensor of shape {list(temperature.shape)}")
     with torch.no_grad():
         temperature_kl(student, teacher, temperature, dim=dim)  # checks the arguments
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

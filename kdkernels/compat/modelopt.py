@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 from ..ops import checks
 from ..ops.temperature_kl import temperature_kl
 from .functional import kl_div_of_logits
 
 
-class LogitsDistillationLoss(nn.Module):
+class LogitsDistillationLoss(_Loss):
     """T^2 KL of logits [..., C]. The teacher is detached.
 
     Args:
@@ -25,14 +26,14 @@ class LogitsDistillationLoss(nn.Module):
     """
 
     def __init__(self, temperature: float = 1.0, reduction: Literal["batchmean", "mean", "sum", "none"] | None = None):
-        super().__init__()
         if reduction is None:
             raise TypeError("reduction is required, because Model Optimizer's default was 'batchmean' in version 0.40 and is 'mean' in 0.47")
         checks.positive("temperature", temperature)
         checks.choice("reduction", reduction, ("batchmean", "mean", "sum", "none"))
-        self.temperature, self.reduction = temperature, reduction
+        super().__init__(reduction=reduction)
+        self._temperature, self._reduction = temperature, reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return temperature_kl(logits_s, logits_t.detach(), self.temperature, reduction="none")
-        return kl_div_of_logits(logits_s, logits_t.detach(), self.temperature, reduction=self.reduction, scale_by_t2=True)
+        if self._reduction == "none":
+            return temperature_kl(logits_s, logits_t.detach(), self._temperature, reduction="none")
+        return kl_div_of_logits(logits_s, logits_t.detach(), self._temperature, reduction=self._reduction, scale_by_t2=True)

@@ -9,8 +9,10 @@ import inspect
 import io
 import sys
 import textwrap
+import threading
 import tokenize
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -88,7 +90,8 @@ _TARGETS = {
         "trl", ("1.16.0",), {("trl.experimental.gkd.gkd_trainer", "GKDTrainer.generalized_jsd_loss"): staticmethod(trl.generalized_jsd_loss)}
     ),
 }
-_active: set[str] = set()
+_active: dict[str, Patch] = {}
+_lock = threading.RLock()
 
 
 class Patch:
@@ -98,19 +101,26 @@ class Patch:
         self.target, self._restore = target, restore
 
     def undo(self) -> None:
-        """Put the package's own losses back. A second call does nothing."""
-        while self._restore:
-            self._restore.pop()()
-        _active.discard(self.target)
+        """Put the package's own losses back. A second call does nothing.
+
+        A name that was assigned anew during the patch keeps its value.
+        """
+        with _lock:
+            while self._restore:
+                self._restore.pop()()
+            if _active.get(self.target) is self:
+                del _active[self.target]
 
     def __enter__(self) -> Patch:
+        if _active.get(self.target) is not self:
+            raise RuntimeError(f"this patch of {self.target} was undone: call kdkernels.patch({self.target!r}) again")
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"<kdkernels.patch({self.target!r}), {'active' if self._restore else 'undone'}>"
+        return f"<kdkernels.patch({self.target!r}), {'active' if _active.get(self.target) is self else 'undone'}>"
 
 
 def patch(target: str) -> Patch:
@@ -137,22 +147,29 @@ def patch(target: str) -> Patch:
             or it is patched already.
         ValueError: the target is unknown.
     """
+    if not isinstance(target, str):
+        raise TypeError(f"target must be the name of a package, got {type(target).__name__}")
     if target not in _TARGETS:
         raise ValueError(f"target must be one of {', '.join(map(repr, sorted(_TARGETS)))}, got {target!r}")
+    with _lock:
+        return _apply(target)
+
+
+def _apply(target: str) -> Patch:
     if target in _active:
         raise RuntimeError(f"{target} is patched already: undo the first patch before another one")
     known = _TARGETS[target]
     (_check_version if known.sources is None else _check_sources)(known)
     found = [(*_find(module, name), new) for (module, name), new in known.replacements.items()]
     applied = Patch(target, [])
-    _active.add(target)
+    _active[target] = applied
     try:
         for owner, name, old, new in found:
             if isinstance(owner, ModuleType):
                 _replace_in_package(target, old, new, applied._restore)
             else:
                 setattr(owner, name, new)
-                applied._restore.append(lambda owner=owner, name=name, old=old: setattr(owner, name, old))  # type: ignore[misc]
+                applied._restore.append(partial(_put_back_attribute, owner, name, old, new))
     except BaseException:
         applied.undo()
         raise
@@ -228,4 +245,14 @@ def _replace_in_package(package: str, old: Any, new: Any, restore: list[Callable
         for namespace in namespaces:
             for key in [key for key, value in namespace.items() if value is old]:
                 namespace[key] = new
-                restore.append(lambda namespace=namespace, key=key: namespace.__setitem__(key, old))  # type: ignore[misc]
+                restore.append(partial(_put_back, namespace, key, old, new))
+
+
+def _put_back(namespace: dict, key: str, old: Any, new: Any) -> None:
+    if namespace.get(key) is new:
+        namespace[key] = old
+
+
+def _put_back_attribute(owner: Any, name: str, old: Any, new: Any) -> None:
+    if vars(owner).get(name) is new:
+        setattr(owner, name, old)

@@ -13,6 +13,7 @@ from ..nn.fsp import fsp_loss
 from ..nn.svd_kd import svd_kd_terms
 from ..ops import checks
 from ..ops.attention_pool import attention_pool, attention_transfer_loss
+from .attention_transfer import require_one_size
 from .functional import kl_div_of_logits
 
 
@@ -50,9 +51,11 @@ class Attention(nn.Module):
             f_s = F.adaptive_avg_pool2d(f_s, (t_height, t_height))
         elif s_height < t_height:
             f_t = F.adaptive_avg_pool2d(f_t, (s_height, s_height))
+        require_one_size(f_s, f_t)
         if self.p % 2 == 0:
             return attention_transfer_loss(f_s, f_t, self.p)
-        return (self.at(f_s) - self.at(f_t)).square().mean()
+        squares = (self.at(f_s) - self.at(f_t)).square()
+        return squares.sum() / max(squares.numel(), 1)
 
     def at(self, f: Tensor) -> Tensor:
         if self.p % 2 == 0:
@@ -77,6 +80,18 @@ class FSP(nn.Module):
             raise ValueError(f"s_shapes and t_shapes must have the same numbers of channels, got {channels[0]} and {channels[1]}")
 
     def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
+        if len(g_s) != len(g_t):
+            raise ValueError(f"g_s and g_t must have the same number of feature maps, got {len(g_s)} and {len(g_t)}")
+        for g in (g_s, g_t):
+            for front, back in itertools.pairwise(g):
+                small = min(front, back, key=lambda f: f.shape[2])
+                if front.shape[2] == back.shape[2]:
+                    require_one_size(front, back)
+                elif small.shape[2] != small.shape[3]:
+                    raise ValueError(
+                        f"of two maps of different heights the smaller one must be square, as in RepDistiller, got {list(front.shape[2:])} and "
+                        f"{list(back.shape[2:])}"
+                    )
         pairs = [list(itertools.pairwise(g)) for g in (g_s, g_t)]
         return [fsp_loss([s], [t], variant="repdistiller") for s, t in zip(*pairs, strict=True)]
 

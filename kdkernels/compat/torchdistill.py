@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from ..nn.fsp import fsp_loss
 from ..ops import checks
 from ..ops.attention_pool import attention_transfer_loss
+from .attention_transfer import require_one_size
 from .functional import kl_div_of_logits
 
 
 def _value(name: str, io_dict: Mapping[str, Mapping[str, Tensor]], place: Mapping[str, str]) -> Tensor:
     path, io = place["path"], place["io"]
-    try:
-        return io_dict[path][io]
-    except KeyError:
-        raise KeyError(f"{name} has no {io!r} of the module {path!r}; it has the modules {sorted(io_dict)}") from None
+    if path not in io_dict:
+        raise KeyError(f"{name} has no module {path!r}; it has {sorted(io_dict)}")
+    if io not in io_dict[path]:
+        raise KeyError(f"{name} has no {io!r} of the module {path!r}; it has {sorted(io_dict[path])}")
+    return io_dict[path][io]
 
 
-class KDLoss(nn.Module):
+class KDLoss(nn.KLDivLoss):
     """``alpha * cross_entropy + beta * T^2 KL``.
 
     If alpha is 0, or if there are no targets, the loss is KL **without T^2** and without beta.
@@ -54,20 +56,22 @@ class KDLoss(nn.Module):
         reduction: Literal["batchmean", "mean", "sum", "none"] = "batchmean",
         **kwargs: Any,
     ):
-        super().__init__()
         checks.positive("temperature", temperature)
         checks.choice("reduction", reduction, ("batchmean", "mean", "sum", "none"))
-        self.student = {"path": student_module_path, "io": student_module_io}
-        self.teacher = {"path": teacher_module_path, "io": teacher_module_io}
-        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+        super().__init__(reduction=reduction)
+        self.student_module_path, self.student_module_io = student_module_path, student_module_io
+        self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
+        self.temperature, self.alpha = temperature, alpha
         self.beta = 1 - (alpha or 0.0) if beta is None else beta
         self.cross_entropy_loss = nn.CrossEntropyLoss(reduction="mean" if reduction == "batchmean" else reduction, **kwargs)
 
-    def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        student = _value("student_io_dict", student_io_dict, self.student)
-        teacher = _value("teacher_io_dict", teacher_io_dict, self.teacher)
+    def forward(  # type: ignore[override]  # torchdistill gives this subclass other arguments too
+        self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        student = _value("student_io_dict", student_io_dict, {"path": self.student_module_path, "io": self.student_module_io})
+        teacher = _value("teacher_io_dict", teacher_io_dict, {"path": self.teacher_module_path, "io": self.teacher_module_io})
         soft_only = not self.alpha or targets is None
-        soft = kl_div_of_logits(student, teacher, self.temperature, dim=1, reduction=self.reduction, scale_by_t2=not soft_only)
+        soft = kl_div_of_logits(student, teacher, self.temperature, dim=1, reduction=cast(Any, self.reduction), scale_by_t2=not soft_only)
         if soft_only:
             return soft
         return self.alpha * self.cross_entropy_loss(student.to(soft.dtype), targets) + self.beta * soft
@@ -94,6 +98,7 @@ class ATLoss(nn.Module):
         for pair in self.at_pairs.values():
             student = _value("student_io_dict", student_io_dict, pair["student"])
             teacher = _value("teacher_io_dict", teacher_io_dict, pair["teacher"])
+            require_one_size(student, teacher)
             total = total + pair.get("weight", 1) * attention_transfer_loss(student, teacher, variant=variant)
         return total
 

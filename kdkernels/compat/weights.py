@@ -56,10 +56,11 @@ _DEFINITIONS = {
     "F.kl_div, batchmean": _Definition(_KL, lambda x: x.rows_per_sample / x.temperature**2),
     "F.kl_div, mean": _Definition(_KL, lambda x: 1 / x.classes / x.temperature**2),
     "F.kl_div, sum": _Definition(_KL, lambda x: x.batch_size * x.rows_per_sample / x.temperature**2),
-    "liger.LigerKLDIVLoss, batchmean": _Definition(_KL, lambda x: x.rows_per_sample / x.temperature**2),
+    "liger.LigerKLDIVLoss, batchmean": _Definition(_KL, lambda x: 1 / x.temperature**2),
     "liger.LigerKLDIVLoss, mean": _Definition(_KL, lambda x: 1 / x.classes / x.temperature**2),
     "kdkernels.temperature_kl, jsd": _Definition(_JSD, _one),
     "trl.generalized_jsd_loss": _Definition(_JSD, lambda x: 1 / x.temperature**2),
+    "trl.generalized_jsd_loss, without labels": _Definition(_JSD, lambda x: x.rows_per_sample / x.temperature**2),
     "liger.LigerJSD": _Definition(_JSD, lambda x: 1 / x.temperature**2),
     "kdkernels.attention_transfer_loss": _Definition(_AT, _one),
     "attention_transfer.at_loss": _Definition(_AT, _one),
@@ -104,8 +105,8 @@ def convert_weight(
         weight: of the loss ``from_``.
         from_, to: names of losses, as in docs/migration.md: a module and a name of
             ``kdkernels.compat``, ``kdkernels.`` and a name, or ``F.kl_div``; behind a comma the
-            reduction or variant. For SVD-KD both losses have the same ``align``, ``extra`` and
-            ``weighting``.
+            reduction or variant, as in "F.kl_div, mean". For SVD-KD both losses have the same
+            ``align``, ``extra`` and ``weighting``.
         temperature: T, of both losses.
         classes: C.
         batch_size: B.
@@ -129,6 +130,7 @@ def convert_weight(
     }
     for name, size in sizes.items():
         if size is not None:
+            (checks.positive if name == "temperature" else checks.integer)(name, size)
             checks.positive(name, size)
     definitions = []
     for argument, name in (("from_", from_), ("to", to)):

@@ -89,11 +89,11 @@ def fsp_loss(
                 f"pair {i}: student and teacher must have the same numbers of channels, got {tuple(s.shape[1:])} and {tuple(t.shape[1:])}"
             )
         difference = t.detach() - s
-        elements += s[0].numel()
+        elements += s.shape[1:].numel()
         if variant == "torchdistill":
-            total = total + torch.linalg.vector_norm(difference, dim=1).sum() / len(s)
+            total = total + torch.linalg.vector_norm(difference, dim=1).sum() / max(len(s), 1)
         elif variant == "repdistiller":
-            total = total + difference.square().mean()
+            total = total + difference.square().sum() / max(s.numel(), 1)
         else:
-            total = total + difference.square().sum() / len(s)
+            total = total + difference.square().sum() / max(len(s), 1)
     return cast(Tensor, total / (2 * elements) if variant == "sskd" else total)

@@ -24,13 +24,14 @@ def accuracy_differences(lines: Sequence[Mapping[str, Any]]):
     for i, line in enumerate(lines):
         difference = line["difference"]
         axes.scatter(line["differences"], [i] * len(line["differences"]), s=14, color="#868e96", alpha=0.7, zorder=2)
-        colour = "#2f9e44" if difference["low"] > 0 else "#c92a2a" if difference["high"] < 0 else "#4c6ef5"
-        if not math.isnan(difference["low"]):
+        colour = "#4c6ef5"
+        if difference["low"] is not None:
+            colour = "#2f9e44" if difference["low"] > 0 else "#c92a2a" if difference["high"] < 0 else colour
             axes.plot([difference["low"], difference["high"]], [i, i], color=colour, lw=3, zorder=3, solid_capstyle="butt")
         axes.plot(difference["mean"], i, "D", ms=6, color=colour, zorder=4)
     axes.axvline(0, color="#212529", lw=1)
     axes.set_yticks(range(len(lines)), [line["title"] for line in lines])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(lines), 1) - 0.4, -0.6)
     axes.set_xlabel("difference of the test accuracy to the baseline, percentage points")
     axes.grid(axis="x", alpha=0.3)
     return figure

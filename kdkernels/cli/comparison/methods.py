@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ class Kind:
         options: arguments that differ from the defaults of the class.
         has_teacher: whether it uses the teacher.
         linked: function that returns further arguments for a weight.
+        has_layers: whether it compares layers.
     """
 
     cls: type[Distiller]
@@ -67,6 +69,7 @@ class Kind:
     options: Mapping[str, Any] = field(default_factory=dict)
     has_teacher: bool = False
     linked: Callable[[float], dict[str, Any]] = lambda weight: {}
+    has_layers: bool = True
 
 
 def _student(networks: Networks) -> dict[str, Any]:
@@ -115,11 +118,13 @@ def _peer_fused_split(networks: Networks) -> dict[str, Any]:
 
 BASELINE = "alone"
 METHODS: dict[str, Kind] = {
-    BASELINE: Kind(Supervised, "student alone", _student),
-    "kd": Kind(KD, "KD", _student_and_teacher, "alpha", (0.5, 0.9, 1.0), has_teacher=True, linked=lambda alpha: {"gamma": 1 - alpha}),
+    BASELINE: Kind(Supervised, "student alone", _student, has_layers=False),
+    "kd": Kind(
+        KD, "KD", _student_and_teacher, "alpha", (0.5, 0.9, 1.0), has_teacher=True, linked=lambda alpha: {"gamma": 1 - alpha}, has_layers=False
+    ),
     "at": Kind(AttentionTransfer, "AT", _pairs_of_layers, "beta", (1.0, 10.0, 100.0, 1000.0), has_teacher=True),
     "at_kd": Kind(AttentionTransfer, "AT + KD", _pairs_of_layers, "beta", (1.0, 10.0, 100.0, 1000.0), {"gamma": 0.1, "alpha": 0.9}, has_teacher=True),
-    "gradient_at": Kind(GradientAttentionTransfer, "gradient AT", _student_and_teacher, "beta", (0.1, 1.0, 10.0), has_teacher=True),
+    "gradient_at": Kind(GradientAttentionTransfer, "gradient AT", _student_and_teacher, "beta", (0.1, 1.0, 10.0), has_teacher=True, has_layers=False),
     "fsp": Kind(FSP, "FSP", _pairs_of_layers, "beta", (0.1, 1.0, 10.0, 100.0), {"variant": "repdistiller"}, has_teacher=True),
     "svd_kd": Kind(SVDKD, "SVD-KD", _pairs_of_layers, "beta", (0.01, 0.1, 1.0, 10.0), has_teacher=True),
     "features": Kind(FeatureDistillation, "feature distillation", _last_layers, "beta", (0.1, 1.0, 10.0), has_teacher=True),
@@ -128,7 +133,7 @@ METHODS: dict[str, Kind] = {
     "frskd": Kind(FRSKD, "FRSKD", _own_layers, "beta", (0.0, 1.0, 10.0, 100.0)),
     "sad": Kind(SAD, "SAD", _late_attention, "gamma", (0.01, 0.1, 1.0)),
     "sla": Kind(SLA, "SLA", _own_last_layer, "alpha", (0.1, 1.0)),
-    "dml": Kind(DML, "DML", _peer, "alpha", (0.1, 0.3, 1.0)),
+    "dml": Kind(DML, "DML", _peer, "alpha", (0.1, 0.3, 1.0), has_layers=False),
     "ffl": Kind(FFL, "FFL", _peer_fused_split, "alpha", (0.1, 0.3, 1.0)),
     "one": Kind(ONE, "ONE", _peer_split, "alpha", (0.1, 0.3, 1.0)),
     "dual_net": Kind(DualNet, "DualNet", _peer_fused, "network_weight", (0.3, 1.0)),
@@ -156,6 +161,10 @@ class Row:
         kind = METHODS[name]
         accepted = [option for option in options_of(kind.cls) if option not in _BUILT]
         found = parse_options(rest, accepted, text, kind.cls.__name__)
+        if kind.weight in found:
+            weight = found[kind.weight]
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"{text!r}: {kind.weight} must be a finite number >= 0, got {_short(weight)}")
         return cls(name, tuple(found.items()))
 
     @property

@@ -42,8 +42,8 @@ def network_from(text: str, option: str, num_classes: int) -> nn.Module:
         arguments["num_classes"] = num_classes
     try:
         network = make(**arguments)
-    except TypeError as error:
-        raise ValueError(f"--{option}: {name} cannot be built with {arguments}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"--{option}: {name} cannot be built with {arguments}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"--{option}: {name} must return an nn.Module, got {type(network).__name__}")
     return network

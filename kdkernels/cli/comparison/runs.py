@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -54,6 +54,7 @@ class Settings:
         layers, teacher_layers: those that methods compare; empty: those of the network's family.
         quick: few images, as a test.
         device: "auto" (a GPU, if there is one), "cpu" or "cuda".
+        val_fraction, on_error: of a folder, see :class:`kdkernels.data.ImageFolder`.
     """
 
     data: str
@@ -71,6 +72,8 @@ class Settings:
     teacher_layers: tuple[str, ...]
     quick: bool
     device: str = "auto"
+    val_fraction: float | None = None
+    on_error: Literal["fail", "skip"] = "fail"
 
     def values(self) -> dict[str, Any]:
         """Return plain values, as JSON stores them."""
@@ -89,13 +92,26 @@ def data_of(settings: Settings) -> ImageData:
         sizes = {"train_size": 256, "val_size": 64, "test_size": 64} if settings.quick else {}
         data = ClutterDigits(batch_size=settings.batch_size, augment=augment, **sizes)
     else:
-        data = ImageFolder(settings.data, size=settings.size, batch_size=settings.batch_size, augment=augment)
+        data = ImageFolder(
+            settings.data,
+            size=settings.size,
+            val_fraction=settings.val_fraction,
+            on_error=settings.on_error,
+            batch_size=settings.batch_size,
+            augment=augment,
+        )
     data.setup()
     if "test" not in data.splits:
         order = torch.randperm(_size(data, "val"), generator=torch.Generator().manual_seed(0)).tolist()
         half = len(order) // 2
         validation = data.splits["val"]
         data.splits = {**data.splits, "val": take(validation, sorted(order[half:])), "test": take(validation, sorted(order[:half]))}
+    for split in ("train", "val", "test"):
+        if _size(data, split) < 2:
+            raise ValueError(
+                f"--data: a comparison needs at least 2 images for training, validation and test each, and 'test' gets half of the validation images "
+                f"if there is no such folder; '{split}' has {_size(data, split)}"
+            )
     return data
 
 
@@ -169,7 +185,7 @@ def train_student(settings: Settings, folder: Path, name: str, seed: int, keep: 
         found = _fit(method, data, settings.epochs, path.with_suffix(""), seed, settings.device)
     except FloatingPointError as error:  # the loss of a step is NaN or infinite
         _remove_checkpoint(folder, name, seed)
-        return _store(folder, name, seed, {"error": " ".join(str(error).split())[:300]})
+        return _store(folder, name, seed, {"error": " ".join(str(error).split()).partition(". ")[0]})
     logits, labels = logits_of(method, data, settings.device)
     found |= measures(logits, labels)
     teacher_logits = torch.load(_logits_path(folder, seed), weights_only=True)
@@ -182,10 +198,11 @@ def train_student(settings: Settings, folder: Path, name: str, seed: int, keep: 
     return found
 
 
-def build(settings: Settings, folder: Path, row: Row, seed: int, data: ImageData, steps: int | None = None) -> Distiller:
+def build(settings: Settings, folder: Path | None, row: Row, seed: int, data: ImageData, steps: int | None = None) -> Distiller:
     """Return the method of a row with new networks and the teacher of the seed.
 
-    ``steps`` are those of the training, from which a method takes when its late terms begin.
+    Without a folder, the teacher is not trained. ``steps`` are those of the training, from which a
+    method takes when its late terms begin.
     """
     if steps is None:
         steps = settings.epochs * math.ceil(_size(data, "train") / settings.batch_size)
@@ -193,13 +210,16 @@ def build(settings: Settings, folder: Path, row: Row, seed: int, data: ImageData
     student = network_from(settings.student, "student", classes_of(data))
     teacher = None
     if row.kind.has_teacher:
-        teacher = load_weights(network_from(settings.teacher, TEACHER, classes_of(data)), _weights_path(folder, seed))
-    like = teacher if teacher is not None else student
+        teacher = network_from(settings.teacher, TEACHER, classes_of(data))
+        if folder is not None:
+            load_weights(teacher, _weights_path(folder, seed))
     networks = Networks(
         student=student,
         teacher=teacher,
-        layers=layers_of(student, settings.layers, "layers"),
-        teacher_layers=layers_of(like, settings.teacher_layers or settings.layers, "teacher_layers") if teacher is not None else (),
+        layers=layers_of(student, settings.layers, "layers") if row.kind.has_layers else (),
+        teacher_layers=layers_of(teacher, settings.teacher_layers or settings.layers, "teacher_layers")
+        if teacher is not None and row.kind.has_layers
+        else (),
         new_student=lambda: network_from(settings.student, "student", classes_of(data)),
         steps=steps,
     )

@@ -60,11 +60,14 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
-    """Correct the p-values for the number of methods, by the rule of Holm (1979)."""
+    """Correct the p-values for the number of methods, by the rule of Holm (1979).
+
+    A method without a p-value counts as one whose p-value is 1.
+    """
     known = sorted((d.p, name) for name, d in differences.items() if not math.isnan(d.p))
     largest, found = 0.0, dict(differences)
     for rank, (p, name) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        largest = max(largest, min(1.0, (len(differences) - rank) * p))
         found[name] = differences[name]._replace(p_holm=largest)
     return found
 
@@ -100,11 +103,16 @@ def table(rows: Sequence[Row], results: Mapping[str, Mapping[str, Any]], seeds: 
                 line[quantity] = None if of_all is None else statistics.fmean(of_all)
         else:
             line["error"] = next((run["error"] for run in found["runs"].values() if "error" in run), "no weight of the grid could be trained")
-        line["difference"] = differences[name]._asdict() if name in differences else None
+        line["difference"] = _without_nan(differences[name]._asdict()) if name in differences else None
         if name in differences and values is not None and reference is not None:
             line["differences"] = [value - other for value, other in zip(values, reference, strict=True)]
         lines.append(line)
     return lines
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN by ``None``: JSON has no NaN."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
 def _of_all(found: Mapping[str, Any], quantity: str, seeds: Sequence[int]) -> list[float] | None:
