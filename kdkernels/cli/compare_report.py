@@ -9,6 +9,7 @@ from typing import Any
 from ..files import replaced_atomically
 from ..plots.comparison import accuracy_differences, reliability, tuning_curves, validation_curves
 from ..plots.page import STYLE, image_tag
+from .comparison.methods import METHODS
 
 WIDE = "body { max-width: 68rem } .wide { font-size: .82rem; white-space: nowrap } .wide th, .wide td { padding: .3rem .55rem }"
 
@@ -112,10 +113,8 @@ def _epochs(count: int) -> str:
 
 def _weight(line: dict[str, Any]) -> str:
     """Return the weight of a row, as ``beta=10``."""
-    chosen = (line["chosen"] or "").split(":")[1:]
-    shown = set(line["row"].split(":")[1:])
-    extra = [part for part in chosen if part not in shown]
-    return extra[0] if extra else ""
+    name = METHODS[line["row"].partition(":")[0]].weight
+    return next((part for part in (line["chosen"] or "").split(":") if part.startswith(f"{name}=")), "")
 
 
 def _difference(difference: dict[str, Any]) -> list[str]:

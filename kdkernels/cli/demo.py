@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .comparison.pool import pool_of
 from .comparison.runs import EMBEDDED, Settings
 from .demo_report import write_demo
 
-ROWS = "kd:alpha=0.9,at:beta=10,fsp:beta=10,svd_kd:loss=mean:beta=1"
+ROWS = "kd:alpha=0.9,at:beta=10,fsp:beta=0.1,svd_kd:loss=mean:beta=10"  # weights: docs/which_method.md
 
 
 def main(arguments: list[str]) -> int:
@@ -115,6 +116,7 @@ def op_times(path: Path, seconds: float, device: str) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     print("\nTiming the ops: fused, reference, torch.compile of the reference", flush=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*")  # of torch.compile about itself
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = {}
@@ -137,10 +139,10 @@ def op_times(path: Path, seconds: float, device: str) -> dict[str, Any]:
 
 
 def times_table(times: dict[str, Any]) -> str:
-    lines = [f"{'forward + backward':<40}{'fused':>11}{'reference':>24}{'torch.compile':>24}"]
+    lines = [f"{'forward + backward':<44}{'fused':>11}{'reference':>24}{'torch.compile':>24}"]
     for name, row in times.items():
         cells = [f"{row['milliseconds']['fused']:.3f} ms"]
         for other in ("reference", "compiled"):
             cells.append(f"{row['milliseconds'][other]:.3f} ms ({row['ratios'][other]:.1f}x)" if other in row["ratios"] else "-")
-        lines.append(f"{name:<40}{cells[0]:>11}{cells[1]:>24}{cells[2]:>24}")
+        lines.append(f"{name:<44}{cells[0]:>11}{cells[1]:>24}{cells[2]:>24}")
     return "\n".join(lines)
