@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def _table(comparison: dict[str, Any]) -> str:
     if comparison["cost"]:
         heads += ["step, ms", "step", "MB"]
     teacher = comparison["teacher"]
-    mean = sum(100 * run["accuracy"] for run in teacher) / len(teacher)
+    accuracies = [100 * run["accuracy"] for run in teacher]
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     error = sum(100 * run["calibration_error"] for run in teacher) / len(teacher)
-    rows = [_cells(["teacher", "", f"{mean:.2f}", "", "", "", "", "", "", f"{error:.2f}", "", "", ""][: len(heads)])]
+    rows = [_cells(["teacher", "", f"{statistics.mean(accuracies):.2f}{spread}", "", "", "", "", "", "", f"{error:.2f}", "", "", ""][: len(heads)])]
     for line in comparison["table"]:
         weight = _weight(line)
         if "mean" not in line:
