@@ -138,7 +138,7 @@ def test_tables_of_the_comparisons_match_the_results():
     page, overview = ((ROOT / "docs" / name).read_text() for name in ("compare.md", "which_method.md"))
     for comparison in stored.values():
         assert markdown(comparison) in page
-    few, many, wide = ({line["title"]: line for line in comparison["table"]} for comparison in stored.values())
+    few, many, wide = ({line["title"]: line for line in comparison["table"]} for comparison in list(stored.values())[:3])
     shown = [row for row in _table_rows(overview, 4) if re.match(r"\d+\.\d\d", row[2] or row[1])]
     names = {
         "student alone": "student alone",
