@@ -416,3 +416,12 @@ def test_jobs_in_this_process_give_their_results(capsys):
         pool.run([Job(pow, (2, i), f"2 to the {i}") for i in range(3)], lambda value: found.append(value) or str(value))
     assert found == [1, 2, 4]
     assert "[3/3] 2 to the 2  4" in capsys.readouterr().out
+
+
+def test_rows_that_differ_in_their_weight_have_different_titles():
+    from kdkernels.cli.comparison.summary import table
+
+    rows = parse_rows("at:beta=1,at:beta=10,kd:alpha=1")
+    runs = {seed: {"accuracy": 0.5 + seed / 10, "fidelity": 0.5, "calibration_error": 0.1} for seed in (0, 1)}
+    lines = table(rows, {str(row): {"chosen": str(row), "runs": runs} for row in rows}, [0, 1], BASELINE)
+    assert [line["title"] for line in lines] == ["student alone", "AT (at:beta=1)", "AT (at:beta=10)", "KD"]

@@ -242,7 +242,8 @@ def compare(settings: Settings, plan: Plan, folder: Path, pool: Pool) -> dict[st
         name: {"chosen": form, "runs": {} if form is None else {seed: _finished(folder, form, seed) for seed in plan.seeds}}
         for name, form in chosen.items()
     }
-    costs = _costs(settings, folder, final, plan.seeds[0]) if plan.cost else {}
+    measured = [name for name in final if all("error" not in _finished(folder, name, seed) for seed in plan.seeds)]
+    costs = _costs(settings, folder, measured, plan.seeds[0]) if plan.cost else {}
     info = build_info()
     comparison = {
         "settings": settings.values() | {"training_images": images, "classes": list(data.classes) if data.classes else None},

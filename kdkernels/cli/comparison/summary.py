@@ -92,10 +92,16 @@ def table(rows: Sequence[Row], results: Mapping[str, Mapping[str, Any]], seeds: 
             {name: paired_difference(values, reference) for name, values in accuracies.items() if values is not None and name != baseline}
         )
     lines = []
+    titles = [row.title for row in rows]
     for row in rows:
         name, found = str(row), results[str(row)]
         values = accuracies[name]
-        line: dict[str, Any] = {"row": name, "title": row.title, "chosen": found["chosen"], "accuracies": values}
+        line: dict[str, Any] = {
+            "row": name,
+            "title": row.title if titles.count(row.title) == 1 else f"{row.title} ({row})",
+            "chosen": found["chosen"],
+            "accuracies": values,
+        }
         if values is not None:
             line |= {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
             for quantity in ("fidelity", "calibration_error"):
