@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "../common/check.h"
-#include "../truncated_svd/rounds.h"
+#include "../truncated_svd/decomposition.h"
 
 namespace kdkernels::truncated_svd {
 namespace {
@@ -118,7 +118,7 @@ Tensor bisection_stage(const Tensor& d_in, const Tensor& e_in, int64_t k) {
   const Tensor out = at::empty({batch, k}, d.options());
   with_type(d, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Buffer<Vec<T>> memory(3 * p + k);
+    Buffer<Vec<T>> memory(3 * p + k + 3);
     Vec<T>*dl = memory.get(), *el = dl + p, *e2 = el + p, *lambda = e2 + p;
     for (int64_t first = 0; first < batch; first += kLanes<T>) {
       to_lanes<T>(d, first, dl);
@@ -144,16 +144,27 @@ std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Ten
   const Tensor d = d_in.contiguous(), e = e_in.contiguous(), lambda = lambda_in.contiguous();
   const int64_t batch = d.size(0), p = d.size(1), k = lambda.size(1);
   const Tensor values = at::empty_like(lambda), vectors = at::empty({batch, k * p}, d.options());
-  Buffer<Doubles> memory(2 * p + k + k * p);
-  Buffer<TridiagonalLU::Row> rows(p);
-  Doubles *dl = memory.get(), *el = dl + p, *eigenvalues = el + p, *x = eigenvalues + k;
-  for (int64_t first = 0; first < batch; first += kLanes<double>) {
-    to_lanes<double>(d, first, dl);
-    to_lanes<double>(e, first, el);
-    to_lanes<double>(lambda, first, eigenvalues);
-    eigenvectors(p, dl, el, k, eigenvalues, x, rows.get());
-    from_lanes<double>(eigenvalues, first, values);
-    from_lanes<double>(x, first, vectors);
+  const int64_t stride = padded<double>(p);
+  Buffer<Doubles> x(p);
+  Buffer<TridiagonalLU<1>::Row> rows(p);
+  Buffer<double> start(p + k);
+  fill_start_vectors(p + k, start.get());
+  ClusterWorkspace work(p, k);
+  for (int64_t b = 0; b < batch; ++b) {
+    const double *db = d.const_data_ptr<double>() + b * p, *eb = e.const_data_ptr<double>() + b * (p - 1),
+                 *shifts = lambda.const_data_ptr<double>() + b * k;
+    double *value = values.mutable_data_ptr<double>() + b * k, *out = vectors.mutable_data_ptr<double>() + b * k * p;
+    for (int64_t j = 0; j < k; ++j) {
+      Doubles shift = simd::splat<double>(shifts[j] + kShiftOffset<float> * shifts[0]);
+      for (int64_t i = 0; i < p; ++i) x.get()[i] = simd::splat<double>(start.get()[j + i]);
+      inverse_iteration<1>(p, db, eb, 3, &shift, x.get(), 1, rows.get());
+      value[j] = shift[0];
+      double* row = work.vectors.get() + j * stride;
+      std::fill(row, row + stride, 0.0);
+      for (int64_t i = 0; i < p; ++i) row[i] = x.get()[i][0];
+    }
+    improve_clusters(p, db, eb, k, shifts, kCluster<float> * shifts[0], kShiftOffset<float> * shifts[0], value, work);
+    for (int64_t j = 0; j < k; ++j) std::copy_n(work.vectors.get() + j * stride, p, out + j * p);
   }
   return {values, vectors.view({batch, k, p})};
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../common/memory.h"
+#include "decomposition.h"
 #include "derivative.h"
-#include "rounds.h"
 
 namespace kdkernels::truncated_svd {
 
@@ -26,7 +26,7 @@ class Backward {
         b_(m_.tall ? t.u : t.v),
         s_(t.s),
         state_(tier == Tier::krylov || t.state.numel() > 0 ? t.state
-                                                           : Decomposition<T>(x, k_, false, false, true, false, Tier::direct).state()),
+                                                           : Decomposition<T>(x, k_, false, false, true, true, Tier::direct).state()),
         ga_(m_.tall ? grads.v : grads.u),
         gs_(grads.s),
         gb_(m_.tall ? grads.u : grads.v) {}

@@ -7,7 +7,9 @@
 
 #include "../common/parallel.h"
 #include "direct.h"
+#include "jacobi.h"
 #include "krylov.h"
+#include "rounds.h"
 #include "triplets.h"
 #include "truncated_svd.h"
 
@@ -140,16 +142,18 @@ struct Rescaled {
   Tensor factor_1, factor_2, x;
 };
 
-// The triplets of float64 matrices [n, M, N] whose kept singular values span orders of magnitude,
-// see rounds.h. u is empty unless needs_b.
-Triplets decompose_in_rounds(const Tensor& x, int64_t k, bool needs_b);
+// Singular values below this fraction of the largest one are not computed from a Gram matrix in T.
+template <typename T>
+constexpr double kLeastRatio = sizeof(T) == 4 ? kIllConditioned : kIllConditionedDouble;
 
 template <typename T>
 class Decomposition {
  public:
-  // use_rounds: whether ill-conditioned float64 matrices are decomposed in rounds.
-  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool use_rounds, Tier tier)
-      : m_(x), k_(k), sign_(sign), use_rounds_(use_rounds), tier_(tier), direct_(m_, k), status_(m_.batch, Status::ok) {
+  // use_rounds: whether ill-conditioned float64 matrices are decomposed in rounds. subset: see
+  // Matrices. x may have another dtype than T.
+  Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool use_rounds, Tier tier,
+                std::vector<int64_t> subset = {})
+      : m_(x, std::move(subset)), k_(k), sign_(sign), use_rounds_(use_rounds), tier_(tier), direct_(m_, k), status_(m_.batch, Status::ok) {
     const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
     needs_b_ = return_u || !m_.tall;
     out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
@@ -172,7 +176,10 @@ class Decomposition {
       });
     recompute(Status::not_converged);
     recompute(Status::out_of_range);
-    recompute(Status::ill_conditioned);
+    if constexpr (sizeof(T) == 8)
+      recompute_ill_conditioned();
+    else
+      recompute(Status::ill_conditioned);
     return std::move(out_);
   }
 
@@ -223,9 +230,9 @@ class Decomposition {
           Vec<T>* memory =
               save ? reinterpret_cast<Vec<T>*>(out_.state.template mutable_data_ptr<T>()) + g * state_size_ : workspace.state.get();
           const int64_t first = group * Direct<T>::kGroup;
-          T* grams = buffers.grams.get() + first * direct_.gram_size();
-          std::fill(grams + count * direct_.gram_size(), grams + Direct<T>::kGroup * direct_.gram_size(), T(0));
-          direct_.eigen.largest_eigenpairs(grams, buffers.scales.data() + first, GroupState<T>(memory, m_.p, k_),
+          const double least_ratio = use_rounds_ || sizeof(T) == 4 ? kLeastRatio<T> * kLeastRatio<T> : 0;
+          direct_.eigen.largest_eigenpairs(buffers.grams.get() + first * direct_.gram_size(), buffers.scales.data() + first, count,
+                                           GroupState<T>(memory, m_.p, k_), save, least_ratio,
                                            buffers.vectors.get() + first * k_ * direct_.vector_stride(), buffers.lambda.data() + first * k_,
                                            workspace.work);
         },
@@ -245,15 +252,20 @@ class Decomposition {
       std::fill(s, s + k_, nan);
       return;
     }
-    const bool ill_conditioned = lambda[k_ - 1] < kIllConditioned * kIllConditioned * lambda[0];
-    if (ill_conditioned) status_[b] = Status::ill_conditioned;
+    const bool ill_conditioned = lambda[k_ - 1] < kLeastRatio<T> * kLeastRatio<T> * lambda[0];
+    if (ill_conditioned && (use_rounds_ || sizeof(T) == 4)) {
+      status_[b] = Status::ill_conditioned;
+      return;
+    }
     for (int64_t j = 0; j < k_; ++j) {
       std::copy_n(a + j * direct_.vector_stride(), m_.p, a_out + j * m_.p);
       s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
     }
-    if (ill_conditioned && (use_rounds_ || sizeof(T) == 4)) return;
     if (b_out) {
-      project(b, a, scaling.scale, reader, b_out);
+      const int64_t numbers = k_ * direct_.vector_stride();
+      Buffer<T> scaled(numbers);
+      for (int64_t i = 0; i < numbers; ++i) scaled.get()[i] = static_cast<T>(scaling.scale) * a[i];
+      project<T>(b, scaled.get(), direct_.vector_stride(), reader, b_out);
       std::vector<double> sigma(k_);
       normalize_triplets<T>(k_, b_out, m_.q, sigma.data());
       for (int64_t j = 0; j < k_; ++j) s[j] = static_cast<T>(sigma[j] / scaling.scale);
@@ -270,47 +282,107 @@ class Decomposition {
       fix_signs<T>(k_, b_out, m_.q, a_out, m_.p);
   }
 
-  // out [k, q] = (scale M)^T a
-  void project(int64_t b, const T* a, double scale, Reader<T>& reader, T* out) {
-    const int64_t rows = k_ * direct_.vector_stride(), stride = padded<T>(reader.columns());
-    Buffer<T> scaled(rows), block_products(k_ * stride);
-    for (int64_t i = 0; i < rows; ++i) scaled.get()[i] = static_cast<T>(scale) * a[i];
+  // out [k, q] = M^T a for a [k, stride], 0 from p on
+  template <typename U>
+  void project(int64_t b, const U* a, int64_t stride, Reader<U>& reader, U* out) {
+    const int64_t line = padded<U>(reader.columns());
+    Buffer<U> block_products(k_ * line);
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
-      project_block<T>(m_, reader.read(b, first), k_, scaled.get(), direct_.vector_stride(), block_products.get(), stride);
+      project_block<U>(m_, reader.read(b, first), k_, a, stride, block_products.get(), line);
       const int64_t count = std::min(reader.columns(), m_.q - first);
-      for (int64_t j = 0; j < k_; ++j) std::copy_n(block_products.get() + j * stride, count, out + j * m_.q + first);
+      for (int64_t j = 0; j < k_; ++j) std::copy_n(block_products.get() + j * line, count, out + j * m_.q + first);
     }
+  }
+
+  std::vector<int64_t> with_status(Status status) const {
+    std::vector<int64_t> indices;
+    for (int64_t b = 0; b < m_.batch; ++b)
+      if (status_[b] == status) indices.push_back(b);
+    return indices;
   }
 
   // Recomputes the matrices that have this status. Matrices for which the Krylov tier did not
   // converge go to the direct tier. Float32 matrices whose squares leave the range of float32, or
   // whose kept singular values span orders of magnitude, so that squaring loses accuracy, are
   // recomputed in double, which has range and precision enough for both. Float64 matrices of the
-  // first kind are rescaled, and those of the second kind are decomposed in rounds.
+  // first kind are rescaled.
   void recompute(Status status) {
-    constexpr bool is_double = sizeof(T) == 8;
-    std::vector<int64_t> indices;
-    for (int64_t b = 0; b < m_.batch; ++b)
-      if (status_[b] == status) indices.push_back(b);
-    if (indices.empty() || (status == Status::ill_conditioned && is_double && !use_rounds_)) return;
-    const Tensor x = select_matrices(m_, indices, status == Status::not_converged ? m_.tensor().scalar_type() : at::kDouble);
+    const std::vector<int64_t> indices = with_status(status);
+    if (indices.empty()) return;
+    std::vector<int64_t> subset;
+    for (int64_t b : indices) subset.push_back(m_.index(b));
+    const Tensor& x = m_.tensor();
     Triplets recomputed;
     if (status == Status::not_converged) {
-      recomputed = Decomposition<T>(x, k_, sign_, needs_b_, false, use_rounds_, Tier::direct).run();
-    } else if (status == Status::out_of_range && is_double) {
-      const Rescaled rescaled(x);
+      recomputed = Decomposition<T>(x, k_, sign_, needs_b_, false, use_rounds_, Tier::direct, subset).run();
+    } else if (sizeof(T) == 4) {
+      recomputed = Decomposition<double>(x, k_, sign_, needs_b_, false, false, Tier::direct, subset).run();
+    } else {
+      const Rescaled rescaled(select_matrices(m_, indices, at::kDouble));
       recomputed = Decomposition<double>(rescaled.x, k_, sign_, needs_b_, false, use_rounds_, Tier::direct).run();
       recomputed.s = recomputed.s.div(rescaled.factor_1.squeeze(-1)).div(rescaled.factor_2.squeeze(-1));
-    } else if (is_double) {
-      recomputed = decompose_in_rounds(x, k_, needs_b_);
-    } else {
-      recomputed = Decomposition<double>(x, k_, sign_, needs_b_, false, false, Tier::direct).run();
     }
     const Tensor index = index_tensor(indices);
     out_.s.index_copy_(0, index, recomputed.s.to(kType<T>));
     out_.v.index_copy_(0, index, recomputed.v.to(kType<T>));
     if (needs_b_) out_.u.index_copy_(0, index, recomputed.u.to(kType<T>));
     for (size_t i = 0; sign_ && i < indices.size(); ++i) fix_matrix_signs(indices[i]);
+  }
+
+  // Recomputes ill-conditioned float64 matrices by a method that does not square them: small ones
+  // with Jacobi rotations, others in rounds.
+  void recompute_ill_conditioned() {
+    const std::vector<int64_t> indices = with_status(Status::ill_conditioned);
+    const int64_t p = m_.p, count = static_cast<int64_t>(indices.size());
+    if (p > Jacobi::kMaxSide)
+      parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        Reader<double> reader(m_, gram_columns<double>(m_));
+        Rounds rounds(m_, k_);
+        Buffer<double> a(k_ * p);
+        for (int64_t i = begin; i < end; ++i) {
+          rounds.run(indices[i], reader, a.get());
+          finish_accurate(indices[i], a.get(), nullptr, reader);
+        }
+      });
+    else
+      parallel_for(0, (count + Jacobi::kGroup - 1) / Jacobi::kGroup, 1, [&](int64_t begin, int64_t end) {
+        constexpr int64_t group = Jacobi::kGroup;
+        Reader<double> reader(m_, gram_columns<double>(m_));
+        Jacobi jacobi(m_, k_);
+        Buffer<double> a(group * k_ * p);
+        std::vector<double> sigma(group * k_);
+        for (int64_t first = begin * group; first < std::min(end * group, count); first += group) {
+          const int64_t n = std::min(group, count - first);
+          jacobi.run(indices.data() + first, n, reader, sigma.data(), a.get());
+          for (int64_t i = 0; i < n; ++i) finish_accurate(indices[first + i], a.get() + i * k_ * p, sigma.data() + i * k_, reader);
+        }
+      });
+  }
+
+  // Writes the triplets of matrix b from its accurate vectors a [k, p] and, if they are known, its
+  // singular values [k], descending.
+  void finish_accurate(int64_t b, const double* a, const double* sigma, Reader<double>& reader) {
+    const int64_t p = m_.p, q = m_.q, stride = padded<double>(p);
+    std::vector<double> lengths(k_);
+    if (needs_b_ || !sigma) {
+      Buffer<double> rows(k_ * stride), products(k_ * q);
+      for (int64_t j = 0; j < k_; ++j) {
+        std::copy_n(a + j * p, p, rows.get() + j * stride);
+        std::fill(rows.get() + j * stride + p, rows.get() + (j + 1) * stride, 0.0);
+      }
+      project<double>(b, rows.get(), stride, reader, products.get());
+      if (needs_b_) {
+        normalize_triplets<double>(k_, products.get(), q, lengths.data());
+        std::copy_n(products.get(), k_ * q, b_ + b * k_ * q);
+      } else {
+        for (int64_t j = 0; j < k_; ++j) lengths[j] = std::sqrt(simd::dot_product(products.get() + j * q, products.get() + j * q, q));
+      }
+      std::sort(lengths.begin(), lengths.end(), std::greater<double>());
+      sigma = lengths.data();
+    }
+    std::copy_n(sigma, k_, out_.s.template mutable_data_ptr<T>() + b * k_);
+    std::copy_n(a, k_ * p, a_ + b * k_ * p);
+    if (sign_) fix_matrix_signs(b);
   }
 
   const Matrices m_;

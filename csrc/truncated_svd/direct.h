@@ -49,17 +49,28 @@ class Direct {
       std::fill(matrix, matrix + gram_size(), T(0));
       return result;
     }
+    scale(total, matrix, result);
+    return result;
+  }
+
+  // Scales a Gram matrix to a trace in [1/4, 1), unless it is zero. Returns the trace before.
+  double scale_gram(T* matrix, Scaling& scaling) const {
+    const double total = trace(matrix);
+    if (total > 0) scale(total, matrix, scaling);
+    return total;
+  }
+
+ private:
+  void scale(double total, T* matrix, Scaling& scaling) const {
     int exponent;
     std::frexp(total, &exponent);
     const int half = (exponent + (exponent > 0 ? 1 : 0)) / 2;  // rounded up
     const T factor = static_cast<T>(std::ldexp(1.0, -2 * half));
     for (int64_t i = 0; i < m_.p; ++i)
       for (int64_t j = 0; j <= i; ++j) matrix[i * gram_stride_ + j] *= factor;
-    result.scale = std::ldexp(1.0, -half);
-    return result;
+    scaling.scale = std::ldexp(1.0, -half);
   }
 
- private:
   double trace(const T* matrix) const {
     double sum = 0;
     for (int64_t i = 0; i < m_.p; ++i) sum += matrix[i * gram_stride_ + i];

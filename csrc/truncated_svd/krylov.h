@@ -188,8 +188,8 @@ class Krylov {
         for (int64_t d = 0; d <= c; ++d)
           matrices.get()[(i * columns + c) * eigen.stride() + d] = static_cast<T>(h[c * h_stride + d] / traces[i]);
     }
-    eigen.largest_eigenpairs(matrices.get(), scales.data(), GroupState<T>(state.get(), columns, k_), eigenvectors.get(), theta.data(),
-                             work);
+    eigen.largest_eigenpairs(matrices.get(), scales.data(), count, GroupState<T>(state.get(), columns, k_), false, 0, eigenvectors.get(),
+                             theta.data(), work);
     for (int64_t i = 0; i < count; ++i) {
       Sample& sample = samples_[i];
       if (!sample.active) continue;

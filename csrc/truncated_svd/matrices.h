@@ -40,7 +40,8 @@ struct NextBlock {
 
 class Matrices {
  public:
-  explicit Matrices(const at::Tensor& x) : x_(x) {
+  // subset: the indices of the matrices that belong to the batch; all if it is empty.
+  explicit Matrices(const at::Tensor& x, std::vector<int64_t> subset = {}) : x_(x), subset_(std::move(subset)) {
     const int64_t m = x.size(-2), n = x.size(-1);
     tall = m >= n;
     p = std::min(m, n);
@@ -49,16 +50,21 @@ class Matrices {
     stride_q = x.stride(tall ? -2 : -1);
     p_contiguous = stride_p == 1 && stride_q != 1;
     for (int64_t d = 0; d + 2 < x.dim(); ++d) batch *= x.size(d);
+    if (!subset_.empty()) batch = static_cast<int64_t>(subset_.size());
   }
 
   int64_t offset(int64_t b) const {
     int64_t result = 0;
+    if (!subset_.empty()) b = subset_[b];
     for (int64_t d = x_.dim() - 3; d >= 0; --d) {
       result += b % x_.size(d) * x_.stride(d);
       b /= x_.size(d);
     }
     return result;
   }
+
+  // The index of matrix b in x.
+  int64_t index(int64_t b) const { return subset_.empty() ? b : subset_[b]; }
 
   // Matrix b as a tensor with two dimensions.
   at::Tensor matrix(int64_t b) const {
@@ -74,7 +80,17 @@ class Matrices {
 
  private:
   at::Tensor x_;
+  std::vector<int64_t> subset_;
 };
+
+// Calls body with a null pointer to the type of the stored numbers, which are converted to T.
+template <typename T, typename Body>
+void with_stored_type(at::ScalarType stored, Body&& body) {
+  if (sizeof(T) == sizeof(double) && stored == at::kFloat) return body(static_cast<float*>(nullptr));
+  if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
+  if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
+  body(static_cast<T*>(nullptr));
+}
 
 // Reads blocks of one matrix after another. Owns the memory to which a block is copied if it cannot
 // be read in place.
@@ -98,7 +114,7 @@ class Reader {
     const int64_t count = std::min(columns_, m_.q - first);
     const int64_t offset = m_.offset(b) + first * m_.stride_q;
     Block<T> block{copy_.get(), stride_, m_.block_rows(count), m_.row_length(count)};
-    with_storage<T>(m_.tensor().scalar_type(), [&](auto* type) {
+    with_stored_type<T>(m_.tensor().scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
       const int64_t row = m_.p_contiguous ? m_.stride_q : m_.stride_p, column = m_.p_contiguous ? m_.stride_p : m_.stride_q;

@@ -1,6 +1,5 @@
-// The largest eigenvalues of symmetric tridiagonal matrices in lanes, by bisection; their
-// eigenvectors, by inverse iteration; and the projected solve of the derivative, by elimination
-// with a complex shift.
+// The largest eigenvalues of symmetric tridiagonal matrices, by bisection; their eigenvectors, by
+// inverse iteration; and the projected solve of the derivative, by elimination with a complex shift.
 #pragma once
 
 #include "lanes.h"
@@ -19,9 +18,21 @@ namespace kdkernels::truncated_svd {
 // W. Barth, R. S. Martin, J. H. Wilkinson. Calculation of the Eigenvalues of a Symmetric
 // Tridiagonal Matrix by the Method of Bisection. Numerische Mathematik 9, 1967.
 
+// The functions take the matrices in one of two layouts. Either every lane has a matrix of its own,
+// and entry i of a diagonal is a vector. Or all lanes have the same matrix, with another eigenvalue
+// in each lane, and entry i is a number. The arithmetic in a lane is the same in both.
+template <typename T>
+KDKERNELS_INLINE Vec<T> entry(const Vec<T>* diagonal, int64_t i) {
+  return diagonal[i];
+}
+template <typename T>
+KDKERNELS_INLINE Vec<T> entry(const T* diagonal, int64_t i) {
+  return simd::splat<T>(diagonal[i]);
+}
+
 // Counts the eigenvalues above each of N shifts x. Several shifts at once keep the divider busy.
-template <typename T, int N>
-KDKERNELS_INLINE void count_above(int64_t p, const Vec<T>* d, const Vec<T>* e2, const Vec<T>* x, Mask<T>* count) {
+template <typename T, int N, typename Entry>
+KDKERNELS_INLINE void count_above(int64_t p, const Entry* d, const Entry* e2, const Vec<T>* x, Mask<T>* count) {
   Vec<T> pivot[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
@@ -29,150 +40,194 @@ KDKERNELS_INLINE void count_above(int64_t p, const Vec<T>* d, const Vec<T>* e2, 
     pivot[j] = simd::splat<T>(1);
   }
   for (int64_t i = 0; i < p; ++i) {
-    const Vec<T> coupling = e2[i];
+    const Vec<T> diagonal = entry<T>(d, i), coupling = entry<T>(e2, i);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      pivot[j] = d[i] - x[j] - coupling / pivot[j];
+      pivot[j] = diagonal - x[j] - coupling / pivot[j];
       pivot[j] = pivot[j] == T(0) ? simd::splat<T>(-kTinyPivot<T>) : pivot[j];
       count[j] -= pivot[j] > T(0);  // a true lane is -1
     }
   }
 }
 
-// d [p]; e2 [p]: the squares of e, shifted by one so that e2[0] = 0. Writes the k largest
-// eigenvalues, which must be in [low, high], to lambda [k], descending.
-template <typename T>
-void largest_eigenvalues(int64_t p, const Vec<T>* d, const Vec<T>* e2, Vec<T> low, Vec<T> high, int64_t k, Vec<T>* lambda) {
+// N vectors of eigenvalues: wanted[n] is how many eigenvalues are at least as large as each.
+template <typename T, int N, typename Entry>
+void bisect(int64_t p, const Entry* d, const Entry* e2, Vec<T> low, Vec<T> high, const Mask<T>* wanted, Vec<T>* lambda) {
   constexpr int halvings = std::numeric_limits<T>::digits + 2;
-  constexpr int at_once = 4;
-  for (int64_t first = 0; first < k; first += at_once) {
-    Vec<T> lower[at_once], upper[at_once], middle[at_once];
-    for (int j = 0; j < at_once; ++j) lower[j] = low, upper[j] = high;
-    for (int step = 0; step < halvings; ++step) {
-      Mask<T> count[at_once];
-      for (int j = 0; j < at_once; ++j) middle[j] = T(0.5) * (lower[j] + upper[j]);
-      if (k - first >= 3)
-        count_above<T, 4>(p, d, e2, middle, count);
-      else if (k - first == 2)
-        count_above<T, 2>(p, d, e2, middle, count);
-      else
-        count_above<T, 1>(p, d, e2, middle, count);
-      for (int64_t j = 0; j < std::min<int64_t>(at_once, k - first); ++j) {
-        const Mask<T> above = count[j] > static_cast<typename simd::IntOf<T>::type>(first + j);
-        lower[j] = above ? middle[j] : lower[j];
-        upper[j] = above ? upper[j] : middle[j];
-      }
+  Vec<T> lower[N], upper[N], middle[N];
+  for (int j = 0; j < N; ++j) lower[j] = low, upper[j] = high;
+  for (int step = 0; step < halvings; ++step) {
+    Mask<T> count[N];
+    for (int j = 0; j < N; ++j) middle[j] = T(0.5) * (lower[j] + upper[j]);
+    count_above<T, N>(p, d, e2, middle, count);
+    for (int j = 0; j < N; ++j) {
+      const Mask<T> above = count[j] >= wanted[j];
+      lower[j] = above ? middle[j] : lower[j];
+      upper[j] = above ? upper[j] : middle[j];
     }
-    for (int64_t j = 0; j < std::min<int64_t>(at_once, k - first); ++j) lambda[first + j] = T(0.5) * (lower[j] + upper[j]);
   }
+  for (int j = 0; j < N; ++j) lambda[j] = T(0.5) * (lower[j] + upper[j]);
 }
 
-// Eigenvectors of symmetric tridiagonal matrices in lanes, by inverse iteration in double
-// precision.
+// Calls body(std::integral_constant<int, N>, first) for parts of [0, count) of N <= 4 vectors.
+template <typename Body>
+void in_fours(int64_t count, Body&& body) {
+  int64_t first = 0;
+  for (; count - first >= 3; first += 4) body(std::integral_constant<int, 4>{}, first);
+  if (count - first == 2)
+    body(std::integral_constant<int, 2>{}, first);
+  else if (count - first == 1)
+    body(std::integral_constant<int, 1>{}, first);
+}
+
+// d [p]; e2 [p]: the squares of e, shifted by one so that e2[0] = 0. Writes the k largest
+// eigenvalues, which must be in [low, high], to lambda, descending. lambda has room for a multiple
+// of four.
+template <typename T>
+void largest_eigenvalues(int64_t p, const Vec<T>* d, const Vec<T>* e2, Vec<T> low, Vec<T> high, int64_t k, Vec<T>* lambda) {
+  in_fours(k, [&](auto n, int64_t first) {
+    Mask<T> wanted[n()];
+    for (int j = 0; j < n(); ++j) wanted[j] = Mask<T>{} + static_cast<typename simd::IntOf<T>::type>(first + j + 1);
+    bisect<T, n()>(p, d, e2, low, high, wanted, lambda + first);
+  });
+}
+
+// Eigenvalues from..to - 1 of one matrix, in lanes.
+template <typename T>
+void largest_eigenvalues_one(int64_t p, const T* d, const T* e2, T low, T high, int64_t from, int64_t to, Vec<T>* lambda) {
+  in_fours((to - from + kLanes<T> - 1) / kLanes<T>, [&](auto n, int64_t first) {
+    Mask<T> wanted[n()];
+    for (int j = 0; j < n(); ++j)
+      for (int l = 0; l < kLanes<T>; ++l) wanted[j][l] = static_cast<typename simd::IntOf<T>::type>(from + (first + j) * kLanes<T> + l + 1);
+    bisect<T, n()>(p, d, e2, simd::splat<T>(low), simd::splat<T>(high), wanted, lambda + first);
+  });
+}
+
+// Eigenvectors of symmetric tridiagonal matrices, by inverse iteration in double precision.
 //
 // (T - lambda I) x = b is solved by Gaussian elimination with row interchanges, lane by lane with
 // selects. A vanishing pivot is replaced by the rounding error of T's norm (which is 1). Three such
-// systems are solved in turn, and each solution is made orthogonal to the eigenvectors of larger
-// eigenvalues. The result is an eigenvector; if several eigenvalues differ only by rounding errors,
-// the results for them are a basis of their eigenspace.
+// systems are solved in turn. The vectors of eigenvalues that are far apart are then orthogonal up
+// to rounding; clusters.h treats the others.
 //
 // G. Peters, J. H. Wilkinson. The Calculation of Specified Eigenvectors by Inverse Iteration. In:
 // Handbook for Automatic Computation II, 1971.
 
 using Doubles = Vec<double>;
 
-// The factors of T - shift I = P L U, row by row.
+// The factors of T - shift I = P L U, row by row, for N vectors of shifts.
+template <int N>
 struct TridiagonalLU {
   struct Row {
-    Doubles inverse_diagonal, upper_1, upper_2;  // of U: 1 / diagonal, and the two upper diagonals
-    Doubles multiplier;                          // of L
-    Mask<double> swapped;
+    Doubles inverse_diagonal[N], upper_1[N], upper_2[N];  // of U: 1 / diagonal, and the two upper diagonals
+    Doubles multiplier[N];                                // of L
+    Mask<double> swapped[N];
   };
 
-  static void factor(int64_t p, const Doubles* d, const Doubles* e, Doubles shift, Row* rows) {
+  template <typename Entry>
+  static void factor(int64_t p, const Entry* d, const Entry* e, const Doubles* shift, Row* rows) {
     const Doubles min_pivot = simd::splat<double>(1e-16);
     auto reciprocal = [&](Doubles pivot) { return 1.0 / (abs<double>(pivot) < min_pivot ? min_pivot : pivot); };
-    Doubles diagonal = d[0] - shift, upper = p > 1 ? e[0] : Doubles{};
+    Doubles diagonal[N], upper[N];
+    for (int n = 0; n < N; ++n) diagonal[n] = entry<double>(d, 0) - shift[n], upper[n] = p > 1 ? entry<double>(e, 0) : Doubles{};
     for (int64_t i = 0; i + 1 < p; ++i) {
-      const Doubles lower = e[i], next_diagonal = d[i + 1] - shift, next_upper = i + 2 < p ? e[i + 1] : Doubles{};
+      const Doubles lower = entry<double>(e, i), next = entry<double>(d, i + 1), next_upper = i + 2 < p ? entry<double>(e, i + 1) : Doubles{};
       Row& row = rows[i];
-      row.swapped = abs<double>(lower) > abs<double>(diagonal);
-      row.inverse_diagonal = reciprocal(row.swapped ? lower : diagonal);
-      row.upper_1 = row.swapped ? next_diagonal : upper;
-      row.upper_2 = row.swapped ? next_upper : Doubles{};
-      row.multiplier = (row.swapped ? diagonal : lower) * row.inverse_diagonal;
-      diagonal = (row.swapped ? upper : next_diagonal) - row.multiplier * row.upper_1;
-      upper = (row.swapped ? Doubles{} : next_upper) - row.multiplier * row.upper_2;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Doubles next_diagonal = next - shift[n];
+        const Mask<double> swapped = abs<double>(lower) > abs<double>(diagonal[n]);
+        row.swapped[n] = swapped;
+        row.inverse_diagonal[n] = reciprocal(swapped ? lower : diagonal[n]);
+        row.upper_1[n] = swapped ? next_diagonal : upper[n];
+        row.upper_2[n] = swapped ? next_upper : Doubles{};
+        row.multiplier[n] = (swapped ? diagonal[n] : lower) * row.inverse_diagonal[n];
+        diagonal[n] = (swapped ? upper[n] : next_diagonal) - row.multiplier[n] * row.upper_1[n];
+        upper[n] = (swapped ? Doubles{} : next_upper) - row.multiplier[n] * row.upper_2[n];
+      }
     }
-    rows[p - 1] = {reciprocal(diagonal), Doubles{}, Doubles{}, Doubles{}, Mask<double>{}};
+    for (int n = 0; n < N; ++n) rows[p - 1].inverse_diagonal[n] = reciprocal(diagonal[n]);
   }
 
-  // x = (T - shift I)^-1 x
-  static void solve(int64_t p, const Row* rows, Doubles* x) {
-    Doubles current = x[0];
+  // x = (T - shift I)^-1 x; element i of vector n is x[i * stride + n].
+  static void solve(int64_t p, const Row* rows, Doubles* x, int64_t stride) {
+    Doubles current[N], x_1[N], x_2[N];
+    for (int n = 0; n < N; ++n) current[n] = x[n];
     for (int64_t i = 0; i + 1 < p; ++i) {
       const Row& row = rows[i];
-      const Doubles next = x[i + 1];
-      x[i] = row.swapped ? next : current;
-      current = (row.swapped ? current : next) - row.multiplier * x[i];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Doubles next = x[(i + 1) * stride + n];
+        const Doubles value = row.swapped[n] ? next : current[n];
+        x[i * stride + n] = value;
+        current[n] = (row.swapped[n] ? current[n] : next) - row.multiplier[n] * value;
+      }
     }
-    Doubles x_1 = current * rows[p - 1].inverse_diagonal, x_2{};
-    x[p - 1] = x_1;
+    for (int n = 0; n < N; ++n) {
+      x_1[n] = current[n] * rows[p - 1].inverse_diagonal[n], x_2[n] = Doubles{};
+      x[(p - 1) * stride + n] = x_1[n];
+    }
     for (int64_t i = p - 2; i >= 0; --i) {
       const Row& row = rows[i];
-      const Doubles value = (x[i] - row.upper_1 * x_1 - row.upper_2 * x_2) * row.inverse_diagonal;
-      x_2 = x_1;
-      x_1 = value;
-      x[i] = value;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Doubles value = (x[i * stride + n] - row.upper_1[n] * x_1[n] - row.upper_2[n] * x_2[n]) * row.inverse_diagonal[n];
+        x_2[n] = x_1[n];
+        x_1[n] = value;
+        x[i * stride + n] = value;
+      }
     }
   }
 };
 
-inline Doubles dot(int64_t p, const Doubles* x, const Doubles* y) {
-  Doubles sum{};
-  for (int64_t i = 0; i < p; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-inline void scale_by(int64_t p, Doubles factor, Doubles* x) {
-  for (int64_t i = 0; i < p; ++i) x[i] *= factor;
-}
-
-// d [p], e [p - 1]; lambda [k], descending, from bisection. Writes orthonormal eigenvectors to x
-// [k][p], and replaces lambda by their Rayleigh quotients. rows: memory for p rows of factors.
-inline void eigenvectors(int64_t p, const Doubles* d, const Doubles* e, int64_t k, Doubles* lambda, Doubles* x, TridiagonalLU::Row* rows) {
-  constexpr int kSolves = 3;
-  for (int64_t j = 0; j < k; ++j) {
-    Doubles* vector = x + j * p;
-    // A deterministic start vector that has a component along every eigenvector.
-    uint64_t seed = 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(j + 1);
-    for (int64_t i = 0; i < p; ++i) {
-      seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-      vector[i] = simd::splat<double>(0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
-    }
-    // The shift is slightly off for j > 0. With exactly a multiple eigenvalue, the solution would
-    // be the eigenvector that was found first, whatever the start vector is.
-    TridiagonalLU::factor(p, d, e, lambda[j] + (j > 0 ? 1e-15 : 0.0), rows);
-    for (int solve = 0; solve < kSolves; ++solve) {
-      TridiagonalLU::solve(p, rows, vector);
-      // The solution may have a length of 1 / 1e-16. It is scaled first, so that squares stay in
-      // range.
-      Doubles max_magnitude{};
-      for (int64_t i = 0; i < p; ++i) max_magnitude = simd::max(max_magnitude, abs<double>(vector[i]));
-      scale_by(p, 1.0 / max_magnitude, vector);
-      // Two passes: for a cluster of eigenvalues, the first pass may leave little of the vector.
-      for (int pass = 0; pass < 2 && (j > 0 || pass == 0); ++pass) {
-        for (int64_t other = 0; other < j; ++other) {
-          const Doubles projection = dot(p, x + other * p, vector);
-          for (int64_t i = 0; i < p; ++i) vector[i] -= projection * x[other * p + i];
-        }
-        scale_by(p, 1.0 / simd::sqrt(dot(p, vector, vector)), vector);
-      }
-    }
-    Doubles quotient{};
-    for (int64_t i = 0; i < p; ++i) quotient += vector[i] * (d[i] * vector[i] + (i + 1 < p ? 2.0 * e[i] * vector[i + 1] : Doubles{}));
-    lambda[j] = quotient;
+// The start vectors of inverse iteration: vector j has the entries start[j], start[j + 1], ... of
+// one sequence of pseudo-random numbers, so that it has a component along every eigenvector, and
+// the vectors are linearly independent.
+inline void fill_start_vectors(int64_t count, double* start) {
+  uint64_t seed = 0x9e3779b97f4a7c15ull;
+  for (int64_t i = 0; i < count; ++i) {
+    seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+    start[i] = (0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
   }
+}
+
+// `solves` inverse iterations from x for N vectors of eigenvalues lambda, which are replaced by
+// Rayleigh quotients. Element i of vector n is x[i * stride + n]; the results have length 1.
+template <int N, typename Entry>
+void inverse_iteration(int64_t p, const Entry* d, const Entry* e, int solves, Doubles* lambda, Doubles* x, int64_t stride,
+                       typename TridiagonalLU<N>::Row* rows) {
+  TridiagonalLU<N>::factor(p, d, e, lambda, rows);
+  auto scale = [&](const Doubles* factor) {
+    for (int64_t i = 0; i < p; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) x[i * stride + n] *= factor[n];
+  };
+  for (int solve = 0; solve < solves; ++solve) {
+    TridiagonalLU<N>::solve(p, rows, x, stride);
+    // The solution may have a length of 1 / 1e-16. It is scaled, so that squares stay in range.
+    Doubles factor[N] = {};
+    for (int64_t i = 0; i < p; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) factor[n] = simd::max(factor[n], abs<double>(x[i * stride + n]));
+    for (int n = 0; n < N; ++n) factor[n] = 1.0 / factor[n];
+    scale(factor);
+  }
+  Doubles squares[N] = {}, quotient[N] = {};
+  for (int64_t i = 0; i < p; ++i) {
+    const Doubles diagonal = entry<double>(d, i), coupling = i + 1 < p ? 2.0 * entry<double>(e, i) : Doubles{};
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Doubles value = x[i * stride + n], next = i + 1 < p ? x[(i + 1) * stride + n] : Doubles{};
+      squares[n] += value * value;
+      quotient[n] += value * (diagonal * value + coupling * next);
+    }
+  }
+  Doubles factor[N];
+  for (int n = 0; n < N; ++n) {
+    lambda[n] = quotient[n] / squares[n];
+    factor[n] = 1.0 / simd::sqrt(squares[n]);
+  }
+  scale(factor);
 }
 
 // The projected solve of the derivative, in double precision: z = Re[(lambda + i eps - T)^-1] r for

@@ -6,6 +6,9 @@
 // The update of one step and the product y of the next step read the same triangle, so one sweep
 // does both. v is stored in place of its row.
 //
+// tridiagonal_one.h does the same for one matrix, with the same bits: both add the same terms in the
+// same order. A sum over a row has one partial sum for each lane of a vector (PartialSums).
+//
 // G. H. Golub, C. F. Van Loan. Matrix Computations, 4th ed., section 8.3.1.
 #pragma once
 
@@ -22,6 +25,31 @@ constexpr int kSweepRows = 4;
 #else
 constexpr int kSweepRows = 2;
 #endif
+
+// A sum of many terms: term c is added to partial sum c modulo the number of lanes. One matrix keeps
+// the partial sums in the lanes of a vector; a group has a vector for each of them.
+template <typename T>
+struct PartialSums {
+  Vec<T> parts[kLanes<T>] = {};
+  // The order of the additions is that of simd::sum().
+  Vec<T> total() {
+    for (int width = kLanes<T> / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    return parts[0];
+  }
+};
+
+// The sum over c < count of x[c] y[c], lane by lane.
+template <typename T>
+KDKERNELS_INLINE Vec<T> dot_in_lanes(const Vec<T>* x, const Vec<T>* y, int64_t count) {
+  PartialSums<T> sum;
+  int64_t c = 0;
+  for (; c + kLanes<T> <= count; c += kLanes<T>)
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<T>; ++l) sum.parts[l] += x[c + l] * y[c + l];
+  for (int l = 0; c < count; ++c, ++l) sum.parts[l] += x[c] * y[c];
+  return sum.total();
+}
 
 // The pending rank-two update of the triangle, and the vector to multiply the triangle with.
 template <typename T>
@@ -64,7 +92,7 @@ KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
       y[t] += updated * x[c];
       y[c] += updated * x[t];
     }
-    const Vec<T> diagonal = row[t][r + t] - T(2) * v[t] * w[t];
+    const Vec<T> diagonal = row[t][r + t] - v[t] * w[t] - w[t] * v[t];
     row[t][r + t] = diagonal;
     y[t] += diagonal * x[t];
   }
@@ -89,7 +117,7 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
   const Vec<T>* v = zeros;  // of the pending update
   for (int64_t i = p - 1; i >= 0; --i) {
     Vec<T>* row = a + triangle(i);
-    for (int64_t c = 0; c <= i; ++c) row[c] -= v[i] * w[c] + w[i] * v[c];
+    for (int64_t c = 0; c <= i; ++c) row[c] = row[c] - v[i] * w[c] - w[i] * v[c];
     d[i] = row[i];
     if (i == 0) break;
     const Vec<T> last = row[i - 1];
@@ -97,8 +125,7 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
       e[0] = last;
       continue;
     }
-    Vec<T> squares{};
-    for (int64_t c = 0; c + 1 < i; ++c) squares += row[c] * row[c];
+    const Vec<T> squares = dot_in_lanes<T>(row, row, i - 1);
     const Mask<T> reflect = squares > negligible;
     const Vec<T> norm = simd::sqrt(squares + last * last);
     // With the opposite sign of `last`, last - reduced does not cancel.
@@ -113,8 +140,7 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     int64_t r = 0;
     for (; r + kSweepRows <= i; r += kSweepRows) sweep_rows<T, kSweepRows>(sweep, r, a);
     for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
-    Vec<T> vy{};
-    for (int64_t c = 0; c < i; ++c) vy += row[c] * y[c];
+    const Vec<T> vy = dot_in_lanes<T>(row, y, i);
     // Multiplied in this order, because tau is large if v is small.
     const Vec<T> correction = tau[i] * (tau[i] * (T(0.5) * vy));
     for (int64_t c = 0; c < i; ++c) w[c] = tau[i] * y[c] - correction * row[c];

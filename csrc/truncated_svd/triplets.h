@@ -58,13 +58,14 @@ double orthogonalize(T* b, int64_t j, int64_t n) {
 }
 
 // Replaces vector j of b by a vector that is orthogonal to the vectors before it: the first unit
-// vector that is not nearly in their span, made orthogonal to them.
+// vector from number `unit` on that is not nearly in their span, made orthogonal to them. `unit`
+// becomes the number of the next one: all before it are in the span then.
 template <typename T>
-void complete_basis(T* b, int64_t j, int64_t n) {
+void complete_basis(T* b, int64_t j, int64_t n, int64_t& unit) {
   const double min_remaining = 0.5 / std::sqrt(static_cast<double>(n));
-  for (int64_t unit = 0; unit < n; ++unit) {
+  while (unit < n) {
     std::fill(b + j * n, b + (j + 1) * n, T(0));
-    b[j * n + unit] = 1;
+    b[j * n + unit++] = 1;
     if (orthogonalize(b, j, n) > min_remaining) break;
   }
 }
@@ -75,13 +76,14 @@ void complete_basis(T* b, int64_t j, int64_t n) {
 // errors, and complete_basis() replaces it.
 template <typename T>
 void normalize_triplets(int64_t k, T* b, int64_t n, double* sigma) {
+  int64_t unit = 0;
   for (int64_t j = 0; j < k; ++j) {
     T* vector = b + j * n;
     sigma[j] = std::sqrt(simd::dot_product(vector, vector, n));
     const bool vanishes = !(sigma[j] > 1e3 * std::numeric_limits<T>::min());
     if (!vanishes) scale_vector(vector, n, 1 / sigma[j]);
     if (!vanishes && (sigma[j] > 0.5 * sigma[0] || orthogonalize(b, j, n) > 0.5)) continue;
-    complete_basis(b, j, n);
+    complete_basis(b, j, n, unit);
   }
 }
 
