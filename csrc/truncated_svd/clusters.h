@@ -19,9 +19,10 @@ constexpr double kCluster = sizeof(T) == 4 ? 1e-4 : 1e-7;
 
 // This fraction of the largest eigenvalue is added to the shifts of inverse iteration. If a shift
 // happened to be exactly an eigenvalue, the start vectors of its close neighbours would converge to
-// its eigenvector too, until nothing is left of their own.
+// its eigenvector too, until nothing is left of their own. (Powers of two: their products are exact,
+// so it does not matter whether the compiler fuses the addition.)
 template <typename T>
-constexpr double kShiftOffset = sizeof(T) == 4 ? 2e-8 : 1e-15;
+constexpr double kShiftOffset = sizeof(T) == 4 ? 0x1p-26 : 0x1p-50;
 
 // Makes the rows [first, last) of x [k, stride], which have p numbers, orthonormal, one after
 // another.
@@ -62,10 +63,15 @@ inline bool has_cluster(const double* shifts, int64_t k, double min_gap) {
   return false;
 }
 
-// d [p], e [p - 1]: one tridiagonal matrix; shifts [k], descending: its eigenvalues from bisection,
-// to which `offset` is added. Improves work.vectors and their Rayleigh quotients lambda [k].
-inline void improve_clusters(int64_t p, const double* d, const double* e, int64_t k, const double* shifts, double min_gap,
-                             double offset, double* lambda, ClusterWorkspace& work) {
+// d [p], e [p - 1]: one tridiagonal matrix; shifts [k], descending: its eigenvalues from bisection.
+// Improves work.vectors and their Rayleigh quotients lambda [k].
+//
+// Making vectors orthogonal amplifies their components outside of the space of the cluster, which
+// another solve removes. Its shifts are a little larger than the eigenvalues, so that it multiplies
+// all vectors of the cluster by about the same number, and leaves them nearly orthogonal.
+inline void improve_clusters(int64_t p, const double* d, const double* e, int64_t k, const double* shifts, double min_gap, double* lambda,
+                             ClusterWorkspace& work) {
+  const double offset = 0.01 * min_gap;
   constexpr int lanes = kLanes<double>;
   const int64_t stride = padded<double>(p);
   double* x = work.vectors.get();

@@ -261,13 +261,18 @@ class Decomposition {
       std::copy_n(a + j * direct_.vector_stride(), m_.p, a_out + j * m_.p);
       s[j] = static_cast<T>(std::sqrt(lambda[j]) / scaling.scale);
     }
-    if (b_out) {
+    // |M^T a_j| is an accurate sigma_j even if the square root of lambda_j is not.
+    if (b_out || lambda[k_ - 1] < kIllConditioned * kIllConditioned * lambda[0]) {
       const int64_t numbers = k_ * direct_.vector_stride();
-      Buffer<T> scaled(numbers);
+      Buffer<T> scaled(numbers), products(b_out ? 0 : k_ * m_.q);
       for (int64_t i = 0; i < numbers; ++i) scaled.get()[i] = static_cast<T>(scaling.scale) * a[i];
-      project<T>(b, scaled.get(), direct_.vector_stride(), reader, b_out);
+      T* w = b_out ? b_out : products.get();
+      project<T>(b, scaled.get(), direct_.vector_stride(), reader, w);
       std::vector<double> sigma(k_);
-      normalize_triplets<T>(k_, b_out, m_.q, sigma.data());
+      if (b_out)
+        normalize_triplets<T>(k_, b_out, m_.q, sigma.data());
+      else
+        compute_lengths<T>(k_, w, m_.q, sigma.data());
       for (int64_t j = 0; j < k_; ++j) s[j] = static_cast<T>(sigma[j] / scaling.scale);
       std::sort(s, s + k_, std::greater<T>());
     }
@@ -341,7 +346,7 @@ class Decomposition {
         Buffer<double> a(k_ * p);
         for (int64_t i = begin; i < end; ++i) {
           rounds.run(indices[i], reader, a.get());
-          finish_accurate(indices[i], a.get(), nullptr, reader);
+          finish_accurate(indices[i], a.get(), reader);
         }
       });
     else
@@ -350,37 +355,32 @@ class Decomposition {
         Reader<double> reader(m_, gram_columns<double>(m_));
         Jacobi jacobi(m_, k_);
         Buffer<double> a(group * k_ * p);
-        std::vector<double> sigma(group * k_);
         for (int64_t first = begin * group; first < std::min(end * group, count); first += group) {
           const int64_t n = std::min(group, count - first);
-          jacobi.run(indices.data() + first, n, reader, sigma.data(), a.get());
-          for (int64_t i = 0; i < n; ++i) finish_accurate(indices[first + i], a.get() + i * k_ * p, sigma.data() + i * k_, reader);
+          jacobi.run(indices.data() + first, n, reader, a.get());
+          for (int64_t i = 0; i < n; ++i) finish_accurate(indices[first + i], a.get() + i * k_ * p, reader);
         }
       });
   }
 
-  // Writes the triplets of matrix b from its accurate vectors a [k, p] and, if they are known, its
-  // singular values [k], descending.
-  void finish_accurate(int64_t b, const double* a, const double* sigma, Reader<double>& reader) {
+  // Writes the triplets of matrix b from its vectors a [k, p].
+  void finish_accurate(int64_t b, const double* a, Reader<double>& reader) {
     const int64_t p = m_.p, q = m_.q, stride = padded<double>(p);
-    std::vector<double> lengths(k_);
-    if (needs_b_ || !sigma) {
-      Buffer<double> rows(k_ * stride), products(k_ * q);
-      for (int64_t j = 0; j < k_; ++j) {
-        std::copy_n(a + j * p, p, rows.get() + j * stride);
-        std::fill(rows.get() + j * stride + p, rows.get() + (j + 1) * stride, 0.0);
-      }
-      project<double>(b, rows.get(), stride, reader, products.get());
-      if (needs_b_) {
-        normalize_triplets<double>(k_, products.get(), q, lengths.data());
-        std::copy_n(products.get(), k_ * q, b_ + b * k_ * q);
-      } else {
-        for (int64_t j = 0; j < k_; ++j) lengths[j] = std::sqrt(simd::dot_product(products.get() + j * q, products.get() + j * q, q));
-      }
-      std::sort(lengths.begin(), lengths.end(), std::greater<double>());
-      sigma = lengths.data();
+    Buffer<double> rows(k_ * stride), products(k_ * q);
+    for (int64_t j = 0; j < k_; ++j) {
+      std::copy_n(a + j * p, p, rows.get() + j * stride);
+      std::fill(rows.get() + j * stride + p, rows.get() + (j + 1) * stride, 0.0);
     }
-    std::copy_n(sigma, k_, out_.s.template mutable_data_ptr<T>() + b * k_);
+    project<double>(b, rows.get(), stride, reader, products.get());
+    std::vector<double> sigma(k_);
+    if (needs_b_) {
+      normalize_triplets<double>(k_, products.get(), q, sigma.data());
+      std::copy_n(products.get(), k_ * q, b_ + b * k_ * q);
+    } else {
+      compute_lengths<double>(k_, products.get(), q, sigma.data());
+    }
+    std::sort(sigma.begin(), sigma.end(), std::greater<double>());
+    std::copy_n(sigma.data(), k_, out_.s.template mutable_data_ptr<T>() + b * k_);
     std::copy_n(a, k_ * p, a_ + b * k_ * p);
     if (sign_) fix_matrix_signs(b);
   }

@@ -1,4 +1,4 @@
-// Singular values and left singular vectors of small float64 matrices of any condition number:
+// The vectors a_j of small float64 matrices of any condition number:
 // reduction to a triangular matrix by Householder reflections, and one-sided Jacobi rotations of
 // its rows. No product of M with itself is formed, so the errors are a few rounding errors of
 // sigma_1, as those of LAPACK.
@@ -16,8 +16,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "spectrum.h"
 #include "products.h"
+#include "spectrum.h"
 
 namespace kdkernels::truncated_svd {
 
@@ -30,30 +30,32 @@ class Jacobi {
   Jacobi(const Matrices& m, int64_t k)
       : m_(m), k_(k), stride_(padded<double>(m.q)), rows_(m.p * stride_), l_(m.p * m.p), j_(m.p * m.p), squares_(m.p), order_(m.p) {}
 
-  // Decomposes `count` <= kGroup matrices: sigma [count][k], descending, and a [count][k][p].
-  void run(const int64_t* indices, int64_t count, Reader<double>& reader, double* sigma, double* a) {
+  // Computes the vectors a [count][k][p] of `count` <= kGroup matrices.
+  void run(const int64_t* indices, int64_t count, Reader<double>& reader, double* a) {
     const int64_t p = m_.p;
     std::fill(l_.get(), l_.get() + p * p, Doubles{});
-    double scales[kGroup];
     for (int64_t lane = 0; lane < count; ++lane) {
-      scales[lane] = read(indices[lane], reader);
+      read(indices[lane], reader);
       triangularize(static_cast<int>(lane));
     }
     rotate();
-    for (int64_t i = 0; i < p; ++i) squares_[i] = dot(l(i), l(i));
+    for (int64_t i = 0; i < p; ++i) {
+      squares_[i] = dot(l(i), l(i));
+      // The rounding errors of many rotations change the lengths.
+      const Doubles factor = 1.0 / simd::sqrt(dot(j(i), j(i)));
+      for (int64_t c = 0; c < p; ++c) j(i)[c] *= factor;
+    }
     for (int64_t lane = 0; lane < count; ++lane) {
       std::iota(order_.begin(), order_.end(), 0);
       std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t t) { return squares_[i][lane] > squares_[t][lane]; });
-      for (int64_t i = 0; i < k_; ++i) {
-        sigma[lane * k_ + i] = std::sqrt(squares_[order_[i]][lane]) / scales[lane];
+      for (int64_t i = 0; i < k_; ++i)
         for (int64_t c = 0; c < p; ++c) a[(lane * k_ + i) * p + c] = j(order_[i])[c][lane];
-      }
     }
   }
 
  private:
-  // Reads M times the power of two that brings its largest magnitude near 1, and returns this power.
-  double read(int64_t b, Reader<double>& reader) {
+  // Reads M times the power of two that brings its largest magnitude near 1.
+  void read(int64_t b, Reader<double>& reader) {
     const double scale = std::ldexp(1.0, -std::ilogb(reader.largest(b)));
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
       const Block<double> block = reader.read(b, first, scale);
@@ -64,7 +66,6 @@ class Jacobi {
           std::copy_n(block.data + r * block.stride, block.length, row(r) + first);
     }
     for (int64_t i = 0; i < m_.p; ++i) std::fill(row(i) + m_.q, row(i) + stride_, 0.0);
-    return scale;
   }
 
   double* row(int64_t i) { return rows_.get() + i * stride_; }  // of M, q numbers

@@ -70,6 +70,12 @@ void complete_basis(T* b, int64_t j, int64_t n, int64_t& unit) {
   }
 }
 
+// sigma_j = |W_j| for the rows W_j of w [k, n].
+template <typename T>
+void compute_lengths(int64_t k, const T* w, int64_t n, double* sigma) {
+  for (int64_t j = 0; j < k; ++j) sigma[j] = std::sqrt(simd::dot_product(w + j * n, w + j * n, n));
+}
+
 // Replaces W_j = M^T a_j, vector j of b [k, n], by W_j / |W_j|, and writes |W_j| to sigma. The W_j
 // are orthogonal up to rounding errors of sigma_1^2, which matter if sigma_j is small. Such a W_j
 // is made orthogonal to the vectors before it. If little of it remains, it consisted of rounding
