@@ -29,7 +29,7 @@ export KDKERNELS_ISAS ?= $(BEST_ISA)
 OUT ?= benches/results/$(shell $(PY) benches/machine.py 2>/dev/null || echo unknown)
 BENCH_FLAGS ?=
 
-.PHONY: demo docs test test-all test-torch test-peers bench bench-quick bench-smoke lint format gpu wheel sdist clean
+.PHONY: demo docs test test-all test-torch test-peers cuda-check bench bench-quick bench-smoke lint format gpu wheel sdist clean
 
 demo: $(BUILT)
 	$(PY) -m kdkernels demo $(DEMO_FLAGS)
@@ -60,6 +60,22 @@ test-torch:
 	cd $(TORCH_ENVIRONMENT)/source && KDKERNELS_CUDA=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation -e '.[train,export,dev]' torch==$(VERSION) 'numpy<2.4'
 	cd $(TORCH_ENVIRONMENT)/source && ../bin/python -m pytest --durations=15 -n 2 --dist=worksteal $(TEST_FLAGS)
 
+# Build the CUDA kernels without a GPU, against a CUDA build of torch in a separate virtual
+# environment, and check the compiled library: tests/check_cuda_build.py lists the checks. This needs
+# nvcc of the same major CUDA version, about 7 GB of disk and ten minutes, so CI does not run it.
+# CUDA_TORCH is the release of torch; on Linux x86-64 the package index has CUDA builds of torch.
+CUDA_TORCH ?= 2.14.1
+CUDA_ENVIRONMENT = .venv-cuda
+
+cuda-check:
+	python3 -m venv $(CUDA_ENVIRONMENT)
+	$(CUDA_ENVIRONMENT)/bin/python -m pip install -q torch==$(CUDA_TORCH) numpy 'setuptools>=77' ninja pybind11 wheel
+	rm -rf $(CUDA_ENVIRONMENT)/source
+	mkdir $(CUDA_ENVIRONMENT)/source
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(CUDA_ENVIRONMENT)/source
+	cd $(CUDA_ENVIRONMENT)/source && KDKERNELS_CUDA=1 KDKERNELS_TESTING=0 KDKERNELS_ISAS=$(BEST_ISA) ../bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	cd $(CUDA_ENVIRONMENT)/source && ../bin/python tests/check_cuda_build.py
+
 # Compare kdkernels.compat with the packages whose losses it has, in a separate virtual environment.
 # torchdistill is installed without its dependencies, because its losses need only torch.
 test-peers: $(BUILT)
@@ -84,7 +100,8 @@ bench-smoke: $(BUILT)
 
 # Everything that is run on a machine with a GPU: build, all tests, compute-sanitizer on the CUDA
 # kernels, benches with results as JSON in OUT, and the memory bandwidth of the backward if ncu is
-# installed and has access to the counters. DEVICE=cpu runs the parts that need no GPU.
+# installed and has access to the counters. At the end, the measured times are printed beside those
+# that benches/gpu_model.py predicts. DEVICE=cpu runs the parts that need no GPU.
 DEVICE ?= cuda
 SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
 NCU := $(shell command -v ncu 2>/dev/null)
@@ -100,6 +117,7 @@ gpu: $(BUILT)
 	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 1 $(PY) tests/exercise_cuda.py --device $(DEVICE),@echo "compute-sanitizer is not installed: racecheck was not run")
 	$(PY) -m kdkernels bench --device $(DEVICE) --report --out "$(OUT)" $(BENCH_FLAGS)
 	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not installed: the bandwidth of the backward was not measured")
+	$(PY) -m benches.gpu_model --measured "$(OUT)/bench.json"
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
@@ -137,7 +155,7 @@ sdist: $(BUILT)
 	$(PY) -m build --sdist --no-isolation
 
 clean:
-	rm -rf .venv .venv-torch-* .venv-peers .venv-docs site build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf .venv .venv-torch-* .venv-cuda .venv-peers .venv-docs site build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
 
 # Prints the dependencies. The parser is pip's, because Python 3.10 has none.
 PRINT_REQUIREMENTS = from pip._vendor import tomli; \

@@ -8,9 +8,11 @@ python cuda_sources.py resources   compiles csrc/<op>/kernels.cu for every targe
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,15 @@ def include_folder() -> str | None:
     """Return the folder of the CUDA runtime's headers."""
     toolkit, _ = find_toolkit(os.environ)
     return toolkit and os.path.join(toolkit.home, "include")
+
+
+def binary_tool(name: str) -> str:
+    """Return the path of cuobjdump or nvdisasm, which Triton and the CUDA toolkit contain."""
+    triton = importlib.util.find_spec("triton")
+    shipped = Path(str(triton and triton.origin)).parent / "backends" / "nvidia" / "bin" / name
+    found = str(shipped) if shipped.exists() else shutil.which(name)
+    assert found, f"{name} ships with triton and with the CUDA toolkit; neither is here"
+    return found
 
 
 def check_syntax() -> int:

@@ -29,14 +29,12 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -44,6 +42,7 @@ import triton
 import triton.compiler
 from cases import KL_CASES, KLCase
 from correlation_cases import CORRELATION_CASES, CorrelationCase
+from cuda_sources import binary_tool
 from feature_cases import FEATURE_CASES, FeatureCase
 from matrix_cases import LAYOUTS, with_layout
 from torch import Tensor
@@ -209,13 +208,6 @@ class UncompiledKernel:
         return None
 
 
-def cuobjdump() -> str:
-    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = str(shipped) if shipped.exists() else shutil.which("cuobjdump")
-    assert found, "cuobjdump ships with triton and with the CUDA toolkit; neither is here"
-    return found
-
-
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Return the registers and the bytes of stack of a thread.
 
@@ -224,7 +216,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([binary_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
     assert registers, usage
     assert stack, usage

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> truncated_svd_cpu(const Tensor& x, in
     return implementation_op<Signature>("truncated_svd", chosen).call(x, k, sign, return_u, gap_eps, save_state);
   check_matrices(x, k);
   const bool sign_fixed = parse_sign(sign), is_double = compute_dtype(x) == at::kDouble;
-  Triplets t = is_double ? Decomposition<double>(x, k, sign_fixed, return_u, save_state, true, Tier::direct).run()
+  Triplets t = is_double ? Decomposition<double>(x, k, sign_fixed, return_u, save_state, true, tier_for<double>(Matrices(x), k)).run()
                          : Decomposition<float>(x, k, sign_fixed, return_u, save_state, true, tier_for<float>(Matrices(x), k)).run();
   auto vectors = [&](const Tensor& rows) { return rows.view(batched(x, {k, rows.size(-1)})).transpose(-1, -2); };
   return {t.u.numel() > 0 || t.u.size(0) == t.s.size(0) ? vectors(t.u) : at::empty({0}, t.u.options()), t.s.view(batched(x, {k})),
@@ -148,7 +148,8 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   }
   // Conjugate gradients do not regularise, and converge only if the gaps are much larger than the
   // regularisation. So they are used only for a small gap_eps.
-  const Tier tier = gap_eps <= 1e-4 && state.numel() == 0 ? tier_for<float>(m, k) : Tier::direct;
+  const bool use_krylov = gap_eps <= 1e-4 && state.numel() == 0 && tier_for<float>(m, k) == Tier::krylov;
+  const Tier tier = use_krylov ? Tier::krylov : Tier::direct;
   std::vector<int64_t> unsolved, ill_conditioned;
   const Tensor gradient = Backward<float>(grads, x, t, gap_eps, tier).run(&unsolved);
   const float* sigma = t.s.const_data_ptr<float>();
@@ -159,10 +160,10 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   // more vector than it needs, and uses it only if the order of the vectors has changed.
   Tensor used;
   for (int64_t b = 0; b < m.batch; ++b) {
-    if (out_of_range(sigma[b * k]) || !(sigma[b * k + k - 1] < kIllConditioned * sigma[b * k])) continue;
+    if (out_of_range(sigma[b * k]) || !(sigma[b * k + k - 1] < kLeastRatio<float> * sigma[b * k])) continue;
     if (!used.defined()) used = used_triplets(grads, m.batch, k);
     const bool* used_triplet = used.const_data_ptr<bool>() + b * k;
-    for (int64_t j = k - 1; sigma[b * k + j] < kIllConditioned * sigma[b * k]; --j)
+    for (int64_t j = k - 1; sigma[b * k + j] < kLeastRatio<float> * sigma[b * k]; --j)
       if (used_triplet[j]) {
         ill_conditioned.push_back(b);
         break;

@@ -56,16 +56,32 @@ class Jacobi {
  private:
   // Reads M times the power of two that brings its largest magnitude near 1.
   void read(int64_t b, Reader<double>& reader) {
-    const double scale = std::ldexp(1.0, -std::ilogb(reader.largest(b)));
+    Doubles largest{};
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
-      const Block<double> block = reader.read(b, first, scale);
-      for (int64_t r = 0; r < block.rows; ++r)
-        if (m_.p_contiguous)
-          for (int64_t i = 0; i < m_.p; ++i) row(i)[first + r] = block.data[r * block.stride + i];
-        else
-          std::copy_n(block.data + r * block.stride, block.length, row(r) + first);
+      const Block<double> block = reader.read(b, first);
+      if (m_.p_contiguous) {
+        for (int64_t r = 0; r < block.rows; r += kGroup)
+          for (int64_t i = 0; i < m_.p; i += kGroup) {
+            Doubles part[kGroup];
+            for (int64_t n = 0; n < kGroup; ++n) part[n] = r + n < block.rows ? simd::load<double>(block.data + (r + n) * block.stride + i) : Doubles{};
+            transpose<double>(part);
+            for (int64_t n = 0; n < kGroup && i + n < m_.p; ++n) {
+              largest = simd::max(largest, abs<double>(part[n]));
+              simd::store<double>(row(i + n) + first + r, part[n]);
+            }
+          }
+      } else {
+        for (int64_t i = 0; i < block.rows; ++i)
+          for (int64_t c = 0; c < block.length; c += kGroup) {
+            const Doubles part = simd::load<double>(block.data + i * block.stride + c);
+            largest = simd::max(largest, abs<double>(part));
+            simd::store<double>(row(i) + first + c, part);
+          }
+      }
     }
-    for (int64_t i = 0; i < m_.p; ++i) std::fill(row(i) + m_.q, row(i) + stride_, 0.0);
+    const double max_magnitude = simd::largest<double>(largest);
+    const Doubles scale = simd::splat<double>(max_magnitude > 0 ? std::ldexp(1.0, -std::ilogb(max_magnitude)) : 1.0);
+    for (int64_t i = 0; i < m_.p * stride_; i += kGroup) simd::store<double>(rows_.get() + i, simd::load<double>(rows_.get() + i) * scale);
   }
 
   double* row(int64_t i) { return rows_.get() + i * stride_; }  // of M, q numbers

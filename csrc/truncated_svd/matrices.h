@@ -159,18 +159,24 @@ class Reader {
 
   // The largest magnitude in matrix b; NaN if matrix b contains a NaN or an infinity.
   T largest(int64_t b) {
-    T result = 0;
-    bool finite = true;
+    Vec<T> largest{}, zero_or_nan{};
     for (int64_t first = 0; first < m_.q; first += columns_) {
       const Block<T> block = read(b, first);
-      for (int64_t r = 0; r < block.rows; ++r)
-        for (int64_t c = 0; c < block.length; ++c) {
-          const T value = std::abs(block.data[r * block.stride + c]);
-          finite &= value <= std::numeric_limits<T>::max();
-          result = std::max(result, value);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        const T* row = block.data + r * block.stride;
+        auto add = [&](Vec<T> numbers) {
+          largest = simd::max(largest, abs<T>(numbers));
+          zero_or_nan += numbers - numbers;
+        };
+        int64_t c = 0;
+        for (; c + kLanes<T> <= block.length; c += kLanes<T>) add(simd::load<T>(row + c));
+        if (c < block.length) {
+          const Vec<T> last = simd::load<T>(row + c);
+          add(first_lanes<T>(block.length - c) ? last : Vec<T>{});
         }
+      }
     }
-    return finite ? result : std::numeric_limits<T>::quiet_NaN();
+    return simd::any(zero_or_nan != T(0)) ? std::numeric_limits<T>::quiet_NaN() : simd::largest<T>(largest);
   }
 
  private:

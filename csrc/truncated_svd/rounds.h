@@ -1,7 +1,7 @@
 // The vectors a_j of float64 matrices whose kept singular values span orders of magnitude. A Gram
 // matrix gives sigma_j with a rounding error of sigma_1^2 / sigma_j, and for float64 there is no
 // wider dtype in which to square. Therefore each round takes only the singular values down to
-// kIllConditionedDouble times its largest one. The next round continues with the Gram matrix of the
+// kLeastRatio times its largest one. The next round continues with the Gram matrix of the
 // residual M - A A^T M, where A are the vectors of the rounds before; the residual is as accurate
 // as M. The errors are a few roundings of sigma_1, as those of LAPACK. The results for a matrix do
 // not depend on the other matrices or on the number of threads, unlike those of LAPACK.
@@ -38,8 +38,8 @@ class Rounds {
       const double trace = gram_of_residual(scaling);
       // The rest consists of rounding errors.
       if (!(trace > first_trace * (16 * eps * eps) * static_cast<double>(p))) break;
-      const int64_t count = direct_.eigen.leading_eigenpairs(
-          gram_.get(), k_ - found, found > 0 || k_ > 1 ? kIllConditionedDouble * kIllConditionedDouble : 0, vectors_.get(), lambda_.data(), work_);
+      const int64_t count = direct_.eigen.leading_eigenpairs(gram_.get(), k_ - found, kLeastRatio<double> * kLeastRatio<double>, vectors_.get(),
+                                                             lambda_.data(), work_);
       if (first_trace == 0) first_trace = lambda_[0] / (scaling.scale * scaling.scale);
       for (int64_t j = 0; j < count; ++j) {
         std::copy_n(vectors_.get() + j * stride, p, a + (found + j) * p);

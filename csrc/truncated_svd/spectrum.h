@@ -50,20 +50,31 @@ KDKERNELS_INLINE void count_above(int64_t p, const Entry* d, const Entry* e2, co
   }
 }
 
-// N vectors of eigenvalues: wanted[n] is how many eigenvalues are at least as large as each.
-template <typename T, int N, typename Entry>
+// N vectors of eigenvalues: wanted[n] is how many eigenvalues are at least as large as each. Each
+// step counts at S points of every interval, which leaves one of S + 1 parts.
+template <typename T, int N, int S, typename Entry>
 void bisect(int64_t p, const Entry* d, const Entry* e2, Vec<T> low, Vec<T> high, const Mask<T>* wanted, Vec<T>* lambda) {
-  constexpr int halvings = std::numeric_limits<T>::digits + 2;
-  Vec<T> lower[N], upper[N], middle[N];
+  constexpr double bits_per_step = S == 1 ? 1 : S == 2 ? 1.58 : 2.32;  // log2(S + 1), rounded down
+  constexpr int steps = static_cast<int>((std::numeric_limits<T>::digits + 2) / bits_per_step + 0.999);
+  Vec<T> lower[N], upper[N], point[N * S];
   for (int j = 0; j < N; ++j) lower[j] = low, upper[j] = high;
-  for (int step = 0; step < halvings; ++step) {
-    Mask<T> count[N];
-    for (int j = 0; j < N; ++j) middle[j] = T(0.5) * (lower[j] + upper[j]);
-    count_above<T, N>(p, d, e2, middle, count);
+  for (int step = 0; step < steps; ++step) {
+    Mask<T> count[N * S];
     for (int j = 0; j < N; ++j) {
-      const Mask<T> above = count[j] >= wanted[j];
-      lower[j] = above ? middle[j] : lower[j];
-      upper[j] = above ? upper[j] : middle[j];
+      if (S == 1) {
+        point[j] = T(0.5) * (lower[j] + upper[j]);
+      } else {
+        const Vec<T> width = upper[j] - lower[j];
+        for (int s = 0; s < S; ++s) point[j * S + s] = lower[j] + width * (T(s + 1) / T(S + 1));
+      }
+    }
+    count_above<T, N * S>(p, d, e2, point, count);
+    for (int j = 0; j < N; ++j) {
+      Vec<T> new_lower = lower[j], new_upper = upper[j];
+      for (int s = 0; s < S; ++s) new_lower = count[j * S + s] >= wanted[j] ? point[j * S + s] : new_lower;
+      for (int s = S - 1; s >= 0; --s) new_upper = count[j * S + s] >= wanted[j] ? new_upper : point[j * S + s];
+      lower[j] = new_lower;
+      upper[j] = new_upper;
     }
   }
   for (int j = 0; j < N; ++j) lambda[j] = T(0.5) * (lower[j] + upper[j]);
@@ -88,7 +99,10 @@ void largest_eigenvalues(int64_t p, const Vec<T>* d, const Vec<T>* e2, Vec<T> lo
   in_fours(k, [&](auto n, int64_t first) {
     Mask<T> wanted[n()];
     for (int j = 0; j < n(); ++j) wanted[j] = Mask<T>{} + static_cast<typename simd::IntOf<T>::type>(first + j + 1);
-    bisect<T, n()>(p, d, e2, low, high, wanted, lambda + first);
+    if (k == n())  // for k <= 2, sections keep the divider busy
+      bisect<T, n(), 4 / n()>(p, d, e2, low, high, wanted, lambda);
+    else
+      bisect<T, n(), 1>(p, d, e2, low, high, wanted, lambda + first);
   });
 }
 
@@ -99,7 +113,12 @@ void largest_eigenvalues_one(int64_t p, const T* d, const T* e2, T low, T high, 
     Mask<T> wanted[n()];
     for (int j = 0; j < n(); ++j)
       for (int l = 0; l < kLanes<T>; ++l) wanted[j][l] = static_cast<typename simd::IntOf<T>::type>(from + (first + j) * kLanes<T> + l + 1);
-    bisect<T, n()>(p, d, e2, simd::splat<T>(low), simd::splat<T>(high), wanted, lambda + first);
+    const Vec<T> lowest = simd::splat<T>(low), highest = simd::splat<T>(high);
+    if constexpr (n() == 1) {  // as many sections as for a group
+      if (from == 0 && to == 1) return bisect<T, 1, 4>(p, d, e2, lowest, highest, wanted, lambda);
+      if (from == 0 && to == 2) return bisect<T, 1, 2>(p, d, e2, lowest, highest, wanted, lambda);
+    }
+    bisect<T, n(), 1>(p, d, e2, lowest, highest, wanted, lambda + first);
   });
 }
 

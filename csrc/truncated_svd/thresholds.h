@@ -21,9 +21,11 @@ namespace kdkernels::truncated_svd {
 // the residual of M without the vectors that are known (docs/truncated_svd.md).
 constexpr double kIllConditioned = 0.15;
 
-// The same for float64 matrices on the CPU, where the error of a Gram matrix is below 2e-15 of
-// sigma_1 down to this fraction, and the other method takes several times as long.
-constexpr double kIllConditionedDouble = 0.03;
+// The fractions for the CPU, by the dtype of the Gram matrix. Between them and kIllConditioned,
+// sigma_j is computed as |M^T a_j|, whose error does not grow; that of the triplets is about
+// eps sigma_1 / (2 fraction).
+template <typename T>
+constexpr double kLeastRatio = sizeof(T) == 4 ? 0.1 : 0.03;
 
 // Entries of a vector whose magnitude is below the largest by less than this fraction count as
 // equal to it when the sign is fixed, because rounding decides which of two equal entries comes out
