@@ -290,6 +290,8 @@ def test_errors():
         op.truncated_svd_backward(None, s, None, x, u, s[:1], v, state, 1e-6)
     with pytest.raises(ValueError, match="u is needed if M < N"):
         op.truncated_svd_backward(None, s, None, x.mT, u.new_empty(0), s, u, state, 1e-6)
+    x = torch.randn(2, 20, 12)  # tiny matrices have no state
+    u, s, v, state = op.truncated_svd(x, 2, Sign.NONE, True, 1e-6, True)
     with pytest.raises(ValueError, match="state must be"):
         op.truncated_svd_backward(None, s, None, x, u, s, v, state[:-1], 1e-6)
 

@@ -54,15 +54,19 @@ template <typename T>
 struct Scratch {
   explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[4 * size]) {}
   int64_t size;
-  std::unique_ptr<T[]> storage, centred, gradient;
+  std::unique_ptr<T[]> storage, centred, widened, gradient;
   T *weights = storage.get(), *difference = weights + size, *aux = difference + size, *aux2 = aux + size;
   PrefetchRange next_tile;
 
-  // Memory for the centred logits of both networks and for a gradient, allocated on first use
-  // because most tiles need neither.
+  // Memory for the centred logits of both networks, their logits in T, and a gradient, allocated on
+  // first use because most tiles need none of them.
   T* centred_logits() {
     if (!centred) centred.reset(new T[2 * size]);
     return centred.get();
+  }
+  T* widened_logits() {
+    if (!widened) widened.reset(new T[2 * size]);
+    return widened.get();
   }
   T* gradient_row() {
     if (!gradient) gradient.reset(new T[size]);
@@ -75,10 +79,19 @@ struct Scratch {
 // divergence, are less accurate.
 constexpr int kFarDivergence = 1;
 
-// Computes losses and gradients of one tile. `temperature` and `weight` are those of its rows.
-template <typename T, typename Reduce>
-ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T>& student, const Source<T>& teacher, Vec<T> temperature, Vec<T> weight,
-                               const Sink<T>* student_out, const Sink<T>* teacher_out, Scratch<T>& scratch) {
+// Whether the value and gradients are those of the divergence, without the changes of forms.h and
+// jsd.h.
+template <typename T>
+bool is_plain_divergence(const Call<T>& call) {
+  const Options& o = call.options;
+  return o.direction != Direction::jsd && !call.temperature_grad && o.include_entropy && !(o.target_eps > 0);
+}
+
+// Computes losses and gradients of one tile. `temperature` and `weight` are those of its rows. Only
+// plain divergences may have logits that are stored in another type than T.
+template <typename T, typename Reduce, typename Stored = T>
+ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& student, const Source<T, Stored>& teacher, Vec<T> temperature,
+                               Vec<T> weight, const Sink<T>* student_out, const Sink<T>* teacher_out, Scratch<T>& scratch) {
   const Options& o = call.options;
   const bool jsd = o.direction == Direction::jsd, from_teacher = o.direction != Direction::reverse;
   const Sink<T>*base_out = from_teacher ? teacher_out : student_out, *other_out = from_teacher ? student_out : teacher_out;
@@ -86,24 +99,27 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T>& student, co
   const bool use_general_form = wants_temperature_grad || !o.include_entropy || o.target_eps > 0;
   const Vec<T> scale = weight * (o.scale_by_t2 ? temperature : T(1) / temperature);
   const T far_threshold = jsd ? T(kFarDivergence) : std::numeric_limits<T>::infinity();
-  T* difference = !jsd && (other_out || use_general_form) ? scratch.difference : nullptr;
+  const bool wants_difference = !jsd && (other_out || use_general_form);
+  T* difference = scratch.difference;
 
-  auto finish = [&](const Divergence<T>& s, const Source<T>& base, const Source<T>& other) -> ValueAndDerivative<T> {
-    if (jsd)
-      return Jsd<T>(o.beta).template operator()<Reduce>(s, base, other, scratch.weights, scratch.difference, scratch.aux, scratch.aux2,
-                                                        scale, call.any_gradient_wanted(), base_out, other_out);
-    if (use_general_form) {
-      const Form<T> form{static_cast<T>(o.target_eps), o.include_entropy, static_cast<T>(call.classes)};
-      return general_form<T, Reduce>(s, base, other, scratch.weights, difference, form, scale, call.any_gradient_wanted(), base_out,
-                                     other_out);
+  auto finish = [&](const Divergence<T>& s, const auto& base, const auto& other) -> ValueAndDerivative<T> {
+    if constexpr (std::is_same_v<std::decay_t<decltype(base)>, Source<T>>) {
+      if (jsd)
+        return Jsd<T>(o.beta).template operator()<Reduce>(s, base, other, scratch.weights, scratch.difference, scratch.aux, scratch.aux2,
+                                                          scale, call.any_gradient_wanted(), base_out, other_out);
+      if (use_general_form) {
+        const Form<T> form{static_cast<T>(o.target_eps), o.include_entropy, static_cast<T>(call.classes)};
+        return general_form<T, Reduce>(s, base, other, scratch.weights, difference, form, scale, call.any_gradient_wanted(), base_out,
+                                       other_out);
+      }
     }
-    if (other_out) write_other_gradient<T>(s, base.vectors(), scratch.weights, difference, scale, *other_out);
+    if (other_out) write_other_gradient<T>(s, scratch.weights, difference, scale, *other_out);
     if (base_out) write_base_gradient<T>(s, base, other, scratch.weights, scale, *base_out);
     return {s.kl, Vec<T>{}, s.remaining_factor};
   };
 
-  const Source<T>&base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
-  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, scratch.next_tile, far_threshold);
+  const auto &base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
+  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, wants_difference, scratch.next_tile, far_threshold);
   Mask<T> rows_to_centre = needs_centring<T>(s);
   ValueAndDerivative<T> result;
   if (__builtin_expect(!any(rows_to_centre), 1)) {
@@ -116,10 +132,10 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T>& student, co
     T *centred_base = scratch.centred_logits(), *centred_other = centred_base + scratch.size;
     centre<T, Reduce>(base, rows_to_centre, centred_base);
     centre<T, Reduce>(other, rows_to_centre, centred_other);
-    const Source<T> base_source(centred_base, ElementType::native, base.count()),
-        other_source(centred_other, ElementType::native, other.count());
+    const Source<T> base_source(centred_base, base.count()), other_source(centred_other, other.count());
     result = finish(
-        divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference, {}, far_threshold),
+        divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference, wants_difference, {},
+                                    far_threshold),
         base_source, other_source);
   }
   // With scale_by_t2 the results are T^2 V and its derivative 2 T V - T S, otherwise V and -S / T.
@@ -161,6 +177,34 @@ float write_scaled(T* gradient, int64_t classes, const Sink<T>& out) {
   return scale;
 }
 
+// Calls run(student, teacher) with the logits of a row as they are stored or, if the divergence is
+// not plain or the networks have different dtypes, converted to T.
+template <typename T, typename Run>
+ValueAndDerivative<T> run_stored(const Call<T>& call, const void* student, const void* teacher, Run&& run, Scratch<T>& scratch) {
+  const ElementType types[] = {call.element_types[kStudent], call.element_types[kTeacher]};
+  if constexpr (std::is_same_v<T, float>) {
+    auto run_as = [&](auto* type) {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      return run(Source<T, Stored>(student, call.classes), Source<T, Stored>(teacher, call.classes));
+    };
+    if (types[0] == types[1] && is_plain_divergence(call)) {
+      if (types[0] == ElementType::bfloat16) return run_as(static_cast<c10::BFloat16*>(nullptr));
+      if (types[0] == ElementType::half) return run_as(static_cast<c10::Half*>(nullptr));
+    }
+    const void* stored[] = {student, teacher};
+    const T* native[2];
+    for (int k = 0; k < 2; ++k) {
+      T* row = types[k] == ElementType::native ? nullptr : scratch.widened_logits() + k * scratch.size;
+      if (types[k] == ElementType::bfloat16) convert(static_cast<const c10::BFloat16*>(stored[k]), row, call.classes);
+      if (types[k] == ElementType::half) convert(static_cast<const c10::Half*>(stored[k]), row, call.classes);
+      native[k] = row ? row : static_cast<const T*>(stored[k]);
+    }
+    return run(Source<T>(native[0], call.classes), Source<T>(native[1], call.classes));
+  } else {
+    return run(Source<T>(student, call.classes), Source<T>(teacher, call.classes));
+  }
+}
+
 // Processes rows [begin, end) for the layout in which the classes of a row are adjacent.
 template <typename T>
 void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t end) {
@@ -184,14 +228,14 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
     auto sink = [&](Operand k) {
       return Sink<T>(call.is_wanted(k) ? row_address(k) : nullptr, call.element_types[k], call.classes, call.streaming);
     };
-    const Source<T> student(row_address(kStudent), call.element_types[kStudent], call.classes),
-        teacher(row_address(kTeacher), call.element_types[kTeacher], call.classes);
     const Sink<T> final_student_sink = sink(kStudentGrad), teacher_sink = sink(kTeacherGrad);
     const Sink<T> student_sink =
         call.row_scale ? Sink<T>(scratch.gradient_row(), ElementType::native, call.classes, false) : final_student_sink;
-    const auto result = run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)),
-                                                 splat<T>(call.row_weight(row)), call.is_wanted(kStudentGrad) ? &student_sink : nullptr,
-                                                 call.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
+    const auto result = run_stored<T>(call, row_address(kStudent), row_address(kTeacher), [&](const auto& student, const auto& teacher) {
+      return run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
+                                      call.is_wanted(kStudentGrad) ? &student_sink : nullptr,
+                                      call.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
+    }, scratch);
     if (call.row_scale) call.row_scale[row] = write_scaled(scratch.gradient_row(), call.classes, final_student_sink);
     if (call.row_loss) call.row_loss[row] = result.value[0];
     if (call.temperature_grad) call.temperature_grad[row] = result.temperature_derivative[0];
@@ -274,7 +318,7 @@ class LaneTiles {
     // reaches a result. Their results are set to zero below.
     for (int l = 0; l < valid_count && call_.mask; ++l)
       if (!call_.is_included(row + l)) clear_lane(tiles[kStudent], l), clear_lane(tiles[kTeacher], l);
-    const Source<T> student(tiles[kStudent], ElementType::native, tile_size_), teacher(tiles[kTeacher], ElementType::native, tile_size_);
+    const Source<T> student(tiles[kStudent], tile_size_), teacher(tiles[kTeacher], tile_size_);
     const Sink<T> student_sink(tiles[kStudentGrad], ElementType::native, tile_size_, false),
         teacher_sink(tiles[kTeacherGrad], ElementType::native, tile_size_, false);
     const auto result =

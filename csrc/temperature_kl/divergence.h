@@ -76,8 +76,8 @@ constexpr double kQuarter = 0.25;
 
 // Writes a quarter of the logits to `out`. In the rows marked by `rows_to_centre`, the maximum of
 // the logits is subtracted first.
-template <typename T, typename Reduce>
-void centre(const Source<T>& logits, Mask<T> rows_to_centre, T* out) {
+template <typename T, typename Reduce, typename Logits>
+void centre(const Logits& logits, Mask<T> rows_to_centre, T* out) {
   const T quarter = T(kQuarter);
   const Vec<T> row_max = select<T>(rows_to_centre, logits.template max<Reduce>(), Vec<T>{}) * quarter;
   for (int64_t j = 0, n = logits.vectors(); j < n; ++j) simd::store<T>(out + j * simd::kLanes<T>, logits[j] * quarter - row_max);
@@ -87,8 +87,8 @@ void centre(const Source<T>& logits, Mask<T> rows_to_centre, T* out) {
 // infinite), from the log-sum-exps of both networks. In such rows the divergence is large and
 // nothing cancels. The logits must be centred. Rewrites difference[] so that the formula of the
 // gradient above holds with w = 0.
-template <typename T, typename Reduce>
-void compute_far_apart(const Source<T>& base, const Source<T>& other, const T* weights, T* difference, Divergence<T>& s) {
+template <typename T, typename Reduce, typename Logits>
+void compute_far_apart(const Logits& base, const Logits& other, const T* weights, T* difference, Divergence<T>& s) {
   constexpr int lanes = simd::kLanes<T>;
   const int64_t n = base.vectors();
   const Vec<T> inv_z = T(1) / s.z;
@@ -123,13 +123,52 @@ void compute_far_apart(const Source<T>& base, const Source<T>& other, const T* w
   }
 }
 
-// Fills weights[] with z p_b and, if it is not null, difference[] with z p_b (e^y - 1). `next_tile`
-// is the memory that is read after this tile; it is prefetched during the second exponential, when
+// The terms of a class with weight p and y = log(p_o / p) up to the centre.
+template <typename T>
+struct Terms {
+  Vec<T> weighted_y, expm1, convex;  // p y, p (e^y - 1), p (e^y - 1 - y)
+};
+
+// Coefficients of (e^y - 1 - y) / y^2 for |y| <= 1, highest power first. They minimise the largest
+// relative error, which is 1e-8 in float32.
+constexpr float kConvexPoly[] = {2.7722836e-06f, 2.535483e-05f, 1.9844023e-04f, 1.3885451e-03f,
+                                 8.3333105e-03f, 4.1666735e-02f, 1.6666667e-01f, 0.5f};
+
+// The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
+// reduction.
+KDKERNELS_INLINE Terms<float> terms_of_close(Vec<float> weight, Vec<float> y, Vec<float> square) {
+  Vec<float> poly = splat<float>(kConvexPoly[0]);
+  for (size_t k = 1; k < std::size(kConvexPoly); ++k) poly = poly * y + kConvexPoly[k];
+  const Vec<float> weighted_y = weight * y, convex = weight * (poly * square);
+  return {weighted_y, weighted_y + convex, convex};
+}
+
+// The terms for any y. Where y exceeds 16, p e^y is computed as the single exponential
+// `other_weight()`, which cannot overflow. With `centred`, y may also be -inf or NaN.
+template <typename T, bool centred, typename OtherWeight>
+KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& other_weight) {
+  const auto parts = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
+  Terms<T> t;
+  t.weighted_y = weight * y;
+  t.expm1 = weight * (parts.scale * (parts.r + parts.h) + (parts.scale - T(1)));
+  t.convex = weight * (parts.scale * parts.h + (parts.scale * parts.r + ((parts.scale - T(1)) - y)));
+  const Mask<T> may_overflow = ~(y < T(16));
+  if (centred || __builtin_expect(any(may_overflow), 0)) {
+    t.weighted_y = select<T>(weight == T(0), Vec<T>{}, t.weighted_y);
+    t.expm1 = select<T>(may_overflow, other_weight() - weight, t.expm1);
+    t.convex = select<T>(may_overflow, t.expm1 - t.weighted_y, t.convex);
+    if (centred) t.convex = select<T>(~may_overflow & (weight == T(0)), Vec<T>{}, t.convex);
+  }
+  return t;
+}
+
+// Fills weights[] with z p_b and difference[] with z p_b (e^y - 1), or with other numbers unless
+// `wants_difference`. `next_tile` is the memory that is read after this tile; it is prefetched during the second exponential, when
 // the memory is otherwise idle. With `centred`, the logits of rows that are far apart are centred,
 // and classes without probability may have any logits. Without it, `far_apart` only marks the rows
 // that need centring. Rows whose divergence exceeds `far_threshold` also count as far apart.
-template <typename T, typename Reduce, bool centred>
-Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> temperature, T* weights, T* difference,
+template <typename T, typename Reduce, bool centred, typename Logits>
+Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool wants_difference,
                          PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity()) {
   constexpr int lanes = simd::kLanes<T>;
   const int64_t n = base.vectors();
@@ -138,49 +177,45 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> t
   s.temperature = temperature;
   s.inv_t = s.logit_factor = inv_t;
   s.remaining_factor = splat<T>(T(1));
-  s.base_max = base.template max<Reduce>();
+  const Vec<T> base_max = s.base_max = base.template max<Reduce>();
 
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec<T> z{}, mean{};
-    for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
-      const Vec<T> b = base[j];
+    Vec<T> z{}, mean_sum{};
+    base.for_each(other, begin, std::min(n, begin + kBlock), [&](int64_t j, Vec<T> b, Vec<T> o) {
       Mask<T> vanished;
-      const Vec<T> weight = simd::exp_falling<T>((b - s.base_max) * inv_t, vanished);
+      const Vec<T> weight = simd::exp_falling<T>((b - base_max) * inv_t, vanished);
       z += weight;
       // The d of a class without probability may be infinite or NaN; use 0 log 0 = 0.
-      mean += select<T>(vanished, Vec<T>{}, weight * (b - other[j]));
+      const Vec<T> gap = o - b;
+      mean_sum -= select<T>(vanished, Vec<T>{}, weight * gap);
       simd::store<T>(weights + j * lanes, weight);
-    }
+      simd::store<T>(difference + j * lanes, gap);
+    });
     s.z += z;
-    s.mean += mean;
+    s.mean += mean_sum;
   }
   s.z = Reduce::template sum<T>(s.z);
   const Vec<T> inv_z = T(1) / s.z;
-  s.mean = Reduce::template sum<T>(s.mean) * inv_z * inv_t;
+  const Vec<T> mean = s.mean = Reduce::template sum<T>(s.mean) * inv_z * inv_t;
 
-  const T max_exponent = 16;  // above it, p_b e^y is computed as a single exponential, which cannot overflow
   Vec<T> convex{}, drift{};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Vec<T> convex_sum{}, drift_sum{};
     for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
       next_tile.fetch(j);
-      const Vec<T> o = other[j], y = (o - base[j]) * inv_t + s.mean;
+      const Vec<T> y = simd::load<T>(difference + j * lanes) * inv_t + mean, square = y * y;
       const Vec<T> weight = simd::load<T>(weights + j * lanes);
-      const auto parts = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
-      Vec<T> weighted_y = weight * y;
-      Vec<T> expm1_term = weight * (parts.scale * (parts.r + parts.h) + (parts.scale - T(1)));                       // p (e^y - 1)
-      Vec<T> convex_term = weight * (parts.scale * parts.h + (parts.scale * parts.r + ((parts.scale - T(1)) - y)));  // p (e^y - 1 - y)
-      const Mask<T> may_overflow = ~(y < max_exponent);
-      if (centred || __builtin_expect(any(may_overflow), 0)) {
-        const Vec<T> other_weight = simd::exp<T>((o - s.base_max) * inv_t + s.mean);
-        weighted_y = select<T>(weight == T(0), Vec<T>{}, weighted_y);
-        expm1_term = select<T>(may_overflow, other_weight - weight, expm1_term);
-        convex_term = select<T>(may_overflow, expm1_term - weighted_y, convex_term);
-        if (centred) convex_term = select<T>(~may_overflow & (weight == T(0)), Vec<T>{}, convex_term);  // y may be -inf
-      }
-      convex_sum += convex_term;
-      drift_sum -= weighted_y;
-      if (difference) simd::store<T>(difference + j * lanes, expm1_term);
+      auto any_terms = [&] { return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + mean); }); };
+      Terms<T> t;
+      if constexpr (centred || sizeof(T) == sizeof(double))
+        t = any_terms();
+      else if (__builtin_expect(any(~(square <= T(1))), 0))
+        t = any_terms();
+      else
+        t = terms_of_close(weight, y, square);
+      convex_sum += t.convex;
+      drift_sum -= t.weighted_y;
+      if (wants_difference) simd::store<T>(difference + j * lanes, t.expm1);
     }
     convex += convex_sum;
     drift += drift_sum;
@@ -194,28 +229,28 @@ Divergence<T> divergence(const Source<T>& base, const Source<T>& other, Vec<T> t
   // All terms of `convex` are >= 0. It is negative only if terms were cut off at the end of the
   // range of T.
   s.far_apart = ~((convex < T(1e30)) & (convex > T(-1)) & (s.kl <= far_threshold));
-  if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, difference, s);
+  if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, wants_difference ? difference : nullptr, s);
   return s;
 }
 
 // scale * dKL / d(o / T)
 template <typename T>
-void write_other_gradient(const Divergence<T>& s, int64_t n, const T* weights, const T* difference, Vec<T> scale, const Sink<T>& out) {
+void write_other_gradient(const Divergence<T>& s, const T* weights, const T* difference, Vec<T> scale, const Sink<T>& out) {
   constexpr int lanes = simd::kLanes<T>;
-  const Vec<T> k = scale / (s.z * (T(1) + s.w));
-  for (int64_t j = 0; j < n; ++j) out.write(j, (simd::load<T>(difference + j * lanes) - s.w * simd::load<T>(weights + j * lanes)) * k);
+  const Vec<T> w = s.w, k = scale / (s.z * (T(1) + w));
+  out.write_all([=](int64_t j) { return (simd::load<T>(difference + j * lanes) - w * simd::load<T>(weights + j * lanes)) * k; });
 }
 
 // scale * dKL / d(b / T)
-template <typename T>
-void write_base_gradient(const Divergence<T>& s, const Source<T>& base, const Source<T>& other, const T* weights, Vec<T> scale,
+template <typename T, typename Logits>
+void write_base_gradient(const Divergence<T>& s, const Logits& base, const Logits& other, const T* weights, Vec<T> scale,
                          const Sink<T>& out) {
-  const Vec<T> inv_z = T(1) / s.z, k = scale * s.remaining_factor;
-  for (int64_t j = 0, n = base.vectors(); j < n; ++j) {
+  const Vec<T> inv_z = T(1) / s.z, k = scale * s.remaining_factor, factor = s.logit_factor, mean = s.mean, drift = s.drift;
+  out.write_all([&, inv_z, k, factor, mean, drift](int64_t j) {
     const Vec<T> weight = simd::load<T>(weights + j * simd::kLanes<T>);
-    const Vec<T> x = (base[j] - other[j]) * s.logit_factor - s.mean;
-    out.write(j, select<T>(weight == T(0), Vec<T>{}, (weight * inv_z) * (x - s.drift)) * k);
-  }
+    const Vec<T> x = (base[j] - other[j]) * factor - mean;
+    return select<T>(weight == T(0), Vec<T>{}, (weight * inv_z) * (x - drift)) * k;
+  });
 }
 
 }  // namespace kdkernels::temperature_kl

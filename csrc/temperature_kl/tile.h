@@ -59,31 +59,22 @@ ElementType element_type_of(at::ScalarType dtype) {
   return ElementType::other;
 }
 
-// The logits of a tile as a sequence of vectors, converted to T when they are read. If the last
-// vector is partial, its missing classes are read as the lowest finite number. They have
-// probability zero and, being equal in both networks, add nothing to any sum.
-template <typename T>
+// The logits of a tile as a sequence of vectors. Numbers are converted from Stored to T when they
+// are read. If the last vector is partial, its missing classes are read as the lowest finite
+// number. They have probability zero and, being equal in both networks, add nothing to any sum.
+template <typename T, typename Stored = T>
 class Source {
  public:
   static constexpr int lanes = simd::kLanes<T>;
 
-  Source(const void* data, ElementType type, int64_t count) : data_(data), type_(type), full_(count / lanes), remainder_(count % lanes) {
+  Source(const void* data, int64_t count) : data_(static_cast<const Stored*>(data)), full_(count / lanes), remainder_(count % lanes) {
     for (int i = 0; i < lanes; ++i) tail_[i] = std::numeric_limits<T>::lowest();
-    if (type == ElementType::native) std::memcpy(tail_, static_cast<const T*>(data) + full_ * lanes, remainder_ * sizeof(T));
-    if constexpr (std::is_same_v<T, float>) {
-      if (type == ElementType::bfloat16) convert(static_cast<const c10::BFloat16*>(data) + full_ * lanes, tail_, remainder_);
-      if (type == ElementType::half) convert(static_cast<const c10::Half*>(data) + full_ * lanes, tail_, remainder_);
-    }
+    convert(data_ + full_ * lanes, tail_, remainder_);
   }
   int64_t vectors() const { return full_ + (remainder_ > 0); }
   int64_t count() const { return full_ * lanes + remainder_; }
-  KDKERNELS_INLINE Vec<T> operator[](int64_t j) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (type_ == ElementType::bfloat16 && j < full_) return widen(static_cast<const c10::BFloat16*>(data_) + j * lanes);
-      if (type_ == ElementType::half && j < full_) return widen(static_cast<const c10::Half*>(data_) + j * lanes);
-    }
-    return simd::load<T>(j < full_ ? static_cast<const T*>(data_) + j * lanes : tail_);
-  }
+  KDKERNELS_INLINE Vec<T> operator[](int64_t j) const { return j < full_ ? load(data_ + j * lanes) : simd::load<T>(tail_); }
+
   // A mask of the lanes of vector j that hold classes of the row.
   Mask<T> valid_lanes(int64_t j) const {
     Mask<T> mask;
@@ -92,20 +83,36 @@ class Source {
   }
   template <typename Reduce>
   Vec<T> max() const {
+    const Stored* data = data_;
     Vec<T> maxima[4];  // four independent chains, because each maximum depends on the previous one
     for (Vec<T>& maximum : maxima) maximum = splat<T>(-std::numeric_limits<T>::infinity());
     int64_t j = 0;
-    for (; j + 4 <= full_; j += 4)
-      for (int i = 0; i < 4; ++i) maxima[i] = simd::max((*this)[j + i], maxima[i]);
+    for (const int64_t end = full_; j + 4 <= end; j += 4)
+      for (int i = 0; i < 4; ++i) maxima[i] = simd::max(load(data + (j + i) * lanes), maxima[i]);
     for (; j < full_; ++j) maxima[0] = simd::max((*this)[j], maxima[0]);
     Vec<T> maximum = simd::max(simd::max(maxima[0], maxima[1]), simd::max(maxima[2], maxima[3]));
     for (int i = 0; i < remainder_; ++i) maximum[i] = std::max(tail_[i], maximum[i]);
     return Reduce::template max<T>(maximum);
   }
 
+  // Calls body(j, this[j], other[j]) for the vectors [begin, end) of two tiles of the same size. In
+  // the loop, no condition depends on j.
+  template <typename Body>
+  KDKERNELS_INLINE void for_each(const Source& other, int64_t begin, int64_t end, Body&& body) const {
+    const Stored *x = data_, *y = other.data_;
+    for (int64_t j = begin, last = std::min(end, full_); j < last; ++j) body(j, load(x + j * lanes), load(y + j * lanes));
+    if (end > full_) body(full_, simd::load<T>(tail_), simd::load<T>(other.tail_));
+  }
+
  private:
-  const void* data_;
-  ElementType type_;
+  static KDKERNELS_INLINE Vec<T> load(const Stored* p) {
+    if constexpr (std::is_same_v<T, Stored>)
+      return simd::load<T>(p);
+    else
+      return widen(p);
+  }
+
+  const Stored* data_;
   int64_t full_;
   int remainder_;
   T tail_[lanes];
@@ -133,6 +140,25 @@ class Sink {
         full_(count / lanes),
         remainder_(count % lanes),
         streaming_(streaming && reinterpret_cast<uintptr_t>(data) % simd::kBytes == 0) {}
+  // Writes value(j) for all vectors j of the tile. In the loop, no condition depends on j.
+  template <typename Value>
+  KDKERNELS_INLINE void write_all(Value&& value) const {
+    const int64_t full = full_;
+    if constexpr (std::is_same_v<T, float>) {
+      if (type_ == ElementType::bfloat16)
+        for (int64_t j = 0; j < full; ++j) narrow(value(j), static_cast<c10::BFloat16*>(data_) + j * lanes);
+      if (type_ == ElementType::half)
+        for (int64_t j = 0; j < full; ++j) narrow(value(j), static_cast<c10::Half*>(data_) + j * lanes);
+    }
+    if (type_ == ElementType::native) {
+      T* to = static_cast<T*>(data_);
+      if (streaming_)
+        for (int64_t j = 0; j < full; ++j) simd::stream<T>(to + j * lanes, value(j));
+      else
+        for (int64_t j = 0; j < full; ++j) simd::store<T>(to + j * lanes, value(j));
+    }
+    if (remainder_ > 0) write(full, value(full));
+  }
   KDKERNELS_INLINE void write(int64_t j, Vec<T> v) const {
     if constexpr (std::is_same_v<T, float>) {
       if (type_ == ElementType::bfloat16) return write_half(static_cast<c10::BFloat16*>(data_), j, v);
