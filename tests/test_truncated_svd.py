@@ -60,6 +60,24 @@ def test_large_matrices(m, n, k, svd):
         check_signs(v)
 
 
+@pytest.mark.parametrize(("m", "n", "count"), [(6, 8, 1), (8, 8, 9), (16, 30, 3), (36, 33, 9), (70, 80, 1)])
+def test_all_triplets(m, n, count):
+    """Batches of a few matrices and most of their triplets: other layouts and methods than for many
+    matrices and few triplets.
+    """
+    p = min(m, n)
+    for name, matrices in named_matrices(m, n).items():
+        for dtype in DTYPES:
+            x = matrices.repeat(3, 1, 1)[:count].to(dtype)
+            for k in (p, p // 2 + 1):
+                u, s, v = truncated_svd(x, k, return_u=True)
+                try:
+                    check_triplets(x[:3], k, u[:3], s[:3], v[:3])
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, k = {k}, {dtype}: {error}") from error
+                assert torch.equal(truncated_svd(x[-1], k, return_u=True)[2], v[-1])
+
+
 def test_known_values(svd):
     device = svd.device
     x = torch.tensor([[3.0, 0], [0, 2], [0, 0]], device=device)
@@ -156,7 +174,7 @@ def test_invalid_matrix_does_not_affect_other_matrices(shape, dtype, svd):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "ks"), [(20, 12, (1, 12)), (12, 40, (2, 12)), (150, 120, (2,))])
+@pytest.mark.parametrize(("m", "n", "ks"), [(9, 7, (2, 7)), (20, 12, (1, 12)), (12, 40, (2, 3, 12)), (70, 36, (5, 36)), (150, 120, (2, 24))])
 def test_bits_do_not_depend_on_batch_and_threads(m, n, ks, dtype):
     """The batch mixes spectra: flat ones, matrices that are recomputed, scaled or computed in
     another dtype, and one with a NaN.

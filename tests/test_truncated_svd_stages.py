@@ -86,6 +86,23 @@ def test_inverse_iteration(p):
         assert ((values - exact).abs() <= (1e-14 if noise == 0 else 1e-9) * p).all()
 
 
+def test_close_eigenvalues():
+    """Clusters of equal and of nearly equal eigenvalues: the vectors are orthonormal and accurate
+    although each of them alone is not determined.
+    """
+    p = 24
+    for spread in (0.0, 1e-14, 1e-9, 1e-6):
+        cluster = torch.cat([1 + spread * torch.arange(10, 0, -1).double(), torch.full((8,), 0.3), torch.zeros(6)]).double()
+        q = torch.linalg.qr(torch.randn(5, p, p, dtype=torch.float64))[0]
+        d, e, _ = OPS._svd_tridiagonal((q * cluster / p) @ q.mT)
+        t = _tridiagonal(d, e)
+        exact = torch.linalg.eigvalsh(t).flip(-1)
+        values, x = OPS._svd_inverse_iteration(d, e, exact)
+        assert ((x @ x.mT - torch.eye(p, dtype=torch.float64)).abs() <= 1e-14 * p).all(), spread
+        # The stage treats eigenvalues within 1e-4 of the largest as one cluster.
+        assert ((x @ t - values[..., None] * x).norm(dim=-1) <= max(1e-15 * p, 2 * spread)).all(), spread
+
+
 @pytest.mark.parametrize(("m", "n"), [(9, 5), (24, 24), (40, 130), (130, 60)])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_krylov_algorithm_agrees_with_lapack(m, n, k):

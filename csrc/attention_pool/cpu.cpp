@@ -382,7 +382,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_transfer_lo
                                                                                        double eps, bool save_grad) {
   check_pair(student, teacher);
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_and_saved_gradient<double> : loss_and_saved_gradient<float>;
-  return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), save_grad);
+  const Options options = parse_options(p, reduce, eps);
+  const Variant parsed_variant = parse_variant(variant);
+  // The loss does not depend on the order of the positions, if it is the same for both networks.
+  const std::vector<int64_t> order = order_without_copy(student);
+  if (order.empty()) return kernel(student, teacher, options, parsed_variant, save_grad);
+  auto [loss, grad, scale, teacher_map] = kernel(student.permute(order), teacher.permute(order), options, parsed_variant, save_grad);
+  if (save_grad) {
+    const std::vector<int64_t> inverse = inverse_order(order);
+    std::vector<int64_t> inverse_of_map{0};
+    for (size_t d = 2; d < inverse.size(); ++d) inverse_of_map.push_back(inverse[d] - 1);
+    grad = grad.permute(inverse);
+    teacher_map = teacher_map.permute(inverse_of_map).contiguous();
+  }
+  return {loss, grad, scale, teacher_map};
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at::Tensor& grad_loss, const at::Tensor& student,
@@ -392,7 +405,14 @@ std::tuple<at::Tensor, at::Tensor> attention_transfer_loss_backward_cpu(const at
   check_floating(grad_loss, "grad_loss");
   check_shape(grad_loss, "grad_loss", {});
   const auto kernel = compute_dtype(student, teacher) == at::kDouble ? loss_gradients<double> : loss_gradients<float>;
-  return kernel(student, teacher, parse_options(p, reduce, eps), parse_variant(variant), grad_loss.item().toDouble(), wanted);
+  const Options options = parse_options(p, reduce, eps);
+  const Variant parsed_variant = parse_variant(variant);
+  const double upstream = grad_loss.item().toDouble();
+  const std::vector<int64_t> order = order_without_copy(student);
+  if (order.empty()) return kernel(student, teacher, options, parsed_variant, upstream, wanted);
+  auto [grad_student, grad_teacher] = kernel(student.permute(order), teacher.permute(order), options, parsed_variant, upstream, wanted);
+  const std::vector<int64_t> inverse = inverse_order(order);
+  return {wanted[0] ? grad_student.permute(inverse) : grad_student, wanted[1] ? grad_teacher.permute(inverse) : grad_teacher};
 }
 
 // Multiplies a saved gradient by scale * grad_loss. The upstream gradient of a mean is one number

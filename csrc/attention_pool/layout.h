@@ -8,7 +8,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
+#include <vector>
 
 namespace kdkernels::attention_pool {
 
@@ -59,6 +61,23 @@ inline Features view(const at::Tensor& x) {
   const auto channels_view = view_as(x, true), positions_view = view_as(x, false);
   if (channels_view && (!positions_view || channels_view->channels > channels_view->positions)) return *channels_view;
   return positions_view ? *positions_view : *view_as(x.contiguous(), false);
+}
+
+// An order of the dimensions of x in which view() reads it without a copy: the spatial dimensions in
+// the order of their strides. Empty if the order of x itself has this property, or none has.
+inline std::vector<int64_t> order_without_copy(const at::Tensor& x) {
+  if (x.dim() <= 3 || x.numel() == 0 || view_as(x, true) || view_as(x, false)) return {};
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin() + 2, order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  const at::Tensor permuted = x.permute(order);
+  return view_as(permuted, true) || view_as(permuted, false) ? order : std::vector<int64_t>{};
+}
+
+inline std::vector<int64_t> inverse_order(const std::vector<int64_t>& order) {
+  std::vector<int64_t> result(order.size());
+  for (size_t d = 0; d < order.size(); ++d) result[order[d]] = static_cast<int64_t>(d);
+  return result;
 }
 
 }  // namespace kdkernels::attention_pool

@@ -128,9 +128,33 @@ void sum_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, 
   if (whole < positions) sum_columns<1>(x + positions - lanes, channels, stride, 0, power, out + positions - lanes);
 }
 
+// Loads `count` numbers that are `stride` apart.
+template <typename T, typename Storage>
+KDKERNELS_INLINE Vec<T> gather(const Storage* p, int64_t stride, int64_t count) {
+  T numbers[simd::kLanes<T>] = {};
+  if (count == simd::kLanes<T>)
+    for (int64_t i = 0; i < simd::kLanes<T>; ++i) numbers[i] = static_cast<T>(p[i * stride]);
+  else
+    for (int64_t i = 0; i < count; ++i) numbers[i] = static_cast<T>(p[i * stride]);
+  return simd::load<T>(numbers);
+}
+
+// The same sum for fewer channels than a vector has lanes: a vector holds neighbouring positions.
+template <typename T, typename Storage, typename Power>
+void sum_few_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, const Power& power, T* out) {
+  constexpr int64_t lanes = simd::kLanes<T>;
+  for (int64_t s = 0; s < positions; s += lanes, x += lanes * stride) {
+    const int64_t count = std::min(lanes, positions - s);
+    Vec<T> total{};
+    for (int64_t c = 0; c < channels; ++c) total += power.value(gather<T>(x + c, stride, count));
+    std::memcpy(out + s, &total, count * sizeof(T));
+  }
+}
+
 template <typename T, typename Storage, typename Power>
 void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, const Power& power, T* out) {
   constexpr int64_t lanes = simd::kLanes<T>, unroll = 4;
+  if (channels < lanes) return sum_few_channels_adjacent<T>(x, channels, stride, positions, power, out);
   for (int64_t s = 0; s < positions; ++s, x += stride) {
     Vec<T> total[unroll] = {};
     int64_t c = 0;
@@ -214,13 +238,14 @@ void pool(const Features& f, const Storage* x, bool use_max, bool use_mean, cons
   } else {
     sum_positions_adjacent<T>(x, f.channels, f.stride, f.positions, f.map_positions, power, out);
   }
-  if (!use_max && !use_mean) return;
+  if (!use_max && (!use_mean || f.channels == 1)) return;
   const T count = static_cast<T>(f.channels);
-  for (int64_t s = 0; s < f.positions; s += lanes) {
-    const int64_t valid_count = std::min(lanes, f.positions - s);
-    const Vec<T> v = load_some<T>(out + s, valid_count), result = use_max ? power.value(v) : v / count;
-    std::memcpy(out + s, &result, valid_count * sizeof(T));
-  }
+  auto finished = [&](Vec<T> v) { return use_max ? power.value(v) : v / count; };
+  int64_t s = 0;
+  for (; s + lanes <= f.positions; s += lanes) simd::store<T>(out + s, finished(simd::load<T>(out + s)));
+  if (s == f.positions) return;
+  const Vec<T> result = finished(load_some<T>(out + s, f.positions - s));
+  std::memcpy(out + s, &result, (f.positions - s) * sizeof(T));
 }
 
 }  // namespace kdkernels::attention_pool

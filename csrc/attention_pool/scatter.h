@@ -35,7 +35,18 @@ KDKERNELS_INLINE void scale_row(const Storage* x, int64_t count, const Power& po
 
 template <typename T, bool streaming, typename Storage, typename Power>
 void scatter_sum(const Features& f, const Storage* x, const Features& g, const Power& power, const T* weight, Storage* out) {
-  if (f.channels_adjacent) {
+  constexpr int64_t lanes = simd::kLanes<T>;
+  if (f.channels_adjacent && f.channels < lanes) {  // a vector holds neighbouring positions
+    for (int64_t s = 0; s < f.positions; s += lanes) {
+      const int64_t count = std::min(lanes, f.positions - s);
+      const Vec<T> w = count == lanes ? simd::load<T>(weight + s) : load_some<T>(weight + s, count);
+      for (int64_t c = 0; c < f.channels; ++c) {
+        T numbers[lanes];
+        simd::store<T>(numbers, power.scaled_derivative(gather<T>(x + s * f.stride + c, f.stride, count)) * w);
+        for (int64_t i = 0; i < count; ++i) out[(s + i) * g.stride + c] = static_cast<Storage>(numbers[i]);
+      }
+    }
+  } else if (f.channels_adjacent) {
     for (int64_t s = 0; s < f.positions; ++s) {
       const Vec<T> w = simd::splat<T>(weight[s]);
       scale_row<T, streaming>(x + s * f.stride, f.channels, power, [&](int64_t, int64_t) { return w; }, out + s * g.stride);

@@ -64,6 +64,9 @@ class Rows {
   // The length of the innermost merged run of rows.
   int64_t run() const { return axes_.empty() ? 1 : axes_.back().size; }
 
+  // The distance between neighbouring rows of a run, in elements of operand k.
+  int64_t step(int k) const { return axes_.empty() ? 1 : axes_.back().strides[k]; }
+
   // The offset of a row in each operand, in elements.
   std::array<int64_t, kOperands> offsets(int64_t row) const {
     std::array<int64_t, kOperands> result{};
