@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from . import grid_results
 from .pictures import sweeps_of
 from .tables import about, load, markdown, rows_of, tables
 
@@ -84,6 +85,14 @@ computed" is the time of the same step with the teacher computed, divided by "ms
 parts, each step is timed with the fused ops and with the references in their place, and "ratio with
 references" is the time with the references divided by the time with the fused ops.
 """
+WORST_CELLS = """`kdkernels bench --worst` measures a grid of small, odd and large inputs of each op, here called
+cells, and sorts them by a ratio: the time of the fastest peer divided by the time of the fused op.
+Only peers that are as accurate count: all their errors against float64 are within the bounds of the
+op's tests, or all are at most three times those of the fused op. The time of a peer that does not
+count is in parentheses. If no peer counts, the ratio is that of the first peer, also in
+parentheses. A row is a cell in one direction. It is lost if its ratio is below 1 / 1.1. Each table
+shows the ten rows with the smallest ratios. [benchmarks.md](benchmarks.md#worst-cells) explains the
+names of the cells."""
 
 
 def section(file: Path) -> str:
@@ -102,8 +111,20 @@ def section(file: Path) -> str:
 
 
 def page() -> str:
-    files = sorted((ROOT / "benches" / "results").glob("*/bench.json"))
-    return "\n".join([HEAD, *(section(f) for f in files), *(kernels(f) for f in sorted((ROOT / "benches" / "results").glob("*/kernels.json")))])
+    results = ROOT / "benches" / "results"
+    makers = {"bench.json": section, "grid.json": worst_cells, "kernels.json": kernels}
+    return "\n".join([HEAD, *(make(file) for name, make in makers.items() for file in sorted(results.glob(f"*/{name}")))])
+
+
+def worst_cells(path: Path) -> str:
+    """Return the section of a file grid.json: for each op the inputs on which it is slowest."""
+    result = grid_results.load(path)
+    lines = [f"## {path.parent.name}: worst cells", "", textwrap.fill(WORST_CELLS, 100), "", f"{grid_results.about(result)}."]
+    for op in grid_results.ops_of(result["rows"]):
+        rows = [row for row in result["rows"] if row["op"] == op]
+        lines += ["", f"### Worst cells of {grid_results.FUNCTIONS.get(op, op)}", "", textwrap.fill(" ".join(grid_results.summary(rows)), 100), ""]
+        lines += markdown(grid_results.worst_table(rows))
+    return "\n".join(lines) + "\n"
 
 
 def kernels(path: Path) -> str:

@@ -122,10 +122,11 @@ def _ratio(row: dict, name: str) -> Entry:
     if name not in row["ratios"]:
         return EMPTY
     median, low, high = row["ratios"][name]
-    return Entry(f"{_short(median)}x ({_short(low)} to {_short(high)})", median)
+    return Entry(f"{short(median)}x ({short(low)} to {short(high)})", median)
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
+    """Format a ratio, with two decimals if it is small."""
     return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
 
@@ -169,21 +170,19 @@ def _replayed(row: dict, name: str) -> Entry:
     fused = row["replayed"].get("fused")
     if name == "fused" or not isinstance(fused, float):
         return Entry(f"{1e3 * value:.3g}", value)
-    return Entry(f"{_short(value / fused)}x", value / fused)
+    return Entry(f"{short(value / fused)}x", value / fused)
 
 
 def plain(rows: list[dict]) -> list[str]:
     """Return the lines of all tables for a terminal."""
-    lines = []
-    for table in [*tables(rows), *_sweep_table(rows)]:
-        texts = [table.columns, *([cell.text for cell in line] for line in table.rows)]
-        widths = [max(len(line[i]) for line in texts) for i in range(len(table.columns))]
-        lines += [
-            "",
-            table.title,
-            *("  ".join(t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))) for line in texts),
-        ]
-    return lines
+    return [line for table in [*tables(rows), *_sweep_table(rows)] for line in ["", table.title, *aligned(table)]]
+
+
+def aligned(table: Table) -> list[str]:
+    """Return the lines of a table for a terminal, in columns. The first two columns are words."""
+    texts = [table.columns, *([cell.text for cell in line] for line in table.rows)]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(table.columns))]
+    return ["  ".join(t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))) for line in texts]
 
 
 def _sweep_table(rows: list[dict]) -> list[Table]:

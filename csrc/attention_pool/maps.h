@@ -11,12 +11,14 @@ namespace kdkernels::attention_pool {
 template <typename T>
 double dot(const T* a, const T* b, int64_t count) {
   constexpr int64_t lanes = simd::kLanes<T>;
-  Vec<T> total{};
+  Vec<T> total[4] = {};  // independent chains, because each addition depends on the previous one
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) total += simd::load(a + i) * simd::load(b + i);
+  for (; i + 4 * lanes <= count; i += 4 * lanes)
+    for (int64_t n = 0; n < 4; ++n) total[n] += simd::load(a + i + n * lanes) * simd::load(b + i + n * lanes);
+  for (; i + lanes <= count; i += lanes) total[0] += simd::load(a + i) * simd::load(b + i);
   double remainder = 0;
   for (; i < count; ++i) remainder += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return remainder + static_cast<double>(simd::sum<T>(total));
+  return remainder + static_cast<double>(simd::sum<T>((total[0] + total[1]) + (total[2] + total[3])));
 }
 
 // q = a / max(|a|, eps). If |a| <= eps, a is divided by a constant, and the gradient has no second

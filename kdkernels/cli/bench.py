@@ -15,6 +15,7 @@ from pathlib import Path
 from ..benches import compare
 from ..benches.machine import machine
 from ..benches.tables import key_of, load, rows_of
+from . import bench_worst
 from .arguments import Parser, make_folder
 
 OPS = ("temperature_kl", "attention_pool", "rbf_correlation", "truncated_svd", "svd_kd", "teacher_cache", "step")
@@ -30,12 +31,19 @@ def main(arguments: list[str]) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_const", dest="mode", const="quick", help="run the main rows, for a second each")
     mode.add_argument("--smoke", action="store_const", dest="mode", const="smoke", help="run all rows on tiny inputs; the times mean nothing")
+    mode.add_argument("--worst", action="store_true", help="find the inputs on which each op is slowest relative to its peers, on the CPU")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of a --worst run (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: the GPU, if there is one)")
-    parser.add_argument("--out", type=Path, help="folder for bench.json, pictures and report (default: runs/bench, with _quick or _smoke)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for bench.json, pictures and report (default: runs/bench, with _quick or _smoke), or for grid.json (default: runs/bench_worst)",
+    )
     parser.add_argument("--report", action="store_true", help="also write report.html")
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="run nothing; write the pictures and the report of these results")
     parser.add_argument("--compare", nargs="+", metavar="FILE.json", help="run nothing; compare two files, or one with the committed results")
     options = parser.parse_args(arguments)
+    bench_worst.check_options(parser, options)
     missing = [package for module, package in REQUIRED_PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
@@ -48,6 +56,8 @@ def main(arguments: list[str]) -> int:
         lines, _ = compare.compare_files(options.compare)
         print("\n".join(lines))
         return 0
+    if options.worst:
+        return bench_worst.run(parser, options)
     options.mode = options.mode or "full"
     out = options.out or (
         options.results.parent if options.results else Path("runs") / f"bench{'' if options.mode == 'full' else '_' + options.mode}"
