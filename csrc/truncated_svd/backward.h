@@ -25,7 +25,7 @@ class Backward {
         a_(m_.tall ? t.v : t.u),
         b_(m_.tall ? t.u : t.v),
         s_(t.s),
-        state_(tier == Tier::krylov || t.state.numel() > 0 ? t.state
+        state_(tier == Tier::krylov || t.state.numel() > 0 || k_ == m_.p ? t.state
                                                            : Decomposition<T>(x, k_, false, false, true, true, Tier::direct).state()),
         ga_(m_.tall ? grads.v : grads.u),
         gs_(grads.s),
@@ -38,6 +38,8 @@ class Backward {
                  target = has_layout_of_blocks(gradient) ? gradient : empty_with_layout_of_blocks();
     if (tier_ == Tier::krylov)
       *unsolved = run_krylov(Target(*this, target));
+    else if (k_ == m_.p)
+      run_complete(Target(*this, target));
     else
       run_direct(Target(*this, target));
     if (!target.is_same(gradient)) gradient.copy_(target);
@@ -79,6 +81,24 @@ class Backward {
     for (int64_t b = 0; b < m_.batch; ++b)
       if (!solved[b]) unsolved.push_back(b);
     return unsolved;
+  }
+
+  // All triplets are kept: the projected solve has the result 0, and needs no state.
+  void run_complete(const Target& target) const {
+    parallel_for(0, m_.batch, 1, [&](int64_t begin, int64_t end) {
+      const int64_t stride = direct_.vector_stride();
+      ThreadState thread(m_, k_, stride);
+      MatrixBuffers buffers(1, k_, stride);
+      for (int64_t b = begin; b < end; ++b) {
+        const auto in = inputs(b, thread);
+        const double largest = in.sigma[0], scale = largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, -std::ilogb(largest)) : 1;
+        for (int64_t j = 0; j < k_; ++j) thread.lambda[j] = (in.sigma[j] * scale) * (in.sigma[j] * scale);
+        thread.derivative.compute_right_sides(in, thread.reader, b, scale, nullptr, buffers.saved.data());
+        std::fill(buffers.vectors.get(), buffers.vectors.get() + k_ * stride, T(0));
+        finish(target, thread, b, scale, buffers.saved.data(), buffers.vectors.get());
+      }
+      if (target.stream) simd::fence();
+    });
   }
 
   void run_direct(const Target& target) const {

@@ -55,7 +55,8 @@ class Derivative {
   // <b_i, gb_j> and grad_scale.
   static int64_t saved_size(int64_t k) { return 3 * k * k + 1; }
 
-  // Computes r [k, stride], the right-hand sides of the solve.
+  // Computes r [k, stride], the right-hand sides of the solve, and `saved`. r may be null: if all p
+  // triplets are kept, there is nothing to solve.
   void compute_right_sides(const Inputs& in, Reader<T>& reader, int64_t b, double scale, T* r, double* saved) {
     const int64_t p = m_.p;
     const int64_t square = k_ * k_;
@@ -65,6 +66,7 @@ class Derivative {
     const T grad_scale_t = static_cast<T>(grad_scale);
     differences(in.a, stride_, in.ga, p, grad_scale, saved + 2 * square, saved);
     differences(in.b, m_.q, in.gb, m_.q, grad_scale, saved + 2 * square, saved + square);
+    if (!r) return;
     std::fill(mg_.get(), mg_.get() + k_ * stride_, T(0));
     if (in.gb) {
       for (int64_t first = 0; first < m_.q; first += reader.columns()) {
