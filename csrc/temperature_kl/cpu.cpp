@@ -119,7 +119,8 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
   };
 
   const auto &base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
-  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, wants_difference, scratch.next_tile, far_threshold);
+  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, wants_difference, scratch.next_tile,
+                                              far_threshold);
   Mask<T> rows_to_centre = needs_centring<T>(s);
   ValueAndDerivative<T> result;
   if (__builtin_expect(!any(rows_to_centre), 1)) {
@@ -133,10 +134,9 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
     centre<T, Reduce>(base, rows_to_centre, centred_base);
     centre<T, Reduce>(other, rows_to_centre, centred_other);
     const Source<T> base_source(centred_base, base.count()), other_source(centred_other, other.count());
-    result = finish(
-        divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference, wants_difference, {},
-                                    far_threshold),
-        base_source, other_source);
+    result = finish(divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference,
+                                                wants_difference, {}, far_threshold),
+                    base_source, other_source);
   }
   // With scale_by_t2 the results are T^2 V and its derivative 2 T V - T S, otherwise V and -S / T.
   if (wants_temperature_grad) {
@@ -231,11 +231,14 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
     const Sink<T> final_student_sink = sink(kStudentGrad), teacher_sink = sink(kTeacherGrad);
     const Sink<T> student_sink =
         call.row_scale ? Sink<T>(scratch.gradient_row(), ElementType::native, call.classes, false) : final_student_sink;
-    const auto result = run_stored<T>(call, row_address(kStudent), row_address(kTeacher), [&](const auto& student, const auto& teacher) {
-      return run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
-                                      call.is_wanted(kStudentGrad) ? &student_sink : nullptr,
-                                      call.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
-    }, scratch);
+    const auto result = run_stored<T>(
+        call, row_address(kStudent), row_address(kTeacher),
+        [&](const auto& student, const auto& teacher) {
+          return run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
+                                          call.is_wanted(kStudentGrad) ? &student_sink : nullptr,
+                                          call.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
+        },
+        scratch);
     if (call.row_scale) call.row_scale[row] = write_scaled(scratch.gradient_row(), call.classes, final_student_sink);
     if (call.row_loss) call.row_loss[row] = result.value[0];
     if (call.temperature_grad) call.temperature_grad[row] = result.temperature_derivative[0];

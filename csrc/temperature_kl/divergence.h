@@ -131,7 +131,7 @@ struct Terms {
 
 // Coefficients of (e^y - 1 - y) / y^2 for |y| <= 1, highest power first. They minimise the largest
 // relative error, which is 1e-8 in float32.
-constexpr float kConvexPoly[] = {2.7722836e-06f, 2.535483e-05f, 1.9844023e-04f, 1.3885451e-03f,
+constexpr float kConvexPoly[] = {2.7722836e-06f, 2.535483e-05f,  1.9844023e-04f, 1.3885451e-03f,
                                  8.3333105e-03f, 4.1666735e-02f, 1.6666667e-01f, 0.5f};
 
 // The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
@@ -205,7 +205,9 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
       next_tile.fetch(j);
       const Vec<T> y = simd::load<T>(difference + j * lanes) * inv_t + mean, square = y * y;
       const Vec<T> weight = simd::load<T>(weights + j * lanes);
-      auto any_terms = [&] { return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + mean); }); };
+      auto any_terms = [&] {
+        return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + mean); });
+      };
       Terms<T> t;
       if constexpr (centred || sizeof(T) == sizeof(double))
         t = any_terms();

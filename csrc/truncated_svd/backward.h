@@ -25,8 +25,9 @@ class Backward {
         a_(m_.tall ? t.v : t.u),
         b_(m_.tall ? t.u : t.v),
         s_(t.s),
-        state_(tier == Tier::krylov || t.state.numel() > 0 || k_ == m_.p ? t.state
-                                                           : Decomposition<T>(x, k_, false, false, true, true, Tier::direct).state()),
+        state_(tier == Tier::krylov || t.state.numel() > 0 || k_ == m_.p
+                   ? t.state
+                   : Decomposition<T>(x, k_, false, false, true, true, Tier::direct).state()),
         ga_(m_.tall ? grads.v : grads.u),
         gs_(grads.s),
         gb_(m_.tall ? grads.u : grads.v) {}

@@ -169,7 +169,8 @@ class Decomposition {
     out_.s = at::empty({m_.batch, k}, options);
     out_.u = at::empty({needs_b_ ? m_.batch : 0, k, x.size(-2)}, options);
     state_size_ = GroupState<T>::size(m_.p, k);
-    out_.state = at::empty({save_state && tier == Tier::direct && k < m_.p ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
+    out_.state =
+        at::empty({save_state && tier == Tier::direct && k < m_.p ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
     Tensor &a = m_.tall ? out_.v : out_.u, &b = m_.tall ? out_.u : out_.v;
     a_ = a.mutable_data_ptr<T>();
     b_ = needs_b_ ? b.mutable_data_ptr<T>() : nullptr;

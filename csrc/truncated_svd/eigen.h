@@ -200,6 +200,7 @@ class Eigen {
     if (!any_complete) return;
     std::vector<double> quotients(kGroup * k_);
     constexpr int lanes = kLanes<double>;
+    if (count <= kGroup - lanes) std::fill(z, z + k_ * p, Vec<T>{});  // the parts without a matrix
     for (int part = 0; part * lanes < count; ++part) {
       Doubles *d = work.doubles.get(), *e = d + p, *x = e + p;
       for (int64_t i = 0; i < p; ++i) d[i] = to_doubles(state.d[i], part), e[i] = to_doubles(state.e[i], part);
@@ -344,7 +345,8 @@ class Eigen {
         Vec<T> block[kGroup];
         for (int i = 0; i < kGroup; ++i) block[i] = first + i < p ? z[(first + i) * vectors + n] : Vec<T>{};
         transpose<T>(block);
-        for (int64_t j = n * kGroup; j < std::min<int64_t>((n + 1) * kGroup, k); ++j) simd::store<T>(a + j * stride_ + first, block[j % kGroup]);
+        for (int64_t j = n * kGroup; j < std::min<int64_t>((n + 1) * kGroup, k); ++j)
+          simd::store<T>(a + j * stride_ + first, block[j % kGroup]);
       }
     }
     sort_and_normalize(k, a, lambda);

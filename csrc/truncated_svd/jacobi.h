@@ -63,7 +63,8 @@ class Jacobi {
         for (int64_t r = 0; r < block.rows; r += kGroup)
           for (int64_t i = 0; i < m_.p; i += kGroup) {
             Doubles part[kGroup];
-            for (int64_t n = 0; n < kGroup; ++n) part[n] = r + n < block.rows ? simd::load<double>(block.data + (r + n) * block.stride + i) : Doubles{};
+            for (int64_t n = 0; n < kGroup; ++n)
+              part[n] = r + n < block.rows ? simd::load<double>(block.data + (r + n) * block.stride + i) : Doubles{};
             transpose<double>(part);
             for (int64_t n = 0; n < kGroup && i + n < m_.p; ++n) {
               largest = simd::max(largest, abs<double>(part[n]));

@@ -38,8 +38,8 @@ class Rounds {
       const double trace = gram_of_residual(scaling);
       // The rest consists of rounding errors.
       if (!(trace > first_trace * (16 * eps * eps) * static_cast<double>(p))) break;
-      const int64_t count = direct_.eigen.leading_eigenpairs(gram_.get(), k_ - found, kLeastRatio<double> * kLeastRatio<double>, vectors_.get(),
-                                                             lambda_.data(), work_);
+      const int64_t count = direct_.eigen.leading_eigenpairs(gram_.get(), k_ - found, kLeastRatio<double> * kLeastRatio<double>,
+                                                             vectors_.get(), lambda_.data(), work_);
       if (first_trace == 0) first_trace = lambda_[0] / (scaling.scale * scaling.scale);
       for (int64_t j = 0; j < count; ++j) {
         std::copy_n(vectors_.get() + j * stride, p, a + (found + j) * p);

@@ -150,7 +150,8 @@ struct TridiagonalLU {
     Doubles diagonal[N], upper[N];
     for (int n = 0; n < N; ++n) diagonal[n] = entry<double>(d, 0) - shift[n], upper[n] = p > 1 ? entry<double>(e, 0) : Doubles{};
     for (int64_t i = 0; i + 1 < p; ++i) {
-      const Doubles lower = entry<double>(e, i), next = entry<double>(d, i + 1), next_upper = i + 2 < p ? entry<double>(e, i + 1) : Doubles{};
+      const Doubles lower = entry<double>(e, i), next = entry<double>(d, i + 1),
+                    next_upper = i + 2 < p ? entry<double>(e, i + 1) : Doubles{};
       Row& row = rows[i];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {

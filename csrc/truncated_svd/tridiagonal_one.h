@@ -136,8 +136,7 @@ void tridiagonalize_one(int64_t p, int64_t stride, T* a, T* d, T* e, T* tau, T* 
     const T vy = dot_of_rows<T>(x, y, i);
     const T correction = tau[i] * (tau[i] * (T(0.5) * vy));
     const Vec<T> tau_i = simd::splat<T>(tau[i]), factor = simd::splat<T>(correction);
-    for (int64_t c = 0; c < end; c += kLanes<T>)
-      simd::store<T>(w + c, tau_i * simd::load<T>(y + c) - factor * simd::load<T>(x + c));
+    for (int64_t c = 0; c < end; c += kLanes<T>) simd::store<T>(w + c, tau_i * simd::load<T>(y + c) - factor * simd::load<T>(x + c));
     std::fill(w + i, w + end, T(0));
     std::swap(v, x);
   }
