@@ -96,6 +96,27 @@ Tensor used_triplets(const UpstreamGradients& grads, int64_t batch, int64_t k) {
   return used.contiguous();
 }
 
+// The float32 matrices whose gradient is computed in double: those that the forward pass recomputed
+// in double, unless the loss does not use the triplets with the small singular values. SVD-KD
+// computes one more vector than it needs, and uses it only if the order of the vectors has changed.
+std::vector<int64_t> ill_conditioned_matrices(const UpstreamGradients& grads, const Tensor& s, int64_t batch) {
+  const int64_t k = s.size(-1);
+  const float* sigma = s.const_data_ptr<float>();
+  std::vector<int64_t> indices;
+  Tensor used;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (out_of_range(sigma[b * k]) || !(sigma[b * k + k - 1] < kLeastRatio<float> * sigma[b * k])) continue;
+    if (!used.defined()) used = used_triplets(grads, batch, k);
+    const bool* used_triplet = used.const_data_ptr<bool>() + b * k;
+    for (int64_t j = k - 1; sigma[b * k + j] < kLeastRatio<float> * sigma[b * k]; --j)
+      if (used_triplet[j]) {
+        indices.push_back(b);
+        break;
+      }
+  }
+  return indices;
+}
+
 // Sets the gradient of a matrix that contains a NaN or an infinity to 0, instead of NaN, if its
 // upstream gradients are all 0, because the loss then leaves the matrix out.
 void zero_unused_gradients(const UpstreamGradients& grads, const Tensor& s, const Tensor& gradient) {
@@ -150,25 +171,17 @@ Tensor truncated_svd_backward_cpu(const std::optional<Tensor>& grad_u, const std
   // regularisation. So they are used only for a small gap_eps.
   const bool use_krylov = gap_eps <= 1e-4 && state.numel() == 0 && tier_for<float>(m, k) == Tier::krylov;
   const Tier tier = use_krylov ? Tier::krylov : Tier::direct;
-  std::vector<int64_t> unsolved, ill_conditioned;
+  const std::vector<int64_t> ill_conditioned = ill_conditioned_matrices(grads, t.s, m.batch);
+  if (static_cast<int64_t>(ill_conditioned.size()) == m.batch) {
+    const Tensor gradient = recycled_empty_like(x);
+    recompute_gradients<double>(ill_conditioned, grads, m, t, gap_eps, gradient);
+    return gradient;
+  }
+  std::vector<int64_t> unsolved;
   const Tensor gradient = Backward<float>(grads, x, t, gap_eps, tier).run(&unsolved);
   const float* sigma = t.s.const_data_ptr<float>();
   unsolved.erase(std::remove_if(unsolved.begin(), unsolved.end(), [&](int64_t b) { return out_of_range(sigma[b * k]); }), unsolved.end());
   recompute_gradients<float>(unsolved, grads, m, t, gap_eps, gradient);
-  // Matrices that the forward pass recomputed in double have their gradient computed in double too,
-  // unless the loss does not use the triplets with the small singular values: SVD-KD computes one
-  // more vector than it needs, and uses it only if the order of the vectors has changed.
-  Tensor used;
-  for (int64_t b = 0; b < m.batch; ++b) {
-    if (out_of_range(sigma[b * k]) || !(sigma[b * k + k - 1] < kLeastRatio<float> * sigma[b * k])) continue;
-    if (!used.defined()) used = used_triplets(grads, m.batch, k);
-    const bool* used_triplet = used.const_data_ptr<bool>() + b * k;
-    for (int64_t j = k - 1; sigma[b * k + j] < kLeastRatio<float> * sigma[b * k]; --j)
-      if (used_triplet[j]) {
-        ill_conditioned.push_back(b);
-        break;
-      }
-  }
   recompute_gradients<double>(ill_conditioned, grads, m, t, gap_eps, gradient);
   write_rescaled_gradients(matrices_out_of_range<float>(t.s), grads, m, t, gap_eps, gradient);
   zero_unused_gradients(grads, t.s, gradient);

@@ -5,11 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
-#include "../common/parallel.h"
 #include "direct.h"
+#include "groups.h"
 #include "jacobi.h"
 #include "krylov.h"
 #include "rounds.h"
+#include "tier.h"
 #include "triplets.h"
 #include "truncated_svd.h"
 
@@ -19,45 +20,6 @@ using at::Tensor;
 
 template <typename T>
 constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
-
-// The ways to decompose a matrix; tier_for() chooses by shape.
-enum class Tier { direct, krylov, jacobi };
-
-// Microseconds per matrix on one thread, direct / Krylov, for feature maps of a random network with
-// ReLU; AVX-512 on Zen 4 (kdkernels::_svd_tier):
-//
-//     q x p        k = 1         k = 2         k = 4         k = 8
-//   196 x  96     50 /  21      53 /  59      54 / 126      65 /  254
-//   256 x 112     64 /  19      69 /  60      83 / 135      82 /  288
-//   196 x 160    137 /  35     141 /  77     190 / 160     201 /  388
-//   196 x 196    231 /  47     230 /  95     248 / 182     258 /  469
-//   256 x 256    494 /  63     491 / 119     499 / 231     556 /  721
-//   784 x 320   1590 / 222    1610 / 460    1672 / 609    1689 / 1568
-//   784 x 512   5508 / 413    5336 / 860    5151 /1003    5459 / 3225
-//
-// The Krylov tier takes longer for spectra with smaller gaps; in the worst case it gives up after
-// most of the time of a direct decomposition. It is therefore chosen only if it is faster by a
-// clear margin. In double, it needs too many steps to reach a residual of the size of a rounding
-// error.
-//
-// The Jacobi tier is for very small matrices of which most triplets are wanted: their Gram matrices
-// are usually ill-conditioned, and would be computed in vain. Microseconds for 256 matrices of any
-// spectrum, direct / Jacobi; AVX2 on Zen 3:
-//
-//                    k = p / 2                k = p
-//    4 x  4 float    110 to 330 / 250-330     280 to  490 / 270- 350
-//    8 x  8 float    240 to 660 / 760-910     750 to 1250 / 820- 970
-//    8 x  8 double   440 to 1180 / 410-890    1200 to 1430 / 470- 960
-//   16 x 16 float    670 to 2050 / 3500-5300  2700 to 4100 / 3700-5400
-//   16 x 16 double   1510 to 6100 / 1200-5300 4600 to 7700 / 1600-6100
-template <typename T>
-Tier tier_for(const Matrices& m, int64_t k) {
-  const bool is_double = sizeof(T) == 8, most = is_double && m.p > 8 ? 4 * k >= 3 * m.p : 2 * k > m.p;
-  if (m.p <= (is_double ? 16 : 8) && m.q <= 8 * m.p && most) return Tier::jacobi;
-  if (is_double || k > 8) return Tier::direct;
-  const int64_t min_side = k == 1 ? 80 : k == 2 ? 112 : k <= 4 ? 160 : 300;
-  return m.p >= min_side ? Tier::krylov : Tier::direct;
-}
 
 // The results that stages pass on, for some groups: the groups that a thread works on, or all of
 // them.
@@ -74,43 +36,6 @@ struct GroupBuffers {
   std::vector<double> scales;
   std::vector<Range> range;
 };
-
-// Runs three stages over a batch: `before` and `after` for every matrix, `solve` for every group.
-// If there are enough groups, or if buffers for all of them would take too much memory (`bytes`
-// each), a thread runs all stages of a group, so that its data stay in the cache. Otherwise the
-// matrices or groups of each stage are distributed over the threads anew. make_workspace() creates
-// the working memory of a thread, make_buffers(n) the buffers of n groups.
-template <typename MakeBuffers, typename MakeWorkspace, typename Before, typename Group, typename After>
-void for_each_group(int64_t batch, int64_t group, int64_t bytes, MakeBuffers&& make_buffers, MakeWorkspace&& make_workspace,
-                    Before&& before, Group&& solve, After&& after) {
-  const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
-  if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      auto buffers = make_buffers(1);
-      auto workspace = make_workspace();
-      for (int64_t g = begin; g < end; ++g) {
-        const int64_t last = std::min((g + 1) * group, batch);
-        for (int64_t b = g * group; b < last; ++b) before(buffers, workspace, b, b - g * group);
-        solve(buffers, workspace, g, 0, last - g * group);
-        for (int64_t b = g * group; b < last; ++b) after(buffers, workspace, b, b - g * group);
-      }
-    });
-    return;
-  }
-  auto buffers = make_buffers(groups);
-  auto each_sample = [&](auto&& stage) {
-    parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      auto workspace = make_workspace();
-      for (int64_t b = begin; b < end; ++b) stage(buffers, workspace, b, b);
-    });
-  };
-  each_sample(before);
-  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    auto workspace = make_workspace();
-    for (int64_t g = begin; g < end; ++g) solve(buffers, workspace, g, g, std::min(group, batch - g * group));
-  });
-  each_sample(after);
-}
 
 template <typename T>
 struct ThreadWorkspace {
