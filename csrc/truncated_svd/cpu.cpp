@@ -69,11 +69,20 @@ std::vector<int64_t> matrices_out_of_range(const Tensor& s) {
   return indices;
 }
 
-// Recomputes the gradients of some matrices with the direct tier in T.
+// Recomputes the gradients of some matrices with the direct tier in T. They are copied, as many at a
+// time as make use of all threads and lanes.
 template <typename T>
 void recompute_gradients(const std::vector<int64_t>& indices, const UpstreamGradients& grads, const Matrices& m, const Triplets& t,
                          double gap_eps, const Tensor& gradient) {
+  constexpr int64_t max_numbers = int64_t(1) << 20;
+  const size_t at_once = std::max<int64_t>(max_numbers / (m.p * m.q), 2 * kLanes<T> * at::get_num_threads());
   if (indices.empty()) return;
+  if (indices.size() > at_once) {
+    for (size_t first = 0; first < indices.size(); first += at_once)
+      recompute_gradients<T>({indices.begin() + first, indices.begin() + std::min(indices.size(), first + at_once)}, grads, m, t, gap_eps,
+                             gradient);
+    return;
+  }
   const auto dtype = kType<T>;
   const Tensor x = select_matrices(m, indices, dtype);
   Triplets triplets{select_rows(t.u, indices, dtype), select_rows(t.s, indices, dtype), select_rows(t.v, indices, dtype),
