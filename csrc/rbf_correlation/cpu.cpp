@@ -172,7 +172,8 @@ class Loss {
           x_gradients.arrays[network] = is_wanted(2 * network) ? &grad_x[network * m_ + first] : nullptr;
           y_gradients.arrays[network] = is_wanted(2 * network + 1) ? &grad_y[(network * blocks + block) * width] : nullptr;
         }
-        losses[block] = sum_row_block(x, y, first, std::min(kRows, m_ - first), n_, x_gradients, y_gradients);
+        const auto sum = x_gradients.wanted() || y_gradients.wanted() ? sum_row_block<true> : sum_row_block<false>;
+        losses[block] = sum(x, y, first, std::min(kRows, m_ - first), n_, x_gradients, y_gradients);
       }
     });
     losses_[c] = 0;

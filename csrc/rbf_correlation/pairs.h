@@ -36,12 +36,14 @@ struct DifferenceAndSum {
 // is not wanted.
 struct Gradients {
   double* arrays[2];
+  bool wanted() const { return arrays[0] != nullptr || arrays[1] != nullptr; }
 };
 
 // Processes rows [first, first + count) of x with all n numbers of y and returns sum (S - T)^2. The
 // gradients are half of dLoss / du: those of x [count] are written, and those of y [padded(n)] are
-// added to.
-inline double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64_t first, int64_t count, int64_t n, Gradients grad_x,
+// added to. wants_gradients: whether any of them is not null.
+template <bool wants_gradients>
+double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64_t first, int64_t count, int64_t n, Gradients grad_x,
                             Gradients grad_y) {
   double total = 0;
   for (int64_t m = 0; m < count; ++m) {
@@ -56,6 +58,7 @@ inline double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y
       const Doubles smaller_minus_larger = larger * relative.expm1, smaller = larger * relative.exp;
       const Doubles s_minus_t = select<double>(student_larger, -smaller_minus_larger, smaller_minus_larger);
       squares += s_minus_t * s_minus_t;
+      if constexpr (!wants_gradients) continue;
       const Doubles pair_gradient[2] = {s_minus_t * select<double>(student_larger, larger, smaller) * s,
                                         -s_minus_t * select<double>(student_larger, smaller, larger) * t};
       for (int network = 0; network < 2; ++network) {
