@@ -291,3 +291,26 @@ def test_maps_of_different_size_are_average_pooled_first():
         torch.testing.assert_close(
             attention_transfer_loss(torch.ones(1, 2, *spatial), torch.ones(1, 2, *(n // 2 for n in spatial))), torch.tensor(0.0)
         )
+
+
+def test_empty_batch_of_large_samples():
+    """Samples that are large enough to be divided among threads."""
+    x = torch.randn(0, 512, 28, 28, requires_grad=True)
+    loss = attention_transfer_loss(x, torch.randn(0, 64, 28, 28))
+    loss.backward()
+    assert loss == 0
+    assert x.grad.shape == x.shape
+    assert attention_pool(x, normalize="l2").shape == (0, 28, 28)
+
+
+def test_gradient_of_tiny_maps_is_finite():
+    """1 / |q_s - q_t| and 1 / |map| leave the range of float32, but the gradient does not."""
+    generator = torch.Generator().manual_seed(0)
+    for scale_of_student in (0.0, 1e-20, 1e-15):
+        student = (scale_of_student * torch.randn(2, 2, 4, 4, generator=generator)).requires_grad_()
+        teacher = (1e-20 * torch.randn(2, 2, 4, 4, generator=generator)).requires_grad_()
+        exact = [t.detach().double().requires_grad_() for t in (student, teacher)]
+        attention_transfer_loss(student, teacher, variant="paper").backward()
+        reference.attention_transfer_loss(*exact, variant="paper").backward()
+        for given, expected in zip((student, teacher), exact, strict=True):
+            torch.testing.assert_close(given.grad.double(), expected.grad, rtol=1e-3, atol=1e-3 * expected.grad.abs().max().item() + 1e-30)

@@ -211,6 +211,17 @@ def test_bits_do_not_depend_on_batch_and_threads(m, n, ks, dtype):
                 torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("size", "k"), [(9, 7), (12, 12), (16, 16), (32, 30)])
+def test_bits_of_low_rank_matrices_do_not_depend_on_the_batch(size, k):
+    """Rows of rounding errors must not be rotated while another matrix needs more rotations."""
+    ones = torch.full((size, size), 3.7, dtype=torch.float64)
+    outer = torch.arange(1.0, size + 1, dtype=torch.float64)[:, None] * torch.linspace(-1, 2, size, dtype=torch.float64)
+    for x in (ones, outer):
+        for partner in (torch.randn(size, size, dtype=torch.float64), 1.1 * x, torch.eye(size, dtype=torch.float64)):
+            for alone, together in zip(truncated_svd(x[None], k, return_u=True), truncated_svd(torch.stack([x, partner]), k, return_u=True), strict=True):
+                assert torch.equal(alone[0], together[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_computed_in_float32(dtype, svd):
     device = svd.device

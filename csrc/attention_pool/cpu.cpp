@@ -151,7 +151,7 @@ class Schedule {
   Schedule(int64_t batch, int64_t positions, int64_t elements_per_sample)
       : batch_(batch), positions_(positions), elements_per_sample_(elements_per_sample) {
     const int64_t threads = at::get_num_threads();
-    samples_are_split_ = batch < threads && elements_per_sample >= 4 * kGrain && positions >= 128;
+    samples_are_split_ = batch > 0 && batch < threads && elements_per_sample >= 4 * kGrain && positions >= 128;
     parts_per_sample_ = samples_are_split_ ? std::min<int64_t>((threads + batch - 1) / batch, positions / 64) : 1;
   }
   int64_t slots() const { return samples_are_split_ ? batch_ : 1; }
@@ -286,7 +286,10 @@ double transfer_loss(PooledFeatures<T>& student, PooledFeatures<T>& teacher, con
         }
         const double norm = L2<T>::norm_of(d, positions);
         losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(positions) : norm;
-        const double loss_derivative = variant == Variant::authors ? 2 / static_cast<double>(positions) : norm > 0 ? 1 / norm : norm;
+        // The gradient of |d| is d / |d|. It is divided here, because 1 / |d| may leave the range of T.
+        if (variant == Variant::paper && norm > 0)
+          for (int64_t i = 0; i < positions; ++i) d[i] = static_cast<T>(d[i] / norm);
+        const double loss_derivative = variant == Variant::authors ? 2 / static_cast<double>(positions) : norm == norm ? 1 : norm;
         const double scale = upstream * loss_derivative / static_cast<double>(batch);
         T* const weight = scratch.array(kWeight, slot, slots);
         if (wanted[0]) s.backward(qs, d, positions, scale * student.factor(), weight);

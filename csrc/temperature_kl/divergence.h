@@ -211,10 +211,16 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
       Terms<T> t;
       if constexpr (centred || sizeof(T) == sizeof(double))
         t = any_terms();
-      else if (__builtin_expect(any(~(square <= T(1))), 0))
+      else if (const Mask<T> close = square <= T(1); __builtin_expect(any(~close), 0)) {
         t = any_terms();
-      else
+        if constexpr (std::is_same_v<Reduce, PerLane>) {  // a row must not depend on the rows in other lanes
+          const Terms<T> other_terms = terms_of_close(weight, y, square);
+          t = {select<T>(close, other_terms.weighted_y, t.weighted_y), select<T>(close, other_terms.expm1, t.expm1),
+               select<T>(close, other_terms.convex, t.convex)};
+        }
+      } else {
         t = terms_of_close(weight, y, square);
+      }
       convex_sum += t.convex;
       drift_sum -= t.weighted_y;
       if (wants_difference) simd::store<T>(difference + j * lanes, t.expm1);

@@ -122,11 +122,18 @@ class Jacobi {
     for (int64_t i = 0; i < p; ++i) j(i)[i] = simd::splat<double>(1);
     for (int sweep = 0; sweep < 40; ++sweep) {
       bool rotated = false;
-      for (int64_t i = 0; i < p; ++i) squares_[i] = dot(l(i), l(i));
+      Doubles largest{};
+      for (int64_t i = 0; i < p; ++i) {
+        squares_[i] = dot(l(i), l(i));
+        largest = simd::max(largest, squares_[i]);
+      }
+      // Rows below this length consist of rounding errors. Their angles do not matter.
+      const Doubles least_square = largest * (eps * eps / 16);
       for (int64_t i = 0; i + 1 < p; ++i)
         for (int64_t t = i + 1; t < p; ++t) {
           const Doubles product = dot(l(i), l(t));
-          const Mask<double> wanted = product * product > 4 * eps * eps * (squares_[i] * squares_[t]);
+          const Mask<double> wanted = (product * product > 4 * eps * eps * (squares_[i] * squares_[t])) & (squares_[i] > least_square) &
+                                      (squares_[t] > least_square);
           if (!simd::any(wanted)) continue;
           rotated = true;
           const Doubles zeta = (squares_[t] - squares_[i]) / (2.0 * product);
@@ -143,7 +150,7 @@ class Jacobi {
           }
           const Doubles moved = wanted ? tangent * product : Doubles{};
           squares_[i] = simd::max(squares_[i] - moved, Doubles{});
-          squares_[t] += moved;
+          squares_[t] = simd::max(squares_[t] + moved, Doubles{});
         }
       if (!rotated) return;
     }

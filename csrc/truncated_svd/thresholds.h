@@ -25,7 +25,7 @@ constexpr double kIllConditioned = 0.15;
 // sigma_j is computed as |M^T a_j|, whose error does not grow; that of the triplets is about
 // eps sigma_1 / (2 fraction).
 template <typename T>
-constexpr double kLeastRatio = sizeof(T) == 4 ? 0.1 : 0.03;
+constexpr double kLeastRatio = sizeof(T) == 4 ? 0.1 : 0.08;
 
 // Entries of a vector whose magnitude is below the largest by less than this fraction count as
 // equal to it when the sign is fixed, because rounding decides which of two equal entries comes out
