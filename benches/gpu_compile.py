@@ -276,14 +276,14 @@ int main() {
   while (std::scanf("%d %d %ld", &p, &k, &limit) == 3) {
     const int64_t matrix_limit = limit_per_matrix(p, 4, limit);
     const Plan forward = forward_plan<float>(p, k, matrix_limit), backward = backward_plan<float>(p, k, matrix_limit);
-    std::printf("%d %ld %d %ld %d %ld %d %d %d %d\n", threads_for(p, 4), (long)forward.shared(), forward.matrix_shared,
-                (long)backward.shared(), backward.matrix_shared, (long)update_shared<float>(p, k), update_columns(p), tile_columns(p),
-                kTilesInFlight, matrices_per_block(threads_for(p, 4)));
+    std::printf("%d %ld %d %ld %d %ld %d %d %d %d %d %d\n", threads_for(p, 4), (long)forward.shared(), forward.matrix_shared,
+                (long)backward.shared(), backward.matrix_shared, (long)update_shared<float>(p, k), update_columns(p, 4),
+                update_tile_columns(p, 4), kUpdateTilesInFlight, tile_columns(p), kTilesInFlight, matrices_per_block(threads_for(p, 4)));
   }
 }
 """
     names = ("threads", "forward_shared", "forward_matrix_shared", "solve_shared", "solve_matrix_shared", "update_shared", "update_columns",
-             "tile_columns", "tiles_in_flight", "matrices_per_block")  # fmt: skip
+             "update_tile_columns", "update_tiles_in_flight", "tile_columns", "tiles_in_flight", "matrices_per_block")  # fmt: skip
     asked = [(p, k, limit) for p, k in sorted(cuda_shapes()) for limit in (163 << 10, 227 << 10)]
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "plan.cpp", Path(folder) / "plan"
@@ -323,9 +323,10 @@ def _select(part: Part, segments: list[tuple[str, Segment]], kernel: str) -> Seg
     """Return the segment with the most of what the part looks for, for one unit of its work."""
 
     def amount(segment: Segment, what: str) -> int:
-        return {"total": segment.total, "load_bytes": segment.load_bytes, "store_bytes": segment.store_bytes}.get(
-            what, segment.instructions.get(what, 0)
-        )
+        special = {"total": segment.total, "load_bytes": segment.load_bytes, "store_bytes": segment.store_bytes}
+        if what == "wide copy":  # asynchronous copies of 16 bytes
+            return segment.copies.get(16, 0)
+        return special.get(what, segment.instructions.get(what, 0))
 
     candidates = [
         segment

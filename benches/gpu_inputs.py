@@ -161,8 +161,9 @@ PARTS = {
         Part("substitution", "resolvent", "fp64", "generic store", without=("mufu",)),
     ),
     "update_kernel": (
-        Part("copy", "", "async copy", "async copy"),
+        Part("copy", "", "async copy", "async copy", without=("wide copy",)),
+        Part("wide copy", "", "wide copy", "wide copy"),
         Part("projections", "", "fma", "shared", 9, has=("shared",), without=("async copy", "store_bytes", "convert", "load_bytes", "mufu")),
-        Part("write", "", "store_bytes"),
+        Part("write", "", "store_bytes", without=("fp64",)),
     ),
 }  # fmt: skip

@@ -256,7 +256,7 @@ and `solve_kernel` run one block at a time on a multiprocessor if the matrix is 
 the bits of a thread's global loads and asynchronous copies, and "in flight" the bytes of loads that
 a thread has in flight, both for sm_90 and without asynchronous copies. Loads of 128 bits need the
 fewest instructions. Triton loads 16 or 32 bits if it cannot prove that rows are aligned, for
-example rows of 1000 classes. A number in parentheses distinguishes the instances of a kernel for
+example rows of 1001 classes. A number in parentheses distinguishes the instances of a kernel for
 different inputs.
 """
     return [text, *table(("kernel", "threads", "width", "in flight", *targets), rows)]

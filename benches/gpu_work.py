@@ -330,14 +330,17 @@ def svd_solve(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Pla
 def svd_update(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Plan) -> Work:
     m, parts = _Matrix(case, plan), kernel.parts
     elements = m.batch * m.p * m.q
-    warps, tiles = kernel.warps, min(8, m.tiles)
-    per_tile = ceil(m.p / WARP) * ceil(m.columns / warps)  # numbers that a lane copies and writes
-    shares = kernel.threads // m.columns
+    columns = plan["update_tile_columns"]
+    tiles = ceil(min(m.q, plan["update_columns"]) / columns)
+    per_tile = ceil(m.p / WARP) * ceil(columns / kernel.warps)  # numbers that a lane copies and writes
+    is_wide = not m.tall and m.p % 4 == 0  # a copy is 16 bytes long
+    copy, per_copy = (parts["wide copy"], 4) if is_wide else (parts["copy"], 1)
+    shares = kernel.threads // columns
     projections = ceil(ceil(m.p / 4) / shares)
-    sums = ceil(m.columns * 4 / kernel.threads) * shares
-    chain = per_tile * (parts["copy"].chain_cycles + parts["write"].chain_cycles / 2) + projections * parts["projections"].chain_cycles
+    sums = ceil(columns * 4 / kernel.threads) * shares
+    chain = per_tile * (copy.chain_cycles / per_copy + parts["write"].chain_cycles / 2) + projections * parts["projections"].chain_cycles
     chain += sums * 8 + 4 * _PHASE
-    copies = repeat((parts["copy"], elements / WARP), (parts["write"], elements / WARP), (parts["projections"], elements / 4 / WARP))
+    copies = repeat((copy, elements / WARP / per_copy), (parts["write"], elements / WARP), (parts["projections"], elements / 4 / WARP))
     return Work(
         blocks=blocks,
         memory_bytes=2 * m.bytes,
@@ -345,7 +348,7 @@ def svd_update(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Pl
         instructions=copies,
         block_cycles=tiles * chain + parts["once"].chain_cycles,
         block_waits=2,
-        bytes_in_flight=(plan["tiles_in_flight"] - 1) * m.tile_bytes,
+        bytes_in_flight=min(tiles, plan["update_tiles_in_flight"] - 1) * columns * m.p * case.number_size,
         dynamic_shared=plan["update_shared"],
     )
 

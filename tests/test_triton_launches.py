@@ -25,13 +25,17 @@ import triton_launches
 SCRIPT = Path(triton_launches.__file__)
 
 
-def _check_launches(targets: str, calls: str, ops: list[str], cache: Path) -> str:
+def _run(script: str, arguments: list[str], cache: Path) -> str:
     root = SCRIPT.parent.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, str(SCRIPT), targets, calls, *ops], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(SCRIPT.parent / script), *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def _check_launches(targets: str, calls: str, ops: list[str], cache: Path) -> str:
+    return _run(SCRIPT.name, [targets, calls, *ops], cache)
 
 
 # Two processes that take about the same time.
@@ -62,6 +66,27 @@ def test_main_variants_compile_for_every_target(target, op, pytestconfig):
     lines = _check_launches(target, "main", [op], pytestconfig.cache.mkdir("triton")).splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{target} {kernel}" for kernel in sorted(KERNELS[op])]
     assert all(" 0 compiled" not in line for line in lines)
+
+
+# The widest loads and stores of a thread, in bits, for float32 and bfloat16.
+WIDTHS = {
+    "rows of 1000 classes": ("_short_rows_kernel", (128, 128), (128, 128)),
+    "few rows of 1000 classes": ("_kl_kernel", (128, 128), (64, 64)),  # a thread has 4 classes
+    "rows of 1000 classes behind one element": ("_short_rows_kernel", (32, 128), (16, 128)),  # only the gradient is aligned
+    "rows of 1000 classes, 1001 apart": ("_short_rows_kernel", (32, 32), (16, 32)),
+    "rows of 1002 classes": ("_short_rows_kernel", (64, 64), (32, 32)),
+    "rows of 10004 classes": ("_long_rows_kernel", (128, 128), (64, 64)),
+}
+
+
+def test_loads_are_as_wide_as_the_rows_are_aligned(pytestconfig):
+    """The stores of other results than the gradient have 32 bits."""
+    expected = {
+        f"{name} torch.{dtype}: {kernel} {load} {store}"
+        for name, (kernel, *widths) in WIDTHS.items()
+        for dtype, (load, store) in zip(("float32", "bfloat16"), widths, strict=True)
+    }
+    assert set(_run("triton_loads.py", ["sm_90"], pytestconfig.cache.mkdir("triton")).splitlines()) == expected
 
 
 def _constants(tree: ast.Module) -> set[str]:

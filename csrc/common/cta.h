@@ -18,7 +18,7 @@
 //                             must not write x
 //   cta.barrier()             a barrier without a phase
 //   PerThread<V>              a variable that each thread keeps for itself from phase to phase
-//   cta.copy_async(to, from, valid), commit(), wait<N>()
+//   cta.copy_async(to, from, valid), copy_16_bytes_async(to, from, valid), commit(), wait<N>()
 //                             asynchronous copies to shared memory, which write zero if not valid;
 //                             wait returns when all commits but the last N have arrived
 //
@@ -169,6 +169,11 @@ class Cta {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(sizeof(T)),
                  "r"(valid ? static_cast<int>(sizeof(T)) : 0)
                  : "memory");
+  }
+  template <typename T>
+  KDKERNELS_GPU void copy_16_bytes_async(T* to, const T* from, bool valid) const {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
   }
   KDKERNELS_GPU void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int N>

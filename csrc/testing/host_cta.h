@@ -154,6 +154,13 @@ class Cta {
     poison(to, sizeof(T));
     copies_.push_back({to, from, valid ? sizeof(T) : 0, sizeof(T)});
   }
+  template <typename T>
+  void copy_16_bytes_async(T* to, const T* from, bool valid) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+      throw std::logic_error("a copy of 16 bytes is not aligned");
+    poison(to, 16);
+    copies_.push_back({to, from, valid ? size_t(16) : 0, 16});
+  }
   void commit() {
     groups_.push_back(std::move(copies_));
     copies_.clear();

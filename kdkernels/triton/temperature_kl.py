@@ -26,7 +26,21 @@ from .temperature_kl_divergence import divergence
 from .temperature_kl_fast import LEFT
 from .temperature_kl_forms import SUM_UNIT, jsd_gradients, jsd_means, kl_gradients, kl_means
 from .temperature_kl_rescale import temperature_kl_rescale, temperature_kl_rescale_  # noqa: F401  the same set of ops
-from .temperature_kl_rows import Rows, Tile, as_rows, block_logits, columns, powers_of_two, read_logits, row_pointers, row_shape, store_gradient
+from .temperature_kl_rows import (
+    Rows,
+    Tile,
+    aligned,
+    aligned_rows,
+    alignment_of_rows,
+    as_rows,
+    block_logits,
+    columns,
+    powers_of_two,
+    read_logits,
+    row_pointers,
+    row_shape,
+    store_gradient,
+)
 
 
 @triton.jit
@@ -157,8 +171,11 @@ def _kl_kernel(
     ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,  # see alignment_of_rows
 ):
     """Compute the losses of rows, and the gradients of the logits of both networks and of T."""
+    base, other, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned(classes, ALIGN)
+    grad_base, grad_other = aligned_rows(grad_base, ALIGN), aligned_rows(grad_other, ALIGN)
     if left_ptr is None:
         _kl_rows(
             tl.program_id(0), base, other, grad_base, grad_other, row_scale_ptr, loss_ptr, grad_temperature_ptr, temperature_ptr, mask_ptr,
@@ -281,6 +298,7 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
     rows = a.student.numel() // classes
     compute = compute_dtype(a.student, a.teacher)
     sizes = block_sizes(classes, cast(Rows, student).class_stride, compute == torch.float64)
+    align = alignment_of_rows([base, other, grad_base, grad_other], classes)
     upstream_stride = int(upstream is not None and upstream.dim() > 0)
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     blocks = triton.cdiv(rows, sizes["ROWS"])
@@ -289,7 +307,7 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
         if _has_fast_kernel(a, r, compute):
             row_arguments = (row_temperature, mask_bytes, weight_tensor, upstream, upstream_stride, a.temperature, weight)
             fast = temperature_kl_fast.launch(
-                cast(Rows, base), cast(Rows, other), grad_other, r.loss, row_arguments, rows, classes, inner_size, a.scale_by_t2
+                cast(Rows, base), cast(Rows, other), grad_other, r.loss, row_arguments, rows, classes, inner_size, align, a.scale_by_t2
             )
             if fast is not None:
                 (state, left), blocks = fast, min(blocks, 4 * multiprocessors(a.student))
@@ -297,7 +315,7 @@ def _launch(arguments: _Arguments, results: _Results, weight: float, weight_tens
             base, other, grad_base, grad_other, r.row_scale, r.loss, r.grad_temperature, row_temperature,
             mask_bytes, weight_tensor, upstream, upstream_stride, state, left, a.temperature, weight, a.beta, a.target_eps, rows, classes, inner_size,
             JSD=a.direction == Direction.JSD, HAS_EPS=a.target_eps > 0, ENTROPY=a.include_entropy, T_SQUARED=a.scale_by_t2, SCALE_BASE=reverse,
-            COMPUTE=as_tl(compute), **sizes,
+            COMPUTE=as_tl(compute), ALIGN=align, **sizes,
         )  # fmt: skip
 
 

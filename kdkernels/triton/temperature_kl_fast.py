@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .launch import compile_options, multiprocessors
 from .math import LN2, cast_scalar, centred_kl, exp2_parts
-from .temperature_kl_rows import Rows, row_offset, row_pointers
+from .temperature_kl_rows import Rows, aligned, aligned_rows, row_offset, tile_pointers
 
 # The states of a row.
 _COMPUTED = tl.constexpr(1)
@@ -45,6 +45,10 @@ _SHORT_REGISTERS = 80
 _LONG_REGISTERS = 80
 _PROGRAMS = 25
 _GROUP = 8  # tiles of a task
+# Not measured yet: registers of a thread if rows are adjacent in memory. Without a limit, the
+# kernel uses about 150 registers, and 12 warps share a multiprocessor. With it, 16 warps do, and at
+# most 8 bytes are spilled.
+_MAP_REGISTERS = 128
 
 
 class Statistics(NamedTuple):
@@ -172,9 +176,13 @@ def _short_rows_kernel(
     T_SQUARED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,  # see alignment_of_rows
+    ONE_STRIDE: tl.constexpr,  # see tile_pointers
 ):  # fmt: skip
     """Compute the losses and the gradients of rows that fit the registers of a program."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    base, other, grad, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned_rows(grad, ALIGN), aligned(classes, ALIGN)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
     in_batch = row < rows
     kept = in_batch
     if mask_ptr is not None:
@@ -183,8 +191,8 @@ def _short_rows_kernel(
     c = 1.4426950408889634 / t
     column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     present = kept[:, None] & (column < classes)
-    teacher = _read(row_pointers(base, row, inner_size) + column * base.class_stride, present, "")
-    student = _read(row_pointers(other, row, inner_size) + column * other.class_stride, present, "")
+    teacher = _read(tile_pointers(base, first, inner_size, ROWS, ONE_STRIDE) + column * base.class_stride, present, "")
+    student = _read(tile_pointers(other, first, inner_size, ROWS, ONE_STRIDE) + column * other.class_stride, present, "")
     sums, terms = _statistics(teacher, student, c)
     loss, is_ordinary, values = _finish(sums, t, c, row_weight, T_SQUARED)
     is_done = ~kept[:, None] | is_ordinary
@@ -197,7 +205,8 @@ def _short_rows_kernel(
     if grad is not None:
         gradient = tl.where(kept[:, None], _gradient(terms, values), 0.0)
         written = (in_batch[:, None] & is_done) & (column < classes)
-        tl.store(row_pointers(grad, row, inner_size) + column * grad.class_stride, gradient.to(grad.pointer.dtype.element_ty), mask=written)
+        pointer = tile_pointers(grad, first, inner_size, ROWS, ONE_STRIDE) + column * grad.class_stride
+        tl.store(pointer, gradient.to(grad.pointer.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -247,6 +256,7 @@ def _long_rows_kernel(
     TILE: tl.constexpr,  # classes
     GROUP: tl.constexpr,  # tiles
     TILES: tl.constexpr,  # a power of two, at least the number of tiles of a row
+    ALIGN: tl.constexpr,  # see alignment_of_rows
 ):  # fmt: skip
     """Compute the losses and the gradients of long rows, in groups of tiles of classes.
 
@@ -257,6 +267,7 @@ def _long_rows_kernel(
     read does not need the memory. The program that adds the last statistics of a row merges them. A
     program waits only for tasks with lower numbers, which other programs have already begun.
     """
+    base, other, grad, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned_rows(grad, ALIGN), aligned(classes, ALIGN)
     tasks_per_row = groups if grad is None else 2 * groups
     tasks = (tl.cast(rows, tl.int64) + lag) * tasks_per_row
     tiles = groups * GROUP
@@ -327,8 +338,8 @@ def short_row_sizes(classes: int, class_stride: int) -> dict[str, int | bool] | 
         warps = max(1, block // 512)
         return {"ROWS": 1, "BLOCK": block} | _compile_options(warps, _SHORT_REGISTERS) if SHORTEST_ROW <= classes <= LONGEST_SHORT_ROW else None
     block = max(16, block)
-    rows = 2048 // block  # they are adjacent in memory: read whole memory sectors
-    return {"ROWS": rows, "BLOCK": block} | compile_options(4) if block <= 64 else None
+    rows = 1024 // block  # they are adjacent in memory: read whole memory sectors
+    return {"ROWS": rows, "BLOCK": block} | _compile_options(2, _MAP_REGISTERS) if block <= 64 else None
 
 
 def long_row_sizes(classes: int) -> dict[str, int | bool] | None:
@@ -364,6 +375,7 @@ def launch(
     rows: int,
     classes: int,
     inner_size: int,
+    align: int,
     scale_by_t2: bool,
 ) -> Left | None:
     """Compute the ordinary rows, and return which rows are left.
@@ -376,8 +388,9 @@ def launch(
     if sizes is not None:
         state, count = torch.empty(rows, dtype=torch.int32, device=x.device), torch.zeros(1, dtype=torch.int32, device=x.device)
         _short_rows_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
-            base, other, grad, loss, state, count, *row_arguments, rows, classes, inner_size, T_SQUARED=scale_by_t2, **sizes
-        )
+            base, other, grad, loss, state, count, *row_arguments, rows, classes, inner_size, T_SQUARED=scale_by_t2, ALIGN=align,
+            ONE_STRIDE=inner_size % sizes["ROWS"] == 0, **sizes,
+        )  # fmt: skip
         return Left(state, count)
     sizes = long_row_sizes(classes) if strides == {1} else None
     if sizes is None:
@@ -394,6 +407,6 @@ def launch(
     tasks = (rows + lag) * groups * (1 if grad is None else 2)
     _long_rows_kernel[(min(programs, tasks),)](
         base, other, grad, loss, state, left, groups_done, ticket.view(torch.int64), sums, values, *row_arguments, rows, classes, inner_size,
-        groups, lag, T_SQUARED=scale_by_t2, **sizes,
+        groups, lag, T_SQUARED=scale_by_t2, ALIGN=align, **sizes,
     )  # fmt: skip
     return Left(state, left)

@@ -18,7 +18,7 @@ from ..options import Reduction
 from .launch import as_tl, compile_options, device_of
 from .rescale import rescale_
 from .temperature_kl_checks import check_operands
-from .temperature_kl_rows import Rows, as_rows, row_pointers, row_shape, store_gradient
+from .temperature_kl_rows import Rows, aligned, aligned_rows, alignment_of_rows, as_rows, row_pointers, row_shape, store_gradient
 
 
 @triton.jit
@@ -36,10 +36,12 @@ def _rescale_rows_kernel(
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,  # see alignment_of_rows
 ):
     """Compute out = gradients * row_scale * upstream, rounded once."""
     if SKIP_ONE:
         rows = tl.where(tl.load(upstream_ptr) == 1.0, 0, rows)
+    gradients, out, classes = aligned_rows(gradients, ALIGN), aligned_rows(out, ALIGN), aligned(classes, ALIGN)
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(classes, BLOCK)
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -90,7 +92,8 @@ def _rescale(out: Tensor, grad: Tensor, row_scale: Tensor, grad_loss: Tensor, ma
         _rescale_rows_kernel[(triton.cdiv(rows, sizes["ROWS"]) * triton.cdiv(classes, sizes["BLOCK"]),)](
             gradients, results, row_scale.contiguous() if scaled else None, grad_loss.contiguous(), int(per_row),
             None if mask is None else mask.contiguous().view(torch.uint8), rows, classes, inner_size,
-            SKIP_ONE=out is grad and not scaled and not per_row, COMPUTE=as_tl(compute_dtype(grad, grad_loss)), **sizes, **compile_options(4),
+            SKIP_ONE=out is grad and not scaled and not per_row, COMPUTE=as_tl(compute_dtype(grad, grad_loss)), **sizes,
+            ALIGN=alignment_of_rows([gradients, results], classes), **compile_options(4),
         )  # fmt: skip
 
 

@@ -38,6 +38,24 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def aligned(number, ALIGN: tl.constexpr):
+    """Return a number that is a multiple of ALIGN, such that the compiler knows it."""
+    return number // ALIGN * ALIGN
+
+
+@triton.jit
+def aligned_rows(rows, ALIGN: tl.constexpr):
+    """Return Rows, or None, such that the compiler knows that all rows start at multiples of ALIGN.
+
+    See alignment_of_rows.
+    """
+    if rows is None:
+        return None
+    else:
+        return Rows(rows.pointer, aligned(rows.outer_stride, ALIGN), aligned(rows.inner_stride, ALIGN), rows.class_stride)
+
+
+@triton.jit
 def row_offset(rows, row, inner_size):
     """Return the offset of the first class of a row, or of rows [ROWS]."""
     return row // inner_size * rows.outer_stride + row % inner_size * rows.inner_stride
@@ -47,6 +65,20 @@ def row_offset(rows, row, inner_size):
 def row_pointers(rows, row, inner_size):
     """Return pointers [ROWS, 1] to the first class of rows [ROWS]."""
     return rows.pointer + row_offset(rows, row, inner_size)[:, None]
+
+
+@triton.jit
+def tile_pointers(rows, first, inner_size, ROWS: tl.constexpr, ONE_STRIDE: tl.constexpr):
+    """Return pointers [ROWS, 1] to the first class of ROWS rows from `first`.
+
+    ONE_STRIDE: inner_size is a multiple of ROWS, so that all rows of a tile have the same outer
+    index. One division then suffices for the tile.
+    """
+    index = tl.arange(0, ROWS)
+    if ONE_STRIDE:
+        return rows.pointer + row_offset(rows, first, inner_size) + (index * rows.inner_stride)[:, None]
+    else:
+        return row_pointers(rows, first + index, inner_size)
 
 
 @triton.jit
@@ -105,6 +137,22 @@ def row_shape(x: Tensor, dim: int) -> tuple[int, ...]:
     """Return the shape of a tensor with one element per row: that of x without dimension `dim`."""
     dim %= x.dim()
     return tuple(x.shape[:dim] + x.shape[dim + 1 :])
+
+
+def alignment_of_rows(rows: list[Rows | None], classes: int) -> int:
+    """Return a power of two that divides the distances between rows, and the number of classes.
+
+    The compiler must know it to load several elements at once, up to 8, which have 128 bits or
+    more. Triton itself marks aligned pointers, and strides and sizes that are multiples of 16; rows
+    of 1000 classes are multiples of 8 only. The result is 1 if nothing must be added to what Triton
+    knows, or if the classes are not adjacent in memory, because consecutive elements then belong to
+    different rows.
+    """
+    present = [r for r in rows if r is not None]
+    if any(r.class_stride != 1 for r in present):
+        return 1
+    alignment = math.gcd(16, classes, *(stride for r in present for stride in (r.outer_stride, r.inner_stride)))
+    return 1 if alignment == 16 else alignment
 
 
 def as_rows(tensors: list[Tensor | None], dim: int) -> tuple[int, list[Rows | None]] | None:

@@ -129,15 +129,22 @@ KDKERNELS_GPU T load(const void* from, Storage storage, int64_t index) {
   if (storage == Storage::bfloat16) return widen(static_cast<const Bfloat*>(from)[index]);
   return widen(static_cast<const Half*>(from)[index]);
 }
-template <typename T>
-KDKERNELS_GPU void store(T x, void* to, Storage storage, int64_t index) {
+// Calls f with `to` as a pointer to the numbers that are stored there.
+template <typename T, typename F>
+KDKERNELS_GPU void with_storage(void* to, Storage storage, F f) {
   if constexpr (sizeof(T) == 8) {
-    static_cast<double*>(to)[index] = x;
+    f(static_cast<double*>(to));
   } else {
-    if (storage == Storage::float32) static_cast<float*>(to)[index] = x;
-    if (storage == Storage::bfloat16) round_to(x, static_cast<Bfloat*>(to)[index]);
-    if (storage == Storage::float16) round_to(x, static_cast<Half*>(to)[index]);
+    if (storage == Storage::float32) f(static_cast<float*>(to));
+    if (storage == Storage::bfloat16) f(static_cast<Bfloat*>(to));
+    if (storage == Storage::float16) f(static_cast<Half*>(to));
   }
+}
+KDKERNELS_GPU void round_to(float x, float& y) {
+  y = x;
+}
+KDKERNELS_GPU void round_to(double x, double& y) {
+  y = x;
 }
 // Whether numbers are stored as T.
 template <typename T>

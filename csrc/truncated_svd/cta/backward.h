@@ -243,10 +243,10 @@ template <typename T, typename Cta>
 KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, int block, char* shared) {
   // A pass processes kVectors vectors: their z and a, and their w and y.
   constexpr int kVectors = kUpdateVectors, kPairs = 2 * kVectors;
-  const int p = problem.p, q = problem.q, k = problem.k, columns = tile_columns(p), stride = tile_stride(p);
-  const int begin = block * update_columns(p), end = smaller(q, begin + update_columns(p));
+  const int p = problem.p, q = problem.q, k = problem.k, columns = update_tile_columns(p, sizeof(T)), stride = update_tile_stride(p);
+  const int begin = block * update_columns(p, sizeof(T)), end = smaller(q, begin + update_columns(p, sizeof(T)));
   BumpAllocator allocator(shared + kScratch);
-  T* tiles = allocator.take<T>(kTilesInFlight * columns * stride);
+  T* tiles = allocator.take<T>(kUpdateTilesInFlight * columns * stride);
   T* za = allocator.take<T>(kPairs * stride);  // [2 kVectors][stride]
   T* sums = allocator.take<T>(kPairs * (Cta::kThreads + columns));
   T* wy = sums + kPairs * Cta::kThreads;  // [columns][2 kVectors]
@@ -262,15 +262,14 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   const MatrixSource<T> m{problem.x, b * problem.x.stride_batch, p, q, T(1), nullptr, 0, nullptr};
   const T m_scale = static_cast<T>(*from.scale);
   const View& out = problem.gradient;
-  auto write = [&](int i, int c, T value) {
-    if (factor == 0)
-      value = T(0);
-    else if (in_range)
-      value *= static_cast<T>(factor);
-    else
-      value = static_cast<T>(larger(-static_cast<double>(Limits<T>::largest), static_cast<double>(value) * factor));
-    value = value > Limits<T>::largest ? Limits<T>::largest : value < -Limits<T>::largest ? -Limits<T>::largest : value;
-    store(value, out.data, out.storage, b * out.stride_batch + i * out.stride_p + c * out.stride_q);
+  auto clamped = [](T value) {
+    return value > Limits<T>::largest ? Limits<T>::largest : value < -Limits<T>::largest ? -Limits<T>::largest : value;
+  };
+  const T simple_factor = static_cast<T>(in_range ? factor : 0);
+  auto times_any_factor = [&](T value) {
+    if (factor == 0) return T(0);
+    if (in_range) return clamped(value * simple_factor);
+    return clamped(static_cast<T>(larger(-static_cast<double>(Limits<T>::largest), static_cast<double>(value) * factor)));
   };
   auto load_vectors = [&](int j0) {
     cta.each(kPairs * stride, [&](int task) {
@@ -280,7 +279,8 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   };
   if (k <= kVectors) load_vectors(0);
   const int parts = Cta::kThreads / columns;  // threads that share a column
-  stream(cta, m, begin, end, tiles, [&](const T* tile, int first, int count) {
+  auto load = [&](int first, T* tile) { load_wide_tile(cta, m, columns, stride, first, tile); };
+  stream_tiles<kUpdateTilesInFlight>(cta, m, columns, stride, begin, end, tiles, load, [&](const T* tile, int first, int count) {
     for (int j0 = 0; j0 < k; j0 += kVectors) {
       if (k > kVectors) load_vectors(j0);
       // w_j = <a_j, m> and <z_j, m> for each column m, which is read once for several vectors.
@@ -328,27 +328,37 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
         // rows at a time, and rows in turn.
         const int row_step = p_contiguous ? 32 : warps * down, column_step = p_contiguous ? warps : across;
         const int row_first = p_contiguous ? lane : warp * down + lane / across, column_first = p_contiguous ? warp : lane % across;
-        for (int i = row_first; i < p; i += row_step) {
-          T za_row[kPairs];
+        // Calls write(i, c, value, index) for the sums of this pass.
+        auto for_each_sum = [&](auto write) {
+          for (int i = row_first; i < p; i += row_step) {
+            T za_row[kPairs];
 #pragma unroll
-          for (int j = 0; j < kPairs; ++j) za_row[j] = za[j * stride + i];
-          for (int c = column_first; c < count; c += column_step) {
-            T value = T(0);
+            for (int j = 0; j < kPairs; ++j) za_row[j] = za[j * stride + i];
+            int64_t index = b * out.stride_batch + i * out.stride_p + (first + column_first) * out.stride_q;
+            for (int c = column_first; c < count; c += column_step, index += column_step * out.stride_q) {
+              T value = T(0);
 #pragma unroll
-            for (int j = 0; j < kPairs; j += 4) {
-              const Four<T> wy_j = load_four(wy + c * kPairs + j);
+              for (int j = 0; j < kPairs; j += 4) {
+                const Four<T> wy_j = load_four(wy + c * kPairs + j);
 #pragma unroll
-              for (int l = 0; l < 4; ++l) value += za_row[j + l] * wy_j.x[l];
+                for (int l = 0; l < 4; ++l) value += za_row[j + l] * wy_j.x[l];
+              }
+              write(i, c, value, index);
             }
-            if (k <= kVectors) {
-              write(i, first + c, value);
-              continue;
-            }
-            if (j0 > 0) value += results[c * stride + i];
-            results[c * stride + i] = value;
-            if (j0 + kVectors >= k) write(i, first + c, value);
           }
-        }
+        };
+        with_storage<T>(out.data, out.storage, [&](auto* to) {
+          if (k <= kVectors && in_range)
+            for_each_sum([&](int, int, T value, int64_t index) { round_to(clamped(value * simple_factor), to[index]); });
+          else
+            for_each_sum([&](int i, int c, T value, int64_t index) {
+              if (j0 > 0) value += results[c * stride + i];
+              if (j0 + kVectors >= k)
+                round_to(times_any_factor(value), to[index]);
+              else
+                results[c * stride + i] = value;
+            });
+        });
       });
     }
   });

@@ -6,8 +6,9 @@
 
 namespace kdkernels::truncated_svd::gpu {
 
-// Tiles of M in shared memory: one is used while the others are loaded.
-constexpr int kTilesInFlight = 3;
+// Tiles of M in shared memory: one is used while the others are loaded. `update` depends on the
+// bandwidth of the memory more than the other kernels, and loads more tiles at the same time.
+constexpr int kTilesInFlight = 3, kUpdateTilesInFlight = 4;
 constexpr int kScratch = 512;     // bytes for reductions
 constexpr int kMaxParts = 8;      // the most threads that share a row of a matrix-vector product
 constexpr int kResolventRow = 7;  // doubles per row of a complex elimination
@@ -87,25 +88,38 @@ KDKERNELS_HOST_DEVICE int64_t limit_per_matrix(int p, int size, int64_t block_li
   return block_limit / matrices_per_block(threads_for(p, size)) / 16 * 16;
 }
 
-constexpr int kUpdateThreads = 256, kUpdateTiles = 8, kUpdateVectors = 4;
+constexpr int kUpdateThreads = 256, kUpdateVectors = 4;
+constexpr int kUpdateTiles = 8, kUpdateColumns = 512;  // the most tiles and columns of a block of `update`
 
+// The number of columns in a tile of `update`, and the distance between them. A tile has about
+// 8 KiB, so that the tiles in flight of two blocks fill the memory system of a GPU, and two blocks
+// share a multiprocessor. Neighbouring columns start in different banks.
+KDKERNELS_HOST_DEVICE int update_tile_columns(int p, int size) {
+  const int columns = p <= 16 ? 128 : p <= 32 ? 64 : p <= 64 ? 32 : p <= 128 ? 16 : p <= 256 ? 8 : 4;
+  return size == 8 ? columns / 2 : columns;
+}
+KDKERNELS_HOST_DEVICE int update_tile_stride(int p) {
+  return (p + 15) / 16 * 16 + 4;
+}
 // The number of columns that a block of `update` processes, and the shared memory of the block:
 // tiles, vectors, partial products, w and y, and sums if the k vectors need several passes.
-KDKERNELS_HOST_DEVICE int update_columns(int p) {
-  return kUpdateTiles * tile_columns(p);
+KDKERNELS_HOST_DEVICE int update_columns(int p, int size) {
+  const int columns = kUpdateTiles * update_tile_columns(p, size);
+  return columns < kUpdateColumns ? columns : kUpdateColumns;
 }
 template <typename T>
 KDKERNELS_HOST_DEVICE int64_t update_shared(int p, int k) {
-  const int columns = tile_columns(p);
-  const int64_t tile = int64_t(columns) * tile_stride(p);
-  return kScratch + aligned(int64_t(sizeof(T)) * kTilesInFlight * tile) +
-         aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * tile_stride(p)) +
+  const int columns = update_tile_columns(p, sizeof(T));
+  const int64_t tile = int64_t(columns) * update_tile_stride(p);
+  return kScratch + aligned(int64_t(sizeof(T)) * kUpdateTilesInFlight * tile) +
+         aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * update_tile_stride(p)) +
          aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * (kUpdateThreads + columns)) +
          (k > kUpdateVectors ? aligned(int64_t(sizeof(T)) * tile) : 0);
 }
 
 KDKERNELS_HOST_DEVICE int64_t update_blocks(const BackwardProblem& problem) {
-  return problem.batch * ((problem.q + update_columns(problem.p) - 1) / update_columns(problem.p));
+  const int columns = update_columns(problem.p, problem.x.storage == Storage::float64 ? 8 : 4);
+  return problem.batch * ((problem.q + columns - 1) / columns);
 }
 // The memory that a matrix needs, in bytes: shared memory of its block, and workspace.
 struct MemoryNeed {

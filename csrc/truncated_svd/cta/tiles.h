@@ -74,6 +74,24 @@ struct MatrixSource {
   KDKERNELS_GPU T at(int i, int c) const { return load<T>(view.data, view.storage, index(i, c)); }
 };
 
+// Calls f(i, c) for each row i and each column c of a tile, in an order that reads whole sectors of
+// memory.
+template <typename Cta, typename F>
+KDKERNELS_GPU void for_each_number(Cta& cta, int p, int columns, bool p_contiguous, F f) {
+  cta.start([&](int t) {
+    const int warp = t / 32, lane = t % 32, warps = Cta::kThreads / 32;
+    if (p_contiguous) {
+      for (int c = warp; c < columns; c += warps)
+        for (int i = lane; i < p; i += 32) f(i, c);
+    } else {
+      // 8 columns of 4 rows at a time: each number goes to another bank.
+      const int across = columns < 8 ? columns : 8, down = 32 / across;
+      for (int i = warp * down + lane / across; i < p; i += warps * down)
+        for (int c = lane % across; c < columns; c += across) f(i, c);
+    }
+  });
+}
+
 // Starts to copy columns [first, first + columns) to a tile; columns past the last one are zero.
 template <typename Cta, typename T>
 KDKERNELS_GPU void load_tile(Cta& cta, const MatrixSource<T>& m, int first, T* tile) {
@@ -86,18 +104,35 @@ KDKERNELS_GPU void load_tile(Cta& cta, const MatrixSource<T>& m, int first, T* t
     else
       tile[c * stride + i] = valid ? m.at(i, first + c) : T(0);
   };
-  cta.start([&](int t) {
-    const int warp = t / 32, lane = t % 32, warps = Cta::kThreads / 32;
-    if (m.view.stride_p <= m.view.stride_q) {
-      for (int c = warp; c < columns; c += warps)
-        for (int i = lane; i < p; i += 32) put(i, c);
-    } else {
-      // 8 columns of 4 rows at a time: whole sectors of memory are read, and each number goes to
-      // another bank.
-      const int across = columns < 8 ? columns : 8, down = 32 / across;
-      for (int i = warp * down + lane / across; i < p; i += warps * down)
-        for (int c = lane % across; c < columns; c += across) put(i, c);
-    }
+  for_each_number(cta, p, columns, m.view.stride_p <= m.view.stride_q, put);
+}
+
+// Like load_tile, for any number of columns and any distance between them. It needs fewer
+// instructions, because it copies 16 bytes at once where M is aligned, but more registers.
+template <typename Cta, typename T>
+KDKERNELS_GPU void load_wide_tile(Cta& cta, const MatrixSource<T>& m, int columns, int stride, int first, T* tile) {
+  const int p = m.p, present = m.q - first;
+  if (!is_stored_as<T>(m.view.storage)) {
+    for_each_number(cta, p, columns, m.view.stride_p <= m.view.stride_q,
+                    [&](int i, int c) { tile[c * stride + i] = c < present ? m.at(i, first + c) : T(0); });
+    return;
+  }
+  const int64_t stride_p = m.view.stride_p, stride_q = m.view.stride_q;
+  const T* from = static_cast<const T*>(m.view.data) + m.index(0, first);
+  constexpr int kWide = 16 / sizeof(T);
+  if (stride_p == 1 && p % kWide == 0 && stride_q % kWide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    int shift = 0;  // 2^shift threads share a column
+    while (shift < 5 && kWide << shift < p) ++shift;
+    cta.start([&](int t) {
+      const int lane = t & ((1 << shift) - 1);
+      for (int c = t >> shift; c < columns; c += Cta::kThreads >> shift)
+        for (int i = kWide * lane; i < p; i += kWide << shift)
+          cta.copy_16_bytes_async(tile + c * stride + i, from + (c < present ? c * stride_q : 0) + i, c < present);
+    });
+    return;
+  }
+  for_each_number(cta, p, columns, stride_p <= stride_q, [&](int i, int c) {
+    cta.copy_async(tile + c * stride + i, from + i * stride_p + (c < present ? c * stride_q : 0), c < present);
   });
 }
 
@@ -122,29 +157,36 @@ KDKERNELS_STAGE void prepare_tile(Cta& cta, const MatrixSource<T>& m, T* tile) {
   });
 }
 
-// Calls body(tile, first, count) for each tile of columns [begin, end). body may end without a
-// barrier if it does not write to the memory of the tile.
-template <typename Cta, typename T, typename F>
-KDKERNELS_GPU void stream(Cta& cta, const MatrixSource<T>& m, int begin, int end, T* tiles, F body) {
-  const int columns = tile_columns(m.p), stride = tile_stride(m.p), steps = (end - begin + columns - 1) / columns;
-  cta.each(kTilesInFlight * columns, [&](int c) {
+// Calls body(tile, first, count) for each tile of columns [begin, end), which load(first, tile)
+// starts to copy. body may end without a barrier if it does not write to the memory of the tile.
+// `tiles` is memory for kTiles tiles, of columns with the given stride. If M is scaled or has known
+// vectors, these must be tile_columns and tile_stride.
+template <int kTiles, typename Cta, typename T, typename Load, typename F>
+KDKERNELS_GPU void stream_tiles(Cta& cta, const MatrixSource<T>& m, int columns, int stride, int begin, int end, T* tiles, Load load,
+                                F body) {
+  const int steps = (end - begin + columns - 1) / columns;
+  cta.each(kTiles * columns, [&](int c) {
     for (int i = m.p; i < stride; ++i) tiles[c * stride + i] = T(0);
   });
-  auto tile = [&](int step) { return tiles + step % kTilesInFlight * columns * stride; };
-  for (int step = 0; step < kTilesInFlight - 1; ++step) {
-    if (step < steps) load_tile(cta, m, begin + step * columns, tile(step));
+  auto tile = [&](int step) { return tiles + step % kTiles * columns * stride; };
+  for (int step = 0; step < kTiles - 1; ++step) {
+    if (step < steps) load(begin + step * columns, tile(step));
     cta.commit();
   }
   for (int step = 0; step < steps; ++step) {
-    cta.template wait<kTilesInFlight - 2>();
-    if (step + kTilesInFlight - 1 < steps)
-      load_tile(cta, m, begin + (step + kTilesInFlight - 1) * columns, tile(step + kTilesInFlight - 1));
+    cta.template wait<kTiles - 2>();
+    if (step + kTiles - 1 < steps) load(begin + (step + kTiles - 1) * columns, tile(step + kTiles - 1));
     cta.commit();
     if (m.scale != T(1) || m.count > 0) prepare_tile(cta, m, tile(step));
     const int first = begin + step * columns;
     body(tile(step), first, smaller(columns, end - first));
   }
   cta.template wait<0>();
+}
+template <typename Cta, typename T, typename F>
+KDKERNELS_GPU void stream(Cta& cta, const MatrixSource<T>& m, int begin, int end, T* tiles, F body) {
+  auto load = [&](int first, T* tile) { load_tile(cta, m, first, tile); };
+  stream_tiles<kTilesInFlight>(cta, m, tile_columns(m.p), tile_stride(m.p), begin, end, tiles, load, body);
 }
 
 }  // namespace kdkernels::truncated_svd::gpu
