@@ -312,5 +312,5 @@ def test_gradient_of_tiny_maps_is_finite():
         exact = [t.detach().double().requires_grad_() for t in (student, teacher)]
         attention_transfer_loss(student, teacher, variant="paper").backward()
         reference.attention_transfer_loss(*exact, variant="paper").backward()
-        for given, expected in zip((student, teacher), exact, strict=True):
-            torch.testing.assert_close(given.grad.double(), expected.grad, rtol=1e-3, atol=1e-3 * expected.grad.abs().max().item() + 1e-30)
+        for features, expected in zip((student, teacher), exact, strict=True):
+            torch.testing.assert_close(features.grad.double(), expected.grad, rtol=1e-3, atol=1e-3 * expected.grad.abs().max().item() + 1e-30)

@@ -218,8 +218,9 @@ def test_bits_of_low_rank_matrices_do_not_depend_on_the_batch(size, k):
     outer = torch.arange(1.0, size + 1, dtype=torch.float64)[:, None] * torch.linspace(-1, 2, size, dtype=torch.float64)
     for x in (ones, outer):
         for partner in (torch.randn(size, size, dtype=torch.float64), 1.1 * x, torch.eye(size, dtype=torch.float64)):
-            for alone, together in zip(truncated_svd(x[None], k, return_u=True), truncated_svd(torch.stack([x, partner]), k, return_u=True), strict=True):
-                assert torch.equal(alone[0], together[0])
+            alone, together = (truncated_svd(batch, k, return_u=True) for batch in (x[None], torch.stack([x, partner])))
+            for a, b in zip(alone, together, strict=True):
+                assert torch.equal(a[0], b[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

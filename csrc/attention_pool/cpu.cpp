@@ -267,45 +267,45 @@ double transfer_loss(PooledFeatures<T>& student, PooledFeatures<T>& teacher, con
   const int64_t slots = schedule.slots();
   std::vector<double> losses(batch);
   enum { kDifference = 2, kWeight, kArrays = kWeight + 2 };  // arrays 0 and 1 are the maps
-  schedule.run(
-      [&] { return Scratch<T>(slots, positions, kArrays, student.uses_max() ? 2 : 0); },
-      [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
-        for (int i = 1; i >= 0; --i)  // the student last, because it is read again
-          networks[i]->pool_part(b, first, count, scratch.array(i, slot, slots) + first,
-                                 student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
-      },
-      [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
-        T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
-        const L2<T> s(qs, positions, o.eps), t(qt, positions, o.eps);
-        if (teacher_map) std::copy_n(qt, positions, teacher_map + b * positions);
-        const double inverse_s = 1 / s.divisor(), inverse_t = 1 / t.divisor();
-        for (int64_t i = 0; i < positions; ++i) {
-          qs[i] = static_cast<T>(qs[i] * inverse_s);
-          qt[i] = static_cast<T>(qt[i] * inverse_t);
-          d[i] = qs[i] - qt[i];
-        }
-        const double norm = L2<T>::norm_of(d, positions);
-        losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(positions) : norm;
-        // The gradient of |d| is d / |d|. It is divided here, because 1 / |d| may leave the range of T.
-        if (variant == Variant::paper && norm > 0)
-          for (int64_t i = 0; i < positions; ++i) d[i] = static_cast<T>(d[i] / norm);
-        const double loss_derivative = variant == Variant::authors ? 2 / static_cast<double>(positions) : norm == norm ? 1 : norm;
-        const double scale = upstream * loss_derivative / static_cast<double>(batch);
-        T* const weight = scratch.array(kWeight, slot, slots);
-        if (wanted[0]) s.backward(qs, d, positions, scale * student.factor(), weight);
-        if (sample_scale) {
-          const int exponent = half_exponent(student.gradient_bound(qs, s.divisor(), weight));
-          sample_scale[b] = std::ldexp(1.0f, -exponent);
-          for (int64_t i = 0; i < positions; ++i) weight[i] = std::ldexp(weight[i], exponent);
-        }
-        if (wanted[1]) t.backward(qt, d, positions, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
-      },
-      [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
-        for (int i = 0; i < 2; ++i)
-          if (wanted[i])
-            networks[i]->scatter_part(b, first, count, scratch.array(kWeight + i, slot, slots) + first,
-                                      student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
-      });
+  schedule.run([&] { return Scratch<T>(slots, positions, kArrays, student.uses_max() ? 2 : 0); },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+                 for (int i = 1; i >= 0; --i)  // the student last, because it is read again
+                   networks[i]->pool_part(b, first, count, scratch.array(i, slot, slots) + first,
+                                          student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
+               },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t slot) {
+                 T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
+                 const L2<T> s(qs, positions, o.eps), t(qt, positions, o.eps);
+                 if (teacher_map) std::copy_n(qt, positions, teacher_map + b * positions);
+                 const double inverse_s = 1 / s.divisor(), inverse_t = 1 / t.divisor();
+                 for (int64_t i = 0; i < positions; ++i) {
+                   qs[i] = static_cast<T>(qs[i] * inverse_s);
+                   qt[i] = static_cast<T>(qt[i] * inverse_t);
+                   d[i] = qs[i] - qt[i];
+                 }
+                 const double norm = L2<T>::norm_of(d, positions);
+                 losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(positions) : norm;
+                 // The gradient of |d| is d / |d|. It is divided here, because 1 / |d| may leave the range of
+                 // T.
+                 if (variant == Variant::paper && norm > 0)
+                   for (int64_t i = 0; i < positions; ++i) d[i] = static_cast<T>(d[i] / norm);
+                 const double loss_derivative = variant == Variant::authors ? 2 / static_cast<double>(positions) : norm == norm ? 1 : norm;
+                 const double scale = upstream * loss_derivative / static_cast<double>(batch);
+                 T* const weight = scratch.array(kWeight, slot, slots);
+                 if (wanted[0]) s.backward(qs, d, positions, scale * student.factor(), weight);
+                 if (sample_scale) {
+                   const int exponent = half_exponent(student.gradient_bound(qs, s.divisor(), weight));
+                   sample_scale[b] = std::ldexp(1.0f, -exponent);
+                   for (int64_t i = 0; i < positions; ++i) weight[i] = std::ldexp(weight[i], exponent);
+                 }
+                 if (wanted[1]) t.backward(qt, d, positions, -scale * teacher.factor(), scratch.array(kWeight + 1, slot, slots));
+               },
+               [&](const Scratch<T>& scratch, int64_t b, int64_t first, int64_t count, int64_t slot) {
+                 for (int i = 0; i < 2; ++i)
+                   if (wanted[i])
+                     networks[i]->scatter_part(b, first, count, scratch.array(kWeight + i, slot, slots) + first,
+                                               student.uses_max() ? scratch.channel(i, slot, slots) + first : nullptr);
+               });
   double total = 0;
   for (double loss : losses) total += loss;
   return batch > 0 ? total / static_cast<double>(batch) : 0;

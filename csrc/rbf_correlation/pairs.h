@@ -44,7 +44,7 @@ struct Gradients {
 // added to. wants_gradients: whether any of them is not null.
 template <bool wants_gradients>
 double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64_t first, int64_t count, int64_t n, Gradients grad_x,
-                            Gradients grad_y) {
+                     Gradients grad_y) {
   double total = 0;
   for (int64_t m = 0; m < count; ++m) {
     const Doubles x_difference = simd::splat<double>(x.difference[first + m]), x_sum = simd::splat<double>(x.sum[first + m]);
