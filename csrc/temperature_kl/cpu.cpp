@@ -247,9 +247,9 @@ void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t en
 }
 
 // Processes the layout in which rows are adjacent, and rows of few classes in any layout, one vector
-// of rows at a time. Each vector is copied to a tile [class][lane] first: the classes of a map can be a power of two apart in memory,
-// where they would evict one another from the cache. Several vectors are copied at once, so that
-// each copy moves a whole run of a class.
+// of rows at a time. Each vector is copied to a tile [class][lane] first: the classes of a map can be
+// a power of two apart in memory, where they would evict one another from the cache. Several vectors
+// are copied at once, so that each copy moves a whole run of a class.
 template <typename T>
 class LaneTiles {
  public:

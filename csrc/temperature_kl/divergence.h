@@ -163,10 +163,11 @@ KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& ot
 }
 
 // Fills weights[] with z p_b and difference[] with z p_b (e^y - 1), or with other numbers unless
-// `wants_difference`. `next_tile` is the memory that is read after this tile; it is prefetched during the second exponential, when
-// the memory is otherwise idle. With `centred`, the logits of rows that are far apart are centred,
-// and classes without probability may have any logits. Without it, `far_apart` only marks the rows
-// that need centring. Rows whose divergence exceeds `far_threshold` also count as far apart.
+// `wants_difference`. `next_tile` is the memory that is read after this tile; it is prefetched during
+// the second exponential, when the memory is otherwise idle. With `centred`, the logits of rows that
+// are far apart are centred, and classes without probability may have any logits. Without it,
+// `far_apart` only marks the rows that need centring. Rows whose divergence exceeds `far_threshold`
+// also count as far apart.
 template <typename T, typename Reduce, bool centred, typename Logits>
 Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool wants_difference,
                          PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity()) {
