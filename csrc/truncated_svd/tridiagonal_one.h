@@ -55,43 +55,26 @@ KDKERNELS_INLINE void sweep_rows_one(int64_t j, int64_t end, int64_t stride, con
     row[t] = a + (j + t) * stride;
     vj[t] = simd::splat<T>(v[j + t]), wj[t] = simd::splat<T>(w[j + t]), xj[t] = simd::splat<T>(x[j + t]);
   }
+  // Processes one vector of columns; subtract(t, value, vc, wc) is the updated part of row j + t.
+  auto sweep = [&](int64_t c, auto&& subtract) {
+    const Vec<T> vc = simd::load<T>(v + c), wc = simd::load<T>(w + c);
+    Vec<T> yc = simd::load<T>(y + c);
+#pragma GCC unroll 4
+    for (int t = 0; t < R; ++t) {
+      const Vec<T> updated = subtract(t, simd::load<T>(row[t] + c), vc, wc);
+      simd::store<T>(row[t] + c, updated);
+      yc += updated * xj[t];
+    }
+    simd::store<T>(y + c, yc);
+  };
+  auto below = [&](int t, Vec<T> value, Vec<T> vc, Vec<T> wc) { return value - vj[t] * wc - wj[t] * vc; };
+  auto above = [&](int t, Vec<T> value, Vec<T> vc, Vec<T> wc) { return value - wj[t] * vc - vj[t] * wc; };
   const int64_t diagonal = j / kLanes<T> * kLanes<T>;
-  int64_t c = 0;
-  for (; c < diagonal; c += kLanes<T>) {
-    const Vec<T> vc = simd::load<T>(v + c), wc = simd::load<T>(w + c);
-    Vec<T> yc = simd::load<T>(y + c);
-#pragma GCC unroll 4
-    for (int t = 0; t < R; ++t) {
-      const Vec<T> updated = simd::load<T>(row[t] + c) - vj[t] * wc - wj[t] * vc;
-      simd::store<T>(row[t] + c, updated);
-      yc += updated * xj[t];
-    }
-    simd::store<T>(y + c, yc);
-  }
-  {
-    const Vec<T> vc = simd::load<T>(v + c), wc = simd::load<T>(w + c);
-    Vec<T> yc = simd::load<T>(y + c);
-#pragma GCC unroll 4
-    for (int t = 0; t < R; ++t) {
-      const Vec<T> value = simd::load<T>(row[t] + c), below = value - vj[t] * wc - wj[t] * vc, above = value - wj[t] * vc - vj[t] * wc;
-      const Vec<T> updated = first_lanes<T>(j + t - diagonal + 1) ? below : above;
-      simd::store<T>(row[t] + c, updated);
-      yc += updated * xj[t];
-    }
-    simd::store<T>(y + c, yc);
-    c += kLanes<T>;
-  }
-  for (; c < end; c += kLanes<T>) {
-    const Vec<T> vc = simd::load<T>(v + c), wc = simd::load<T>(w + c);
-    Vec<T> yc = simd::load<T>(y + c);
-#pragma GCC unroll 4
-    for (int t = 0; t < R; ++t) {
-      const Vec<T> updated = simd::load<T>(row[t] + c) - wj[t] * vc - vj[t] * wc;
-      simd::store<T>(row[t] + c, updated);
-      yc += updated * xj[t];
-    }
-    simd::store<T>(y + c, yc);
-  }
+  for (int64_t c = 0; c < diagonal; c += kLanes<T>) sweep(c, below);
+  sweep(diagonal, [&](int t, Vec<T> value, Vec<T> vc, Vec<T> wc) {
+    return first_lanes<T>(j + t - diagonal + 1) ? below(t, value, vc, wc) : above(t, value, vc, wc);
+  });
+  for (int64_t c = diagonal + kLanes<T>; c < end; c += kLanes<T>) sweep(c, above);
 }
 
 // a [p, stride]: a symmetric matrix, from mirror_triangle(). On return, row i >= 2 contains its v in
