@@ -79,14 +79,16 @@ WIDTHS = {
 }
 
 
-def test_loads_are_as_wide_as_the_rows_are_aligned(pytestconfig):
+@pytest.mark.parametrize("names", [["rows of 1000 classes", "rows of 1000 classes, 1001 apart"], list(WIDTHS)], ids=["main", "all"])
+def test_loads_are_as_wide_as_the_rows_are_aligned(names, pytestconfig):
     """The stores of other results than the gradient have 32 bits."""
     expected = {
         f"{name} torch.{dtype}: {kernel} {load} {store}"
         for name, (kernel, *widths) in WIDTHS.items()
+        if name in names
         for dtype, (load, store) in zip(("float32", "bfloat16"), widths, strict=True)
     }
-    assert set(_run("triton_loads.py", ["sm_90"], pytestconfig.cache.mkdir("triton")).splitlines()) == expected
+    assert set(_run("triton_loads.py", ["sm_90", *names], pytestconfig.cache.mkdir("triton")).splitlines()) == expected
 
 
 def _constants(tree: ast.Module) -> set[str]:

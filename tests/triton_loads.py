@@ -1,8 +1,8 @@
 """Prints how wide the global loads and stores of temperature_kl's kernels are.
 
-Usage: python triton_loads.py TARGET. Every line has the name of a call, the name of the first
-kernel that it launches, and the widest load and the widest store of this kernel in bits. No GPU is
-needed: triton_launches.py compiles the kernels.
+Usage: python triton_loads.py TARGET [NAME ...]. The names select calls of LAYOUTS. Every line has
+the name of a call, the name of the first kernel that it launches, and the widest load and the
+widest store of this kernel in bits. No GPU is needed: triton_launches.py compiles the kernels.
 """
 
 import re
@@ -43,7 +43,8 @@ def main() -> None:
     triton_launches.STACK = 128  # only widths are checked here
     with triton_launches.fake_gpu(sys.argv[1]) as gpu:
         gpu.all_stages = True
-        for name, (rows, stride, classes, offset) in LAYOUTS.items():
+        for name in sys.argv[2:] or LAYOUTS:
+            rows, stride, classes, offset = LAYOUTS[name]
             for dtype in (torch.float32, torch.bfloat16):
                 memory = triton_launches.as_fake_cuda(torch.empty(offset + rows * stride, dtype=dtype))
                 logits = memory.as_strided((rows, classes), (stride, 1), offset)
