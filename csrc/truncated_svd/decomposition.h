@@ -83,8 +83,8 @@ struct Rescaled {
 template <typename T>
 class Decomposition {
  public:
-  // use_rounds: whether ill-conditioned float64 matrices are decomposed in rounds. subset: see
-  // Matrices. x may have another dtype than T.
+  // use_rounds: whether ill-conditioned float64 matrices are computed without a Gram matrix or in
+  // rounds. subset: see Matrices. x may have another dtype than T.
   Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool use_rounds, Tier tier,
                 std::vector<int64_t> subset = {})
       : m_(x, std::move(subset)), k_(k), sign_(sign), use_rounds_(use_rounds), tier_(tier), direct_(m_, k), status_(m_.batch, Status::ok) {

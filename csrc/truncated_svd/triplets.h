@@ -59,7 +59,8 @@ double orthogonalize(T* b, int64_t j, int64_t n) {
 
 // Replaces vector j of b by a vector that is orthogonal to the vectors before it: the first unit
 // vector from number `unit` on that is not nearly in their span, made orthogonal to them. `unit`
-// becomes the number of the next one: all before it are in the span then.
+// becomes the number of the next one. The unit vectors before it need not be tried again: what
+// remains of them outside of the span only decreases.
 template <typename T>
 void complete_basis(T* b, int64_t j, int64_t n, int64_t& unit) {
   const double min_remaining = 0.5 / std::sqrt(static_cast<double>(n));
