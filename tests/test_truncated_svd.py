@@ -60,6 +60,71 @@ def test_large_matrices(m, n, k, svd):
         check_signs(v)
 
 
+@pytest.mark.parametrize("n", [33, 64])
+def test_errors_of_eigenvectors_do_not_depend_on_the_scale_of_the_gram_matrix(n):
+    """The Gram matrix of a random matrix of these sizes is scaled to a trace of almost 1/4, the
+    smallest possible, so that its eigenvalues are near the smallest that inverse iteration meets.
+    """
+    x = torch.randn(600, n, n + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, _ = truncated_svd(x, n // 2, return_u=True)
+    gram = x @ x.mT
+    residuals = (gram @ u - u * s[:, None] ** 2).norm(dim=1) / s[:, :1] ** 2
+    assert (residuals <= (8 + n**0.5) * rounding(torch.float64)).all()
+
+
+def _check_residuals(x, k):
+    """Check that truncated_svd of x gives orthonormal triplets with small residuals, for any gaps.
+
+    LAPACK's singular values of clusters of this kind have errors of their own.
+    """
+    m, n = x.shape[-2:]
+    eps = rounding(x.dtype) * (8 if x.dtype == torch.float64 else 1)
+    x, *triplets = (t.double() for t in (x, *truncated_svd(x, k, return_u=True)))
+    u, s, v = triplets
+    length = (m + n) ** 0.5
+    for vectors in (u, v):
+        assert ((vectors.mT @ vectors - torch.eye(k, dtype=torch.float64)).abs() <= eps * (8 + length)).all()
+    for a, left, right in ((x, u, v), (x.mT, v, u)):
+        assert ((a @ right - left * s[..., None, :]).norm(dim=-2) <= 1.1 * eps * (16 + length) * s[..., :1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    seed=st.integers(0, 999),
+    p=st.sampled_from([12, 17, 31, 33, 40, 64, 100]),
+    wider=st.sampled_from([0, 1, 9, 30]),
+    fewer=st.sampled_from([0, 1, 10]),
+    clusters=st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 5, 10, 20]),
+            st.sampled_from([0, 1e-15, 1e-13, 1e-10, 1e-7, 1e-5]),
+            st.sampled_from([0.9, 0.5, 0.999, 0.9999, 0.99999, 0.3]),
+        ),
+        min_size=1,
+    ),
+)
+def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
+    """Any number of clusters of any width, next to each other or far apart."""
+    value, parts = 1.0, []
+    for count, spread, ratio in [*clusters, (p, 1e-14, 1.0)]:
+        parts.append(value * (1 - spread * torch.arange(count).double()))
+        value *= ratio
+    s = torch.cat(parts)[:p].sort(descending=True).values
+    _check_residuals(torch.stack([with_singular_values(s, p, p + wider, seed + i) for i in range(3)]).to(dtype), p - fewer)
+
+
+def test_lost_vectors_of_clusters_are_replaced_within_the_space_of_the_cluster():
+    """Cases in which nothing is left of a vector of a cluster when it is made orthogonal to the
+    others, so that a new one must converge to the space of the cluster.
+    """
+    s = torch.ones(31).double()
+    s[15:] = 0.3
+    _check_residuals(torch.stack([with_singular_values(s, 31, 40, seed) for seed in range(3)]).float(), 30)
+    clusters = [(1, 1, 1e-12), (2, 0.9999, 1e-13), (10, 0.9989, 1e-13), (20, 0.49945, 1e-7), (67, 0.2, 1e-2)]
+    s = torch.cat([value * (1 - spread * torch.arange(count).double()) for count, value, spread in clusters])
+    _check_residuals(torch.stack([with_singular_values(s, 100, 109, seed) for seed in range(456368800, 456368808)]).mT.float(), 33)
+
+
 @pytest.mark.parametrize(("m", "n", "count"), [(6, 8, 1), (8, 8, 9), (16, 30, 3), (36, 33, 9), (70, 80, 1)])
 def test_all_triplets(m, n, count):
     """Batches of a few matrices and most of their triplets: other layouts and methods than for many

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> inverse_iteration_stage(const Tensor& d_in, const Ten
       std::fill(row, row + stride, 0.0);
       for (int64_t i = 0; i < p; ++i) row[i] = x.get()[i][0];
     }
-    improve_clusters(p, db, eb, k, shifts, kCluster<float> * shifts[0], value, work);
+    improve_clusters<float>(p, db, eb, k, shifts, kCluster<float> * shifts[0], value, work);
     for (int64_t j = 0; j < k; ++j) std::copy_n(work.vectors.get() + j * stride, p, out + j * p);
   }
   return {values, vectors.view({batch, k, p})};

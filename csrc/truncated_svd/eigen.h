@@ -232,7 +232,7 @@ class Eigen {
           for (int64_t c = 0; c < p; ++c) rows[i * row + c] = x[pair * p + c * n + (i - pair)][l];
           std::fill(rows + i * row + p, rows + (i + 1) * row, 0.0);
         }
-        improve_clusters(p, one_d, one_e, k_, shifts, kCluster<T> * shifts[0], quotients.data() + matrix * k_, work.clusters);
+        improve_clusters<T>(p, one_d, one_e, k_, shifts, kCluster<T> * shifts[0], quotients.data() + matrix * k_, work.clusters);
         for (int64_t i = 0; i < k_; ++i)
           for (int64_t c = 0; c < p; ++c) z[i * p + c][matrix] = static_cast<T>(rows[i * row + c]);
       }
@@ -330,7 +330,7 @@ class Eigen {
         for (int64_t i = 0; i < p; ++i) rows[j * row + i] = x[i * double_vectors + j / lanes][j % lanes];
         std::fill(rows + j * row + p, rows + (j + 1) * row, 0.0);
       }
-      improve_clusters(p, one_d, one_e, k, shifts, kCluster<T> * shifts[0], lambda, work.clusters);
+      improve_clusters<T>(p, one_d, one_e, k, shifts, kCluster<T> * shifts[0], lambda, work.clusters);
       for (int64_t j = 0; j < k; ++j)
         for (int64_t i = 0; i < p; ++i) x[i * double_vectors + j / lanes][j % lanes] = rows[j * row + i];
     }

@@ -125,9 +125,9 @@ void largest_eigenvalues_one(int64_t p, const T* d, const T* e2, T low, T high, 
 // Eigenvectors of symmetric tridiagonal matrices, by inverse iteration in double precision.
 //
 // (T - lambda I) x = b is solved by Gaussian elimination with row interchanges, lane by lane with
-// selects. A vanishing pivot is replaced by the rounding error of T's norm (which is 1). Three such
-// systems are solved in turn. The vectors of eigenvalues that are far apart are then orthogonal up
-// to rounding; clusters.h treats the others.
+// selects. A vanishing pivot is replaced (kTinySolvePivot). Three such systems are solved in turn.
+// The vectors of eigenvalues that are far apart are then orthogonal up to rounding; clusters.h
+// treats the others.
 //
 // G. Peters, J. H. Wilkinson. The Calculation of Specified Eigenvectors by Inverse Iteration. In:
 // Handbook for Automatic Computation II, 1971.
@@ -145,7 +145,7 @@ struct TridiagonalLU {
 
   template <typename Entry>
   static void factor(int64_t p, const Entry* d, const Entry* e, const Doubles* shift, Row* rows) {
-    const Doubles min_pivot = simd::splat<double>(1e-16);
+    const Doubles min_pivot = simd::splat<double>(kTinySolvePivot);
     auto reciprocal = [&](Doubles pivot) { return 1.0 / (abs<double>(pivot) < min_pivot ? min_pivot : pivot); };
     Doubles diagonal[N], upper[N];
     for (int n = 0; n < N; ++n) diagonal[n] = entry<double>(d, 0) - shift[n], upper[n] = p > 1 ? entry<double>(e, 0) : Doubles{};
@@ -203,8 +203,8 @@ struct TridiagonalLU {
 // The start vectors of inverse iteration: vector j has the entries start[j], start[j + 1], ... of
 // one sequence of pseudo-random numbers, so that it has a component along every eigenvector, and
 // the vectors are linearly independent.
-inline void fill_start_vectors(int64_t count, double* start) {
-  uint64_t seed = 0x9e3779b97f4a7c15ull;
+inline void fill_start_vectors(int64_t count, double* start, uint64_t number = 1) {
+  uint64_t seed = 0x9e3779b97f4a7c15ull * number;
   for (int64_t i = 0; i < count; ++i) {
     seed = seed * 6364136223846793005ull + 1442695040888963407ull;
     start[i] = (0.5 + static_cast<double>(seed >> 11) * 0x1p-53) * ((seed >> 62) & 1 ? 1.0 : -1.0);
@@ -224,7 +224,7 @@ void inverse_iteration(int64_t p, const Entry* d, const Entry* e, int solves, Do
   };
   for (int solve = 0; solve < solves; ++solve) {
     TridiagonalLU<N>::solve(p, rows, x, stride);
-    // The solution may have a length of 1 / 1e-16. It is scaled, so that squares stay in range.
+    // The solution may have a length of 1 / kTinySolvePivot. It is scaled, so that squares stay in range.
     Doubles factor[N] = {};
     for (int64_t i = 0; i < p; ++i)
 #pragma GCC unroll 4

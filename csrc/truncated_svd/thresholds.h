@@ -25,7 +25,7 @@ constexpr double kIllConditioned = 0.15;
 // sigma_j is computed as |M^T a_j|, whose error does not grow; that of the triplets is about
 // eps sigma_1 / (2 fraction).
 template <typename T>
-constexpr double kLeastRatio = sizeof(T) == 4 ? 0.1 : 0.08;
+constexpr double kLeastRatio = sizeof(T) == 4 ? 0.1 : 0.03;
 
 // Entries of a vector whose magnitude is below the largest by less than this fraction count as
 // equal to it when the sign is fixed, because rounding decides which of two equal entries comes out
@@ -47,6 +47,10 @@ constexpr double kHighestTrace = sizeof(T) == 4 ? 1e34 : 1e290;
 // Replaces a pivot of exactly 0 when eigenvalues are counted (Sturm counts).
 template <typename T>
 constexpr T kTinyPivot = sizeof(T) == 4 ? T(1e-30) : T(1e-200);
+
+// Replaces a smaller pivot in inverse iteration. It changes the matrix by as much, so it must be far
+// below the rounding error of the eigenvalues, of which the largest is between 1 / (4 p) and 1.
+constexpr double kTinySolvePivot = 1e-20;
 
 // Whether the squares of a matrix with this largest singular value leave the range of T, so that
 // the matrix must be rescaled. The derivative uses this rule. The forward pass uses a stricter one,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .launch import compile_options
 
 ILL_CONDITIONED = tl.constexpr(0.15)  # kIllConditioned in csrc/truncated_svd/thresholds.h
+TINY_SOLVE_PIVOT = tl.constexpr(1e-20)  # kTinySolvePivot in csrc/truncated_svd/thresholds.h
 SIGN_TIES = tl.constexpr(1e-4)  # kSignTies in csrc/truncated_svd/thresholds.h
 _MAX_ELEMENTS = 1 << 11  # largest padded p x k of the vectors that a program keeps in registers
 _MAX_SIDE = 1024

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .svd_sizes import TINY_SOLVE_PIVOT
+
 
 @triton.jit
 def tile_of(x_ptr, rows, columns, stride_p, stride_q, p, q, scale, T: tl.constexpr):
@@ -212,7 +214,7 @@ def largest_eigenvalues(d_ptr, e_ptr, p, T: tl.constexpr, PB: tl.constexpr, KB: 
 
 @triton.jit
 def _reciprocal(pivot):
-    return 1.0 / tl.where(tl.abs(pivot) < 1e-16, 1e-16, pivot)
+    return 1.0 / tl.where(tl.abs(pivot) < TINY_SOLVE_PIVOT, TINY_SOLVE_PIVOT, pivot)
 
 
 @triton.jit
@@ -234,7 +236,7 @@ def orthonormalize(x_ptr, entry_stride, vector_stride, begin, end, p, PB: tl.con
     c = tl.arange(0, PB)
     for column in range(begin, end):
         vector = tl.load(x_ptr + column * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
-        longest = tl.max(tl.abs(vector), 0)  # the norm may be as large as 1e16
+        longest = tl.max(tl.abs(vector), 0)  # the norm may be as large as 1e20
         vector = vector / tl.where(longest > 0.0, longest, 1.0)
         norm = tl.sqrt(tl.sum(vector * vector, 0))
         vector = vector / tl.where(norm > 0.0, norm, 1.0)

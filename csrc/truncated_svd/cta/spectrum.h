@@ -102,7 +102,7 @@ struct InverseIteration {
 
   template <typename T>
   KDKERNELS_GPU void factor(int p, const T* d, const T* e, double shift, int system) const {
-    auto reciprocal = [](double pivot) { return 1.0 / (absolute(pivot) < 1e-16 ? 1e-16 : pivot); };
+    auto reciprocal = [](double pivot) { return 1.0 / (absolute(pivot) < kTinySolvePivot ? kTinySolvePivot : pivot); };
     double diagonal = static_cast<double>(d[0]) - shift, upper = p > 1 ? static_cast<double>(e[0]) : 0.0;
     for (int i = 0; i + 1 < p; ++i) {
       const double lower = e[i], next_diagonal = static_cast<double>(d[i + 1]) - shift,
@@ -121,7 +121,7 @@ struct InverseIteration {
     inverse_diagonal[index] = reciprocal(diagonal), upper_1[index] = 0, upper_2[index] = 0, multiplier[index] = 0, swapped[index] = 0;
   }
 
-  // x = (T - shift I)^-1 x, scaled to a largest magnitude of 1, because its length may be 1e16.
+  // x = (T - shift I)^-1 x, scaled to a largest magnitude of 1, because its length may be 1e20.
   KDKERNELS_GPU void solve(int p, double* x, int system) const {
     double current = x[0];
     for (int i = 0; i + 1 < p; ++i) {
