@@ -113,16 +113,28 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
     _check_residuals(torch.stack([with_singular_values(s, p, p + wider, seed + i) for i in range(3)]).to(dtype), p - fewer)
 
 
-def test_lost_vectors_of_clusters_are_replaced_within_the_space_of_the_cluster():
+@pytest.mark.parametrize("kernels", ["fastest", "cuda"])
+def test_lost_vectors_of_clusters_are_replaced_within_the_space_of_the_cluster(kernels):
     """Cases in which nothing is left of a vector of a cluster when it is made orthogonal to the
     others, so that a new one must converge to the space of the cluster.
     """
     s = torch.ones(31).double()
     s[15:] = 0.3
-    _check_residuals(torch.stack([with_singular_values(s, 31, 40, seed) for seed in range(3)]).float(), 30)
-    clusters = [(1, 1, 1e-12), (2, 0.9999, 1e-13), (10, 0.9989, 1e-13), (20, 0.49945, 1e-7), (67, 0.2, 1e-2)]
-    s = torch.cat([value * (1 - spread * torch.arange(count).double()) for count, value, spread in clusters])
-    _check_residuals(torch.stack([with_singular_values(s, 100, 109, seed) for seed in range(456368800, 456368808)]).mT.float(), 33)
+    far = [(1, 1, 1e-12), (2, 0.9999, 1e-13), (10, 0.9989, 1e-13), (20, 0.49945, 1e-7), (67, 0.2, 1e-2)]
+    wide = [(10, 1.0, 0.0), (1, 0.5, 1e-14), (89, 0.15, 1e-6)]
+    with implementation(kernels):
+        _check_residuals(torch.stack([with_singular_values(s, 31, 40, seed) for seed in range(3)]).float(), 30)
+        for clusters, seeds, k in ((far, range(456368800, 456368808), 33), (wide, range(234950407, 234950415), 50)):
+            s = torch.cat([value * (1 - spread * torch.arange(count).double()) for count, value, spread in clusters])
+            _check_residuals(torch.stack([with_singular_values(s, 100, 109, seed) for seed in seeds]).mT.float(), k)
+
+
+@pytest.mark.parametrize("kernels", ["fastest", "cuda"])
+@pytest.mark.parametrize("spread", [1e-15, 1e-14, 1e-13, 1e-12])
+def test_singular_values_that_differ_by_some_roundings(kernels, spread):
+    s = torch.cat([torch.ones(1).double(), 0.5 * (1 - spread * torch.arange(20).double()), torch.linspace(0.2, 0.18, 19).double()])
+    with implementation(kernels):
+        _check_residuals(torch.stack([with_singular_values(s, 40, 49, seed) for seed in range(8)]), 25)
 
 
 @pytest.mark.parametrize(("m", "n", "count"), [(6, 8, 1), (8, 8, 9), (16, 30, 3), (36, 33, 9), (70, 80, 1)])

@@ -132,7 +132,8 @@ inline void rotate_cluster(int64_t p, const double* d, const double* e, int64_t 
   Buffer<double> h(count * count);
   for (int64_t j = 0; j < count; ++j) {
     double* row = h.get() + j * count;
-    in_fours_and_ones(0, j + 1, [&](auto rows, int64_t i) { row_products<double, rows()>(x + i * stride, stride, images.get() + j * stride, row + i); });
+    in_fours_and_ones(
+        0, j + 1, [&](auto rows, int64_t i) { row_products<double, rows()>(x + i * stride, stride, images.get() + j * stride, row + i); });
     for (int64_t i = 0; i < j; ++i) h.get()[i * count + j] = row[i];
   }
   constexpr int max_sweeps = 12;

@@ -227,13 +227,18 @@ def _subtract_projections(vector, x_ptr, entry_stride, vector_stride, count, p, 
 
 
 @triton.jit
-def orthonormalize(x_ptr, entry_stride, vector_stride, begin, end, p, PB: tl.constexpr):
+def orthonormalize(x_ptr, entry_stride, vector_stride, begin, end, p, RANDOM: tl.constexpr, PB: tl.constexpr):
     """Orthonormalize vectors [begin, end) of x, also against the vectors before them.
 
     entry_stride and vector_stride are the strides of x. A vector that depends linearly on the
-    vectors before it is replaced: by the unit vector with the largest component orthogonal to them.
+    vectors before it is replaced: with RANDOM by a random vector, otherwise by the unit vector with
+    the largest component orthogonal to them.
+
+    Returns:
+        The number of vectors that were replaced.
     """
     c = tl.arange(0, PB)
+    replaced = 0
     for column in range(begin, end):
         vector = tl.load(x_ptr + column * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
         longest = tl.max(tl.abs(vector), 0)  # the norm may be as large as 1e20
@@ -247,17 +252,22 @@ def orthonormalize(x_ptr, entry_stride, vector_stride, begin, end, p, PB: tl.con
             remaining_norm *= norm
             vector = vector / tl.where(norm > 0.0, norm, 1.0)
         if remaining_norm < 1e-4:
-            orthogonal_parts = tl.where(c < p, 1.0, -1.0).to(tl.float64)
-            for other in range(0, column):
-                other_vector = tl.load(x_ptr + other * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
-                orthogonal_parts -= other_vector * other_vector
-            vector = (c == tl.argmax(orthogonal_parts, 0)).to(tl.float64)
+            replaced += 1
+            if RANDOM:
+                vector = tl.where(c < p, 2.0 * tl.rand(2, column * PB + c).to(tl.float64) - 1.0, 0.0)
+            else:
+                orthogonal_parts = tl.where(c < p, 1.0, -1.0).to(tl.float64)
+                for other in range(0, column):
+                    other_vector = tl.load(x_ptr + other * vector_stride + c * entry_stride, c < p, other=0.0).to(tl.float64)
+                    orthogonal_parts -= other_vector * other_vector
+                vector = (c == tl.argmax(orthogonal_parts, 0)).to(tl.float64)
             for _ in range(0, 2):
                 vector = _subtract_projections(vector, x_ptr, entry_stride, vector_stride, column, p, PB)
                 vector = vector / tl.sqrt(tl.sum(vector * vector, 0))
         tl.debug_barrier()
         tl.store(x_ptr + column * vector_stride + c * entry_stride, vector.to(x_ptr.dtype.element_ty), c < p)
         tl.debug_barrier()
+    return replaced
 
 
 @triton.jit
@@ -274,9 +284,9 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
     size = p * KB
     inverse_ptr, first_ptr, second_ptr = rows_ptr + j, rows_ptr + size + j, rows_ptr + 2 * size + j
     multiplier_ptr, swapped_ptr, x_ptr, y_ptr = rows_ptr + 3 * size + j, rows_ptr + 4 * size + j, rows_ptr + 5 * size, rows_ptr + 6 * size
-    # Shift the values slightly. At exactly a multiple eigenvalue, all starting vectors would give
-    # the same solution.
-    shift = values + tl.where(j > 0, 1e-15, 0.0)
+    # Shift the values slightly, by 2^-52 of the largest. At exactly a multiple eigenvalue, all
+    # starting vectors would give the same solution.
+    shift = values + tl.where(j > 0, 2.220446049250313e-16, 0.0) * tl.max(values, 0)
     diagonal = tl.load(d_ptr).to(tl.float64) - shift
     upper = tl.load(e_ptr).to(tl.float64) + tl.zeros([KB], tl.float64)
     for i in range(0, p - 1):
@@ -297,7 +307,9 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
     start = 2.0 * tl.rand(1, c[:, None] * KB + j[None, :]).to(tl.float64) - 1.0
     tl.store(x_ptr + c[:, None] * KB + j[None, :], start, (c < p)[:, None])
     tl.debug_barrier()
-    for _ in range(0, 3):
+    # A vector that replaces another one needs as many solves as the first one.
+    left, solves = 3, 0
+    while left > 0:
         current = tl.load(x_ptr + j)
         for i in range(0, p - 1):
             swap, next_value = tl.load(swapped_ptr + i * KB) != 0.0, tl.load(x_ptr + (i + 1) * KB + j)
@@ -314,7 +326,9 @@ def eigenvectors(d_ptr, e_ptr, values, rows_ptr, p, wanted, PB: tl.constexpr, KB
             value_1 = rest * tl.load(inverse_ptr + i * KB)
             tl.store(x_ptr + i * KB + j, value_1)
         tl.debug_barrier()
-        orthonormalize(x_ptr, KB, 1, 0, wanted, p, PB)
+        replaced = orthonormalize(x_ptr, KB, 1, 0, wanted, p, True, PB)
+        solves += 1
+        left = tl.where(solves < 12, tl.where(replaced > 0, 3, left - 1), 0)
     d, e = tl.load(d_ptr + c, c < p, other=0.0).to(tl.float64), tl.load(e_ptr + c, c + 1 < p, other=0.0).to(tl.float64)
     quotients = tl.zeros([KB], tl.float64)
     for column in range(0, wanted):

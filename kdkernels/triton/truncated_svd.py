@@ -175,7 +175,7 @@ def _decompose_kernel(
         index = found + rank
         tl.store(a_ptr + index[None, :] * p + c[:, None], vectors, (c < p)[:, None] & (j < wanted)[None, :])
         tl.debug_barrier()
-        orthonormalize(a_ptr, 1, p, found, k, p, PB)
+        orthonormalize(a_ptr, 1, p, found, k, p, False, PB)
         tl.store(sigma_ptr + index, tl.sqrt(tl.maximum(values, 0.0)) / residual_scale, j < wanted)
         tl.debug_barrier()
         # Accept the values that are close to the largest value of this round. Accept all if it is

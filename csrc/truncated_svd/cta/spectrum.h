@@ -53,14 +53,24 @@ KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const WorkingMe
 
 // Makes the vectors x_j [n], j in [from, to), which are `stride` apart, orthonormal to each other
 // and to the vectors before them. If little of a vector remains, it consists of rounding errors,
-// and the first unit vector that is not nearly in the span of the others replaces it.
-template <typename Cta, typename V>
-KDKERNELS_STAGE void orthonormalize(Cta& cta, int from, int to, int n, V* x, int64_t stride, double* dots) {
+// and the first vector replacement(j, 0), replacement(j, 1), ... that is not nearly in the span of
+// the others takes its place: it has the entries replacement(j, number, i). Returns the
+// smallest fraction of its length that a vector kept, 0 if one was replaced.
+template <typename Cta, typename V, typename Replacement>
+KDKERNELS_STAGE double orthonormalize(Cta& cta, int from, int to, int n, V* x, int64_t stride, double* dots, Replacement&& replacement) {
+  double least = 1;
   for (int j = from; j < to; ++j) {
     V* vector = x + j * stride;
-    for (int unit = -1; unit < n; ++unit) {
-      if (unit >= 0) cta.each(n, [&](int i) { vector[i] = V(i == unit); });
-      double remaining = 1;
+    for (int number = -1; number < n; ++number) {
+      if (number >= 0) {
+        cta.each(n, [&](int i) { vector[i] = static_cast<V>(replacement(j, number, i)); });
+        least = 0;
+      }
+      auto length_of_vector = [&] {
+        return square_root(
+            cta.template sum<double>(n, [&](int i) { return static_cast<double>(vector[i]) * static_cast<double>(vector[i]); }));
+      };
+      double remaining = 1, length = length_of_vector();
       for (int pass = 0; pass < 3; ++pass) {
         if (j > 0) {
           cta.warps(j, [&](const Warp& warp, int other) {
@@ -74,16 +84,35 @@ KDKERNELS_STAGE void orthonormalize(Cta& cta, int from, int to, int n, V* x, int
             vector[i] = static_cast<V>(value);
           });
         }
-        const double norm = square_root(
-            cta.template sum<double>(n, [&](int i) { return static_cast<double>(vector[i]) * static_cast<double>(vector[i]); }));
-        remaining *= norm;
+        const double norm = length_of_vector(), kept = norm / length;
+        remaining *= kept;
         if (!(remaining > 1e-4)) break;
         cta.each(n, [&](int i) { vector[i] = static_cast<V>(static_cast<double>(vector[i]) / norm); });
-        if (norm > 0.9) break;
+        if (kept > 0.9) break;
+        length = 1;
       }
-      if (remaining > (unit < 0 ? 1e-4 : 0.5 / square_root(static_cast<double>(n)))) break;
+      if (remaining > (number < 0 ? 1e-4 : 0.5 / square_root(static_cast<double>(n)))) {
+        if (remaining < least) least = remaining;
+        break;
+      }
     }
   }
+  return least;
+}
+
+// The same with unit vectors as replacements.
+template <typename Cta, typename V>
+KDKERNELS_STAGE void orthonormalize(Cta& cta, int from, int to, int n, V* x, int64_t stride, double* dots) {
+  orthonormalize(cta, from, to, n, x, stride, dots, [](int, int number, int i) { return i == number ? 1.0 : 0.0; });
+}
+
+// Entry i of start vector j of inverse iteration: magnitudes in [1/2, 3/2), so that the vector has a
+// component along every eigenvector, also if T is decoupled. number: for other vectors.
+KDKERNELS_GPU double start_entry(int j, int number, int i) {
+  uint64_t bits = 0x9e3779b97f4a7c15ull * static_cast<uint64_t>((int64_t(number) << 42) + (int64_t(j + 1) << 21) + i);
+  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
+  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebull;
+  return (0.5 + static_cast<double>(bits >> 11) * 0x1p-53) * (((bits >> 5) & 1) ? 1.0 : -1.0);
 }
 
 // Solves (T - shift I) x = b by elimination with row interchanges: one thread per system, `count`
@@ -146,28 +175,30 @@ struct InverseIteration {
 };
 
 // Writes orthonormal eigenvectors to x [k][p], and replaces lambda [k] by their Rayleigh quotients.
+//
+// A vector can be lost because its shift is by chance as good as exactly the eigenvalue of another
+// vector. The one that replaces it needs as many solves as the first one. If little is left of a
+// vector, its rounding errors have been amplified: for double, another solve removes them.
 template <typename Cta, typename T>
 KDKERNELS_STAGE void eigenvectors(Cta& cta, int p, int k, const WorkingMemory<T>& memory) {
-  constexpr int kSolves = 3;
+  constexpr int kSolves = 3, kMostSolves = 12;
+  constexpr double kLittleLeft = 0.03;
   double *x = memory.x, *lambda = memory.lambda;
   for (int begin = 0; begin < k; begin += kVectorsAtOnce) {
     const int at_once = smaller(k - begin, kVectorsAtOnce);
     const InverseIteration systems(memory.rows, p, at_once);
     cta.each(at_once, [&](int system) {
       const int j = begin + system;
-      // A deterministic start vector that has a component along every eigenvector.
-      uint64_t seed = 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(j + 1);
-      for (int i = 0; i < p; ++i) {
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-        x[int64_t(j) * p + i] = (0.5 + static_cast<double>(seed >> 11) * 1.1102230246251565e-16) * ((seed >> 62) & 1 ? 1.0 : -1.0);
-      }
+      for (int i = 0; i < p; ++i) x[int64_t(j) * p + i] = start_entry(j, 0, i);
       // The shift is slightly off for j > 0. With exactly a multiple eigenvalue, the solution would
       // be the same vector, whatever the start vector is.
-      systems.factor(p, memory.d, memory.e, lambda[j] + (j > 0 ? 1e-15 : 0.0), system);
+      systems.factor(p, memory.d, memory.e, lambda[j] + (j > 0 ? 0x1p-52 * lambda[0] : 0.0), system);
     });
-    for (int solve = 0; solve < kSolves; ++solve) {
+    for (int left = kSolves, solve = 0; left > 0 && solve < kMostSolves; ++solve) {
       cta.each(at_once, [&](int system) { systems.solve(p, x + int64_t(begin + system) * p, system); });
-      orthonormalize(cta, begin, begin + at_once, p, x, p, memory.dots);
+      const double least = orthonormalize(cta, begin, begin + at_once, p, x, p, memory.dots,
+                                          [](int j, int number, int i) { return start_entry(j, number + 1, i); });
+      left = least == 0 ? kSolves : left > 1 || !(sizeof(T) == 8 && least < kLittleLeft) ? left - 1 : 1;
     }
   }
   cta.warps(k, [&](const Warp& warp, int j) {
