@@ -324,6 +324,22 @@ def test_only_rows_without_a_distribution_are_nan(device):
     assert s.grad[[1, 2, 3]].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(3, 300), (3, 7), (3, 11, 40)], ids=str)
+@pytest.mark.parametrize("options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"target_eps": 0.1}], ids=str)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_classes_without_probability_have_nan_gradients_in_rows_with_a_nan(which, options, shape, device):
+    s, t = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    (s if which == "student" else t)[1, 2] = torch.nan
+    s[1, 3] = t[1, 3] = -3000.0
+    s[1, 4] = t[1, 5] = -2000.0
+    s.requires_grad_()
+    t.requires_grad_()
+    temperature_kl(s, t, 1.0, dim=1, **options).backward()
+    for x in (s, t):
+        assert x.grad[1].isnan().all()
+        assert x.grad[[0, 2]].isfinite().all()
+
+
 def test_infinite_divergence(device):
     """If the student excludes a class that the teacher does not, the loss is infinite, and its
     gradient p_s - p_t is finite.

@@ -45,6 +45,9 @@ struct Divergence {
   Vec<T> shift;    // log p_b - log p_o = (b - o) / T - shift
   Vec<T> other_z;  // sum of exp(o / T) of centred logits, if far_apart
 
+  // The gradient of a class without probability: 0, but NaN in a row with a NaN.
+  Vec<T> zero_gradient() const { return select<T>(kl == kl, Vec<T>{}, splat<T>(std::numeric_limits<T>::quiet_NaN())); }
+
   // log p_o - (o - base_max) / T
   Vec<T> other_shift(Vec<T> log_z) const { return select<T>(far_apart, -simd::log<T>(other_z), shift - log_z); }
 };
@@ -254,11 +257,12 @@ void write_other_gradient(const Divergence<T>& s, const T* weights, const T* dif
 template <typename T, typename Logits>
 void write_base_gradient(const Divergence<T>& s, const Logits& base, const Logits& other, const T* weights, Vec<T> scale,
                          const Sink<T>& out) {
-  const Vec<T> inv_z = T(1) / s.z, k = scale * s.remaining_factor, factor = s.logit_factor, mean = s.mean, drift = s.drift;
-  out.write_all([&, inv_z, k, factor, mean, drift](int64_t j) {
+  const Vec<T> inv_z = T(1) / s.z, k = scale * s.remaining_factor, factor = s.logit_factor, mean = s.mean, drift = s.drift,
+               zero = s.zero_gradient();
+  out.write_all([&, inv_z, k, factor, mean, drift, zero](int64_t j) {
     const Vec<T> weight = simd::load<T>(weights + j * simd::kLanes<T>);
     const Vec<T> x = (base[j] - other[j]) * factor - mean;
-    return select<T>(weight == T(0), Vec<T>{}, (weight * inv_z) * (x - drift)) * k;
+    return select<T>(weight == T(0), zero, (weight * inv_z) * (x - drift)) * k;
   });
 }
 

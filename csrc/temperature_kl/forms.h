@@ -38,7 +38,7 @@ ValueAndDerivative<T> general_form(const Divergence<T>& s, const Source<T>& base
                                    const Sink<T>* other_out) {
   constexpr int lanes = simd::kLanes<T>;
   const int64_t n = base.vectors();
-  const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{}, t = s.temperature;
+  const Vec<T> inv_z = T(1) / s.z, log_z = simd::log<T>(s.z), zero{}, zero_gradient = s.zero_gradient(), t = s.temperature;
   const Vec<T> other_shift = s.other_shift(log_z) * t;
   const Vec<T> to_logits = t * s.remaining_factor;  // from the units of s.mean, s.drift and s.kl
   const Vec<T> mean = s.mean * to_logits, drift = s.drift * to_logits;
@@ -76,7 +76,7 @@ ValueAndDerivative<T> general_form(const Divergence<T>& s, const Source<T>& base
     Vec<T> a = (base[j] - other[j]) - mean - drift;
     if (!form.entropy) a -= v - mean_v;
     if (form.entropy && eps > 0) a += log1p_eps_over_p(p, v * s.inv_t) * t - mean_log1p;
-    const Vec<T> base_grad = select<T>(zero_probability, zero, p * a);
+    const Vec<T> base_grad = select<T>(zero_probability, zero_gradient, p * a);
     if (other_out) other_out->write(j, other_grad * scale);
     if (base_out) base_out->write(j, base_grad * (scale * s.inv_t));
     result.temperature_derivative += select<T>(other_grad == T(0), zero, other_grad * T(kDerivativeUnit) * (other[j] - s.base_max)) +

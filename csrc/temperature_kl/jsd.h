@@ -69,7 +69,7 @@ class Jsd {
                                    T* b, Vec<T> scale, bool gradients, const Sink<T>* teacher_out, const Sink<T>* student_out) const {
     constexpr int lanes = simd::kLanes<T>;
     const int64_t n = teacher.vectors();
-    const Vec<T> inv_z = T(1) / s.z, zero{};
+    const Vec<T> inv_z = T(1) / s.z, zero{}, zero_gradient = s.zero_gradient();
     // q = exp((o - base_max) / T + other_shift) other_scale. Rows that are far apart use
     // other_scale, all others use other_shift.
     const Vec<T> other_shift = select<T>(s.far_apart, zero, s.shift - simd::log<T>(s.z));
@@ -96,8 +96,8 @@ class Jsd {
     mean_b = Reduce::template sum<T>(mean_b);
 
     auto logit_gradients = [&](int64_t j, Vec<T> p, Vec<T> qj) {
-      return std::pair(select<T>(qj == T(0), zero, a_ * qj * (simd::load<T>(b + j * lanes) - mean_b)),
-                       select<T>(p == T(0), zero, beta_ * p * (simd::load<T>(a + j * lanes) - mean_a)));
+      return std::pair(select<T>(qj == T(0), zero_gradient, a_ * qj * (simd::load<T>(b + j * lanes) - mean_b)),
+                       select<T>(p == T(0), zero_gradient, beta_ * p * (simd::load<T>(a + j * lanes) - mean_a)));
     };
     // If one class has nearly all of the probability, the mean is close to the term of this class,
     // and the difference of the two is inaccurate. The gradient sums to zero over the classes, so

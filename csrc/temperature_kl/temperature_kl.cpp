@@ -14,7 +14,6 @@
 namespace kdkernels::temperature_kl {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using at::Tensor;
 
 using ForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, const OptionalTensor&,

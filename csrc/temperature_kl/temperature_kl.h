@@ -14,6 +14,8 @@
 
 namespace kdkernels::temperature_kl {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
 enum class Direction { forward, reverse, jsd };
 enum class Reduction { none, sum, mean, batchmean };
 
@@ -68,8 +70,8 @@ inline at::ScalarType compute_dtype(const at::Tensor& student, const at::Tensor&
   return is_double ? at::kDouble : at::kFloat;
 }
 
-inline void check_inputs(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& row_temperature,
-                         const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& normalizer, const Options& o) {
+inline void check_inputs(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& row_temperature,
+                         const OptionalTensor& mask, const OptionalTensor& normalizer, const Options& o) {
   check_floating(student, "student");
   check_floating(teacher, "teacher");
   check_same_shape(student, "student", teacher, "teacher");
@@ -95,8 +97,8 @@ inline void check_inputs(const at::Tensor& student, const at::Tensor& teacher, c
 }
 
 // Checks the arguments of the rescale ops; see their schemas.
-inline void check_rescale(const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss,
-                          const std::optional<at::Tensor>& mask, int64_t dim) {
+inline void check_rescale(const at::Tensor& grad, const at::Tensor& row_scale, const at::Tensor& grad_loss, const OptionalTensor& mask,
+                          int64_t dim) {
   check_floating(grad, "grad");
   check_floating(grad_loss, "grad_loss");
   TORCH_CHECK_VALUE(dim >= -grad.dim() && dim < grad.dim(), "dim must lie in [", -grad.dim(), ", ", grad.dim() - 1, "], got ", dim);
