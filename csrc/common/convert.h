@@ -76,13 +76,16 @@ KDKERNELS_INLINE void convert(const From* from, To* to, int64_t count) {
   }
 }
 
-// Calls body with a null pointer to the type in which tensors that are computed in T are stored.
-template <typename T, typename Body>
+// Calls body with a null pointer to the type in which tensors that are computed in T are stored. With
+// `narrower`, T may be double for tensors of any type.
+template <typename T, bool narrower = false, typename Body>
 void with_storage(at::ScalarType stored, Body&& body) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float> || narrower) {
     if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
     if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
   }
+  if constexpr (std::is_same_v<T, double> && narrower)
+    if (stored == at::kFloat) return body(static_cast<float*>(nullptr));
   body(static_cast<T*>(nullptr));
 }
 

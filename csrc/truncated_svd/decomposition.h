@@ -127,6 +127,9 @@ class Decomposition {
   }
 
  private:
+  // With fewer numbers per thread to scan, waking a thread takes longer than scanning them.
+  static constexpr int64_t kNumbersPerThread = 1 << 15;
+
   // not_converged: in the Krylov tier; out_of_range: see Range.
   enum class Status : uint8_t { ok, not_converged, out_of_range, ill_conditioned };
 
@@ -293,17 +296,22 @@ class Decomposition {
   }
 
   void run_jacobi() {
-    Reader<T> reader(m_, gram_columns<T>(m_));
+    std::vector<uint8_t> accepted(m_.batch, false);
+    parallel_for(0, m_.batch, kNumbersPerThread / (m_.p * m_.q) + 1, [&](int64_t begin, int64_t end) {
+      Reader<T> reader(m_, gram_columns<T>(m_));
+      for (int64_t b = begin; b < end; ++b) {
+        const double largest = reader.largest(b);
+        if (!(largest == largest))
+          fill_nan(b);
+        else if (sizeof(T) == 8 && largest != 0 && !(largest > 1e-100 && largest < 1e140))
+          status_[b] = Status::out_of_range;
+        else
+          accepted[b] = true;
+      }
+    });
     std::vector<int64_t> indices;
-    for (int64_t b = 0; b < m_.batch; ++b) {
-      const double largest = reader.largest(b);
-      if (!(largest == largest))
-        fill_nan(b);
-      else if (sizeof(T) == 8 && largest != 0 && !(largest > 1e-100 && largest < 1e140))
-        status_[b] = Status::out_of_range;
-      else
-        indices.push_back(b);
-    }
+    for (int64_t b = 0; b < m_.batch; ++b)
+      if (accepted[b]) indices.push_back(b);
     decompose_by_jacobi(indices);
   }
 

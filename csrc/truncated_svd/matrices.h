@@ -83,15 +83,6 @@ class Matrices {
   std::vector<int64_t> subset_;
 };
 
-// Calls body with a null pointer to the type of the stored numbers, which are converted to T.
-template <typename T, typename Body>
-void with_stored_type(at::ScalarType stored, Body&& body) {
-  if (sizeof(T) == sizeof(double) && stored == at::kFloat) return body(static_cast<float*>(nullptr));
-  if (stored == at::kBFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
-  if (stored == at::kHalf) return body(static_cast<c10::Half*>(nullptr));
-  body(static_cast<T*>(nullptr));
-}
-
 // Reads blocks of one matrix after another. Owns the memory to which a block is copied if it cannot
 // be read in place.
 template <typename T>
@@ -114,7 +105,7 @@ class Reader {
     const int64_t count = std::min(columns_, m_.q - first);
     const int64_t offset = m_.offset(b) + first * m_.stride_q;
     Block<T> block{copy_.get(), stride_, m_.block_rows(count), m_.row_length(count)};
-    with_stored_type<T>(m_.tensor().scalar_type(), [&](auto* type) {
+    with_storage<T, true>(m_.tensor().scalar_type(), [&](auto* type) {
       using Storage = std::remove_pointer_t<decltype(type)>;
       const Storage* from = m_.tensor().const_data_ptr<Storage>() + offset;
       const int64_t row = m_.p_contiguous ? m_.stride_q : m_.stride_p, column = m_.p_contiguous ? m_.stride_p : m_.stride_q;
