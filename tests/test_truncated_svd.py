@@ -113,6 +113,28 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
     _check_residuals(torch.stack([with_singular_values(s, p, p + wider, seed + i) for i in range(3)]).to(dtype), p - fewer)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "diagonal", "constant", "k"),
+    [
+        (309, 309, 0.2859366, 5.1276e-6, 1),
+        (1000, 1000, 0.2859366, 5e-6, 1),
+        (199, 398, 1.0, 1e-4, 1),
+        (48, 96, 1.0, 1e-4, 8),
+        (264, 932, 0.0, 0.0277133, 1),
+    ],
+)
+def test_sums_of_equal_terms_have_small_errors(rows, columns, diagonal, constant, k):
+    """Matrices with equal entries: rounding errors of long sums would all have the same sign."""
+    blocks = [diagonal * torch.eye(rows, min(rows, columns)).double() + constant] * max(1, columns // rows)
+    matrix = torch.cat(blocks, 1)[:, :columns].float() if diagonal else torch.full((rows, columns), constant)
+    bound = rounding(torch.float32) * (6 + (rows + columns) ** 0.5 / 2)
+    for x in (matrix, matrix.mT, matrix.mT.contiguous()):
+        exact = torch.linalg.svdvals(x.double())[:k]
+        _, s, _ = truncated_svd(x, k, return_u=True)
+        assert ((s - exact).abs() <= bound * exact[0]).all()
+        _check_residuals(x, k)
+
+
 @pytest.mark.parametrize("kernels", ["fastest", "cuda"])
 def test_lost_vectors_of_clusters_are_replaced_within_the_space_of_the_cluster(kernels):
     """Cases in which nothing is left of a vector of a cluster when it is made orthogonal to the

@@ -7,6 +7,14 @@
 
 namespace kdkernels::truncated_svd {
 
+// Sums are computed in blocks of this many terms, whose sums are then added. If many terms are equal,
+// as in a constant matrix, the rounding errors of one long sum all have the same sign, so that its
+// error would grow with the number of terms. Shorter blocks than these take 5 to 10 % longer in the
+// backward pass.
+constexpr int64_t kTerms = 64;
+// The same for M^T a, whose lengths are the singular values.
+constexpr int64_t kProjectedTerms = 32;
+
 // out[j][s] (+)= sum over the rows r of coefficient[j][r] * block[r][s], for J vectors. Whole
 // vectors of `out` are written.
 template <typename T, int J, int C>
@@ -44,8 +52,8 @@ void combine_rows_fixed(const Block<T>& block, const T* coefficient, int64_t coe
 }
 
 template <typename T>
-void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
-                  int64_t out_stride) {
+void combine_rows_of_part(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
+                          int64_t out_stride) {
   constexpr int max_vectors = sizeof(Vec<T>) == 64 ? 8 : 4;
   int64_t j = 0;
   auto run = [&](auto count) {
@@ -57,6 +65,15 @@ void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_
   run(std::integral_constant<int, 4>{});
   run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void combine_rows(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out, int64_t out_stride,
+                  int64_t terms = kTerms) {
+  for (int64_t first = 0; first < block.rows; first += terms) {
+    const Block<T> part{block.data + first * block.stride, block.stride, std::min(terms, block.rows - first), block.length};
+    combine_rows_of_part(part, k, coefficient + first, coefficient_stride, add || first > 0, out, out_stride);
+  }
 }
 
 // out[j][r] (+)= <block[r], vector[j]> for R rows and J vectors. Numbers past the end of a row are
@@ -97,8 +114,10 @@ void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, i
     int64_t r = 0;
     auto rows = [&](auto tile) {
       for (; r + tile() <= block.rows; r += tile())
-        dots_tile<T, tile(), count()>(block.data + r * block.stride, block.stride, block.length, vectors + first * vector_stride,
-                                      vector_stride, add, out + first * out_stride + r, out_stride);
+        for (int64_t s = 0; s < block.length; s += kTerms * kLanes<T>)
+          dots_tile<T, tile(), count()>(block.data + r * block.stride + s, block.stride, std::min(kTerms * kLanes<T>, block.length - s),
+                                        vectors + first * vector_stride + s, vector_stride, add || s > 0, out + first * out_stride + r,
+                                        out_stride);
     };
     rows(std::integral_constant<int, 4>{});
     rows(std::integral_constant<int, 1>{});
@@ -116,7 +135,7 @@ void project_block(const Matrices& m, const Block<T>& block, int64_t k, const T*
   if (m.p_contiguous)
     dot_rows_with_vectors<T>(block, k, a, a_stride, false, out, out_stride);
   else
-    combine_rows<T>(block, k, a, a_stride, false, out, out_stride);
+    combine_rows<T>(block, k, a, a_stride, false, out, out_stride, kProjectedTerms);
 }
 
 // out[j] += M b_j, summed over the block's columns. b points to the number that belongs to the
@@ -172,12 +191,16 @@ void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_str
 // <x, y> of vectors that are padded with zeros to whole SIMD vectors.
 template <typename T>
 double product(const T* x, const T* y, int64_t count) {
-  Vec<T> sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>)
-    for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
-  for (; i < count; i += kLanes<T>) sum[0] += simd::load<T>(x + i) * simd::load<T>(y + i);
-  return simd::sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  Vec<T> total{};
+  for (int64_t i = 0; i < count;) {
+    const int64_t end = std::min(count, i + 4 * kLanes<T> * kTerms);
+    Vec<T> sum[4] = {};
+    for (; i + 4 * kLanes<T> <= end; i += 4 * kLanes<T>)
+      for (int c = 0; c < 4; ++c) sum[c] += simd::load<T>(x + i + c * kLanes<T>) * simd::load<T>(y + i + c * kLanes<T>);
+    for (; i < end; i += kLanes<T>) sum[0] += simd::load<T>(x + i) * simd::load<T>(y + i);
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  return simd::sum<T>(total);
 }
 
 // y += factor x, for padded vectors.
