@@ -75,7 +75,9 @@ def test_errors_of_eigenvectors_do_not_depend_on_the_scale_of_the_gram_matrix(n)
 def _check_residuals(x, k):
     """Check that truncated_svd of x gives orthonormal triplets with small residuals, for any gaps.
 
-    LAPACK's singular values of clusters of this kind have errors of their own.
+    LAPACK's singular values of clusters of this kind have errors of their own. A vector can mix
+    with one that k leaves out if their values differ by some roundings: the residual of such a
+    vector has been up to 1.02 times the bound of svd_checks, so 1.1 times is allowed.
     """
     m, n = x.shape[-2:]
     eps = rounding(x.dtype) * (8 if x.dtype == torch.float64 else 1)

@@ -87,10 +87,10 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
   const bool jsd = o.direction == Direction::jsd, from_teacher = o.direction != Direction::reverse;
   const Sink<T>*base_out = from_teacher ? teacher_out : student_out, *other_out = from_teacher ? student_out : teacher_out;
   const bool wants_temperature_grad = call.temperature_grad != nullptr;
-  const bool use_general_form = wants_temperature_grad || !o.include_entropy || o.target_eps > 0;
+  const bool use_general_form = !jsd && !is_plain_divergence(call);
   const Vec<T> scale = weight * (o.scale_by_t2 ? temperature : T(1) / temperature);
   const T far_threshold = jsd ? T(kFarDivergence) : std::numeric_limits<T>::infinity();
-  const bool wants_difference = !jsd && (other_out || use_general_form);
+  const bool wants_difference = use_general_form || (!jsd && other_out);
   T* difference = scratch.difference;
 
   auto finish = [&](const Divergence<T>& s, const auto& base, const auto& other) -> ValueAndDerivative<T> {

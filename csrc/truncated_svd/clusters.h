@@ -112,13 +112,13 @@ inline void rotate(double* x, double* y, int64_t count, double c, double s) {
 // T (d [p], e [p - 1]). If one of them is not itself an eigenvector, up to `tolerance`, rotates them
 // until they are: the matrix H of the products x_i^T T x_j is diagonalised with Jacobi rotations
 // (Rayleigh-Ritz). Writes the eigenvalues to lambda [count].
+// images: memory for as many numbers as x.
 inline void rotate_cluster(int64_t p, const double* d, const double* e, int64_t count, double* x, int64_t stride, double tolerance,
-                           double* lambda) {
-  Buffer<double> images(count * stride);
+                           double* lambda, double* images) {
   double largest = 0;
   for (int64_t j = 0; j < count; ++j) {
     const double* vector = x + j * stride;
-    double *image = images.get() + j * stride, quotient = 0, squares = 0;
+    double *image = images + j * stride, quotient = 0, squares = 0;
     for (int64_t i = 0; i < p; ++i) {
       image[i] = d[i] * vector[i] + (i > 0 ? e[i - 1] * vector[i - 1] : 0.0) + (i + 1 < p ? e[i] * vector[i + 1] : 0.0);
       quotient += vector[i] * image[i];
@@ -132,8 +132,8 @@ inline void rotate_cluster(int64_t p, const double* d, const double* e, int64_t 
   Buffer<double> h(count * count);
   for (int64_t j = 0; j < count; ++j) {
     double* row = h.get() + j * count;
-    in_fours_and_ones(
-        0, j + 1, [&](auto rows, int64_t i) { row_products<double, rows()>(x + i * stride, stride, images.get() + j * stride, row + i); });
+    in_fours_and_ones(0, j + 1,
+                      [&](auto rows, int64_t i) { row_products<double, rows()>(x + i * stride, stride, images + j * stride, row + i); });
     for (int64_t i = 0; i < j; ++i) h.get()[i * count + j] = row[i];
   }
   constexpr int max_sweeps = 12;
@@ -160,10 +160,10 @@ inline void rotate_cluster(int64_t p, const double* d, const double* e, int64_t 
 
 // Memory for improve_clusters().
 struct ClusterWorkspace {
-  ClusterWorkspace(int64_t p, int64_t k) : rows(p), lanes(p), vectors(k * padded<double>(p)) {}
+  ClusterWorkspace(int64_t p, int64_t k) : rows(p), lanes(p), vectors(k * padded<double>(p)), images(k * padded<double>(p)) {}
   Buffer<TridiagonalLU<1>::Row> rows;
   Buffer<Doubles> lanes;
-  Buffer<double> vectors;  // [k, padded(p)]
+  Buffer<double> vectors, images;  // [k, padded(p)]: the vectors, and T times the vectors of a cluster
 };
 
 // Whether the shifts [k], descending, contain a cluster.
@@ -212,7 +212,7 @@ void improve_clusters(int64_t p, const double* d, const double* e, int64_t k, co
     auto orthonormalize = [&] { return orthonormalize_cluster(x, first, last, p, stride) > kLittleLeft; };
     bool complete = orthonormalize();
     for (int attempt = 0; attempt < max_attempts; ++attempt) {
-      for (int solve = 0; solve < solves && !complete; ++solve) {
+      for (int solve = 0; !complete && solve < solves; ++solve) {
         solve_cluster(p, d, e, shifts, (2 + attempt) * kShiftOffset<T> * shifts[0], first, last, work);
         orthonormalize();
       }
@@ -220,7 +220,7 @@ void improve_clusters(int64_t p, const double* d, const double* e, int64_t k, co
       complete = orthonormalize();
       if (complete) break;
     }
-    rotate_cluster(p, d, e, last - first, x + first * stride, stride, kResidual<T> * shifts[0], lambda + first);
+    rotate_cluster(p, d, e, last - first, x + first * stride, stride, kResidual<T> * shifts[0], lambda + first, work.images.get());
   }
 }
 

@@ -127,7 +127,8 @@ class Decomposition {
   }
 
  private:
-  // With fewer numbers per thread to scan, waking a thread takes longer than scanning them.
+  // Fewer numbers are scanned by one thread. An estimate: it scans them in the time that waking a
+  // second one takes, some microseconds.
   static constexpr int64_t kNumbersPerThread = 1 << 15;
 
   // not_converged: in the Krylov tier; out_of_range: see Range.

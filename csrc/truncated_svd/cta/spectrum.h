@@ -54,8 +54,8 @@ KDKERNELS_STAGE void largest_eigenvalues(Cta& cta, int p, int k, const WorkingMe
 // Makes the vectors x_j [n], j in [from, to), which are `stride` apart, orthonormal to each other
 // and to the vectors before them. If little of a vector remains, it consists of rounding errors,
 // and the first vector replacement(j, 0), replacement(j, 1), ... that is not nearly in the span of
-// the others takes its place: it has the entries replacement(j, number, i). Returns the
-// smallest fraction of its length that a vector kept, 0 if one was replaced.
+// the others takes its place: it has the entries replacement(j, number, i). Returns the smallest
+// fraction of its length that a vector kept, 0 if one was replaced.
 template <typename Cta, typename V, typename Replacement>
 KDKERNELS_STAGE double orthonormalize(Cta& cta, int from, int to, int n, V* x, int64_t stride, double* dots, Replacement&& replacement) {
   double least = 1;
