@@ -15,8 +15,10 @@ from kdkernels import reference, temperature_kl
 from kdkernels.options import VALUES
 
 # "triton short" and "triton long" use the kernels for short and for long rows of
-# temperature_kl_fast.py for rows of every length, where these kernels compute the result.
-BACKENDS = [*DEVICES, "triton", "triton short", "triton long"]
+# temperature_kl_fast.py for rows of every length, where these kernels compute the result, and
+# "triton cuda" the CUDA kernel for long rows.
+FAST_BACKENDS = ["triton short", "triton long", "triton cuda"]
+BACKENDS = [*DEVICES, "triton", *FAST_BACKENDS]
 
 
 def device_of_backend(backend: str) -> str:
@@ -29,10 +31,13 @@ def fast_kernels(backend: str):
     """Use the kernels of temperature_kl_fast.py also for small tensors."""
     from kdkernels.triton import temperature_kl_fast
 
+    if backend == "triton cuda" and not torch.cuda.is_available():
+        import testing_ops  # noqa: F401  registers the CUDA kernel on CPU tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(temperature_kl_fast, "SMALLEST", 0)
         patch.setattr(temperature_kl_fast, "SHORTEST_ROW", 1)
-        patch.setattr(temperature_kl_fast, "LONGEST_SHORT_ROW", 0 if backend == "triton long" else 4096)
+        patch.setattr(temperature_kl_fast, "LONGEST_SHORT_ROW", 4096 if backend == "triton short" else 0)
+        patch.setattr(temperature_kl_fast, "_has_cuda_kernel", lambda x: backend == "triton cuda")
         yield
 
 
@@ -159,7 +164,7 @@ def test_forward_and_gradients(case, backend):
 
 
 @pytest.mark.parametrize("classes", [21, 1000, 5000])
-@pytest.mark.parametrize("backend", ["triton short", "triton long"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_fast_kernels_leave_only_rows_that_are_not_ordinary(backend, classes, monkeypatch):
     pytest.importorskip("triton")
     from kdkernels.triton import temperature_kl_fast
@@ -327,17 +332,20 @@ def test_only_rows_without_a_distribution_are_nan(device):
 @pytest.mark.parametrize("shape", [(3, 300), (3, 7), (3, 11, 40)], ids=str)
 @pytest.mark.parametrize("options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"target_eps": 0.1}], ids=str)
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_classes_without_probability_have_nan_gradients_in_rows_with_a_nan(which, options, shape, device):
-    s, t = torch.randn(shape, device=device), torch.randn(shape, device=device)
+@pytest.mark.parametrize("backend", [*DEVICES, "triton"])
+def test_classes_without_probability_have_nan_gradients_in_rows_with_a_nan(backend, which, options, shape):
+    s, t = torch.randn(shape), torch.randn(shape)
     (s if which == "student" else t)[1, 2] = torch.nan
     s[1, 3] = t[1, 3] = -3000.0
     s[1, 4] = t[1, 5] = -2000.0
-    s.requires_grad_()
-    t.requires_grad_()
-    temperature_kl(s, t, 1.0, dim=1, **options).backward()
-    for x in (s, t):
-        assert x.grad[1].isnan().all()
-        assert x.grad[[0, 2]].isfinite().all()
+    device = device_of_backend(backend)
+    o = {"direction": "forward", "target_eps": 0.0} | options
+    arguments = (s.to(device), t.to(device), 1.0, None, None, None, 1, VALUES["direction"][o["direction"]], 0.5, VALUES["reduction"]["mean"])
+    one = torch.ones((), device=device)
+    gradients = _operators(backend)[1](one, *arguments, True, True, o["target_eps"], [True, True, False])
+    for gradient in gradients[:2]:
+        assert gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()
 
 
 def test_infinite_divergence(device):

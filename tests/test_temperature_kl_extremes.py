@@ -430,10 +430,11 @@ def test_rows_of_minus_infinity_have_nan_gradients_in_every_path():
 
 
 def test_polynomial_of_similar_networks_has_the_error_that_its_comment_states():
-    """(e^y - 1 - y) / y^2 for |y| <= 1, with the float32 coefficients of the CPU kernels."""
-    source = (Path(__file__).parent.parent / "csrc/temperature_kl/divergence.h").read_text()
+    """(e^y - 1 - y) / y^2 for |y| <= 1, with the float32 coefficients of the CPU and CUDA kernels."""
+    source = (Path(__file__).parent.parent / "csrc/temperature_kl/convex.h").read_text()
     stated = float(re.search(r"relative error, which is (\S+) in float32", source.replace("\n// ", " "))[1])
-    coefficients = re.search(r"kConvexPoly\[\] = \{(.*?)\}", source, re.DOTALL)[1].replace("f", "").split(",")
+    coefficients = re.findall(r"(?<![\w.])\d\.\d+(?:e-\d+)?(?=f)", source)
+    assert len(coefficients) == 8
     y = torch.linspace(-1, 1, 20001, dtype=torch.float64)
     exact = sum(y**k / float(math.factorial(k + 2)) for k in range(20))
     value = torch.zeros_like(y)

@@ -11,10 +11,13 @@ namespace kdkernels {
 // amount of shared memory that a block can use, in bytes.
 struct OnDevice {
   explicit OnDevice(const at::Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream(x.device().index()).stream()) {
-    int bytes = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.device().index());
-    TORCH_CHECK(error == cudaSuccess, "cannot query the shared memory of ", x.device(), ": ", cudaGetErrorString(error));
-    shared_memory = bytes;
+    shared_memory = attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  }
+  static int attribute(const at::Tensor& x, cudaDeviceAttr which) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, x.device().index());
+    TORCH_CHECK(error == cudaSuccess, "cannot query an attribute of ", x.device(), ": ", cudaGetErrorString(error));
+    return value;
   }
   c10::cuda::CUDAGuard guard;
   void* stream;

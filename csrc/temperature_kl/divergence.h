@@ -20,6 +20,7 @@
 // been subtracted (needs_centring, centre).
 #pragma once
 
+#include "convex.h"
 #include "tile.h"
 
 namespace kdkernels::temperature_kl {
@@ -132,17 +133,10 @@ struct Terms {
   Vec<T> weighted_y, expm1, convex;  // p y, p (e^y - 1), p (e^y - 1 - y)
 };
 
-// Coefficients of (e^y - 1 - y) / y^2 for |y| <= 1, highest power first. They minimise the largest
-// relative error, which is 1e-8 in float32.
-constexpr float kConvexPoly[] = {2.7722836e-06f, 2.535483e-05f,  1.9844023e-04f, 1.3885451e-03f,
-                                 8.3333105e-03f, 4.1666735e-02f, 1.6666667e-01f, 0.5f};
-
 // The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
 // reduction.
 KDKERNELS_INLINE Terms<float> terms_of_close(Vec<float> weight, Vec<float> y, Vec<float> square) {
-  Vec<float> poly = splat<float>(kConvexPoly[0]);
-  for (size_t k = 1; k < std::size(kConvexPoly); ++k) poly = poly * y + kConvexPoly[k];
-  const Vec<float> weighted_y = weight * y, convex = weight * (poly * square);
+  const Vec<float> weighted_y = weight * y, convex = weight * (convex_polynomial(y) * square);
   return {weighted_y, weighted_y + convex, convex};
 }
 

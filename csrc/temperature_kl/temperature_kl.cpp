@@ -149,6 +149,13 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   // whatever grad_loss is.
   m.def("temperature_kl_rescale(Tensor grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> Tensor");
   m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
+  // The kernel of long_rows.h, for a part of kdkernels/triton/temperature_kl_fast.py: returns whether
+  // it supports the rows; if not, nothing is computed. `strides` are the outer and the inner strides
+  // of the rows of teacher, student and grad. `threads` and `ranks` are 0 or choose the launch.
+  m.def(
+      "_temperature_kl_long_rows(Tensor teacher, Tensor student, Tensor(a!) grad, int[] strides, int inner_size, int rows, int classes, "
+      "float temperature, Tensor? row_temperature, Tensor? mask, float weight, Tensor? weight_factor, Tensor? upstream, int "
+      "upstream_stride, bool scale_by_t2, Tensor(b!)? loss, Tensor(c!) state, Tensor(d!) left, int threads=0, int ranks=0) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {

@@ -175,7 +175,10 @@ def _kl_kernel(
 ):
     """Compute the losses of rows, and the gradients of the logits of both networks and of T."""
     base, other, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned(classes, ALIGN)
-    grad_base, grad_other = aligned_rows(grad_base, ALIGN), aligned_rows(grad_other, ALIGN)
+    if grad_base is not None:
+        grad_base = aligned_rows(grad_base, ALIGN)
+    if grad_other is not None:
+        grad_other = aligned_rows(grad_other, ALIGN)
     if left_ptr is None:
         _kl_rows(
             tl.program_id(0), base, other, grad_base, grad_other, row_scale_ptr, loss_ptr, grad_temperature_ptr, temperature_ptr, mask_ptr,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..config import HAS_CUDA_KERNELS, cuda_kernels_run_on
 from .launch import compile_options, multiprocessors
 from .math import LN2, cast_scalar, centred_kl, exp2_parts
 from .temperature_kl_rows import Rows, aligned, aligned_rows, row_offset, tile_pointers
@@ -180,7 +181,9 @@ def _short_rows_kernel(
     ONE_STRIDE: tl.constexpr,  # see tile_pointers
 ):  # fmt: skip
     """Compute the losses and the gradients of rows that fit the registers of a program."""
-    base, other, grad, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned_rows(grad, ALIGN), aligned(classes, ALIGN)
+    base, other, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned(classes, ALIGN)
+    if grad is not None:
+        grad = aligned_rows(grad, ALIGN)
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
     in_batch = row < rows
@@ -267,7 +270,9 @@ def _long_rows_kernel(
     read does not need the memory. The program that adds the last statistics of a row merges them. A
     program waits only for tasks with lower numbers, which other programs have already begun.
     """
-    base, other, grad, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned_rows(grad, ALIGN), aligned(classes, ALIGN)
+    base, other, classes = aligned_rows(base, ALIGN), aligned_rows(other, ALIGN), aligned(classes, ALIGN)
+    if grad is not None:
+        grad = aligned_rows(grad, ALIGN)
     tasks_per_row = groups if grad is None else 2 * groups
     tasks = (tl.cast(rows, tl.int64) + lag) * tasks_per_row
     tiles = groups * GROUP
@@ -366,6 +371,32 @@ class Left(NamedTuple):
     number: Tensor  # of these rows, int32, in its first element
 
 
+def _has_cuda_kernel(x: Tensor) -> bool:
+    return HAS_CUDA_KERNELS and x.is_cuda and cuda_kernels_run_on(x.device.index)
+
+
+def _launch_cuda(
+    base: Rows, other: Rows, grad: Rows, loss: Tensor | None, row_arguments: tuple, rows: int, classes: int, inner_size: int, scale_by_t2: bool
+) -> Left | None:
+    """Do what `launch` does with the CUDA kernel of csrc/temperature_kl/long_rows.h.
+
+    It reads rows once, and _long_rows_kernel reads them twice. Returns None, without computing
+    anything, if it was not built for this GPU or does not support the rows.
+    """
+    teacher, student, gradient = (cast(Tensor, r.pointer) for r in (base, other, grad))
+    if not _has_cuda_kernel(teacher):
+        return None
+    row_temperature, mask, weight_tensor, upstream, upstream_stride, temperature, weight = row_arguments
+    state = torch.empty(rows, dtype=torch.int32, device=teacher.device)
+    left = torch.zeros(1, dtype=torch.int32, device=teacher.device)
+    strides = [cast(int, stride) for r in (base, other, grad) for stride in (r.outer_stride, r.inner_stride)]
+    computed = torch.ops.kdkernels._temperature_kl_long_rows(
+        teacher, student, gradient, strides, inner_size, rows, classes, temperature, row_temperature, mask, weight, weight_tensor, upstream,
+        upstream_stride, scale_by_t2, loss, state, left,
+    )  # fmt: skip
+    return Left(state, left) if computed else None
+
+
 def launch(
     base: Rows,
     other: Rows,
@@ -395,6 +426,8 @@ def launch(
     sizes = long_row_sizes(classes) if strides == {1} else None
     if sizes is None:
         return None
+    if grad is not None and (left := _launch_cuda(base, other, grad, loss, row_arguments, rows, classes, inner_size, scale_by_t2)):
+        return left
     programs = _PROGRAMS * multiprocessors(x)
     groups = triton.cdiv(classes, sizes["TILE"] * sizes["GROUP"])
     # The ticket, and the number of rows that are left with padding, have 8 bytes each.

@@ -64,6 +64,12 @@ def _probability(base, in_row, d, inverse_t):
 
 
 @triton.jit
+def _zero_gradient(d):
+    """Return the gradient of a class without probability: 0, but NaN in a row with a NaN."""
+    return tl.where(d.kl == d.kl, 0.0, float("nan"))
+
+
+@triton.jit
 def _sum_rows(terms, in_row):
     return tl.sum(tl.where(in_row, terms, 0.0), 1, keep_dims=True)
 
@@ -116,7 +122,7 @@ def kl_gradients(base, other, in_row, tile, d, means, eps, HAS_EPS: tl.constexpr
         log_ratio = log_ratio - (relative - means.base)
     elif HAS_EPS:
         log_ratio = log_ratio + _log_1_plus_eps_over(p, relative * tile.inverse_t, d, eps) * tile.quarter_t - means.eps_term
-    return tl.where(p == 0.0, 0.0, p * log_ratio), grad_other
+    return tl.where(p == 0.0, _zero_gradient(d), p * log_ratio), grad_other
 
 
 @triton.jit
@@ -213,7 +219,7 @@ def jsd_gradients(base, other, in_row, tile, d, means, beta):
     terms = _jsd_terms(base, other, in_row, tile, d, beta)
     a, b = tl.full([], 1.0 - beta, base.dtype), tl.full([], beta, base.dtype)
     p, q = terms.p, terms.q
-    grad_base = tl.where(p == 0.0, 0.0, b * p * (terms.log_p_ratio - means.log_p_ratio))
-    grad_other = tl.where(q == 0.0, 0.0, a * q * (terms.log_q_ratio - means.log_q_ratio))
+    grad_base = tl.where(p == 0.0, _zero_gradient(d), b * p * (terms.log_p_ratio - means.log_p_ratio))
+    grad_other = tl.where(q == 0.0, _zero_gradient(d), a * q * (terms.log_q_ratio - means.log_q_ratio))
     grad_base = tl.where(p > 0.5, -means.minority_base, grad_base) * tile.quarter_t
     return grad_base, tl.where(q > 0.5, -means.minority_other, grad_other)

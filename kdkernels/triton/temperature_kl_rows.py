@@ -45,14 +45,11 @@ def aligned(number, ALIGN: tl.constexpr):
 
 @triton.jit
 def aligned_rows(rows, ALIGN: tl.constexpr):
-    """Return Rows, or None, such that the compiler knows that all rows start at multiples of ALIGN.
+    """Return Rows such that the compiler knows that all rows start at multiples of ALIGN.
 
     See alignment_of_rows.
     """
-    if rows is None:
-        return None
-    else:
-        return Rows(rows.pointer, aligned(rows.outer_stride, ALIGN), aligned(rows.inner_stride, ALIGN), rows.class_stride)
+    return Rows(rows.pointer, aligned(rows.outer_stride, ALIGN), aligned(rows.inner_stride, ALIGN), rows.class_stride)
 
 
 @triton.jit

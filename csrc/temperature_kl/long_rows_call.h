@@ -1,0 +1,102 @@
+// The call of the kernel of long_rows.h: which rows it supports, and its arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "launch.h"
+#include "long_rows.h"
+
+namespace kdkernels::temperature_kl::gpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The strides of Rows in kdkernels/triton/temperature_kl_rows.py, in bytes.
+inline RowStrides row_strides(at::IntArrayRef strides, int64_t element_size) {
+  return {strides[0] * element_size, strides[1] * element_size};
+}
+
+// Whether the rows of b start at the same position relative to multiples of 16 bytes as those of a.
+inline bool same_alignment(const void* a, const RowStrides& a_strides, const void* b, const RowStrides& b_strides) {
+  const auto difference = reinterpret_cast<intptr_t>(a) - reinterpret_cast<intptr_t>(b);
+  return difference % 16 == 0 && (a_strides.outer - b_strides.outer) % 16 == 0 && (a_strides.inner - b_strides.inner) % 16 == 0;
+}
+
+inline bool is_supported(const LongRows& p, const at::Tensor& teacher, const at::Tensor& student, const at::Tensor& grad, int64_t rows,
+                         int64_t classes) {
+  const auto dtype = teacher.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && student.scalar_type() == dtype && grad.scalar_type() == dtype &&
+         rows < std::numeric_limits<int>::max() / 2 && classes < std::numeric_limits<int>::max() / 8 &&
+         same_alignment(p.teacher, p.teacher_strides, p.student, p.student_strides) &&
+         same_alignment(p.teacher, p.teacher_strides, p.grad, p.grad_strides);
+}
+
+constexpr int kMostRanks = 8;  // blocks of a cluster that every GPU with clusters supports
+
+// Vectors of a row that a block has, if the cluster has `ranks` blocks.
+inline int vectors_of_block(const LongRows& p, int64_t element_size, int ranks) {
+  const int64_t size = 16 / element_size, most = (p.classes + 2 * size - 2) / size;
+  return static_cast<int>((most + ranks - 1) / ranks);
+}
+
+inline int64_t shared_bytes(int threads, int vectors, int ranks) {
+  return threads == 256 ? LongRowsBody<float, 256>::shared_bytes(vectors, ranks) : LongRowsBody<float, 512>::shared_bytes(vectors, ranks);
+}
+
+// The number of blocks of a cluster: the smallest with which two blocks share a multiprocessor, so
+// that one computes while the other waits. 0 if the shared memory of the largest cluster is too
+// small for a row.
+inline int ranks_for(const LongRows& p, int64_t element_size, int threads, int64_t shared_limit) {
+  auto fits = [&](int ranks, int64_t limit) { return shared_bytes(threads, vectors_of_block(p, element_size, ranks), ranks) <= limit; };
+  for (int ranks = 1; ranks <= kMostRanks; ranks *= 2)
+    if (fits(ranks, shared_limit / 2)) return ranks;
+  return fits(kMostRanks, shared_limit) ? kMostRanks : 0;
+}
+
+// The op. Device has the members of OnDevice, and multiprocessors and has_clusters.
+template <typename Device>
+bool long_rows(const at::Tensor& teacher, const at::Tensor& student, const at::Tensor& grad, at::IntArrayRef strides, int64_t inner_size,
+               int64_t rows, int64_t classes, double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
+               double weight, const OptionalTensor& weight_factor, const OptionalTensor& upstream, int64_t upstream_stride, bool scale_by_t2,
+               const OptionalTensor& loss, const at::Tensor& state, const at::Tensor& left, int64_t threads, int64_t ranks) {
+  const Device device(teacher);
+  if (!device.has_clusters) return false;
+  auto as_float = [](const OptionalTensor& x) { return x ? x->to(at::kFloat).contiguous() : at::Tensor(); };
+  const at::Tensor row_t = as_float(row_temperature), factor = as_float(weight_factor), up = as_float(upstream);
+  auto data = [](const at::Tensor& x) { return x.defined() ? static_cast<const float*>(x.const_data_ptr()) : nullptr; };
+  const int64_t size = teacher.element_size();
+  LongRows p{};
+  p.teacher = static_cast<const char*>(teacher.const_data_ptr());
+  p.student = static_cast<const char*>(student.const_data_ptr());
+  p.grad = static_cast<char*>(grad.mutable_data_ptr());
+  p.teacher_strides = row_strides(strides.slice(0, 2), size);
+  p.student_strides = row_strides(strides.slice(2, 2), size);
+  p.grad_strides = row_strides(strides.slice(4, 2), size);
+  if (!is_supported(p, teacher, student, grad, rows, classes)) return false;
+  p.inner_size = static_cast<int>(std::min(inner_size, rows));
+  p.rows = static_cast<int>(rows);
+  p.classes = static_cast<int>(classes);
+  p.temperature = static_cast<float>(temperature);
+  p.weight = static_cast<float>(weight);
+  p.scale_by_t2 = scale_by_t2;
+  p.row_temperature = data(row_t);
+  p.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  p.weight_factor = data(factor);
+  p.upstream = data(up);
+  p.upstream_stride = static_cast<int>(upstream_stride);
+  p.loss = loss ? static_cast<float*>(loss->mutable_data_ptr()) : nullptr;
+  p.state = static_cast<int32_t*>(state.mutable_data_ptr());
+  p.left = static_cast<int32_t*>(left.mutable_data_ptr());
+  if (threads == 0) threads = kDefaultThreads;
+  if (ranks == 0) ranks = ranks_for(p, size, static_cast<int>(threads), device.shared_memory);
+  if (ranks == 0) return false;
+  p.vectors = vectors_of_block(p, size, static_cast<int>(ranks));
+  const char* error = launch_long_rows(p, teacher.scalar_type() == at::kFloat, static_cast<int>(threads), static_cast<int>(ranks),
+                                       device.multiprocessors, device.stream);
+  TORCH_CHECK(!error, "the kernel of temperature_kl for long rows: ", error);
+  return true;
+}
+
+}  // namespace kdkernels::temperature_kl::gpu
