@@ -100,8 +100,9 @@ bench-smoke: $(BUILT)
 
 # Everything that is run on a machine with a GPU: build, all tests, compute-sanitizer on the CUDA
 # kernels, benches with results as JSON in OUT, and the memory bandwidth of the backward if ncu is
-# installed and has access to the counters. At the end, the measured times are printed beside those
-# that benches/gpu_model.py predicts. DEVICE=cpu runs the parts that need no GPU.
+# installed and has access to the counters. At the end, the measured times, also those of each kernel,
+# are printed beside those that benches/gpu_model.py predicts. DEVICE=cpu runs the parts that need no
+# GPU.
 DEVICE ?= cuda
 SANITIZER := $(shell command -v compute-sanitizer 2>/dev/null)
 NCU := $(shell command -v ncu 2>/dev/null)
@@ -118,6 +119,7 @@ gpu: $(BUILT)
 	$(PY) -m kdkernels bench --device $(DEVICE) --report --out "$(OUT)" $(BENCH_FLAGS)
 	$(if $(NCU),-$(NCU) --csv --kernel-name regex:update_kernel --metrics $(METRICS) $(PY) tests/exercise_cuda.py --device $(DEVICE) --large > "$(OUT)/ncu.csv",@echo "ncu is not installed: the bandwidth of the backward was not measured")
 	$(PY) -m benches.gpu_model --measured "$(OUT)/bench.json"
+	$(if $(filter cuda,$(DEVICE)),$(PY) -m benches.gpu_profile --out "$(OUT)/profile.json",@echo "DEVICE=$(DEVICE): the kernels were not measured one by one")
 
 lint: $(BUILT)
 	$(PY) -m ruff check .

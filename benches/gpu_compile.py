@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .gpu_inputs import CASES, PARTS, Case, Part, cuda_shapes
+from .gpu_inputs import CASES, PARTS, Case, Part, cuda_shapes, long_row_shapes
 from .gpu_sass import Function, Segment, parse, segments_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +267,7 @@ def stage_of(function: Function) -> str:
 
 
 def _plans() -> dict[str, dict[str, int]]:
-    """Return the shared memory of the CUDA kernels, which cta/plan.h computes, for each shape."""
+    """Return how the CUDA kernels are launched for each shape, as their plan.h files compute it."""
     program = r"""
 #include "truncated_svd/cta/plan.h"
 #include <cstdio>
@@ -285,16 +286,37 @@ int main() {
     names = ("threads", "forward_shared", "forward_matrix_shared", "solve_shared", "solve_matrix_shared", "update_shared", "update_columns",
              "update_tile_columns", "update_tiles_in_flight", "tile_columns", "tiles_in_flight", "matrices_per_block")  # fmt: skip
     asked = [(p, k, limit) for p, k in sorted(cuda_shapes()) for limit in (163 << 10, 227 << 10)]
+    found = {f"p {p}, k {k}, limit {limit}": plan for (p, k, limit), plan in zip(asked, _run(program, names, asked), strict=True)}
+    program = r"""
+#include "temperature_kl/long_rows_plan.h"
+#include <cstdio>
+using namespace kdkernels::temperature_kl::gpu;
+int main() {
+  long classes, size, limit;
+  while (std::scanf("%ld %ld %ld", &classes, &size, &limit) == 3) {
+    const LongRowsPlan p = plan(classes, size, limit);
+    const int vectors = vectors_of_block(classes, size, p.ranks);
+    std::printf("%d %d %d %ld\n", p.threads, p.ranks, vectors, (long)shared_bytes(p.threads, vectors, p.ranks));
+  }
+}
+"""
+    rows = [(classes, size, 227 << 10) for classes, size in sorted(long_row_shapes())]
+    found |= {f"rows of {c} classes of {size} bytes": plan for (c, size, _), plan in zip(rows, _run(program, LONG_ROW_NAMES, rows), strict=True)}
+    return found
+
+
+LONG_ROW_NAMES = ("threads", "ranks", "vectors", "shared")
+
+
+def _run(program: str, names: tuple[str, ...], asked: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
+    """Compile a program, and return the numbers that it prints for each line of input."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "plan.cpp", Path(folder) / "plan"
         source.write_text(program)
         subprocess.run([os.environ.get("CXX", "g++"), "-std=c++17", f"-I{CUDA_SOURCES}", str(source), "-o", str(binary)], check=True)
-        text = "".join(f"{p} {k} {limit}\n" for p, k, limit in asked)
+        text = "".join(" ".join(map(str, line)) + "\n" for line in asked)
         lines = subprocess.run([str(binary)], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {
-        f"p {p}, k {k}, limit {limit}": dict(zip(names, map(int, line.split()), strict=True))
-        for (p, k, limit), line in zip(asked, lines, strict=True)
-    }
+    return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
 
 
 # -------------------------------------------------------------------------------------- parts

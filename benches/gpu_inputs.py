@@ -39,10 +39,10 @@ def _sizes(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _kl(*shape: int, dtype: str = "float32", direction: str = "forward") -> Case:
+def _kl(*shape: int, dtype: str = "float32", direction: str = "forward", implementation: str = "triton") -> Case:
     suffix = (", dim=1" if len(shape) > 2 else "") + (f", {direction}" if direction != "forward" else "")
     suffix += f", {dtype}" if dtype != "float32" else ""
-    return Case("temperature_kl", _sizes(shape) + suffix, "kl", shape, dtype, options=(("direction", direction),))
+    return Case("temperature_kl", _sizes(shape) + suffix, "kl", shape, dtype, implementation, (("direction", direction),))
 
 
 def _transfer(*shape: int, dtype: str = "float32", channels_last: bool = False, p: float = 2.0) -> Case:
@@ -65,6 +65,9 @@ CASES = (
     _kl(65536, 1000, dtype="bfloat16"),
     _kl(16384, 4096, dtype="bfloat16"),
     _kl(32, 21, 128, 128),
+    _kl(2048, 32000, implementation="cuda"),
+    _kl(4096, 128256, dtype="bfloat16", implementation="cuda"),
+    _kl(8192, 32000, dtype="bfloat16", implementation="cuda"),
     _transfer(128, 64, 32, 32),
     _transfer(128, 64, 32, 32, p=2.7),
     _transfer(64, 256, 56, 56),
@@ -85,6 +88,11 @@ CASES = (
 def cuda_shapes() -> set[tuple[int, int]]:
     """Return the smaller side and k of the matrices of the CUDA kernels."""
     return {(min(case.shape[1:3]), case.shape[3]) for case in CASES if case.kind == "svd" and case.implementation == "cuda"}
+
+
+def long_row_shapes() -> set[tuple[int, int]]:
+    """Return the classes and the bytes of a logit of the CUDA kernel of temperature_kl."""
+    return {(case.shape[-1], case.number_size) for case in CASES if case.kind == "kl" and case.implementation == "cuda"}
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,13 @@ PARTS = {
         Part("substitution", "resolvent", "fp64", "global store", without=("mufu",)),
         Part("reflection", "apply_q", "shuffle"),
         Part("projection", "_subtract_projections", "shuffle"),
+    ),
+    "long_rows_kernel": (
+        Part("row", "", "convert", innermost=False),
+        Part("sums", "", "mufu", has=("convert", "shared"), without=("global store", "barrier")),
+        Part("terms", "", "fma", has=("mufu",)),
+        Part("gradient", "", "store_bytes", has=("shared",), without=("async copy",)),
+        Part("request", "", "wide copy", "wide copy", 2),
     ),
     "forward_kernel": (
         Part("copy", "gram", "async copy", "async copy"),

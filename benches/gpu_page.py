@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 
 from .gpu_device import DEVICES, L2_LATENCY, MEMORY_LATENCY, SHARE_OF_BANDWIDTH, START, WARP, Device
 from .gpu_inputs import CASES, Case
-from .gpu_predictions import H100, Launch, facts, kernel_of, launches, measured_kernels
+from .gpu_predictions import H100, MEASURED, Launch, facts, kernel_of, launches, measured_kernels
 from .gpu_sass import LATENCY
 
 _MORE_AT_1000_NS = 100 * (1000e-9 / MEMORY_LATENCY - 1)
@@ -127,31 +128,29 @@ def _measured() -> list[str]:
     compared = measured_kernels()
     ratios: dict[str, list[float]] = {}
     for c in compared:
-        if "Python" not in c.what:
-            ratios.setdefault(c.binds, []).append(c.measured / c.predicted)
+        ratios.setdefault(c.binds, []).append(c.measured / c.predicted)
     by_limit = "\n".join(f'- "{limit}": {min(found):.2f} to {max(found):.2f} ({len(found)} rows).' for limit, found in ratios.items())
-    rows = [(c.op, c.input, c.what, significant(c.measured), significant(c.predicted), f"{c.measured / c.predicted:.2f}", c.binds) for c in compared]
+    rows = [
+        (c.op, c.input, f"`{c.kernel}`", significant(c.measured), significant(c.predicted), f"{c.measured / c.predicted:.2f}", c.binds)
+        for c in compared
+    ]
+    commit = json.loads(MEASURED.read_text())["commit"]
     text = f"""## Measured and predicted times on the H100
 
-Times are in microseconds. The rows of temperature_kl and attention_transfer_loss are times of
-single kernels. "maps" is the kernel for the maps of both networks, which runs twice. The rows of
-truncated_svd are times of the whole op between two CUDA events from an idle GPU. They include
-Python and the launches, so their ratio must be above 1. The kernels were measured at earlier
-commits ([results](performance.md#nvidia-h100-80gb-hbm3-kernels)); the page predicts the code of
-`benches/gpu_kernels.json`.
+Times are in microseconds, by torch's profiler, in one run of `python -m benches.gpu_profile` at
+commit {commit}. A kernel that an op launches several times has one row. The page predicts the code of
+`benches/gpu_kernels.json`; kernels that are launched with other sizes since are left out.
 
 A ratio near 1 confirms the limit. A ratio above 1.3 means that a limit is missing or that two
 limits do not overlap, a ratio below 0.9 that a count or an assumption is too high. By limit, the
-ratios of the single kernels are:
+ratios are:
 
 {by_limit}
 
-Rows of temperature_kl with more than 4096 classes are read twice. Their ratio confirms that the
-second read needs the memory, because the L2 cache of the H100 is too small. The ratio of
-truncated_svd decreases with the size of the matrices but stays above what Python and the launches
-explain: the model underestimates the chain of `forward_kernel`.
+The model underestimates the chain of the kernels of `truncated_svd`, by a factor of about 2, and the
+products in the float64 tensor cores of `_terms_kernel`, by a factor of about 3.
 """
-    return [text, *table(("op", "input", "part", "measured", "predicted", "measured / predicted", "limit"), rows)]
+    return [text, *table(("op", "input", "kernel", "measured", "predicted", "measured / predicted", "limit"), rows)]
 
 
 def _used(case: Case, device: Device) -> list[Launch]:

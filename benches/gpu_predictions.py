@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -15,7 +16,7 @@ from .gpu_work import WORK
 from .tables import rows_of
 
 FACTS = Path(__file__).resolve().parent / "gpu_kernels.json"
-MEASURED = Path(__file__).resolve().parent / "results" / "nvidia-h100-80gb-hbm3" / "kernels.json"
+MEASURED = Path(__file__).resolve().parent / "results" / "nvidia-h100-80gb-hbm3" / "profile.json"
 H100 = DEVICES["H100 SXM"]
 
 
@@ -42,7 +43,15 @@ def kernel_of(target: str, key: str) -> Kernel:
 def launches(case: Case, device: Device) -> list[Launch]:
     """Return the launches of a case in order: forward pass, gradient, backward pass."""
     plan: Mapping[str, int] = {}
-    if case.implementation == "triton":
+    if case.kind == "kl" and case.implementation == "cuda":
+        if device.target == "sm_80":  # has no clusters
+            return launches(replace(case, implementation="triton"), device)
+        plan = facts()["plans"][f"rows of {case.shape[-1]} classes of {case.number_size} bytes"]
+        key = f"long_rows_kernel<{'float' if case.dtype == 'float32' else 'BFloat16'}, {plan['threads']}>"
+        resident = kernel_of(device.target, key).resident_blocks(device, plan["shared"])
+        clusters = min(case.numbers // case.shape[-1], device.multiprocessors * resident // plan["ranks"])
+        made = [(key, clusters * plan["ranks"])]
+    elif case.implementation == "triton":
         made = [(launch["kernel"], launch["blocks"]) for launch in facts()["targets"][device.target]["launches"][case.name]]
     elif case.kind == "align":
         batch, _, students, k = case.shape
@@ -83,7 +92,7 @@ class Comparison(NamedTuple):
 
     op: str
     input: str
-    what: str
+    kernel: str
     measured: float
     predicted: float
     binds: str
@@ -93,34 +102,23 @@ def _case(op: str, name: str, implementation: str = "triton") -> Case | None:
     return next((c for c in CASES if (c.op, c.input, c.implementation) == (op, name, implementation)), None)
 
 
-def _named(case: Case, device: Device, *names: str) -> tuple[float, str]:
-    found = [x for x in launches(case, device) if x.kernel.name.partition("<")[0] in names and not x.work.idle]
-    slowest = max(found, key=lambda x: x.prediction.seconds)
-    return sum(x.prediction.seconds for x in found) * 1e6, slowest.prediction.binds
-
-
 def measured_kernels() -> list[Comparison]:
-    """Return the measured times of results/nvidia-h100-80gb-hbm3/kernels.json with predictions."""
+    """Return the measured times of results/nvidia-h100-80gb-hbm3/profile.json with predictions.
+
+    A kernel that a case launches several times has one row, for all of these launches.
+    """
     result = []
-    for table in json.loads(MEASURED.read_text())["tables"]:
-        op = table["title"].partition(",")[0]
-        for row in table["rows"]:
-            suffix = "" if row.get("dtype", "float32") == "float32" else f", {row['dtype']}"
-            if op == "temperature_kl" and (case := _case(op, row["input"] + suffix)):
-                result.append(
-                    Comparison(op, case.input, "loss and gradient", row["kernel us"], *_named(case, H100, "_short_rows_kernel", "_long_rows_kernel"))
-                )
-            elif op == "attention_transfer_loss" and (case := _case("attention_pool", row["input"] + suffix)):
-                for what, kernel in (("maps", "_pool_kernel"), ("gradient", "_scatter_kernel"), ("loss", "_transfer_kernel")):
-                    result.append(Comparison(op, case.input, what, row[f"{what} us"], *_named(case, H100, kernel)))
-            elif op == "truncated_svd" and (case := _case(op, f"{row['matrices']}, k = 4", "cuda")):
-                found = launches(case, H100)
-                for what, count in (("forward", 1), ("forward + backward", 3)):
-                    slowest = max(found[:count], key=lambda x: x.prediction.seconds)
-                    seconds = sum(x.prediction.seconds for x in found[:count])
-                    result.append(
-                        Comparison(op, case.input, f"{what}, with Python", row[f"{what} ms"] * 1e3, seconds * 1e6, slowest.prediction.binds)
-                    )
+    for row in json.loads(MEASURED.read_text())["rows"]:
+        case = next(c for c in CASES if c.name == row["name"])
+        if any(kernel.startswith("long_rows_kernel") for kernel in row["kernels"]):  # the op chose it
+            case = replace(case, implementation="cuda")
+        found = [x for x in launches(case, H100) if not x.work.idle]
+        for kernel in dict.fromkeys(x.kernel.name for x in found):
+            if kernel in row["kernels"]:
+                same = [x.prediction for x in found if x.kernel.name == kernel]
+                slowest = max(same, key=lambda prediction: prediction.seconds)
+                seconds = sum(prediction.seconds for prediction in same)
+                result.append(Comparison(case.op, case.input, kernel, row["kernels"][kernel], seconds * 1e6, slowest.binds))
     return result
 
 

@@ -25,9 +25,9 @@ import kdkernels
 from kdkernels.testing import implementation
 
 from .gpu_inputs import CASES, Case
+from .gpu_page import significant
 from .gpu_predictions import device_named, total
 from .machine import commit
-from .gpu_page import significant
 
 CALLS = 10  # profiled calls of each input
 COPY_BYTES = 1 << 30
@@ -56,7 +56,7 @@ def call_of(case: Case, device: str = "cuda") -> Callable[[], object]:
         loss = lambda: kdkernels.attention_transfer_loss(student, teacher, p=case.option("p", 2.0))  # noqa: E731
     elif case.kind == "pool":
         x = features(True)
-        leaves, upstream = [x], None
+        leaves = [x]
         loss = lambda: kdkernels.attention_pool(x, normalize="l2").sum()  # noqa: E731
     elif case.kind in ("rbf loss", "correlation"):
         batch, m, n, columns = case.shape
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only inputs whose names contain TEXT")
     options = parser.parse_args()
     device = device_named(torch.cuda.get_device_name())
-    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit(), "copy": copy_rate(), "rows": []}
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit(), "copy": copy_rate(), "rows": []}
     print(f"{result['gpu']}, copy {result['copy'] / 1e12:.2f} TB/s; microseconds: kernels, replayed, eager, predicted")
     for case in CASES:
         if options.only not in case.name:

@@ -86,6 +86,31 @@ def long_rows(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Pla
     )
 
 
+def long_rows_cuda(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Plan) -> Work:
+    """A cluster reads each of its rows once. A thread computes vectors of 16 bytes.
+
+    In float32 the gradient is a pass of its own. The loop for the sums contains the code for the
+    first and the last vector of a row, which the others skip.
+    """
+    rows, classes = _kl_shape(case)
+    ranks = plan["ranks"]
+    vectors, clusters = ceil(classes * case.number_size / 16), blocks // ranks
+    parts = [kernel.parts[name] for name in ("request", "sums", "terms", *(("gradient",) if case.dtype == "float32" else ()))]
+    row = kernel.parts["row"]
+    per_thread = ceil(plan["vectors"] / kernel.threads)
+    n = case.numbers * case.number_size
+    return Work(
+        blocks=blocks,
+        memory_bytes=3 * n,
+        load_bytes=2 * n,
+        instructions=repeat((row, rows * ranks * kernel.warps), *((part, rows * vectors / WARP) for part in parts)),
+        block_cycles=ceil(rows / clusters) * (row.chain_cycles + per_thread * sum(part.chain_cycles for part in parts)),
+        block_waits=ceil(rows / clusters),
+        bytes_in_flight=plan["shared"],
+        dynamic_shared=plan["shared"],
+    )
+
+
 def any_rows(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Plan) -> Work:
     _, classes = _kl_shape(case)
     if case.numbers >= 1 << 23:  # the kernels for ordinary rows have computed them
@@ -456,6 +481,7 @@ def idle(case: Case, kernel: Kernel, blocks: int, device: Device, plan: Plan) ->
 WORK: dict[str, Callable[[Case, Kernel, int, Device, Plan], Work]] = {
     "_short_rows_kernel": short_rows,
     "_long_rows_kernel": long_rows,
+    "long_rows_kernel": long_rows_cuda,
     "_kl_kernel": any_rows,
     "_rescale_kernel": idle,
     "_rescale_rows_kernel": idle,

@@ -112,9 +112,10 @@ def kernel_name(mangled: str) -> str:
 
     The arguments are the compute type and the threads per matrix.
     """
-    name, arguments = re.search(r"\d+([a-z]+_kernel)I(.+?)EEv", mangled).groups()
+    name, arguments = re.search(r"\d+([a-z_]+_kernel)I(.+?)EEv", mangled).groups()
+    named = re.match(r"N\w*?\d([A-Z]\w*?)E", arguments)  # a type of this project, such as BFloat16
     rest = [{"b0": "forward", "b1": "backward"}.get(kind + value, value) for kind, value in re.findall(r"L([ib])(\d+)", arguments)]
-    return f"{name}<{', '.join([TYPES[arguments[0]], *rest])}>"
+    return f"{name}<{', '.join([named.group(1) if named else TYPES[arguments[0]], *rest])}>"
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def exercise(device: str, large: bool) -> int:
 
 
 def exercise_temperature_kl(device: str) -> int:
-    """Run the kernel for long rows with clusters of several sizes, aligned and other rows, and a mask."""
+    """Run the kernel for long rows with clusters of several sizes, unaligned rows, and a mask."""
     temperature_kl_fast.SMALLEST = 0
     if device == "cpu":
         temperature_kl_fast._has_cuda_kernel = lambda x: True
@@ -55,7 +55,8 @@ def exercise_temperature_kl(device: str) -> int:
         mask = torch.arange(rows, device=device) != 1
         temperature_kl.temperature_kl(student, teacher, 4.0, None, mask, None, -1, 0, 0.5, 3, True, True, 0.0, True)
     temperature_kl_fast._launch_cuda = before
-    assert all(used) and len(used) == 2 * len(shapes), "the CUDA kernel for long rows was not used"
+    assert len(used) == 2 * len(shapes)
+    assert all(used), "the CUDA kernel for long rows was not used"
     return len(used)
 
 

@@ -430,14 +430,17 @@ def test_rows_of_minus_infinity_have_nan_gradients_in_every_path():
 
 
 def test_polynomial_of_similar_networks_has_the_error_that_its_comment_states():
-    """(e^y - 1 - y) / y^2 for |y| <= 1, with the float32 coefficients of the CPU and CUDA kernels."""
+    """(e^y - 1 - y) / y^2 for |y| <= 1, with the float32 coefficients of the C++ kernels, also with
+    y = t log(2) in base 2.
+    """
     source = (Path(__file__).parent.parent / "csrc/temperature_kl/convex.h").read_text()
     stated = float(re.search(r"relative error, which is (\S+) in float32", source.replace("\n// ", " "))[1])
-    coefficients = re.findall(r"(?<![\w.])\d\.\d+(?:e-\d+)?(?=f)", source)
-    assert len(coefficients) == 8
+    found = [float(x) for x in re.findall(r"(?<![\w.])\d\.\d+(?:e-\d+)?(?=f)", source)]
+    assert len(found) == 2 * 8
     y = torch.linspace(-1, 1, 20001, dtype=torch.float64)
     exact = sum(y**k / float(math.factorial(k + 2)) for k in range(20))
-    value = torch.zeros_like(y)
-    for coefficient in coefficients:
-        value = value * y + torch.tensor(float(coefficient)).double()
-    assert ((value / exact - 1).abs() <= 1.5 * stated).all()
+    for coefficients, unit in ((found[:8], 1.0), (found[8:], math.log(2))):
+        value = torch.zeros_like(y)
+        for coefficient in coefficients:
+            value = value * (y / unit) + torch.tensor(coefficient).double()
+        assert ((value / unit**2 / exact - 1).abs() <= 1.5 * stated).all()

@@ -23,6 +23,7 @@ import triton_launches
 # Run in a separate process, because Triton reads TRITON_INTERPRET at import, and the kernels must
 # be compiled here, not interpreted.
 SCRIPT = Path(triton_launches.__file__)
+KERNEL_SOURCES = list((SCRIPT.parent.parent / "kdkernels" / "triton").glob("*.py"))
 
 
 def _run(script: str, arguments: list[str], cache: Path) -> str:
@@ -115,10 +116,30 @@ def test_constants_are_the_right_operand_of_tensors():
     """
     wrong = ast.parse("A = tl.constexpr(2.0)\ndef f(x):\n    return (1 - A) * x < A * A * x, x * (A * A)")
     assert _constants_before_tensors(wrong, _constants(wrong)) == ["(1 - A) * x", "A * A * x"]
-    trees = {path.name: ast.parse(path.read_text()) for path in (SCRIPT.parent.parent / "kdkernels" / "triton").glob("*.py")}
+    trees = {path.name: ast.parse(path.read_text()) for path in KERNEL_SOURCES}
     constants = set().union(*map(_constants, trees.values()))
     assert {"ILL_CONDITIONED", "SIGN_TIES", "TIES"} <= constants
     found = {name: _constants_before_tensors(tree, constants) for name, tree in trees.items()}
+    assert not any(found.values()), found
+
+
+def _kernel_functions_that_return_none(tree: ast.Module) -> list[str]:
+    def parts(value: ast.expr | None) -> list[ast.expr | None]:
+        if isinstance(value, ast.Tuple):
+            return [part for element in value.elts for part in parts(element)]
+        return [*parts(value.body), *parts(value.orelse)] if isinstance(value, ast.IfExp) else [value]
+
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in n.decorator_list)]
+    returned = [(f.name, part) for f in functions for n in ast.walk(f) if isinstance(n, ast.Return) for part in parts(n.value)]
+    return [name for name, part in returned if isinstance(part, ast.Constant) and part.value is None]
+
+
+def test_functions_of_kernels_do_not_return_none():
+    """Triton 3.6, which torch 2.10 and 2.11 use, cannot compile them."""
+    wrong = ast.parse("@triton.jit\ndef f(x):\n    if x is None:\n        return None\n    else:\n        return x\ndef g():\n    return None")
+    assert _kernel_functions_that_return_none(wrong) == ["f"]
+    found = {path.name: _kernel_functions_that_return_none(ast.parse(path.read_text())) for path in KERNEL_SOURCES}
+    assert len(found) > 10
     assert not any(found.values()), found
 
 

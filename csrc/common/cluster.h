@@ -46,7 +46,7 @@ class Lanes {
  public:
   KDKERNELS_GPU explicit Lanes(V& value) : value_(value) {}
   template <typename Op, typename After>
-  KDKERNELS_GPU void butterfly(float V::*member, After after) {
+  KDKERNELS_GPU void butterfly(float V::* member, After after) {
     const float before = value_.*member;
     value_.*member = Warp::reduce_lanes<Op>(before);
     after(value_, before);
@@ -134,7 +134,8 @@ class Cluster {
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
     const float* x = reinterpret_cast<const float*>(&value);
     if (sizeof(V) == 16)
-      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                   : "memory");
     else
       asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x[0]), "f"(x[1]) : "memory");
 #else

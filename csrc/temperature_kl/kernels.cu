@@ -17,7 +17,7 @@ const char* launch_kernel(const LongRows& p, int ranks, int multiprocessors, voi
   const auto kernel = long_rows_kernel<T, Threads>;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Threads);
-  config.dynamicSmemBytes = LongRowsBody<T, Threads>::shared_bytes(p.vectors, ranks);
+  config.dynamicSmemBytes = shared_bytes(Threads, p.vectors, ranks);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -48,7 +48,8 @@ const char* launch_kernel(const LongRows& p, int ranks, int multiprocessors, voi
 
 const char* launch_long_rows(const LongRows& p, bool is_float, int threads, int ranks, int multiprocessors, void* stream) {
   if (is_float) {
-    return threads == 256 ? launch_kernel<float, 256>(p, ranks, multiprocessors, stream) : launch_kernel<float, 512>(p, ranks, multiprocessors, stream);
+    return threads == 256 ? launch_kernel<float, 256>(p, ranks, multiprocessors, stream)
+                          : launch_kernel<float, 512>(p, ranks, multiprocessors, stream);
   }
   return threads == 256 ? launch_kernel<BFloat16, 256>(p, ranks, multiprocessors, stream)
                         : launch_kernel<BFloat16, 512>(p, ranks, multiprocessors, stream);

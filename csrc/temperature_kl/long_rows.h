@@ -12,9 +12,10 @@
 // and f = 2^(s - j) with sum z' for the student:
 //     y = log(p_s / p_t) = (student - teacher) / T - log(z' / z) - (j - i) log(2)
 // up to the rounding errors of the two sums. The identities of divergence.h hold for every centre,
-// so these errors do not affect the loss. In bfloat16 they are far below the rounding of the
-// gradient, which is then computed in the pass that computes the loss. In float32 the terms of that
-// pass are written over the logits, and the gradient follows when their sums are known.
+// so these errors do not affect the loss. In bfloat16 the gradient is computed in the same pass as the
+// loss. There they add an error of about 1e-7 times the probability of a class, as in a difference of
+// two softmaxes. In float32 the terms of that pass are written over the logits, and the gradient
+// follows when their sums are known.
 #pragma once
 
 #include <cmath>
@@ -22,6 +23,7 @@
 
 #include "../common/cluster.h"
 #include "convex.h"
+#include "long_rows_plan.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -34,34 +36,6 @@ namespace kdkernels::temperature_kl::gpu {
 // The logits of a class that is excluded (by -infinity) or not present. Its difference from all
 // other logits is finite, or minus infinity, and its probability is 0.
 constexpr float kExcluded = -3.0e38f;
-
-// Row i of a tensor starts at i / inner_size * outer + i % inner_size * inner, in bytes.
-struct RowStrides {
-  int64_t outer, inner;
-};
-
-struct LongRows {
-  const char *teacher, *student;
-  char* grad;
-  RowStrides teacher_strides, student_strides, grad_strides;
-  int inner_size, rows;
-  int classes;
-  int vectors;             // of 16 bytes, that a block has of a row, at most
-  float temperature;       // of all rows, unless row_temperature is given
-  float weight;            // of a row in the loss
-  bool scale_by_t2;
-  const float* row_temperature;  // [rows], or null
-  const bool* mask;              // [rows], or null
-  const float* weight_factor;    // [], or null
-  const float* upstream;         // [rows] or [], or null: the gradient of the loss
-  int upstream_stride;           // 1 or 0
-  float* loss;                   // [rows], or null
-  int32_t* state;                // [rows]: kComputed or kLeft
-  int32_t* left;                 // [], zero: the number of rows that are left
-};
-
-// As _COMPUTED and LEFT in temperature_kl_fast.py.
-constexpr int32_t kComputed = 1, kLeft = 2;
 
 // Rows with larger exponents log2(p_s / p_t), or with a larger offset between the networks, are
 // left, see temperature_kl_fast.py.
@@ -145,7 +119,7 @@ struct Vector<float> {
   static constexpr int kSize = 4;
   static constexpr bool kKeepsTerms = true;  // a vector has room for the terms of the gradient
   KDKERNELS_GPU static void read(const Bits& bits, float (&x)[kSize]) {
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i) x[i] = max_or_nan(as_float(bits.word[i]), kExcluded);
   }
   KDKERNELS_GPU static float largest(const Bits&, const float (&x)[kSize]) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
@@ -162,7 +136,7 @@ struct Vector<BFloat16> {
   static constexpr bool kKeepsTerms = false;
   static constexpr uint32_t kExcludedBits = 0xff61;  // the largest number that is not above kExcluded: -2.99e38
   KDKERNELS_GPU static void read(const Bits& bits, float (&x)[kSize]) {
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t word = bits.word[i];
 #ifdef __CUDACC__
@@ -178,7 +152,7 @@ struct Vector<BFloat16> {
   KDKERNELS_GPU static float largest(const Bits& bits, const float (&x)[kSize]) {
 #ifdef __CUDACC__
     uint32_t word = kExcludedBits * 0x10001u;
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < 4; ++i) asm("max.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(bits.word[i]));
     return fmaxf(as_float(word << 16), as_float(word & 0xffff0000u));
 #else
@@ -193,7 +167,7 @@ struct Vector<BFloat16> {
   }
   KDKERNELS_GPU static Bits round(const float (&x)[kSize]) {
     Bits bits;
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < 4; ++i) bits.word[i] = pair(x[2 * i], x[2 * i + 1]);
     return bits;
   }
@@ -226,14 +200,17 @@ struct Extent {
 struct MergeExtents {
   KDKERNELS_GPU static Extent neutral() { return {kNoExponent, 0, kNoExponent, 0}; }
   KDKERNELS_GPU static Extent join(const Extent& a, const Extent& b) {
-    const float t = reduce::Max::join(a.teacher_exponent, b.teacher_exponent), s = reduce::Max::join(a.student_exponent, b.student_exponent);
+    const float t = reduce::Max::join(a.teacher_exponent, b.teacher_exponent),
+                s = reduce::Max::join(a.student_exponent, b.student_exponent);
     return {t, a.teacher_sum * exp2_fast(a.teacher_exponent - t) + b.teacher_sum * exp2_fast(b.teacher_exponent - t), s,
             a.student_sum * exp2_fast(a.student_exponent - s) + b.student_sum * exp2_fast(b.student_exponent - s)};
   }
   template <typename Lanes>
   KDKERNELS_GPU static void lanes(Lanes& lanes) {
-    lanes.template butterfly<reduce::Max>(&Extent::teacher_exponent, [](Extent& x, float old) { x.teacher_sum *= exp2_fast(old - x.teacher_exponent); });
-    lanes.template butterfly<reduce::Max>(&Extent::student_exponent, [](Extent& x, float old) { x.student_sum *= exp2_fast(old - x.student_exponent); });
+    lanes.template butterfly<reduce::Max>(&Extent::teacher_exponent,
+                                          [](Extent& x, float old) { x.teacher_sum *= exp2_fast(old - x.teacher_exponent); });
+    lanes.template butterfly<reduce::Max>(&Extent::student_exponent,
+                                          [](Extent& x, float old) { x.student_sum *= exp2_fast(old - x.student_exponent); });
     lanes.template butterfly<reduce::Sum>(&Extent::teacher_sum, [](Extent&, float) {});
     lanes.template butterfly<reduce::Sum>(&Extent::student_sum, [](Extent&, float) {});
   }
@@ -287,20 +264,14 @@ struct RowVectors {
 // A warp waits for its copies in this many steps, to work on the first while the last arrive.
 constexpr int kSteps = 4;
 
-constexpr int kDefaultThreads = 256;  // of a block
-
 template <typename T, int Threads>
 class LongRowsBody {
+  static_assert(Cluster<Threads>::reduction_bytes(2) == reduction_bytes(Threads, 2), "long_rows_plan.h plans this memory");
   using V = Vector<T>;
   static constexpr int kSize = V::kSize;
 
  public:
-  // Shared memory of a block, in bytes.
-  KDKERNELS_ANYWHERE static constexpr int64_t shared_bytes(int vectors, int ranks) {
-    return Cluster<Threads>::reduction_bytes(ranks) + int64_t(2) * slots(vectors) * 16;
-  }
-
-  KDKERNELS_GPU LongRowsBody(Cluster<Threads>& cluster, const LongRows& p) : cluster_(cluster), p_(p), slots_(slots(p.vectors)) {}
+  KDKERNELS_GPU LongRowsBody(Cluster<Threads>& cluster, const LongRows& p) : cluster_(cluster), p_(p), slots_(slots(p.vectors, Threads)) {}
 
   KDKERNELS_GPU void run(int first, int step) {
     RowVectors<T> row(p_, first);
@@ -321,8 +292,6 @@ class LongRowsBody {
   }
 
  private:
-  KDKERNELS_ANYWHERE static constexpr int64_t slots(int vectors) { return (int64_t(vectors) + Threads - 1) / Threads * Threads; }
-
   KDKERNELS_GPU bool keeps(int row) const { return row < p_.rows && (!p_.mask || p_.mask[row]); }
 
   KDKERNELS_GPU Bits& teacher(int rank, int slot) const { return reinterpret_cast<Bits*>(cluster_.shared(rank))[slot]; }
@@ -352,7 +321,7 @@ class LongRowsBody {
   }
 
   KDKERNELS_GPU static void exclude_others(const RowVectors<T>& row, int vector, Bits& teacher, Bits& student) {
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i) {
       if (row.has(vector, i)) continue;
       V::exclude(teacher, i);
@@ -371,12 +340,11 @@ class LongRowsBody {
       exponent = raised;
     }
     float terms[kSize];
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i) terms[i] = exp2_fast(fmaf(x[i], c, -exponent));
-#pragma unroll
-    for (int width = kSize / 2; width > 0; width /= 2)
-#pragma unroll
-      for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
+    KDKERNELS_UNROLL
+    for (int width = kSize / 2; width > 0; width /= 2) KDKERNELS_UNROLL
+    for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
     sum += terms[0];
   }
 
@@ -412,7 +380,7 @@ class LongRowsBody {
           teacher_bits = V::round(weight);
           student_bits = V::round(gradient);
         } else {
-#pragma unroll
+          KDKERNELS_UNROLL
           for (int i = 0; i < kSize; ++i) gradient[i] *= factor;
           write(row, vector, V::round(gradient));
         }
@@ -432,7 +400,7 @@ class LongRowsBody {
         each(row, step, [&](int rank, int, int slot, int vector) {
           const Bits weights = teacher(rank, slot), growths = student(rank, slot);
           float gradient[kSize];
-#pragma unroll
+          KDKERNELS_UNROLL
           for (int i = 0; i < kSize; ++i) gradient[i] = (as_float(growths.word[i % 4]) - as_float(weights.word[i % 4]) * w) * final_factor;
           write(row, vector, V::round(gradient));
         });
@@ -466,7 +434,7 @@ class LongRowsBody {
     V::read(teacher_bits, weight);
     V::read(student_bits, student);
     Means sums = MergeMeans::neutral();
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i) {
       const float difference = student[i] - weight[i];
       weight[i] = exp2_fast(fmaf(weight[i], centre.c, -centre.exponent));
@@ -489,7 +457,7 @@ class LongRowsBody {
       store(to, bits);
       return;
     }
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i)
       if (row.has(vector, i)) V::write(to + i * RowVectors<T>::kBytes, bits, i);
   }
@@ -513,7 +481,7 @@ class LongRowsBody {
   // E_p[-y] + log(1 + w); see divergence.h.
   KDKERNELS_GPU static float centred_kl(float convex, float drift, float w) {
     float series = 1.0f / 12;
-#pragma unroll
+    KDKERNELS_UNROLL
     for (int k = 11; k >= 2; --k) series = 1.0f / k - w * series;
     const float kl = fabsf(w) < 0.03f ? convex - w * w * series : drift + log1pf(w);
     return kl < 0 ? 0 : kl;

@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "launch.h"
-#include "long_rows.h"
+#include "long_rows_plan.h"
 
 namespace kdkernels::temperature_kl::gpu {
 
@@ -33,34 +33,13 @@ inline bool is_supported(const LongRows& p, const at::Tensor& teacher, const at:
          same_alignment(p.teacher, p.teacher_strides, p.grad, p.grad_strides);
 }
 
-constexpr int kMostRanks = 8;  // blocks of a cluster that every GPU with clusters supports
-
-// Vectors of a row that a block has, if the cluster has `ranks` blocks.
-inline int vectors_of_block(const LongRows& p, int64_t element_size, int ranks) {
-  const int64_t size = 16 / element_size, most = (p.classes + 2 * size - 2) / size;
-  return static_cast<int>((most + ranks - 1) / ranks);
-}
-
-inline int64_t shared_bytes(int threads, int vectors, int ranks) {
-  return threads == 256 ? LongRowsBody<float, 256>::shared_bytes(vectors, ranks) : LongRowsBody<float, 512>::shared_bytes(vectors, ranks);
-}
-
-// The number of blocks of a cluster: the smallest with which two blocks share a multiprocessor, so
-// that one computes while the other waits. 0 if the shared memory of the largest cluster is too
-// small for a row.
-inline int ranks_for(const LongRows& p, int64_t element_size, int threads, int64_t shared_limit) {
-  auto fits = [&](int ranks, int64_t limit) { return shared_bytes(threads, vectors_of_block(p, element_size, ranks), ranks) <= limit; };
-  for (int ranks = 1; ranks <= kMostRanks; ranks *= 2)
-    if (fits(ranks, shared_limit / 2)) return ranks;
-  return fits(kMostRanks, shared_limit) ? kMostRanks : 0;
-}
-
 // The op. Device has the members of OnDevice, and multiprocessors and has_clusters.
 template <typename Device>
 bool long_rows(const at::Tensor& teacher, const at::Tensor& student, const at::Tensor& grad, at::IntArrayRef strides, int64_t inner_size,
                int64_t rows, int64_t classes, double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-               double weight, const OptionalTensor& weight_factor, const OptionalTensor& upstream, int64_t upstream_stride, bool scale_by_t2,
-               const OptionalTensor& loss, const at::Tensor& state, const at::Tensor& left, int64_t threads, int64_t ranks) {
+               double weight, const OptionalTensor& weight_factor, const OptionalTensor& upstream, int64_t upstream_stride,
+               bool scale_by_t2, const OptionalTensor& loss, const at::Tensor& state, const at::Tensor& left, int64_t threads,
+               int64_t ranks) {
   const Device device(teacher);
   if (!device.has_clusters) return false;
   auto as_float = [](const OptionalTensor& x) { return x ? x->to(at::kFloat).contiguous() : at::Tensor(); };
@@ -89,12 +68,12 @@ bool long_rows(const at::Tensor& teacher, const at::Tensor& student, const at::T
   p.loss = loss ? static_cast<float*>(loss->mutable_data_ptr()) : nullptr;
   p.state = static_cast<int32_t*>(state.mutable_data_ptr());
   p.left = static_cast<int32_t*>(left.mutable_data_ptr());
-  if (threads == 0) threads = kDefaultThreads;
-  if (ranks == 0) ranks = ranks_for(p, size, static_cast<int>(threads), device.shared_memory);
-  if (ranks == 0) return false;
-  p.vectors = vectors_of_block(p, size, static_cast<int>(ranks));
-  const char* error = launch_long_rows(p, teacher.scalar_type() == at::kFloat, static_cast<int>(threads), static_cast<int>(ranks),
-                                       device.multiprocessors, device.stream);
+  LongRowsPlan launch{static_cast<int>(threads), static_cast<int>(ranks)};
+  if (launch.ranks == 0) launch = plan(classes, size, device.shared_memory);
+  if (launch.ranks == 0) return false;
+  p.vectors = vectors_of_block(classes, size, launch.ranks);
+  const char* error =
+      launch_long_rows(p, teacher.scalar_type() == at::kFloat, launch.threads, launch.ranks, device.multiprocessors, device.stream);
   TORCH_CHECK(!error, "the kernel of temperature_kl for long rows: ", error);
   return true;
 }

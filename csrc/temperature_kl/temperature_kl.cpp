@@ -151,7 +151,8 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("temperature_kl_rescale_(Tensor(a!) grad, Tensor row_scale, Tensor grad_loss, Tensor? mask, int dim) -> ()");
   // The kernel of long_rows.h, for a part of kdkernels/triton/temperature_kl_fast.py: returns whether
   // it supports the rows; if not, nothing is computed. `strides` are the outer and the inner strides
-  // of the rows of teacher, student and grad. `threads` and `ranks` are 0 or choose the launch.
+  // of the rows of teacher, student and grad. `threads` (256 or 512) and `ranks` (1, 2, 4 or 8) choose
+  // the launch for tests and measurements.
   m.def(
       "_temperature_kl_long_rows(Tensor teacher, Tensor student, Tensor(a!) grad, int[] strides, int inner_size, int rows, int classes, "
       "float temperature, Tensor? row_temperature, Tensor? mask, float weight, Tensor? weight_factor, Tensor? upstream, int "

@@ -34,7 +34,7 @@ class Lanes {
  public:
   explicit Lanes(std::array<V, 32>& values) : values_(values) {}
   template <typename Op, typename After>
-  void butterfly(float V::*member, After after) {
+  void butterfly(float V::* member, After after) {
     std::array<float, 32> before, x;
     for (int lane = 0; lane < 32; ++lane) before[lane] = x[lane] = values_[lane].*member;
     for (int step = 16; step > 0; step /= 2) {
@@ -58,7 +58,8 @@ class Cluster {
   static constexpr int64_t reduction_bytes(int ranks) { return int64_t(2) * ranks * kWarps * 16; }
 
   // `bytes` of shared memory for each block, of which the reductions use the first.
-  Cluster(int ranks, int64_t bytes, uint64_t seed) : order_(seed), ranks_(ranks), bytes_(bytes), memory_(ranks * (bytes + kGuard) + kGuard) {
+  Cluster(int ranks, int64_t bytes, uint64_t seed)
+      : order_(seed), ranks_(ranks), bytes_(bytes), memory_(ranks * (bytes + kGuard) + kGuard) {
     poison(memory_.data(), memory_.size());
     pending_.resize(static_cast<size_t>(ranks) * Threads);
   }

@@ -2,6 +2,7 @@
 // body of the kernel.
 #include <torch/library.h>
 
+#include "../temperature_kl/long_rows.h"
 #include "../temperature_kl/long_rows_call.h"
 
 namespace kdkernels::temperature_kl::gpu {
@@ -9,10 +10,9 @@ namespace {
 
 template <typename T, int Threads>
 void run(const LongRows& p, int ranks, int clusters) {
-  using Body = LongRowsBody<T, Threads>;
   for (int i = 0; i < clusters; ++i) {
-    Cluster<Threads> cluster(ranks, Body::shared_bytes(p.vectors, ranks), static_cast<uint64_t>(i));
-    Body(cluster, p).run(i, clusters);
+    Cluster<Threads> cluster(ranks, shared_bytes(Threads, p.vectors, ranks), static_cast<uint64_t>(i));
+    LongRowsBody<T, Threads>(cluster, p).run(i, clusters);
     cluster.check();
   }
 }
