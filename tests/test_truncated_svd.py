@@ -123,6 +123,8 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
         (199, 398, 1.0, 1e-4, 1),
         (48, 96, 1.0, 1e-4, 8),
         (264, 932, 0.0, 0.0277133, 1),
+        (149, 149, 1.0, 1.97997e-6, 3),
+        (196, 196, 1.0, 1 / 196, 196),
     ],
 )
 def test_sums_of_equal_terms_have_small_errors(rows, columns, diagonal, constant, k):
@@ -134,6 +136,8 @@ def test_sums_of_equal_terms_have_small_errors(rows, columns, diagonal, constant
         exact = torch.linalg.svdvals(x.double())[:k]
         _, s, _ = truncated_svd(x, k, return_u=True)
         assert ((s - exact).abs() <= bound * exact[0]).all()
+        if k < rows:  # else square roots of eigenvalues exceed the bound: docs/truncated_svd.md
+            assert ((truncated_svd(x, k)[1] - exact).abs() <= bound * exact[0]).all()
         _check_residuals(x, k)
 
 

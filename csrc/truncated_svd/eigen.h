@@ -45,7 +45,7 @@ class Eigen {
           rows(p),
           resolvent(p),
           clusters(p, k),
-          numbers(8 * padded<T>(p)),
+          numbers(9 * padded<T>(p)),
           bounds(padded<T>(k) / kGroup + 4),
           one_d(2 * p),
           start(p + k + kGroup),

@@ -7,7 +7,9 @@
 // does both. v is stored in place of its row.
 //
 // tridiagonal_one.h does the same for one matrix, with the same bits: both add the same terms in the
-// same order. A sum over a row has one partial sum for each lane of a vector (PartialSums).
+// same order. A sum over a row has one partial sum for each lane of a vector (PartialSums). The
+// products with a matrix or with v have a partial sum for each kProductTerms terms: if the terms are
+// equal, as for d I + c, the rounding errors of one long sum would all have the same sign.
 //
 // G. H. Golub, C. F. Van Loan. Matrix Computations, 4th ed., section 8.3.1.
 #pragma once
@@ -19,6 +21,8 @@ namespace kdkernels::truncated_svd {
 constexpr int64_t triangle(int64_t p) {
   return p * (p + 1) / 2;
 }
+
+constexpr int kProductTerms = 32;  // a multiple of the rows of a sweep and of the number of lanes
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kSweepRows = 4;
@@ -55,8 +59,9 @@ KDKERNELS_INLINE Vec<T> dot_in_lanes(const Vec<T>* x, const Vec<T>* y, int64_t c
 template <typename T>
 struct Sweep {
   const Vec<T>*v, *w;  // A -= v w^T + w v^T
-  const Vec<T>* x;     // y = A x
-  Vec<T>* y;
+  const Vec<T>* x;
+  // total + y = A x: y has the products with the last rows or columns, up to kProductTerms.
+  Vec<T>*y, *total;
 };
 
 // Processes rows [r, r + R): first their columns left of r, then the small triangle at the
@@ -64,24 +69,33 @@ struct Sweep {
 template <typename T, int R>
 KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
   Vec<T>* row[R];
-  Vec<T> v[R], w[R], x[R], y[R];
+  Vec<T> v[R], w[R], x[R], y[R], total[R];
 #pragma GCC unroll 4
   for (int t = 0; t < R; ++t) {
     row[t] = a + triangle(r + t);
     v[t] = s.v[r + t], w[t] = s.w[r + t], x[t] = s.x[r + t];
-    y[t] = Vec<T>{};
+    y[t] = total[t] = Vec<T>{};
   }
-  for (int64_t c = 0; c < r; ++c) {
-    const Vec<T> vc = s.v[c], wc = s.w[c], xc = s.x[c];
-    Vec<T> yc = s.y[c];
+  for (int64_t begin = 0; begin < r; begin += kProductTerms) {
+    const int64_t end = std::min<int64_t>(begin + kProductTerms, r);
+    for (int64_t c = begin; c < end; ++c) {
+      const Vec<T> vc = s.v[c], wc = s.w[c], xc = s.x[c];
+      Vec<T> yc = s.y[c];
+#pragma GCC unroll 4
+      for (int t = 0; t < R; ++t) {
+        const Vec<T> updated = row[t][c] - v[t] * wc - w[t] * vc;
+        row[t][c] = updated;
+        y[t] += updated * xc;
+        yc += updated * x[t];
+      }
+      s.y[c] = yc;
+    }
+    if (end - begin < kProductTerms) break;
 #pragma GCC unroll 4
     for (int t = 0; t < R; ++t) {
-      const Vec<T> updated = row[t][c] - v[t] * wc - w[t] * vc;
-      row[t][c] = updated;
-      y[t] += updated * xc;
-      yc += updated * x[t];
+      total[t] += y[t];
+      y[t] = Vec<T>{};
     }
-    s.y[c] = yc;
   }
 #pragma GCC unroll 4
   for (int t = 0; t < R; ++t) {
@@ -97,7 +111,13 @@ KDKERNELS_INLINE void sweep_rows(const Sweep<T>& s, int64_t r, Vec<T>* a) {
     y[t] += diagonal * x[t];
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < R; ++t) s.y[r + t] = y[t];
+  for (int t = 0; t < R; ++t) s.y[r + t] = y[t], s.total[r + t] = total[t];
+  if ((r + R) % kProductTerms == 0) {
+    for (int64_t c = 0; c < r + R; ++c) {
+      s.total[c] += s.y[c];
+      s.y[c] = Vec<T>{};
+    }
+  }
 }
 
 // a: the packed lower triangles, of norm about 1. On return, row i >= 2 contains its v, d [p] and e
@@ -109,7 +129,7 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
   // reflection, and the squares of such elements would leave the range of T.
   constexpr T eps = std::numeric_limits<T>::epsilon();
   constexpr T negligible = eps * eps * eps * eps;
-  Vec<T>*y = work, *w = work + p, *zeros = work + 2 * p;
+  Vec<T>*y = work, *w = work + p, *zeros = work + 2 * p, *total = work + 3 * p;
   std::fill(w, w + p, Vec<T>{});
   std::fill(zeros, zeros + p, Vec<T>{});
   tau[0] = Vec<T>{};
@@ -136,10 +156,11 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
     row[i - 1] = pivot;
 
     std::fill(y, y + i, Vec<T>{});
-    const Sweep<T> sweep{v, w, row, y};
+    const Sweep<T> sweep{v, w, row, y, total};
     int64_t r = 0;
     for (; r + kSweepRows <= i; r += kSweepRows) sweep_rows<T, kSweepRows>(sweep, r, a);
     for (; r < i; ++r) sweep_rows<T, 1>(sweep, r, a);
+    for (int64_t c = 0; c < i; ++c) y[c] = total[c] + y[c];
     const Vec<T> vy = dot_in_lanes<T>(row, y, i);
     // Multiplied in this order, because tau is large if v is small.
     const Vec<T> correction = tau[i] * (tau[i] * (T(0.5) * vy));
@@ -152,10 +173,15 @@ void tridiagonalize(int64_t p, Vec<T>* a, Vec<T>* d, Vec<T>* e, Vec<T>* tau, Vec
 template <typename T, int N>
 KDKERNELS_INLINE void reflect(const Vec<T>* v, int64_t count, Vec<T> tau, Vec<T>* z, int64_t stride) {
   Vec<T> dot[N] = {};
-  for (int64_t c = 0; c < count; ++c) {
-    const Vec<T> vc = v[c];
+  for (int64_t begin = 0; begin < count; begin += kProductTerms) {
+    Vec<T> part[N] = {};
+    for (int64_t c = begin, end = std::min<int64_t>(begin + kProductTerms, count); c < end; ++c) {
+      const Vec<T> vc = v[c];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) dot[j] += vc * z[j * stride + c];
+      for (int j = 0; j < N; ++j) part[j] += vc * z[j * stride + c];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) dot[j] += part[j];
   }
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) dot[j] *= tau;

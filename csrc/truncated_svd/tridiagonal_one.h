@@ -84,7 +84,7 @@ void tridiagonalize_one(int64_t p, int64_t stride, T* a, T* d, T* e, T* tau, T* 
   constexpr T eps = std::numeric_limits<T>::epsilon();
   constexpr T negligible = eps * eps * eps * eps;
   constexpr int rows_at_once = kLanes<T> < kSweepRows ? kLanes<T> : kSweepRows;
-  T *y = work, *w = work + stride, *v = work + 2 * stride, *x = work + 3 * stride;
+  T *y = work, *w = work + stride, *v = work + 2 * stride, *x = work + 3 * stride, *total = work + 4 * stride;
   std::fill(w, w + 3 * stride, T(0));
   tau[0] = 0;
   if (p > 1) tau[1] = 0;
@@ -113,9 +113,17 @@ void tridiagonalize_one(int64_t p, int64_t stride, T* a, T* d, T* e, T* tau, T* 
     std::fill(x + i, x + end, T(0));
 
     std::fill(y, y + end, T(0));
+    std::fill(total, total + end, T(0));
     int64_t r = 0;
-    for (; r + rows_at_once <= i; r += rows_at_once) sweep_rows_one<T, rows_at_once>(r, end, stride, v, w, x, a, y);
+    for (; r + rows_at_once <= i; r += rows_at_once) {
+      sweep_rows_one<T, rows_at_once>(r, end, stride, v, w, x, a, y);
+      if ((r + rows_at_once) % kProductTerms == 0) {
+        for (int64_t c = 0; c < end; c += kLanes<T>) simd::store<T>(total + c, simd::load<T>(total + c) + simd::load<T>(y + c));
+        std::fill(y, y + end, T(0));
+      }
+    }
     for (; r < i; ++r) sweep_rows_one<T, 1>(r, end, stride, v, w, x, a, y);
+    for (int64_t c = 0; c < end; c += kLanes<T>) simd::store<T>(y + c, simd::load<T>(total + c) + simd::load<T>(y + c));
     const T vy = dot_of_rows<T>(x, y, i);
     const T correction = tau[i] * (tau[i] * (T(0.5) * vy));
     const Vec<T> tau_i = simd::splat<T>(tau[i]), factor = simd::splat<T>(correction);
@@ -129,10 +137,15 @@ void tridiagonalize_one(int64_t p, int64_t stride, T* a, T* d, T* e, T* tau, T* 
 template <typename T, int N>
 KDKERNELS_INLINE void reflect_one(const T* v, int64_t count, T tau, Vec<T>* z, int64_t stride) {
   Vec<T> dot[N] = {};
-  for (int64_t c = 0; c < count; ++c) {
-    const Vec<T> vc = simd::splat<T>(v[c]);
+  for (int64_t begin = 0; begin < count; begin += kProductTerms) {
+    Vec<T> part[N] = {};
+    for (int64_t c = begin, end = std::min<int64_t>(begin + kProductTerms, count); c < end; ++c) {
+      const Vec<T> vc = simd::splat<T>(v[c]);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) dot[n] += vc * z[c * stride + n];
+      for (int n = 0; n < N; ++n) part[n] += vc * z[c * stride + n];
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) dot[n] += part[n];
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) dot[n] *= tau;
