@@ -245,7 +245,7 @@ def _compile_cuda(target: str, found: _Kernels, cuda_sources: Any, nvcc: str, di
             for function in functions:
                 stage = "" if function is functions[0] else stage_of(function)
                 segments += [(stage, segment) for segment in segments_of(function, stage)]
-            arguments = re.findall(r"(?<![A-Za-z])\d+", name)  # not the number of BFloat16
+            arguments = re.findall(r"(?<![A-Za-z\d])\d+", name)  # not the number of BFloat16
             threads = 128 if name.startswith("align") or arguments == ["32"] else int(arguments[0]) if arguments else 256
             found.add(name, {"threads": threads, **resources[mangled], "shared": 0, "parts": _parts(name, segments)})
 

@@ -6,13 +6,14 @@ No compiler and no GPU is needed: the facts of the compiled kernels are in bench
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benches import gpu_compile, gpu_device, gpu_page, gpu_predictions, gpu_sass  # noqa: E402
+from benches import gpu_compile, gpu_device, gpu_page, gpu_predictions, gpu_profile, gpu_sass  # noqa: E402
 from benches.gpu_device import DEVICES, START, Device, Kernel, PartFacts, Work, predict  # noqa: E402
 from benches.gpu_inputs import CASES, Part  # noqa: E402
 
@@ -169,6 +170,23 @@ def test_measured_columns_have_only_measured_numbers():
     compared = gpu_predictions.measured_kernels()
     assert len(compared) > 60
     assert {c.measured for c in compared} <= numbers
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.implementation == "cuda" or c.kind not in ("svd", "align")], ids=lambda c: c.name)
+def test_calls_that_are_profiled(case):
+    """On small tensors on the CPU; the calls themselves are those of a training step."""
+    import testing_ops  # noqa: F401  registers the CUDA kernels for CPU tensors
+
+    sizes = {"svd": (3, 20, 18, 2), "align": (3, 20, 8, 4)}.get(case.kind) or tuple(min(size, 6) for size in case.shape)
+    gpu_profile.call_of(replace(case, shape=sizes), "cpu")()
+
+
+def test_names_of_profiled_kernels():
+    long = "void kdkernels::truncated_svd::gpu::(anonymous namespace)::forward_kernel<float, 256>(kdkernels::truncated_svd::gpu::Group<int>, long)"
+    assert gpu_profile._short(long) == "forward_kernel<float, 256>"
+    name = "void kdkernels::temperature_kl::gpu::(anonymous namespace)::long_rows_kernel<kdkernels::temperature_kl::gpu::BFloat16, 512>(int)"
+    assert gpu_profile._short(name) == "long_rows_kernel<BFloat16, 512>"
+    assert gpu_profile._short("_pool_kernel") == "_pool_kernel"
 
 
 def _bench_row(op, cell, direction, seconds, **others):

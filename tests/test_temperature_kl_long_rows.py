@@ -113,6 +113,50 @@ def test_results_do_not_depend_on_the_cluster_beyond_rounding(kernel):
         torch.testing.assert_close(grad, results[0][1], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("temperature", [2.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_an_infinite_or_steep_class_are_left(kernel, dtype, temperature):
+    """_kl_kernel of kdkernels/triton/temperature_kl.py computes them.
+
+    In row 0 only the student excludes a class, to which the teacher gives a small probability. In
+    row 1 a class is so much more likely for the student that its weight e is 0 in float32. The
+    other rows have neither.
+    """
+    teacher = torch.randn(ROWS, 8192)
+    student = teacher + 0.5 * torch.randn(ROWS, 8192)
+    teacher[0, 5], student[0, 5] = -25 * temperature, -torch.inf
+    teacher[1], student[1] = -88.5 * temperature, -26.5 * temperature
+    teacher[1, 0] = student[1, 0] = 0.0
+    teacher[2, 7], student[2, 7] = -torch.inf, -torch.inf
+    teacher, student = teacher.to(DEVICE, dtype), student.to(DEVICE, dtype)
+    t = torch.full((ROWS,), temperature, device=DEVICE)
+    _, loss, grad, state, left = kernel(teacher, student, row_temperature=t)
+    assert state.tolist() == [2, 2, 1, 1, 1]
+    assert left == 2
+    expected = _expected(teacher, student, row_temperature=t)
+    _check((True, loss[2:], grad[2:], state[2:], 0), [x[2:] for x in expected], dtype)
+
+
+def test_rows_whose_temperature_is_not_positive_are_left(kernel):
+    teacher, student = (torch.full((ROWS, 5000), -2e38, device=DEVICE) for _ in range(2))
+    *_, state, left = kernel(teacher, student, row_temperature=torch.tensor([-1e38, 0.0, -1.0, torch.nan, -torch.inf], device=DEVICE))
+    assert (state == 2).all()
+    assert left == ROWS
+
+
+def test_gradient_is_accurate_if_the_networks_have_different_offsets(kernel):
+    """The offset is subtracted exactly, whatever it is."""
+    teacher = torch.randn(ROWS, 6001, device=DEVICE)
+    for offset in (0.0, 7.3, -31.0, 60.0):
+        student = teacher + torch.randn(ROWS, 6001, device=DEVICE) + offset
+        _, loss, grad, _, left = kernel(teacher, student)
+        expected_loss, expected_grad, _ = _expected(teacher, student)
+        assert left == 0
+        torch.testing.assert_close(loss.double().cpu(), expected_loss, rtol=2e-6, atol=0)
+        error = (grad.double().cpu() - expected_grad).abs() / expected_grad.abs().amax(1, keepdim=True)
+        assert error.max() <= 64 * rounding(torch.float32)
+
+
 def test_rows_that_the_kernel_does_not_support(kernel):
     """It computes nothing: the gradient and the losses keep their values."""
     x = torch.randn(ROWS, 4200, device=DEVICE)

@@ -13,46 +13,48 @@ __global__ void __launch_bounds__(Threads) long_rows_kernel(const __grid_constan
 }
 
 template <typename T, int Threads>
-const char* launch_kernel(const LongRows& p, int ranks, int multiprocessors, void* stream) {
+const char* launch_kernel(const LongRows& p, int ranks, const LaunchLimits& limits, bool* launched) {
   const auto kernel = long_rows_kernel<T, Threads>;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Threads);
   config.dynamicSmemBytes = shared_bytes(Threads, p.vectors, ranks);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(limits.stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = ranks;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = ranks > 1 ? 1 : 0;
-  config.gridDim = dim3(multiprocessors / ranks * ranks);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes));
+  config.gridDim = dim3(ranks);
+  // The same limit in every call, because other threads may launch the kernel with other sizes.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_memory));
   int clusters = 0;
   if (error == cudaSuccess) {
     if (ranks > 1) {
       error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
     } else {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, Threads, config.dynamicSmemBytes);
-      clusters *= multiprocessors;
+      clusters *= limits.multiprocessors;
     }
   }
-  if (error == cudaSuccess) {
-    clusters = clusters < 1 ? 1 : clusters < p.rows ? clusters : p.rows;
-    config.gridDim = dim3(clusters * ranks);
+  if (error == cudaSuccess && clusters > 0) {
+    config.gridDim = dim3((clusters < p.rows ? clusters : p.rows) * ranks);
     error = cudaLaunchKernelEx(&config, kernel, p);
+    *launched = error == cudaSuccess;
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // so that no other call reports this error
+  return cudaGetErrorString(error);
 }
 
 }  // namespace
 
-const char* launch_long_rows(const LongRows& p, bool is_float, int threads, int ranks, int multiprocessors, void* stream) {
-  if (is_float) {
-    return threads == 256 ? launch_kernel<float, 256>(p, ranks, multiprocessors, stream)
-                          : launch_kernel<float, 512>(p, ranks, multiprocessors, stream);
-  }
-  return threads == 256 ? launch_kernel<BFloat16, 256>(p, ranks, multiprocessors, stream)
-                        : launch_kernel<BFloat16, 512>(p, ranks, multiprocessors, stream);
+const char* launch_long_rows(const LongRows& p, bool is_float, int threads, int ranks, const LaunchLimits& limits, bool* launched) {
+  *launched = false;
+  if (is_float)
+    return threads == 256 ? launch_kernel<float, 256>(p, ranks, limits, launched) : launch_kernel<float, 512>(p, ranks, limits, launched);
+  return threads == 256 ? launch_kernel<BFloat16, 256>(p, ranks, limits, launched)
+                        : launch_kernel<BFloat16, 512>(p, ranks, limits, launched);
 }
 
 }  // namespace kdkernels::temperature_kl::gpu

@@ -39,7 +39,8 @@ constexpr float kExcluded = -3.0e38f;
 
 // Rows with larger exponents log2(p_s / p_t), or with a larger offset between the networks, are
 // left, see temperature_kl_fast.py.
-constexpr float kSteep = 90, kFar = 90;
+// The GPU flushes e to 0 below 2^-126, so that a class of an ordinary row loses at most 2^-66.
+constexpr float kSteep = 60, kFar = 90;
 
 constexpr float kLargeDivergence = 0.25f;  // of a row, divided by T^2
 
@@ -78,7 +79,7 @@ KDKERNELS_GPU float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::exp2(x);
+  return x < -126 ? 0 : std::exp2(x);  // the GPU flushes smaller results to 0
 #endif
 }
 // The larger number, or NaN if one is NaN.
@@ -359,9 +360,10 @@ class LongRowsBody {
     const Extent extent = cluster_.template reduce<MergeExtents>(extents_);
     Centre centre;
     centre.c = c;
-    centre.inverse_t = inverse_t;
     centre.exponent = extent.teacher_exponent;
-    centre.shift = (extent.student_exponent - extent.teacher_exponent) + log2f(extent.student_sum / extent.teacher_sum);
+    const float ratio = extent.student_sum / extent.teacher_sum, power = round_even(log2f(ratio));
+    centre.offset = (extent.student_exponent - extent.teacher_exponent) + power;
+    centre.rest = log2f(ratio * exp2_fast(-power));
     const float inverse_sum = 1.0f / extent.teacher_sum;
     float row_weight = p_.weight;
     if (p_.weight_factor) row_weight *= *p_.weight_factor;
@@ -423,8 +425,10 @@ class LongRowsBody {
   }
 
   struct Centre {
-    float c, inverse_t, exponent;  // i
-    float shift;                   // (log z' - log z) / log 2 + j - i
+    float c, exponent;  // log2(e) / T, i
+    // offset + rest is (log z' - log z) / log(2) + j - i. The offset is an integer, and the rest small,
+    // so that the sum is not rounded.
+    float offset, rest;
   };
 
   // Computes e and e (e^y - 1) of a vector, and adds to the sums.
@@ -438,7 +442,7 @@ class LongRowsBody {
     for (int i = 0; i < kSize; ++i) {
       const float difference = student[i] - weight[i];
       weight[i] = exp2_fast(fmaf(weight[i], centre.c, -centre.exponent));
-      const float t = fmaf(difference, centre.c, -centre.shift);  // y / log(2)
+      const float t = fmaf(difference, centre.c, -centre.offset) - centre.rest;  // y / log(2)
       const float small = t * t * convex_polynomial_base_2(t), large = exp2_fast(t) - 1.0f;
       const bool is_small = fabsf(t) <= kLog2E;
       const float convex = is_small ? small : fmaf(-kLn2, t, large);
@@ -464,9 +468,9 @@ class LongRowsBody {
 
   KDKERNELS_GPU void finish(int index, float temperature, float convex, float drift, float w, const Centre& centre, const Extent& extent) {
     const float excluded = 0.5f * kExcluded * centre.c;
-    const bool is_ordinary = extent.teacher_sum > 0 && extent.student_sum > 0 && extent.teacher_exponent > excluded &&
-                             extent.student_exponent > excluded && convex > -1e30f && convex < 1e30f && fabsf(drift) < 1e30f &&
-                             fabsf(centre.shift) < kFar;
+    const bool is_ordinary = temperature > 0 && extent.teacher_sum > 0 && extent.student_sum > 0 && extent.teacher_exponent > excluded &&
+                             extent.student_exponent > excluded && convex > -1e30f && convex < 1e30f && fabsf(drift) < kFar * kLn2 &&
+                             fabsf(centre.offset) < kFar;
     cluster_.threads([&](int rank, int t) {
       if (rank != 0 || t != 0) return;
       p_.state[index] = is_ordinary ? kComputed : kLeft;

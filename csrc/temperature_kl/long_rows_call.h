@@ -40,6 +40,11 @@ bool long_rows(const at::Tensor& teacher, const at::Tensor& student, const at::T
                double weight, const OptionalTensor& weight_factor, const OptionalTensor& upstream, int64_t upstream_stride,
                bool scale_by_t2, const OptionalTensor& loss, const at::Tensor& state, const at::Tensor& left, int64_t threads,
                int64_t ranks) {
+  TORCH_CHECK_VALUE(
+      (threads == 0 && ranks == 0) || ((threads == 256 || threads == 512) && (ranks == 1 || ranks == 2 || ranks == 4 || ranks == 8)),
+      "threads and ranks must be 256 or 512 and 1, 2, 4 or 8, or both 0, got ", threads, " and ", ranks);
+  TORCH_CHECK_VALUE(rows > 0 && classes > 0 && strides.size() == 6, "rows, classes and the length of strides must be > 0, > 0 and 6, got ",
+                    rows, ", ", classes, " and ", strides.size());
   const Device device(teacher);
   if (!device.has_clusters) return false;
   auto as_float = [](const OptionalTensor& x) { return x ? x->to(at::kFloat).contiguous() : at::Tensor(); };
@@ -72,10 +77,11 @@ bool long_rows(const at::Tensor& teacher, const at::Tensor& student, const at::T
   if (launch.ranks == 0) launch = plan(classes, size, device.shared_memory);
   if (launch.ranks == 0) return false;
   p.vectors = vectors_of_block(classes, size, launch.ranks);
-  const char* error =
-      launch_long_rows(p, teacher.scalar_type() == at::kFloat, launch.threads, launch.ranks, device.multiprocessors, device.stream);
+  bool launched = false;
+  const char* error = launch_long_rows(p, teacher.scalar_type() == at::kFloat, launch.threads, launch.ranks,
+                                       {device.shared_memory, device.multiprocessors, device.stream}, &launched);
   TORCH_CHECK(!error, "the kernel of temperature_kl for long rows: ", error);
-  return true;
+  return launched;
 }
 
 }  // namespace kdkernels::temperature_kl::gpu

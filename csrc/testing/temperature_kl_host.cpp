@@ -27,12 +27,13 @@ struct HostDevice {
 
 }  // namespace
 
-const char* launch_long_rows(const LongRows& p, bool is_float, int threads, int ranks, int multiprocessors, void*) {
-  const int clusters = std::min(p.rows, multiprocessors);
+const char* launch_long_rows(const LongRows& p, bool is_float, int threads, int ranks, const LaunchLimits& limits, bool* launched) {
+  const int clusters = std::min(p.rows, limits.multiprocessors);
   if (is_float)
     threads == 256 ? run<float, 256>(p, ranks, clusters) : run<float, 512>(p, ranks, clusters);
   else
     threads == 256 ? run<BFloat16, 256>(p, ranks, clusters) : run<BFloat16, 512>(p, ranks, clusters);
+  *launched = true;
   return nullptr;
 }
 

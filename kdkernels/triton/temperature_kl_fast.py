@@ -3,7 +3,7 @@
 They compute the formulas of temperature_kl_divergence.py with fewer instructions. A row is ordinary
 if no exponential overflows and no large offset between the networks makes differences of logits
 inaccurate: it contains no NaN and no infinity (classes that both networks exclude by -inf may
-occur), no class is 2^90 times as likely for the student as for the teacher, and the mean difference
+occur), no class is 2^60 times as likely for the student as for the teacher, and the mean difference
 of the logits is below 62 T. Other rows are left to _kl_kernel, which runs afterwards on these rows
 only; the host does not wait to find out.
 
@@ -28,7 +28,9 @@ from .temperature_kl_rows import Rows, aligned, aligned_rows, row_offset, tile_p
 _COMPUTED = tl.constexpr(1)
 LEFT = tl.constexpr(2)  # left to _kl_kernel
 
-_STEEP = tl.constexpr(90.0)  # the largest t of an ordinary row
+# The largest t of an ordinary row. The hardware flushes e to 0 below 2^-126, so that a
+# class loses a probability of at most 2^-66.
+_STEEP = tl.constexpr(60.0)
 _FAR = tl.constexpr(90.0)  # the largest mean difference of the logits of an ordinary row, in the unit of t
 
 # The logit of a class that is excluded or not present. Its difference from all others is finite, or
@@ -384,7 +386,7 @@ def _launch_cuda(
     anything, if it was not built for this GPU or does not support the rows.
     """
     teacher, student, gradient = (cast(Tensor, r.pointer) for r in (base, other, grad))
-    if not _has_cuda_kernel(teacher):
+    if not (_has_cuda_kernel(teacher) and teacher.dtype == student.dtype == gradient.dtype in (torch.float32, torch.bfloat16)):
         return None
     row_temperature, mask, weight_tensor, upstream, upstream_stride, temperature, weight = row_arguments
     state = torch.empty(rows, dtype=torch.int32, device=teacher.device)
