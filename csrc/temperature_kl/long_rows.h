@@ -344,8 +344,10 @@ class LongRowsBody {
     KDKERNELS_UNROLL
     for (int i = 0; i < kSize; ++i) terms[i] = exp2_fast(fmaf(x[i], c, -exponent));
     KDKERNELS_UNROLL
-    for (int width = kSize / 2; width > 0; width /= 2) KDKERNELS_UNROLL
-    for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
+    for (int width = kSize / 2; width > 0; width /= 2) {
+      KDKERNELS_UNROLL
+      for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
+    }
     sum += terms[0];
   }
 

@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> tridiagonal_stage(const Tensor& g) {
     constexpr int lanes = kLanes<T>;
     const int64_t stride = padded<T>(p);
     Buffer<T> matrices(lanes * p * stride);
-    Buffer<Vec<T>> a(triangle(p)), t(6 * p), z(p * p);
+    Buffer<Vec<T>> a(triangle(p)), t(7 * p), z(p * p);  // t: d, e, tau and working memory
     for (int64_t first = 0; first < batch; first += lanes) {
       std::fill_n(matrices.get(), lanes * p * stride, T(0));
       for (int64_t l = 0; l < lanes && first + l < batch; ++l)
