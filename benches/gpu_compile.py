@@ -300,12 +300,10 @@ int main() {
   }
 }
 """
+    long_names = ("threads", "ranks", "vectors", "shared")
     rows = [(classes, size, 227 << 10) for classes, size in sorted(long_row_shapes())]
-    found |= {f"rows of {c} classes of {size} bytes": plan for (c, size, _), plan in zip(rows, _run(program, LONG_ROW_NAMES, rows), strict=True)}
+    found |= {f"rows of {c} classes of {size} bytes": plan for (c, size, _), plan in zip(rows, _run(program, long_names, rows), strict=True)}
     return found
-
-
-LONG_ROW_NAMES = ("threads", "ranks", "vectors", "shared")
 
 
 def _run(program: str, names: tuple[str, ...], asked: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:

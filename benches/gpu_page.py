@@ -17,7 +17,7 @@ HEAD = f"""# A model of the GPU kernels
 This page predicts how long each GPU kernel takes on four GPUs. The predictions are computed from
 the compiled code of the kernels and from datasheets; no prediction is a measurement. Measured
 times appear only in columns named "measured". They come from one NVIDIA H100
-([results](performance.md#nvidia-h100-80gb-hbm3-kernels)). The purpose of the model is to be
+(`benches/results/nvidia-h100-80gb-hbm3/profile.json`). The purpose of the model is to be
 compared with measurements: a kernel that takes much longer than predicted has a cost that the model
 does not know, and a change to a kernel can be judged before a GPU is at hand.
 
@@ -177,7 +177,8 @@ Times of one launch are in microseconds, with the limit in parentheses. "MB" are
 kernel reads from memory and writes to it on the H100. "resident" are the blocks / warps that run
 on a multiprocessor of the H100 at a time, and "in flight" are their bytes in flight as a share of
 those that the memory system needs. A kernel that finds nothing to do for the input, and returns at
-once, is not listed.
+once, is not listed. The A100 has no clusters, so its times of `long_rows_kernel` are those of
+`_long_rows_kernel`.
 """
     lines = [text]
     for op in dict.fromkeys(case.op for case in CASES):

@@ -15,26 +15,28 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kdkernels
+from kdkernels.files import replaced_atomically
 from kdkernels.testing import implementation
 
 from .gpu_inputs import CASES, Case
 from .gpu_page import significant
 from .gpu_predictions import device_named, total
 from .machine import commit
+from .suite import captured
+from .timing import time_interleaved
 
 CALLS = 10  # profiled calls of each input
 COPY_BYTES = 1 << 30
 
 
-def call_of(case: Case, device: str = "cuda") -> Callable[[], object]:
-    """Return a function that runs the forward and the backward pass of a case on random inputs."""
+def call_of(case: Case, device: str = "cuda") -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that computes the gradients of a case on random inputs."""
     dtype = getattr(torch, case.dtype)
 
     def leaf(*shape: int, grad: bool = True) -> Tensor:
@@ -84,10 +86,7 @@ def call_of(case: Case, device: str = "cuda") -> Callable[[], object]:
         leaves, align = [student], implementation(case.implementation)(kdkernels.align_singular_vectors)
         loss = lambda: align(student, teacher, weight)[0].sum()  # noqa: E731
 
-    def run() -> None:
-        torch.autograd.grad(loss(), leaves)
-
-    return run
+    return lambda: torch.autograd.grad(loss(), leaves)
 
 
 def kernel_times(run: Callable[[], object], calls: int = CALLS) -> dict[str, float]:
@@ -112,39 +111,18 @@ def _short(name: str) -> str:
     return (base.rpartition("::")[2] + bracket + re.sub(r"\w+::", "", arguments))[:60]
 
 
-def elapsed(run: Callable[[], object], rounds: int) -> float:
+def elapsed(run: Callable[[], object]) -> float:
     """Return the median microseconds of a call, between two events, from an idle GPU."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+    return statistics.median(time_interleaved({"call": run}, rounds=20, device="cuda")["call"]) * 1e6
 
 
 def measure(case: Case) -> dict[str, Any]:
     run = call_of(case)
-    for _ in range(3):
+    for _ in range(3):  # compiles the kernels
         run()
-    row: dict[str, Any] = {"name": case.name, "kernels": kernel_times(run), "eager": elapsed(run, 20)}
+    row: dict[str, Any] = {"name": case.name, "kernels": kernel_times(run), "eager": elapsed(run)}
     try:
-        row["replayed"] = elapsed(graph_of(run).replay, 20)
+        row["replayed"] = elapsed(captured(run, 1))
     except RuntimeError as error:
         row["error"] = str(error)[:200]
     return row
@@ -155,7 +133,7 @@ def copy_rate() -> float:
     x = torch.empty(COPY_BYTES // 4, device="cuda")
     y = torch.empty_like(x)
     y.copy_(x)
-    return 2 * COPY_BYTES / elapsed(lambda: y.copy_(x), 20) * 1e6
+    return 2 * COPY_BYTES / elapsed(lambda: y.copy_(x)) * 1e6
 
 
 def main() -> None:
@@ -163,6 +141,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="a file for the results, JSON")
     parser.add_argument("--only", default="", metavar="TEXT", help="only inputs whose names contain TEXT")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benches.gpu_profile needs a GPU, and torch finds none")
+    if not any(options.only in case.name for case in CASES):
+        raise SystemExit(f"--only: no input contains {options.only!r}")
     device = device_named(torch.cuda.get_device_name())
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit(), "copy": copy_rate(), "rows": []}
     print(f"{result['gpu']}, copy {result['copy'] / 1e12:.2f} TB/s; microseconds: kernels, replayed, eager, predicted")
@@ -179,7 +161,8 @@ def main() -> None:
         numbers = [significant(x) if x else "-" for x in (sum(row["kernels"].values()), row.get("replayed"), row.get("eager"))]
         print(f"{case.name}: {' '.join(map(str, numbers))} {predicted} | {kernels} {row.get('error', '')}", flush=True)
         torch.cuda.empty_cache()
-        Path(options.out).write_text(json.dumps(result, indent=1))
+        with replaced_atomically(options.out) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

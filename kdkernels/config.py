@@ -22,7 +22,7 @@ OPS = ("temperature_kl", "attention_pool", "truncated_svd", "align_singular_vect
 # Read from the build's record. The existence of kdkernels/_cuda*.so proves nothing: building in
 # place without CUDA does not delete the module of an earlier build.
 HAS_CUDA_KERNELS = bool(_C.build_info()["cuda_archs"]) and torch.version.cuda is not None
-OPS_WITH_CUDA_KERNELS = ("truncated_svd", "align_singular_vectors")  # they also have CUDA C++ kernels, preferred if built
+OPS_WITH_CUDA_KERNELS = ("truncated_svd", "align_singular_vectors")  # with an implementation "cuda", preferred if built
 
 
 def load_cpu_kernels() -> str:

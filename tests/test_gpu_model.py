@@ -178,7 +178,11 @@ def test_calls_that_are_profiled(case):
     import testing_ops  # noqa: F401  registers the CUDA kernels for CPU tensors
 
     sizes = {"svd": (3, 20, 18, 2), "align": (3, 20, 8, 4)}.get(case.kind) or tuple(min(size, 6) for size in case.shape)
-    gpu_profile.call_of(replace(case, shape=sizes), "cpu")()
+    gradients = gpu_profile.call_of(replace(case, shape=sizes), "cpu")()
+    assert gradients
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_names_of_profiled_kernels():

@@ -212,6 +212,25 @@ def test_fast_kernels_leave_only_rows_that_are_not_ordinary(backend, classes, mo
     assert grad[2].isnan().all()
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_fast_kernels_leave_rows_whose_exponentials_a_gpu_flushes_to_zero(backend, monkeypatch):
+    """A class is 2^70 times as likely for the student, and 2^-127 of the teacher's largest weight.
+
+    The interpreter does not flush, so the numbers would be right there.
+    """
+    pytest.importorskip("triton")
+    from kdkernels.triton import temperature_kl_fast
+
+    teacher, student = torch.zeros(2, 21), torch.zeros(2, 21)
+    teacher[1, 1:], student[1, 1:] = -88.5, -40.0
+    results, launch = [], temperature_kl_fast.launch
+    monkeypatch.setattr(temperature_kl_fast, "launch", lambda *arguments: results.append(launch(*arguments)) or results[-1])
+    arguments = (None, None, None, -1, VALUES["direction"]["forward"], 0.5, VALUES["reduction"]["none"], True, True, 0.0)
+    device = device_of_backend(backend)
+    _operators(backend)[0](student.to(device), teacher.to(device), 1.0, *arguments, True)
+    assert results[0].state.tolist() == [1, 2]
+
+
 def test_known_values():
     s, t = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
     for temperature, value in ((1, 1.1504207652), (2, 1.2806266713), (4, 1.3196299122)):

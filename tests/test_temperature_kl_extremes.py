@@ -435,12 +435,12 @@ def test_polynomial_of_similar_networks_has_the_error_that_its_comment_states():
     """
     source = (Path(__file__).parent.parent / "csrc/temperature_kl/convex.h").read_text()
     stated = float(re.search(r"relative error, which is (\S+) in float32", source.replace("\n// ", " "))[1])
-    found = [float(x) for x in re.findall(r"(?<![\w.])\d\.\d+(?:e-\d+)?(?=f)", source)]
-    assert len(found) == 2 * 8
+    found = [float(x) for x in re.findall(r"float\((\d\S*) \* u", source)]
+    assert len(found) == 8
     y = torch.linspace(-1, 1, 20001, dtype=torch.float64)
     exact = sum(y**k / float(math.factorial(k + 2)) for k in range(20))
-    for coefficients, unit in ((found[:8], 1.0), (found[8:], math.log(2))):
+    for unit in (1.0, math.log(2)):
         value = torch.zeros_like(y)
-        for coefficient in coefficients:
-            value = value * (y / unit) + torch.tensor(coefficient).double()
+        for power, coefficient in zip(range(9, 1, -1), found, strict=True):
+            value = value * (y / unit) + torch.tensor(coefficient * unit**power).double()
         assert ((value / unit**2 / exact - 1).abs() <= 1.5 * stated).all()

@@ -141,6 +141,29 @@ def test_sums_of_equal_terms_have_small_errors(rows, columns, diagonal, constant
         _check_residuals(x, k)
 
 
+@given(
+    rows=st.sampled_from([2, 8, 20, 33, 48, 64, 96, 120, 149, 160, 196, 256]),
+    k=st.sampled_from([1, 2, 3, 16, 256]),
+    diagonal=st.floats(0.1, 2.0),
+    exponent=st.floats(-7, 0),
+    twice=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_errors_of_d_i_plus_c_are_those_in_the_docs(rows, k, diagonal, exponent, twice, transposed):
+    """docs/truncated_svd.md states the largest errors, in multiples of the bounds."""
+    k = min(k, rows)
+    x = (diagonal * torch.eye(rows).double() + 10**exponent).float()
+    x = torch.cat([x, x], 1) if twice else x
+    x = x.mT if transposed else x
+    exact, length, eps = torch.linalg.svdvals(x.double()), sum(x.shape) ** 0.5, rounding(torch.float32)
+    u, s, v = (t.double() for t in truncated_svd(x, k, return_u=True))
+    bound = eps * (6 + length / 2) * exact[0]
+    assert (s - exact[:k]).abs().max() <= 1.4 * bound
+    assert (truncated_svd(x, k)[1] - exact[:k]).abs().max() <= 5 * bound
+    for left, right, matrix in ((u, v, x.double()), (v, u, x.mT.double())):
+        assert (matrix @ right - left * s).norm(dim=0).max() <= 1.2 * eps * (16 + length) * exact[0]
+
+
 @pytest.mark.parametrize("kernels", ["fastest", "cuda"])
 def test_lost_vectors_of_clusters_are_replaced_within_the_space_of_the_cluster(kernels):
     """Cases in which nothing is left of a vector of a cluster when it is made orthogonal to the

@@ -15,6 +15,7 @@
 //   cluster.reduce<Merge>(values)
 //                             merges a value of every thread, in the same order on every GPU; every
 //                             thread gets the result
+//   cluster.barrier()         at the end of the kernel
 //   cluster.add(to, value)    adds to a number in memory to which other clusters add, too
 //   OfThread<V>               a variable that each thread keeps for itself
 //
@@ -24,6 +25,7 @@
 // and Merge::neutral() changes nothing.
 #pragma once
 
+#include "cluster_memory.h"
 #include "cta.h"
 
 #ifndef __CUDACC__
@@ -61,9 +63,6 @@ class Cluster {
  public:
   static constexpr int kThreads = Threads, kWarps = Threads / 32;
 
-  // Bytes of shared memory for the reductions of values of at most 16 bytes.
-  KDKERNELS_ANYWHERE static constexpr int64_t reduction_bytes(int ranks) { return int64_t(2) * ranks * kWarps * 16; }
-
   KDKERNELS_GPU explicit Cluster(char* memory) : memory_(memory), buffer_(0) {
 #if __CUDA_ARCH__ >= 900
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks_));
@@ -76,7 +75,7 @@ class Cluster {
   }
 
   KDKERNELS_GPU int ranks() const { return ranks_; }
-  KDKERNELS_GPU char* shared(int) const { return memory_ + reduction_bytes(ranks_); }
+  KDKERNELS_GPU char* shared(int) const { return memory_ + reduction_bytes(Threads, ranks_); }
 
   template <typename F>
   KDKERNELS_GPU void threads(F f) const {
@@ -115,7 +114,8 @@ class Cluster {
   // Adds to a number in memory to which other clusters add, too.
   KDKERNELS_GPU void add(int32_t* to, int32_t value) const { atomicAdd(to, value); }
 
-  // At the end of the kernel: no block ends while another may still write to its memory.
+  // For reductions, and at both ends of a kernel: no block ends while another may still write to its
+  // memory.
   KDKERNELS_GPU void barrier() const {
 #if __CUDA_ARCH__ >= 900
     if (ranks_ > 1) {

@@ -136,7 +136,7 @@ struct Terms {
 // The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
 // reduction.
 KDKERNELS_INLINE Terms<float> terms_of_close(Vec<float> weight, Vec<float> y, Vec<float> square) {
-  const Vec<float> weighted_y = weight * y, convex = weight * (convex_polynomial(y) * square);
+  const Vec<float> weighted_y = weight * y, convex = weight * (convex_polynomial<false>(y) * square);
   return {weighted_y, weighted_y + convex, convex};
 }
 

@@ -25,9 +25,7 @@
 #include "convex.h"
 #include "long_rows_plan.h"
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#else
+#ifndef __CUDACC__
 #include <cstring>
 #endif
 
@@ -90,14 +88,6 @@ KDKERNELS_GPU float max_or_nan(float a, float b) {
   return y;
 #else
   return a > b || a != a ? a : b;
-#endif
-}
-
-KDKERNELS_GPU float round_even(float x) {
-#ifdef __CUDACC__
-  return ::rintf(x);
-#else
-  return std::nearbyint(x);
 #endif
 }
 
@@ -267,7 +257,6 @@ constexpr int kSteps = 4;
 
 template <typename T, int Threads>
 class LongRowsBody {
-  static_assert(Cluster<Threads>::reduction_bytes(2) == reduction_bytes(Threads, 2), "long_rows_plan.h plans this memory");
   using V = Vector<T>;
   static constexpr int kSize = V::kSize;
 
@@ -336,7 +325,7 @@ class LongRowsBody {
     V::read(bits, x);
     const float largest = V::largest(bits, x) * c;
     if (largest > exponent + kSlack) {
-      const float raised = round_even(largest);
+      const float raised = rintf(largest);
       sum *= exp2_fast(exponent - raised);
       exponent = raised;
     }
@@ -363,7 +352,7 @@ class LongRowsBody {
     Centre centre;
     centre.c = c;
     centre.exponent = extent.teacher_exponent;
-    const float ratio = extent.student_sum / extent.teacher_sum, power = round_even(log2f(ratio));
+    const float ratio = extent.student_sum / extent.teacher_sum, power = rintf(log2f(ratio));
     centre.offset = (extent.student_exponent - extent.teacher_exponent) + power;
     centre.rest = log2f(ratio * exp2_fast(-power));
     const float inverse_sum = 1.0f / extent.teacher_sum;
@@ -445,7 +434,7 @@ class LongRowsBody {
       const float difference = student[i] - weight[i];
       weight[i] = exp2_fast(fmaf(weight[i], centre.c, -centre.exponent));
       const float t = fmaf(difference, centre.c, -centre.offset) - centre.rest;  // y / log(2)
-      const float small = t * t * convex_polynomial_base_2(t), large = exp2_fast(t) - 1.0f;
+      const float small = t * t * convex_polynomial<true>(t), large = exp2_fast(t) - 1.0f;
       const bool is_small = fabsf(t) <= kLog2E;
       const float convex = is_small ? small : fmaf(-kLn2, t, large);
       steepest = fmaxf(steepest, t);

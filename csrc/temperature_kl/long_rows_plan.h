@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/gpu.h"
+#include "../common/cluster_memory.h"
 
 namespace kdkernels::temperature_kl::gpu {
 
@@ -43,13 +43,8 @@ inline int vectors_of_block(int64_t classes, int64_t element_size, int ranks) {
   return static_cast<int>((most + ranks - 1) / ranks);
 }
 
-// Bytes of the reductions of a cluster, in each block; see common/cluster.h.
-KDKERNELS_ANYWHERE constexpr int64_t reduction_bytes(int threads, int ranks) {
-  return int64_t(2) * ranks * (threads / 32) * 16;
-}
-
 // Vectors of each network for which a block has memory.
-KDKERNELS_ANYWHERE constexpr int64_t slots(int vectors, int threads) {
+KDKERNELS_HOST_DEVICE int64_t slots(int vectors, int threads) {
   return (int64_t(vectors) + threads - 1) / threads * threads;
 }
 

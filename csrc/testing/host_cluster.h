@@ -55,7 +55,6 @@ template <int Threads>
 class Cluster {
  public:
   static constexpr int kThreads = Threads, kWarps = Threads / 32;
-  static constexpr int64_t reduction_bytes(int ranks) { return int64_t(2) * ranks * kWarps * 16; }
 
   // `bytes` of shared memory for each block, of which the reductions use the first.
   Cluster(int ranks, int64_t bytes, uint64_t seed)
@@ -70,7 +69,7 @@ class Cluster {
   }
 
   int ranks() const { return ranks_; }
-  char* shared(int rank) const { return begin(rank) + reduction_bytes(ranks_); }
+  char* shared(int rank) const { return begin(rank) + reduction_bytes(Threads, ranks_); }
 
   template <typename F>
   void threads(F f) {

@@ -5,14 +5,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define KDKERNELS_HOST_DEVICE __host__ __device__ constexpr
-// For functions that are not constexpr because they take square roots.
-#define KDKERNELS_HOST_DEVICE_INLINE __host__ __device__ inline
-#else
-#define KDKERNELS_HOST_DEVICE constexpr
-#define KDKERNELS_HOST_DEVICE_INLINE inline
-#endif
+#include "../common/gpu.h"
 
 namespace kdkernels::truncated_svd {
 
