@@ -453,7 +453,7 @@ def svd_calls(kind: str):
     from kdkernels.triton import truncated_svd as svd
 
     def decompose(m, n, k, dtype=torch.float32, layout="rows", batch=3, return_u=True, state=True, gradients="u, s, v"):
-        x = as_fake_cuda(with_layout(torch.empty(batch, m, n, dtype=dtype), layout))
+        x = as_fake_cuda(with_layout(torch.randn(batch, m, n, dtype=dtype), layout))
         u, s, v, saved = svd.truncated_svd(x, k, Sign.MAX_ABS, return_u, 1e-6, state)
         given = [torch.empty_like(t) if name in gradients else None for name, t in zip("usv", (u, s, v), strict=True)]
         svd.truncated_svd_backward(*given, x, u, s, v, saved, 1e-6)

@@ -75,7 +75,9 @@ def residual_gram(
 @triton.jit
 def trace(matrix_ptr, p, PB: tl.constexpr):
     i = tl.arange(0, PB)
-    return tl.sum(tl.load(matrix_ptr + i * (p + 1), i < p, other=0.0).to(tl.float64), 0)
+    total = tl.sum(tl.load(matrix_ptr + i * (p + 1), i < p, other=0.0).to(tl.float64), 0)
+    tl.debug_barrier()  # several threads load an element if p is small; none may store before all have loaded
+    return total
 
 
 @triton.jit
