@@ -134,18 +134,23 @@ class Loss {
     if (!series_is_cheaper(rank, m_, n_)) return false;
     series.x.set(column.values[kStudentX].get(), column.values[kTeacherX].get(), bounds.center, bounds.a, scale_, rank, is_double);
     series.y.set(column.values[kStudentY].get(), column.values[kTeacherY].get(), bounds.center, bounds.b, scale_, rank, is_double);
-    series.x.multiply(series.x_products);
-    series.y.multiply(series.y_products);
+    with_rank(rank, [&](auto fixed_rank) { sum_series<fixed_rank.value>(c, column, series); });
+    return true;
+  }
+
+  template <int kRank>
+  void sum_series(int64_t c, ColumnBuffers& column, SeriesState& series) {
+    series.x.multiply<kRank>(series.x_products);
+    series.y.multiply<kRank>(series.y_products);
     losses_[c] = square_sum(series.x_products, series.y_products);
     for (int i = 0; i < 4; ++i) {
       if (!is_wanted(i)) continue;
       const bool is_x = i % 2 == 0, student = i < 2;
       (is_x ? series.x : series.y)
-          .differentiate(is_x ? series.y_products : series.x_products, student, student ? gradient_factor_ : -gradient_factor_,
-                         column.gradient.get());
+          .differentiate<kRank>(is_x ? series.y_products : series.x_products, student, student ? gradient_factor_ : -gradient_factor_,
+                                column.gradient.get());
       write(column.gradient.get(), 1.0, i, c);
     }
-    return true;
   }
 
   bool write_nan(int64_t c, ColumnBuffers& column) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <type_traits>
 
@@ -26,10 +27,23 @@ using simd::store;
 using Doubles = simd::Vec<double>;
 
 constexpr int kVectorSize = simd::kLanes<double>;
-constexpr int kTile = 4;                // largest number of rows of terms multiplied at a time
-constexpr int kColumnTile = 8;          // largest number of columns of weights multiplied at a time
-constexpr int64_t kBlock = 512;         // numbers whose terms are stored at a time
-constexpr int kMaxRows = 2 * kMaxRank;  // the rows of D, then those of A'
+// The vector registers of a CPU hold this many sums and their operands.
+constexpr int kSums = simd::kBytes == 64 ? 24 : 12;
+constexpr int kTileRows = kSums / 4, kTileColumns = 4;  // of terms that are multiplied at a time
+constexpr int kWeights = 8;                             // columns of weights that are multiplied at a time
+constexpr int64_t kBlock = 512;                         // numbers whose terms are stored at a time
+constexpr int kMaxRows = 2 * kMaxRank;                  // the rows of D, then those of A'
+
+// Most inputs need at most this many terms. For each such number there are functions whose loops
+// the compiler unrolls; other numbers share functions that take the number at run time, as kRank 0.
+constexpr int kMaxFixedRank = 8;
+
+template <int kRank = kMaxFixedRank, typename Body>
+KDKERNELS_INLINE void with_rank(int rank, Body&& body) {
+  if constexpr (kRank > 0)
+    if (rank != kRank) return with_rank<kRank - 1>(rank, std::forward<Body>(body));
+  body(std::integral_constant<int, kRank>());
+}
 
 struct Roots {
   double sqrt_r[kMaxRank], inverse_sqrt[kMaxRank];  // sqrt(r) and 1 / sqrt(r)
@@ -73,6 +87,19 @@ struct Products {
   double bb(int q, int r) const { return aa(q, r) + da(q, r) + db(r, q); }
 };
 
+// A pair of rows of terms, q <= r.
+struct Pair {
+  int q, r;
+};
+template <int kRows>
+constexpr auto pairs() {
+  std::array<Pair, kRows*(kRows + 1) / 2> result{};
+  int count = 0;
+  for (int q = 0; q < kRows; ++q)
+    for (int r = q; r < kRows; ++r) result[count++] = {q, r};
+  return result;
+}
+
 // The numbers of one side of a column, of student and teacher, and their terms, which are computed
 // block by block.
 class Side {
@@ -98,17 +125,22 @@ class Side {
     }
   }
 
+  template <int kRank>
   void multiply(Products& products) {
     products.rank = rank_;
     for (int q = 0; q < 2 * rank_; ++q)
-      for (int r = 0; r < 2 * rank_; ++r) products.values[q][r] = 0;
+      for (int r = q; r < 2 * rank_; ++r) products.values[q][r] = 0;
     for (int64_t first = 0; first < n_; first += kBlock) {
-      fill(first);
-      for (int q = 0; q < 2 * rank_; q += kTile)
-        for (int r = q; r < 2 * rank_; r += kTile)
-          with_tile<kTile>(2 * rank_ - q, [&](auto rows) {
-            with_tile<kTile>(2 * rank_ - r, [&](auto columns) { multiply_tile<rows.value, columns.value>(q, r, products); });
-          });
+      fill<kRank>(first);
+      if constexpr (kRank > 0) {
+        multiply_pairs<kRank, 0>(products);
+      } else {
+        for (int q = 0; q < 2 * rank_; q += kTileRows)
+          for (int r = q; r < 2 * rank_; r += kTileColumns)
+            with_tile<kTileRows>(2 * rank_ - q, [&](auto rows) {
+              with_tile<kTileColumns>(2 * rank_ - r, [&](auto columns) { multiply_tile<rows.value, columns.value>(q, r, products); });
+            });
+      }
     }
     for (int q = 0; q < 2 * rank_; ++q)
       for (int r = 0; r < q; ++r) products.values[q][r] = products.values[r][q];
@@ -116,7 +148,9 @@ class Side {
 
   // gradient[i] = factor * sum_r ((S - T) B)_ir phi_r'(u_i) for the student, and with B' instead of
   // B for the teacher. `other` holds the products of the other side.
+  template <int kRank>
   void differentiate(const Products& other, bool student, double factor, double* gradient) {
+    constexpr int kTogether = kRank > 0 && 2 * kRank <= kSums ? 2 : 1;
     // (S - T) B = D (B^T B) + A' (E^T B)
     double weights[kMaxRows][kMaxRank];
     for (int q = 0; q < rank_; ++q)
@@ -125,36 +159,68 @@ class Side {
         weights[rank_ + q][r] = student ? other.db(q, r) : other.da(q, r);
       }
     for (int64_t first = 0; first < n_; first += kBlock) {
-      fill(first);
-      for (int64_t i = 0; i < filled_count_; i += kVectorSize)
-        store<double>(gradient + first + i, factor * derivative(weights, student, first, i));
+      fill<kRank>(first);
+      for_vectors<kTogether>([&](auto count, int64_t i) {
+        Doubles derivatives[count.value];
+        differentiate_vectors<kRank, count.value>(weights, student, first, i, derivatives);
+        for (int v = 0; v < count.value; ++v) store<double>(gradient + first + i + v * kVectorSize, derivatives[v] * factor);
+      });
     }
   }
 
  private:
-  double* term_row(int r) const { return terms_.get() + r * std::min(padded(n_), kBlock); }
+  // The terms of kVectorSize numbers are adjacent, so that an index known to the compiler is a
+  // constant distance in memory.
+  double* terms_of(int64_t i) const { return &terms_[i * 2 * rank_]; }
+  static double* row(double* terms, int r) { return terms + r * kVectorSize; }
 
+  // Calls body(count, i) for the vectors of the block that begin at i, kTogether at a time: the
+  // operations of one vector depend on each other, and those of another one run meanwhile.
+  template <int kTogether, typename Body>
+  KDKERNELS_INLINE void for_vectors(Body&& body) const {
+    int64_t i = 0;
+    for (; i + kTogether * kVectorSize <= filled_count_; i += kTogether * kVectorSize) body(std::integral_constant<int, kTogether>(), i);
+    for (; i < filled_count_; i += kVectorSize) body(std::integral_constant<int, 1>(), i);
+  }
+
+  template <int kRank>
   void fill(int64_t first) {
     if (first_filled_ == first) return;
     first_filled_ = first;
     filled_count_ = std::min(padded(n_) - first, kBlock);
-    for (int64_t i = 0; i < filled_count_; i += kVectorSize) {
-      const Doubles t = load<double>(&teacher_[first + i]), difference = load<double>(&difference_[first + i]);
-      Doubles a, d;
-      if (series_terms_ > 0)
-        first_terms_by_series(t, difference, a, d);
-      else
-        first_terms_by_exp(t, difference, a, d);
-      if (first + i + kVectorSize > n_)  // set the padding after the last number to zero
-        for (int64_t lane = n_ - first - i; lane < kVectorSize; ++lane) a[lane] = d[lane] = 0;
-      store<double>(term_row(0) + i, d);
-      store<double>(term_row(rank_) + i, a);
-      for (int r = 1; r < rank_; ++r) {
-        const double scale = kRoots.inverse_sqrt[r];
-        d = (difference * (a + d) + t * d) * scale;
-        a = a * t * scale;
-        store<double>(term_row(r) + i, d);
-        store<double>(term_row(rank_ + r) + i, a);
+    for_vectors<2>([&](auto count, int64_t i) { fill_vectors<kRank, count.value>(first, i); });
+  }
+
+  template <int kRank, int kCount>
+  KDKERNELS_INLINE void fill_vectors(int64_t first, int64_t i) const {
+    const int rank = kRank > 0 ? kRank : rank_;
+    Doubles t[kCount], difference[kCount], a[kCount], d[kCount];
+    for (int v = 0; v < kCount; ++v) {
+      t[v] = load<double>(&teacher_[first + i + v * kVectorSize]);
+      difference[v] = load<double>(&difference_[first + i + v * kVectorSize]);
+    }
+    if (series_terms_ > 0)
+      first_terms_by_series<kCount>(t, difference, a, d);
+    else
+      for (int v = 0; v < kCount; ++v) first_terms_by_exp(t[v], difference[v], a[v], d[v]);
+    if (first + i + kCount * kVectorSize > n_)  // set the padding after the last number to zero
+      for (int64_t lane = std::max<int64_t>(0, n_ - first - i); lane < kCount * kVectorSize; ++lane)
+        a[lane / kVectorSize][lane % kVectorSize] = d[lane / kVectorSize][lane % kVectorSize] = 0;
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; ++v) {
+      double* to = terms_of(i + v * kVectorSize);
+      store<double>(row(to, 0), d[v]);
+      store<double>(row(to, rank), a[v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 1; r < rank; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kCount; ++v) {
+        double* to = terms_of(i + v * kVectorSize);
+        d[v] = (difference[v] * (a[v] + d[v]) + t[v] * d[v]) * kRoots.inverse_sqrt[r];
+        a[v] = a[v] * t[v] * kRoots.inverse_sqrt[r];
+        store<double>(row(to, r), d[v]);
+        store<double>(row(to, rank + r), a[v]);
       }
     }
   }
@@ -170,63 +236,110 @@ class Side {
   }
 
   // The same for small exponents, from the first terms of the exponential's series.
-  KDKERNELS_INLINE void first_terms_by_series(Doubles t, Doubles difference, Doubles& a, Doubles& d) const {
-    const Doubles exponent = t * t * -0.5, log_ratio = difference * (difference + t * 2.0) * -0.5;
-    Doubles value = simd::splat<double>(1.0), relative = value;
-    for (int k = series_terms_; k > 1; --k) {
-      value = value * (exponent * kRoots.inverse_r[k]) + 1.0;
-      relative = relative * (log_ratio * kRoots.inverse_r[k]) + 1.0;
+  template <int kCount>
+  KDKERNELS_INLINE void first_terms_by_series(const Doubles (&t)[kCount], const Doubles (&difference)[kCount], Doubles (&a)[kCount],
+                                              Doubles (&d)[kCount]) const {
+    Doubles exponent[kCount], log_ratio[kCount], value[kCount], relative[kCount];
+    for (int v = 0; v < kCount; ++v) {
+      exponent[v] = t[v] * t[v] * -0.5;
+      log_ratio[v] = difference[v] * (difference[v] + t[v] * 2.0) * -0.5;
+      value[v] = relative[v] = simd::splat<double>(1.0);
     }
-    a = value * exponent + 1.0;
-    d = a * (relative * log_ratio);
+    for (int k = series_terms_; k > 1; --k)
+#pragma GCC unroll 2
+      for (int v = 0; v < kCount; ++v) {
+        value[v] = value[v] * (exponent[v] * kRoots.inverse_r[k]) + 1.0;
+        relative[v] = relative[v] * (log_ratio[v] * kRoots.inverse_r[k]) + 1.0;
+      }
+    for (int v = 0; v < kCount; ++v) {
+      a[v] = value[v] * exponent[v] + 1.0;
+      d[v] = a[v] * (relative[v] * log_ratio[v]);
+    }
+  }
+
+  // Adds the products of kSums pairs of rows, beginning with pair kFirst, and of those after them.
+  template <int kRank, int kFirst>
+  void multiply_pairs(Products& products) const {
+    constexpr auto kPairs = pairs<2 * kRank>();
+    constexpr int kTotal = static_cast<int>(kPairs.size()), kCount = std::min(kSums, kTotal - kFirst);
+    Doubles sums[kCount] = {};
+    double* terms = terms_.get();
+    for (int64_t i = 0; i < filled_count_; i += kVectorSize, terms += 2 * kRank * kVectorSize)
+#pragma GCC unroll 24
+      for (int p = 0; p < kCount; ++p)
+        sums[p] += load<double>(row(terms, kPairs[kFirst + p].q)) * load<double>(row(terms, kPairs[kFirst + p].r));
+#pragma GCC unroll 24
+    for (int p = 0; p < kCount; ++p) products.values[kPairs[kFirst + p].q][kPairs[kFirst + p].r] += simd::sum<double>(sums[p]);
+    if constexpr (kFirst + kCount < kTotal) multiply_pairs<kRank, kFirst + kCount>(products);
   }
 
   template <int kRows, int kColumns>
   void multiply_tile(int q, int r, Products& products) const {
-    const double *from_q = term_row(q), *from_r = term_row(r);
-    const int64_t row_stride = term_row(1) - term_row(0);
     Doubles sums[kRows][kColumns] = {};
     for (int64_t i = 0; i < filled_count_; i += kVectorSize) {
+      double *from_q = row(terms_of(i), q), *from_r = row(terms_of(i), r);
       Doubles left[kRows];
-#pragma GCC unroll 4
-      for (int a = 0; a < kRows; ++a) left[a] = load<double>(from_q + a * row_stride + i);
+#pragma GCC unroll 6
+      for (int a = 0; a < kRows; ++a) left[a] = load<double>(row(from_q, a));
 #pragma GCC unroll 4
       for (int b = 0; b < kColumns; ++b) {
-        const Doubles right = load<double>(from_r + b * row_stride + i);
-#pragma GCC unroll 4
+        const Doubles right = load<double>(row(from_r, b));
+#pragma GCC unroll 6
         for (int a = 0; a < kRows; ++a) sums[a][b] += left[a] * right;
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int a = 0; a < kRows; ++a)
 #pragma GCC unroll 4
       for (int b = 0; b < kColumns; ++b) products.values[q + a][r + b] += simd::sum<double>(sums[a][b]);
   }
 
   // phi_r' = sqrt(r) phi_(r-1) - u phi_r.
-  Doubles derivative(const double (&weights)[kMaxRows][kMaxRank], bool student, int64_t first, int64_t i) const {
-    Doubles phi_sum{}, lower_phi_sum{};
-    for (int r = 0; r < rank_; r += kColumnTile)
-      with_tile<kColumnTile>(rank_ - r,
-                             [&](auto columns) { add_derivatives<columns.value>(weights, student, r, i, phi_sum, lower_phi_sum); });
-    const Doubles u = load<double>(&teacher_[first + i]) + (student ? load<double>(&difference_[first + i]) : Doubles{});
-    return lower_phi_sum - u * phi_sum;
+  template <int kRank, int kCount>
+  KDKERNELS_INLINE void differentiate_vectors(const double (&weights)[kMaxRows][kMaxRank], bool student, int64_t first, int64_t i,
+                                              Doubles (&derivatives)[kCount]) const {
+    Doubles phi_sum[kCount] = {}, lower_phi_sum[kCount] = {};
+    if constexpr (kRank > 0) {
+      add_derivatives<kRank, kRank, kCount>(weights, student, 0, i, phi_sum, lower_phi_sum);
+    } else {
+      for (int r = 0; r < rank_; r += kWeights)
+        with_tile<kWeights>(
+            rank_ - r, [&](auto columns) { add_derivatives<0, columns.value, kCount>(weights, student, r, i, phi_sum, lower_phi_sum); });
+    }
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t number = first + i + v * kVectorSize;
+      Doubles u = load<double>(&teacher_[number]);
+      if (student) u += load<double>(&difference_[number]);
+      derivatives[v] = lower_phi_sum[v] - u * phi_sum[v];
+    }
   }
 
-  template <int kColumns>
-  KDKERNELS_INLINE void add_derivatives(const double (&weights)[kMaxRows][kMaxRank], bool student, int r, int64_t i, Doubles& phi_sum,
-                                        Doubles& lower_phi_sum) const {
-    Doubles g[kColumns] = {};
-    for (int q = 0; q < 2 * rank_; ++q) {
-      const Doubles x = load<double>(term_row(q) + i);
+  // Adds the products with kColumns columns of weights, beginning with column r.
+  template <int kRank, int kColumns, int kCount>
+  KDKERNELS_INLINE void add_derivatives(const double (&weights)[kMaxRows][kMaxRank], bool student, int r, int64_t i,
+                                        Doubles (&phi_sum)[kCount], Doubles (&lower_phi_sum)[kCount]) const {
+    const int rank = kRank > 0 ? kRank : rank_;
+    double* terms = terms_of(i);
+    auto load_row = [&](int v, int q) { return load<double>(row(terms + v * 2 * rank * kVectorSize, q)); };
+    Doubles g[kCount][kColumns] = {};
+#pragma GCC unroll 16
+    for (int q = 0; q < 2 * rank; ++q) {
+      Doubles x[kCount];
+#pragma GCC unroll 2
+      for (int v = 0; v < kCount; ++v) x[v] = load_row(v, q);
 #pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) g[j] += x * weights[q][r + j];
+      for (int j = 0; j < kColumns; ++j)
+#pragma GCC unroll 2
+        for (int v = 0; v < kCount; ++v) g[v][j] += x[v] * weights[q][r + j];
     }
-    auto phi = [&](int r) { return load<double>(term_row(rank_ + r) + i) + (student ? load<double>(term_row(r) + i) : Doubles{}); };
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; ++v) {
+      auto phi = [&](int r) { return load_row(v, rank + r) + (student ? load_row(v, r) : Doubles{}); };
 #pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) {
-      phi_sum += g[j] * phi(r + j);
-      if (r + j > 0) lower_phi_sum += g[j] * kRoots.sqrt_r[r + j] * phi(r + j - 1);
+      for (int j = 0; j < kColumns; ++j) {
+        phi_sum[v] += g[v][j] * phi(r + j);
+        if (r + j > 0) lower_phi_sum[v] += g[v][j] * kRoots.sqrt_r[r + j] * phi(r + j - 1);
+      }
     }
   }
 
