@@ -87,6 +87,7 @@ test-peers: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) -m kdkernels bench --report --out "$(OUT)" $(BENCH_FLAGS)
+	KDKERNELS_BENCH_DEVICE=cpu $(PY) -m benches.cpu_profile --out "$(OUT)/cpu_profile.json"
 
 # Run the main rows and compare their ratios with the committed results of this class of machine.
 # The comparison never fails the target.

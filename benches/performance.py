@@ -13,6 +13,7 @@ from .pictures import sweeps_of
 from .tables import about, load, markdown, rows_of, tables
 
 ROOT = Path(__file__).resolve().parent.parent
+DISPATCH, BYTES = 0.4, 0.6  # shares of the time of a call from which these are said to bind
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
@@ -93,6 +94,11 @@ count is in parentheses. If no peer counts, the ratio is that of the first peer,
 parentheses. A row is a cell in one direction. It is lost if its ratio is below 1 / 1.1. Each table
 shows the ten rows with the smallest ratios. [benchmarks.md](benchmarks.md#worst-cells) explains the
 names of the cells."""
+WHAT_BINDS = """`python -m benches.cpu_profile` measures forward + backward on all threads and on one. "dispatch" is the
+time of the same call on at most 4 numbers of each dimension: Python, torch's dispatcher and autograd. "copy" is the
+time in which `Tensor.copy_` moves the bytes that the op must move. The last column names what takes the largest part:
+dispatch, if it is at least 40 % of the time; else the bytes, if their copy takes at least 60 %; else arithmetic, with
+the start of the threads. The calls of a row are timed in random order, each right after another one."""
 
 
 def section(file: Path) -> str:
@@ -112,8 +118,33 @@ def section(file: Path) -> str:
 
 def page() -> str:
     results = ROOT / "benches" / "results"
-    makers = {"bench.json": section, "grid.json": worst_cells, "kernels.json": kernels}
+    makers = {"bench.json": section, "cpu_profile.json": what_binds, "grid.json": worst_cells, "kernels.json": kernels}
     return "\n".join([HEAD, *(make(file) for name, make in makers.items() for file in sorted(results.glob(f"*/{name}")))])
+
+
+def binds(row: dict) -> str:
+    """Say what takes the largest part of the time of a row."""
+    seconds, copy = row["seconds"], row["copy"] or 0.0
+    if seconds["few numbers"] >= DISPATCH * seconds["all threads"]:
+        return "dispatch"
+    return "bytes" if copy >= BYTES * seconds["all threads"] else "arithmetic"
+
+
+def what_binds(path: Path) -> str:
+    """Return the section of a file cpu_profile.json: the parts of the time of each row."""
+    result = json.loads(path.read_text())
+    environment, starts = result["environment"], result["thread start"]
+    about_run = f"torch {environment['torch']}, {environment['threads']} threads, commit `{environment['commit']}`"
+    about_starts = ", ".join("not measured" if seconds is None else f"{1e6 * seconds:.0f} us {when}" for when, seconds in starts.items())
+    lines = [f"## {path.parent.name}: what binds", "", textwrap.fill(WHAT_BINDS, 100), ""]
+    lines += [f"{about_run[0].upper()}{about_run[1:]}. Start of the threads: {about_starts}.", ""]
+    lines += ["| op | input | ms | one thread, ms | dispatch, ms | copy, ms | binds |", "|---|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        times = [seconds["all threads"], seconds["one thread"], seconds["few numbers"], row["copy"]]
+        numbers = ["-" if t is None else f"{1e3 * t:.3g}" for t in times]
+        lines += ["| " + " | ".join([row["op"], row["cell"], *numbers, binds(row)]) + " |"]
+    return "\n".join(lines) + "\n"
 
 
 def worst_cells(path: Path) -> str:
