@@ -179,6 +179,6 @@ PARTS = {
         Part("copy", "", "async copy", "async copy", without=("wide copy",)),
         Part("wide copy", "", "wide copy", "wide copy"),
         Part("projections", "", "fma", "shared", 9, has=("shared",), without=("async copy", "store_bytes", "convert", "load_bytes", "mufu")),
-        Part("write", "", "store_bytes", without=("fp64",)),
+        Part("write", "", "store_bytes", "global store", without=("fp64",)),
     ),
 }  # fmt: skip

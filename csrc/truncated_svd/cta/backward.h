@@ -248,9 +248,15 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   BumpAllocator allocator(shared + kScratch);
   T* tiles = allocator.take<T>(kUpdateTilesInFlight * columns * stride);
   T* za = allocator.take<T>(kPairs * stride);  // [2 kVectors][stride]
-  T* sums = allocator.take<T>(kPairs * (Cta::kThreads + columns));
-  T* wy = sums + kPairs * Cta::kThreads;  // [columns][2 kVectors]
-  T* results = allocator.take<T>(k > kVectors ? columns * stride : 0);
+  constexpr int kRow = update_row(sizeof(T));
+  T* sums = allocator.take<T>(kPairs * Cta::kThreads + kRow * columns);
+  T* wy = sums + kPairs * Cta::kThreads;  // [columns][kRow], of which 2 kVectors are used
+  // With several passes, the sums so far. With one, gb and b of the tiles in flight, which arrive
+  // with their tile, and the coefficients.
+  const bool one_pass = k <= kVectors;
+  T* results = allocator.take<T>(one_pass ? 0 : columns * stride);
+  T* sides = allocator.take<T>(one_pass && problem.gb ? kUpdateTilesInFlight * kPairs * columns : 0);  // [tiles][2 kVectors][columns]
+  T* factors = allocator.take<T>(one_pass ? kUpdateFactors : 0);  // w_factor, gb_factor and b_factor [k], [k] and [k, k]
 
   const T *a = static_cast<const T*>(problem.a) + b * k * p, *z = static_cast<const T*>(problem.z) + b * k * p;
   const T* gb = problem.gb ? static_cast<const T*>(problem.gb) + b * k * q : nullptr;
@@ -262,6 +268,7 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
   const MatrixSource<T> m{problem.x, b * problem.x.stride_batch, p, q, T(1), nullptr, 0, nullptr};
   const T m_scale = static_cast<T>(*from.scale);
   const View& out = problem.gradient;
+  const bool p_contiguous = p > 1 && out.stride_p <= out.stride_q;
   auto clamped = [](T value) {
     return value > Limits<T>::largest ? Limits<T>::largest : value < -Limits<T>::largest ? -Limits<T>::largest : value;
   };
@@ -277,12 +284,28 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
       za[task] = j < k && i < p ? (row < kVectors ? z : a)[int64_t(j) * p + i] : T(0);
     });
   };
-  if (k <= kVectors) load_vectors(0);
   const int parts = Cta::kThreads / columns;  // threads that share a column
-  auto load = [&](int first, T* tile) { load_wide_tile(cta, m, columns, stride, first, tile); };
+  if (one_pass) {
+    load_vectors(0);
+    cta.each(gb ? 2 * k + k * k : k, [&](int i) { factors[i] = static_cast<T>(from.w_factor[i]); });
+  }
+  auto sides_of = [&](int first) { return sides + (first - begin) / columns % kUpdateTilesInFlight * kPairs * columns; };
+  auto load = [&](int first, T* tile) {
+    load_wide_tile(cta, m, columns, stride, first, tile);
+    if (!gb || !one_pass) return;
+    T* to = sides_of(first);
+    cta.start([&](int t) {
+      const int c = t % columns, column = first + c;
+      for (int row = t / columns; row < 2 * k; row += parts) {
+        const T* line = row < k ? gb + int64_t(row) * q : b_vectors + int64_t(row - k) * q;
+        cta.copy_async(to + row * columns + c, line + (column < q ? column : 0), column < q);
+      }
+    });
+  };
   stream_tiles<kUpdateTilesInFlight>(cta, m, columns, stride, begin, end, tiles, load, [&](const T* tile, int first, int count) {
+    const T* side = sides_of(first);
     for (int j0 = 0; j0 < k; j0 += kVectors) {
-      if (k > kVectors) load_vectors(j0);
+      if (!one_pass) load_vectors(j0);
       // w_j = <a_j, m> and <z_j, m> for each column m, which is read once for several vectors.
       cta.threads([&](int t) {
         const int c = t % columns, part = t / columns;
@@ -310,53 +333,80 @@ KDKERNELS_GPU void update(Cta& cta, const BackwardProblem& problem, int64_t b, i
           w += sums[offset * Cta::kThreads + part * columns + c];
           y += sums[(kVectors + offset) * Cta::kThreads + part * columns + c];
         }
-        if (j < k) {
+        if (j < k && one_pass) {
+          y += factors[j] * w;
+          if (gb) {
+            y += factors[k + j] * side[j * columns + c];
+            for (int i = 0; i < k; ++i) y += factors[2 * k + j * k + i] * side[(k + i) * columns + c];
+          }
+        } else if (j < k) {
           y += static_cast<T>(from.w_factor[j]) * w;
           if (gb && c < count) {
             y += static_cast<T>(from.gb_factor[j]) * gb[int64_t(j) * q + first + c];
             for (int i = 0; i < k; ++i) y += static_cast<T>(from.b_factor[j * k + i]) * b_vectors[int64_t(i) * q + first + c];
           }
         }
-        wy[c * kPairs + offset] = w, wy[c * kPairs + kVectors + offset] = y;
+        wy[c * kRow + offset] = w, wy[c * kRow + kVectors + offset] = y;
       });
-      // A thread keeps its row of z and a in registers.
       cta.threads([&](int t) {
         const int warp = t / 32, lane = t % 32, warps = Cta::kThreads / 32;
-        const bool p_contiguous = out.stride_p <= out.stride_q;
-        const int across = p_contiguous ? 1 : columns < 8 ? columns : 8, down = 32 / across;
-        // If p_contiguous, warps process columns in turn. Otherwise they process 8 columns of 4
-        // rows at a time, and rows in turn.
-        const int row_step = p_contiguous ? 32 : warps * down, column_step = p_contiguous ? warps : across;
-        const int row_first = p_contiguous ? lane : warp * down + lane / across, column_first = p_contiguous ? warp : lane % across;
+        const int64_t origin = b * out.stride_batch + first * out.stride_q;
         // Calls write(i, c, value, index) for the sums of this pass.
         auto for_each_sum = [&](auto write) {
-          for (int i = row_first; i < p; i += row_step) {
-            T za_row[kPairs];
+          if (p_contiguous) {
+            // Warps process columns in turn. A thread keeps its row of z and a in registers.
+            for (int i = lane; i < p; i += 32) {
+              T za_row[kPairs];
 #pragma unroll
-            for (int j = 0; j < kPairs; ++j) za_row[j] = za[j * stride + i];
-            int64_t index = b * out.stride_batch + i * out.stride_p + (first + column_first) * out.stride_q;
-            for (int c = column_first; c < count; c += column_step, index += column_step * out.stride_q) {
-              T value = T(0);
+              for (int j = 0; j < kPairs; ++j) za_row[j] = za[j * stride + i];
+              int64_t index = origin + i * out.stride_p + warp * out.stride_q;
+              for (int c = warp; c < count; c += warps, index += warps * out.stride_q) {
+                T value = T(0);
+#pragma unroll
+                for (int j = 0; j < kPairs; j += 4) {
+                  const Four<T> wy_j = load_four(wy + c * kRow + j);
+#pragma unroll
+                  for (int l = 0; l < 4; ++l) value += za_row[j + l] * wy_j.x[l];
+                }
+                write(i, c, value, index);
+              }
+            }
+          } else {
+            // The threads of a warp process neighbouring columns, up to 32, which are adjacent in
+            // memory, and four rows at once, whose z and a they all read.
+            const int across = smaller(columns, 32), down = 32 / across, groups = columns / across;
+            const int c = warp % groups * across + lane % across, row_step = 4 * (warps / groups * down);
+            if (c >= count) return;
+            for (int i = 4 * (warp / groups * down + lane / across); i < p; i += row_step) {
+              T values[4] = {};
 #pragma unroll
               for (int j = 0; j < kPairs; j += 4) {
-                const Four<T> wy_j = load_four(wy + c * kPairs + j);
+                const Four<T> wy_j = load_four(wy + c * kRow + j);
 #pragma unroll
-                for (int l = 0; l < 4; ++l) value += za_row[j + l] * wy_j.x[l];
+                for (int l = 0; l < 4; ++l) {
+                  const Four<T> za_j = load_four(za + (j + l) * stride + i);
+#pragma unroll
+                  for (int r = 0; r < 4; ++r) values[r] += za_j.x[r] * wy_j.x[l];
+                }
               }
-              write(i, c, value, index);
+              int64_t index = origin + i * out.stride_p + c * out.stride_q;
+#pragma unroll
+              for (int r = 0; r < 4; ++r, index += out.stride_p)
+                if (i + r < p) write(i + r, c, values[r], index);
             }
           }
         };
         with_storage<T>(out.data, out.storage, [&](auto* to) {
-          if (k <= kVectors && in_range)
+          if (one_pass && in_range)
             for_each_sum([&](int, int, T value, int64_t index) { round_to(clamped(value * simple_factor), to[index]); });
           else
             for_each_sum([&](int i, int c, T value, int64_t index) {
-              if (j0 > 0) value += results[c * stride + i];
+              T& so_far = results[p_contiguous ? c * stride + i : i * columns + c];
+              if (j0 > 0) value += so_far;
               if (j0 + kVectors >= k)
                 round_to(times_any_factor(value), to[index]);
               else
-                results[c * stride + i] = value;
+                so_far = value;
             });
         });
       });

@@ -142,7 +142,8 @@ const char* for_each_update_group(const BackwardProblem* problems, int count, F 
       problems, count, [](const BackwardProblem& m) { return m.x.storage == Storage::float64; }, update_blocks,
       [&](const Group<BackwardProblem>& group) {
         return with_type(group.problems[0].x.storage, [&](auto t) {
-          const int64_t shared = largest_of_group(group, [&](const BackwardProblem& m) { return update_shared<decltype(t)>(m.p, m.k); });
+          const int64_t shared =
+              largest_of_group(group, [&](const BackwardProblem& m) { return update_shared<decltype(t)>(m.p, m.k, m.gb != nullptr); });
           return f(group, t, group.first_block[group.count], shared);
         });
       });

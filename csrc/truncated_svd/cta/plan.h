@@ -89,6 +89,13 @@ KDKERNELS_HOST_DEVICE int64_t limit_per_matrix(int p, int size, int64_t block_li
 }
 
 constexpr int kUpdateThreads = 256, kUpdateVectors = 4;
+// The distance between w and y of neighbouring columns, of which 16 bytes are read at once, without
+// conflicts between banks.
+KDKERNELS_HOST_DEVICE int update_row(int size) {
+  return 2 * kUpdateVectors + 16 / size;
+}
+// The most coefficients of y that are kept in shared memory.
+constexpr int kUpdateFactors = 2 * kUpdateVectors + kUpdateVectors * kUpdateVectors;
 constexpr int kUpdateTiles = 8, kUpdateColumns = 512;  // the most tiles and columns of a block of `update`
 
 // The number of columns in a tile of `update`, and the distance between them. A tile has about
@@ -102,19 +109,22 @@ KDKERNELS_HOST_DEVICE int update_tile_stride(int p) {
   return (p + 15) / 16 * 16 + 4;
 }
 // The number of columns that a block of `update` processes, and the shared memory of the block:
-// tiles, vectors, partial products, w and y, and sums if the k vectors need several passes.
+// tiles, vectors, partial products, w and y; sums if the k vectors need several passes, and otherwise
+// gb, b and the coefficients.
 KDKERNELS_HOST_DEVICE int update_columns(int p, int size) {
   const int columns = kUpdateTiles * update_tile_columns(p, size);
   return columns < kUpdateColumns ? columns : kUpdateColumns;
 }
 template <typename T>
-KDKERNELS_HOST_DEVICE int64_t update_shared(int p, int k) {
+KDKERNELS_HOST_DEVICE int64_t update_shared(int p, int k, bool has_gb = true) {
   const int columns = update_tile_columns(p, sizeof(T));
   const int64_t tile = int64_t(columns) * update_tile_stride(p);
   return kScratch + aligned(int64_t(sizeof(T)) * kUpdateTilesInFlight * tile) +
          aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * update_tile_stride(p)) +
-         aligned(int64_t(sizeof(T)) * 2 * kUpdateVectors * (kUpdateThreads + columns)) +
-         (k > kUpdateVectors ? aligned(int64_t(sizeof(T)) * tile) : 0);
+         aligned(int64_t(sizeof(T)) * (2 * kUpdateVectors * kUpdateThreads + update_row(sizeof(T)) * columns)) +
+         (k > kUpdateVectors ? aligned(int64_t(sizeof(T)) * tile)
+                             : aligned(int64_t(sizeof(T)) * kUpdateTilesInFlight * 2 * kUpdateVectors * columns * has_gb) +
+                                   aligned(int64_t(sizeof(T)) * kUpdateFactors));
 }
 
 KDKERNELS_HOST_DEVICE int64_t update_blocks(const BackwardProblem& problem) {
