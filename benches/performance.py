@@ -134,10 +134,10 @@ def what_binds(path: Path) -> str:
     """Return the section of a file cpu_profile.json: the parts of the time of each row."""
     result = json.loads(path.read_text())
     environment, starts = result["environment"], result["thread start"]
-    about_run = f"torch {environment['torch']}, {environment['threads']} threads, commit `{environment['commit']}`"
+    about_run = f"torch {environment['torch']}, {environment['threads']} threads, commit `{environment['commit']}`."
     about_starts = ", ".join("not measured" if seconds is None else f"{1e6 * seconds:.0f} us {when}" for when, seconds in starts.items())
     lines = [f"## {path.parent.name}: what binds", "", textwrap.fill(WHAT_BINDS, 100), ""]
-    lines += [f"{about_run[0].upper()}{about_run[1:]}. Start of the threads: {about_starts}.", ""]
+    lines += [textwrap.fill(f"Measured with {about_run} Start of the threads: {about_starts}.", 100), ""]
     lines += ["| op | input | ms | one thread, ms | dispatch, ms | copy, ms | binds |", "|---|---|---|---|---|---|---|"]
     for row in result["rows"]:
         seconds = row["seconds"]
