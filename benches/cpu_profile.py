@@ -25,7 +25,7 @@ from kdkernels.files import replaced_atomically
 
 from . import bench_attention_pool, bench_rbf_correlation, bench_temperature_kl, bench_truncated_svd
 from .limits import copy_seconds
-from .suite import DEVICE, SMOKE, Cell, Problem, environment_info
+from .suite import DEVICE, SMOKE, Cell, Problem, backward, environment_info
 from .timing import Prepared, time_interleaved
 
 CELLS: list[Cell] = [
@@ -44,16 +44,10 @@ def few(x: Tensor) -> Tensor:
 
 def step(problem: Problem, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     """Return the forward and the backward pass of the fused op."""
-    fused = problem.functions["fused"]
-
-    def run() -> None:
-        outputs = fused(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(outputs, None if outputs[0].dim() == 0 else [torch.ones_like(y) for y in outputs])
-        for x in inputs:
-            x.grad = None
-
-    return run
+    fused, upstream = problem.functions["fused"], None
+    if problem.upstream is not None:
+        upstream = tuple(torch.ones_like(y) for y in fused(*inputs))
+    return lambda: backward(inputs, fused(*inputs), upstream)
 
 
 def on_threads(count: int, run: Callable[[], object]) -> Prepared:

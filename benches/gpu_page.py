@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from .gpu_device import DEVICES, L2_LATENCY, MEMORY_LATENCY, SHARE_OF_BANDWIDTH, START, WARP, Device
@@ -140,6 +141,21 @@ def _measured() -> list[str]:
         found = [c.measured / c.predicted for c in compared if c.kernel.startswith(kernels)]
         return f"{min(found):.1f} to {max(found):.1f}"
 
+    all_kernels = measured_kernels(rewritten=True)
+    slowest = max((c for c in all_kernels if c.kernel.startswith("update_kernel")), key=lambda c: c.measured / c.predicted)
+    cuda, triton = ({c.input: c.measured for c in all_kernels if c.kernel.startswith(name)} for name in ("update_kernel", "_update_kernel"))
+    to_triton = [cuda[name] / triton[name] for name in cuda.keys() & triton.keys()]
+    underestimated = textwrap.fill(
+        f"""The model underestimates three kinds of kernels. `forward_kernel` and `solve_kernel` of `truncated_svd` take
+        {span("forward_kernel", "solve_kernel")} times their predicted time. `_terms_kernel`, which uses the float64 tensor cores, takes
+        {span("_terms_kernel")} times as long. `update_kernel` took up to {slowest.measured / slowest.predicted:.1f} times as long
+        ({significant(slowest.measured)} us for {slowest.input}), although its bytes in flight suffice, and {min(to_triton):.1f} to
+        {max(to_triton):.1f} times as long as the Triton kernel. For each tile it waited for several reads of b and its gradient, one
+        after the other, which the model did not count, and maps with contiguous rows were written with conflicts between banks of shared
+        memory. It now reads b and its gradient ahead, with the tiles, and neighbouring threads write neighbouring addresses; this has
+        not been measured.""".replace("\n        ", " "),
+        100,
+    )
     text = f"""## Measured and predicted times on the H100
 
 Times are in microseconds, by torch's profiler, in one run of `python -m benches.gpu_profile` at
@@ -153,14 +169,7 @@ ratios are:
 
 {by_limit}
 
-The model underestimates three kinds of kernels. `forward_kernel` and `solve_kernel` of
-`truncated_svd` take {span("forward_kernel", "solve_kernel")} times their predicted time.
-`_terms_kernel`, which uses the float64 tensor cores, takes {span("_terms_kernel")} times as long.
-`update_kernel` took up to 3.7 times as long (138 us for 49 x 2048), although its bytes in flight
-suffice, and 1.5 to 2 times as long as the Triton kernel. For each tile it waited for several reads
-of b and its gradient, one after the other, which the model did not count, and maps with contiguous
-rows were written with conflicts between banks of shared memory. It now reads b and its gradient
-ahead, with the tiles, and writes whole lines; this has not been measured.
+{underestimated}
 """
     return [text, *table(("op", "input", "kernel", "measured", "predicted", "measured / predicted", "limit"), rows)]
 

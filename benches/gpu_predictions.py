@@ -105,11 +105,12 @@ def _case(op: str, name: str, implementation: str = "triton") -> Case | None:
 REWRITTEN = ("update_kernel",)  # kernels whose code is no longer that of the measurement
 
 
-def measured_kernels() -> list[Comparison]:
+def measured_kernels(rewritten: bool = False) -> list[Comparison]:
     """Return the measured times of results/nvidia-h100-80gb-hbm3/profile.json with predictions.
 
     A kernel that a case launches several times has one row, for all of these launches. Kernels that
-    were rewritten since are left out.
+    were rewritten since are left out, unless ``rewritten``: their predictions are those of the new
+    code.
     """
     result = []
     for row in json.loads(MEASURED.read_text())["rows"]:
@@ -118,7 +119,7 @@ def measured_kernels() -> list[Comparison]:
             case = replace(case, implementation="cuda")
         found = [x for x in launches(case, H100) if not x.work.idle]
         for kernel in dict.fromkeys(x.kernel.name for x in found):
-            if kernel in row["kernels"] and not kernel.startswith(REWRITTEN):
+            if kernel in row["kernels"] and (rewritten or not kernel.startswith(REWRITTEN)):
                 same = [x.prediction for x in found if x.kernel.name == kernel]
                 slowest = max(same, key=lambda prediction: prediction.seconds)
                 seconds = sum(prediction.seconds for prediction in same)

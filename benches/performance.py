@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import grid_results
 from .pictures import sweeps_of
-from .tables import about, load, markdown, rows_of, tables
+from .tables import EMPTY, Entry, Table, about, load, markdown, rows_of, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DISPATCH, BYTES = 0.4, 0.6  # shares of the time of a call from which these are said to bind
@@ -138,12 +138,13 @@ def what_binds(path: Path) -> str:
     about_starts = ", ".join("not measured" if seconds is None else f"{1e6 * seconds:.0f} us {when}" for when, seconds in starts.items())
     lines = [f"## {path.parent.name}: what binds", "", textwrap.fill(WHAT_BINDS, 100), ""]
     lines += [textwrap.fill(f"Measured with {about_run} Start of the threads: {about_starts}.", 100), ""]
-    lines += ["| op | input | ms | one thread, ms | dispatch, ms | copy, ms | binds |", "|---|---|---|---|---|---|---|"]
+    table = Table("", ["op", "input", "ms", "one thread, ms", "dispatch, ms", "copy, ms", "binds"], [])
     for row in result["rows"]:
         seconds = row["seconds"]
         times = [seconds["all threads"], seconds["one thread"], seconds["few numbers"], row["copy"]]
-        numbers = ["-" if t is None else f"{1e3 * t:.3g}" for t in times]
-        lines += ["| " + " | ".join([row["op"], row["cell"], *numbers, binds(row)]) + " |"]
+        numbers = [EMPTY if t is None else Entry(f"{1e3 * t:.3g}", 1e3 * t) for t in times]
+        table.rows.append([Entry(row["op"]), Entry(row["cell"]), *numbers, Entry(binds(row))])
+    lines += markdown(table)
     return "\n".join(lines) + "\n"
 
 

@@ -115,6 +115,13 @@ def limit_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
     return tuple(min(extent, n) for extent in shape) if SMOKE else shape
 
 
+def backward(inputs: tuple[Tensor, ...], outputs: Outputs, upstream: tuple[Tensor, ...] | None) -> None:
+    """Compute the gradients of the inputs, and free them."""
+    torch.autograd.backward(outputs, upstream)
+    for x in inputs:
+        x.grad = None
+
+
 class Measured:
     """A cell with its problem and the errors of its contenders, for the rows of its directions."""
 
@@ -204,22 +211,21 @@ class Measured:
 
             return forward
 
-        def back(inputs: tuple[Tensor, ...], outputs: Outputs) -> None:
-            torch.autograd.backward(outputs, upstream)
-            for x in inputs:
-                x.grad = None
-
         if direction == "backward":
 
             def prepare() -> tuple[tuple[Tensor, ...], Outputs]:
                 inputs = next_inputs()
                 return inputs, function(*inputs)
 
-            return Prepared(prepare, lambda prepared: back(*cast(tuple, prepared)))
+            def run(prepared: object) -> None:
+                inputs, outputs = cast(tuple, prepared)
+                backward(inputs, outputs, upstream)
+
+            return Prepared(prepare, run)
 
         def both() -> None:
             inputs = next_inputs()
-            back(inputs, function(*inputs))
+            backward(inputs, function(*inputs), upstream)
 
         return both
 

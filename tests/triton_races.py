@@ -55,17 +55,17 @@ class _Accesses:
         used = np.flatnonzero(np.broadcast_to(mask, pointers.shape))
         return zip(used.tolist(), pointers.reshape(-1)[used].tolist(), strict=True)
 
-    def _add(self, kind: str, first: tuple | str, second: str) -> None:
-        self.races.add(f"{self.kernel}: {kind}: {first[2] if isinstance(first, tuple) else first}, {second}")
+    def _add(self, kind: str, *lines: str) -> None:
+        self.races.add(f"{self.kernel}: {kind}: {', '.join(lines)}")
 
     def load(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         shape, line = pointers.shape, _line()
         for i, address in self._lanes(pointers, mask):
             earlier = self.stores.get(address)
             if earlier is not None and (earlier[:2] != (shape, i) or pointers.size < self.threads):
-                self._add("load after store", earlier, line)
+                self._add("load after store", earlier[2], line)
             if self.stored_by.get(address, self.program) != self.program:
-                self._add("load of what another program stores", "", line)
+                self._add("load of what another program stores", line)
             self.loads.setdefault(address, {})[shape, i] = line
             self.loaded_by.setdefault(address, set()).add(self.program)
 
@@ -79,10 +79,10 @@ class _Accesses:
                 if element != (shape, i) or pointers.size < self.threads:
                     self._add("store after load", loaded_at, line)
             if stored is not None and stored[:2] != (shape, i) and stored[3] != value:
-                self._add("store after store", stored, line)
+                self._add("store after store", stored[2], line)
             others = self.loaded_by.get(address, set()) - {self.program}
             if others or self.stored_by.get(address, self.program) != self.program:
-                self._add("store to what another program accesses", "", line)
+                self._add("store to what another program accesses", line)
             self.stores[address] = (shape, i, line, value)
             self.stored_by[address] = self.program
 
