@@ -72,6 +72,7 @@ CELLS = [
 ]
 CELLS += [
     Cell("attention_pool", "SAD 64 x 128 x 36 x 100", partial(sad_problem, (64, 128, 36, 100)), 4.0, True),
+    Cell("attention_pool", "SAD 8 x 128 x 72 x 200", partial(sad_problem, (8, 128, 72, 200)), 4.0, True),
     Cell("attention_pool", "SAD 64 x 128 x 36 x 100 to half of the size", partial(sad_problem, (64, 128, 18, 50), (64, 128, 36, 100)), 4.0, False),
 ]
 GPU_CELLS = [cell("128 x 512 x 56 x 56", (128, 512, 56, 56), main=True)]
