@@ -1,6 +1,8 @@
-"""Print the class of this machine: its GPU or, without one, its CPU and the number of usable cores.
+"""Print the class of this machine: its GPU or, without one, its CPU, the widest instruction set
+that the kernels use on it, and the number of usable cores.
 
-The class is the name of the folder of its results.
+The class is the name of the folder of its results. Virtual machines often give the same name to
+several generations of CPUs, which the instruction set tells apart.
 """
 
 import os
@@ -18,16 +20,26 @@ def machine(device: str | None = None) -> str:
             return slug(torch.cuda.get_device_name())
     except ImportError:
         pass
-    return f"{slug(processor())}-{len(os.sched_getaffinity(0))}-cores"
+    return "-".join([slug(processor()), *instruction_set(), str(len(os.sched_getaffinity(0))), "cores"])
 
 
 def processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            found = re.search(r"model name\s*:\s*(.*)", file.read())
-        if found:
-            return found.group(1).strip()
-    return "cpu"
+    return _cpu_info("model name") or "cpu"
+
+
+def instruction_set() -> list[str]:
+    """Return the widest instruction set of an x86-64 CPU for which there are kernels, if any."""
+    flags = _cpu_info("flags").split()
+    return [isa for isa, flag in (("avx512", "avx512vl"), ("avx2", "avx2")) if flag in flags][:1]
+
+
+def _cpu_info(name: str) -> str:
+    """Return an entry of /proc/cpuinfo, or an empty string."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return ""
+    with open("/proc/cpuinfo") as file:
+        found = re.search(rf"^{name}\s*:\s*(.*)", file.read(), re.MULTILINE)
+    return found.group(1).strip() if found else ""
 
 
 def commit() -> str:

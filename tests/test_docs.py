@@ -40,7 +40,7 @@ def test_own_model_page_runs(tmp_path):
 
 
 def test_table_of_accuracies_matches_the_results():
-    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/accuracy.json").read_text())
+    results = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/accuracy.json").read_text())
     rows = re.findall(r"^\| ([^|`]+) \| ([\d.]+) ± ([\d.]+) \|$", (ROOT / "docs/training.md").read_text(), flags=re.MULTILINE)
     assert {name for name, *_ in rows} == {key.split("/")[0] for key in results}
     for name, mean, spread in rows:
@@ -58,7 +58,7 @@ def test_table_of_accuracies_matches_the_results():
 
 
 def test_shares_of_selected_images_match_the_results():
-    stored = json.loads((ROOT / "benches/results/amd-epyc-2-cores/dfnd_selection.json").read_text()).values()
+    stored = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/dfnd_selection.json").read_text()).values()
     page = " ".join((ROOT / "docs/dfnd.md").read_text().split())
     for text, share in (
         ("{} % of the pool", lambda v: v["one digit, in the pool"]),
@@ -71,7 +71,7 @@ def test_shares_of_selected_images_match_the_results():
 
 
 def test_table_of_concepts_matches_the_results():
-    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/knowledge.json").read_text())
+    results = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/knowledge.json").read_text())
     pattern = r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([-+\d.]+) ± ([\d.]+) \| (\d?) ?\|$"
     rows = re.findall(pattern, (ROOT / "docs/analysis.md").read_text(), flags=re.MULTILINE)
     assert len(rows) == 3 * 7
@@ -85,7 +85,7 @@ def test_table_of_concepts_matches_the_results():
 
 
 def test_table_of_the_protocol_matches_the_results():
-    runs = json.loads((ROOT / "benches/results/amd-epyc-2-cores/knowledge_protocol.json").read_text())
+    runs = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/knowledge_protocol.json").read_text())
     pattern = r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([-+\d.]+) \| ([-+\d.]+) \| ([-+\d.]+) \| (\d?) ?\|$"
     shown = re.findall(pattern, (ROOT / "docs/analysis.md").read_text(), flags=re.MULTILINE)
     assert len(shown) == 7
@@ -98,7 +98,7 @@ def test_table_of_the_protocol_matches_the_results():
 
 
 def test_table_of_lanes_matches_the_results():
-    results = json.loads((ROOT / "benches/results/amd-epyc-2-cores/lane_accuracy.json").read_text())
+    results = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/lane_accuracy.json").read_text())
     pattern = r"^\| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([-+\d.]+) ± ([\d.]+) )?\| ([\d.]+) ± ([\d.]+) \|$"
     rows = re.findall(pattern, (ROOT / "docs/sad.md").read_text(), flags=re.MULTILINE)
     assert {name for name, *_ in rows} == {key.split("/")[0] for key in results}
@@ -120,7 +120,7 @@ def _table_rows(text, columns):
 def test_ratios_of_the_readme_match_the_results():
     # The README names the machine: "2 cores of an Intel Xeon".
     page = (ROOT / "docs/performance.md").read_text()
-    performance = re.search(r"^## intel-xeon-processor-2-cores$.*?(?=^## )", page, re.MULTILINE | re.DOTALL).group()
+    performance = re.search(r"^## intel-xeon-processor-avx512-2-cores$.*?(?=^## )", page, re.MULTILINE | re.DOTALL).group()
     rows = [row for row in _table_rows((ROOT / "README.md").read_text(), 4) if re.fullmatch(r"[\d.]+x", row[2])]
     assert len(rows) == 4
     for op, shape, eager, other in rows:
@@ -136,7 +136,7 @@ def test_ratios_of_the_readme_match_the_results():
 def test_tables_of_the_comparisons_match_the_results():
     from kdkernels.benches.comparison import markdown
 
-    stored = json.loads((ROOT / "benches/results/amd-epyc-2-cores/comparison.json").read_text())
+    stored = json.loads((ROOT / "benches/results/amd-epyc-avx2-2-cores/comparison.json").read_text())
     page, overview = ((ROOT / "docs" / name).read_text() for name in ("compare.md", "which_method.md"))
     for comparison in stored.values():
         assert markdown(comparison) in page

@@ -11,34 +11,47 @@ namespace kdkernels {
 
 using ShortVec = uint16_t __attribute__((vector_size(simd::kBytes / 2)));
 
+// Intrinsics, because GCC 12 converts a vector of short integers in two halves.
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (simd::Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (simd::Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
   ShortVec bits;
   std::memcpy(&bits, p, sizeof bits);
   return (simd::Vec<float>)(__builtin_convertvector(bits, simd::Mask<float>) << 16);
+#endif
 }
 
-KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::BFloat16* p) {
+// The bits of v as bfloat16 or float16 numbers, rounded to nearest, ties to even.
+KDKERNELS_INLINE ShortVec narrowed(simd::Vec<float> v, const c10::BFloat16*) {
   using I = simd::Mask<float>;
   const I bits = (I)v;
-  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest, ties to even
+  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const I result = v == v ? rounded : I{} + 0x7fc0;
-  const ShortVec shorts = __builtin_convertvector(result, ShortVec);
-  std::memcpy(p, &shorts, sizeof shorts);
+#if defined(__AVX512F__)
+  return (ShortVec)_mm512_cvtepi32_epi16((__m512i)result);
+#else
+  return __builtin_convertvector(result, ShortVec);
+#endif
 }
 
 #if defined(__AVX512F__)
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   return (simd::Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+KDKERNELS_INLINE ShortVec narrowed(simd::Vec<float> v, const c10::Half*) {
+  return (ShortVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__F16C__)
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   return (simd::Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+KDKERNELS_INLINE ShortVec narrowed(simd::Vec<float> v, const c10::Half*) {
+  return (ShortVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__aarch64__)
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
@@ -46,9 +59,8 @@ KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   std::memcpy(&half, p, sizeof half);
   return (simd::Vec<float>)vcvt_f32_f16(half);
 }
-KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
-  const float16x4_t half = vcvt_f16_f32((float32x4_t)v);
-  std::memcpy(p, &half, sizeof half);
+KDKERNELS_INLINE ShortVec narrowed(simd::Vec<float> v, const c10::Half*) {
+  return (ShortVec)vcvt_f16_f32((float32x4_t)v);
 }
 #else
 KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
@@ -56,10 +68,32 @@ KDKERNELS_INLINE simd::Vec<float> widen(const c10::Half* p) {
   for (int i = 0; i < simd::kLanes<float>; ++i) v[i] = p[i];
   return v;
 }
-KDKERNELS_INLINE void narrow(simd::Vec<float> v, c10::Half* p) {
-  for (int i = 0; i < simd::kLanes<float>; ++i) p[i] = v[i];
+KDKERNELS_INLINE ShortVec narrowed(simd::Vec<float> v, const c10::Half*) {
+  c10::Half halves[simd::kLanes<float>];
+  for (int i = 0; i < simd::kLanes<float>; ++i) halves[i] = v[i];
+  ShortVec bits;
+  std::memcpy(&bits, halves, sizeof bits);
+  return bits;
 }
 #endif
+
+template <typename Half>
+KDKERNELS_INLINE void narrow(simd::Vec<float> v, Half* p) {
+  const ShortVec bits = narrowed(v, p);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// A streaming store of the narrowed numbers. p must be aligned to half of a vector.
+template <typename Half>
+KDKERNELS_INLINE void stream_narrowed(simd::Vec<float> v, Half* p) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrowed(v, p));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrowed(v, p));
+#else
+  narrow(v, p);
+#endif
+}
 
 template <typename From, typename To>
 KDKERNELS_INLINE void convert(const From* from, To* to, int64_t count) {

@@ -73,6 +73,15 @@ KDKERNELS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Stores lanes [begin, end) of v at p[begin], ..., and leaves the rest of the memory alone.
+KDKERNELS_INLINE void store_lanes(double* p, int64_t begin, int64_t end, Vec<double> v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << end) - (1u << begin)), (__m512d)v);
+#else
+  for (int64_t i = begin; i < end; ++i) p[i] = v[i];
+#endif
+}
+
 template <typename T>
 KDKERNELS_INLINE Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
   return m ? yes : no;
@@ -95,6 +104,26 @@ KDKERNELS_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// a < b ? a : b in each lane. The result is therefore b if either is NaN.
+KDKERNELS_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+KDKERNELS_INLINE Vec<double> min(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -221,6 +250,20 @@ struct ExpParts {
   Vec<T> scale, r, h;
 };
 
+// (e^r - 1 - r) / r^2 for |r| <= ln2 / 2.
+template <typename T>
+KDKERNELS_INLINE Vec<T> exp_polynomial(Vec<T> r, Vec<T> square) {
+  constexpr auto& c = Constants<T>::exp_poly;
+  if constexpr (std::size(c) == 5) {  // Estrin's scheme: as many operations as Horner's, of which fewer wait for another
+    const Vec<T> low = r * c[3] + c[4], middle = r * c[1] + c[2];
+    return (square * c[0] + middle) * square + low;
+  } else {
+    Vec<T> poly = splat<T>(c[0]);
+    for (size_t k = 1; k < std::size(c); ++k) poly = poly * r + c[k];
+    return poly;
+  }
+}
+
 template <typename T>
 KDKERNELS_INLINE ExpParts<T> exp_parts(Vec<T> y) {
   using C = Constants<T>;
@@ -235,9 +278,8 @@ KDKERNELS_INLINE ExpParts<T> exp_parts(Vec<T> y) {
   // The integer n is in the low bits of `shifted`. The shift by the width of the mantissa discards
   // the bits of the magic number above n.
   const I exponent = ((I)shifted + C::exponent_bias) << C::mantissa_bits;
-  Vec<T> poly = splat<T>(C::exp_poly[0]);
-  for (size_t k = 1; k < std::size(C::exp_poly); ++k) poly = poly * r + C::exp_poly[k];
-  return {(Vec<T>)exponent, r, poly * r * r};
+  const Vec<T> square = r * r;
+  return {(Vec<T>)exponent, r, exp_polynomial<T>(r, square) * square};
 }
 
 // e^y for any y: 0 below the range of normal numbers (hence e^-inf = 0), e^exp_highest above it,
@@ -252,13 +294,21 @@ KDKERNELS_INLINE Vec<T> exp(Vec<T> y) {
   return y < low ? Vec<T>{} : value;
 }
 
-// e^y for y <= 0 or NaN. `vanished` marks the lanes in which the result is 0.
+// e^y for y <= 0 or NaN; 0 below the range of normal numbers.
 template <typename T>
-KDKERNELS_INLINE Vec<T> exp_falling(Vec<T> y, Mask<T>& vanished) {
-  const Vec<T> low = splat<T>(Constants<T>::exp_lowest);
+KDKERNELS_INLINE Vec<T> exp_falling(Vec<T> y) {
+  using C = Constants<T>;
+  const Vec<T> low = splat<T>(C::exp_lowest);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // the multiplication by 2^n is one instruction
+    const Vec<T> n = (Vec<T>)_mm512_roundscale_ps((__m512)(y * C::log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<T> r = y - n * C::ln2, square = r * r;
+    const Vec<T> power = exp_polynomial<T>(r, square) * square + (r + T(1));
+    return y < low ? Vec<T>{} : (Vec<T>)_mm512_scalef_ps((__m512)power, (__m512)n);
+  }
+#endif
   const ExpParts<T> p = exp_parts<T>(max(low, y));
-  vanished = y < low;
-  return vanished ? Vec<T>{} : p.scale * (p.r + p.h) + p.scale;
+  return y < low ? Vec<T>{} : p.scale * (p.r + p.h) + p.scale;
 }
 
 // log(u) for positive finite u; -inf for 0, inf for inf, and NaN for negative numbers and NaN. Uses

@@ -67,27 +67,20 @@ KDKERNELS_INLINE void for_each_vector(int64_t row_size, int64_t period, Body&& b
   if (i < row_size) remainder(i, v, row_size - i);
 }
 
-// e^y for y <= 0 or NaN.
-template <typename T>
-KDKERNELS_INLINE simd::Vec<T> exp_nonpositive(simd::Vec<T> y) {
-  simd::Mask<T> vanished;
-  return simd::exp_falling<T>(y, vanished);
-}
-
 template <typename T>
 void correlate_row(const Pattern<T>& x, const T* y, int64_t row_size, double beta, bool stream, T* out) {
   const T scale = static_cast<T>(-1 / beta);
   for_each_vector<T>(
       row_size, x.period(),
       [&](int64_t i, int64_t v) {
-        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - simd::load<T>(y + i), value = exp_nonpositive<T>(d * d * scale);
+        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - simd::load<T>(y + i), value = simd::exp_falling<T>(d * d * scale);
         if (stream)
           simd::stream(out + i, value);
         else
           simd::store<T>(out + i, value);
       },
       [&](int64_t i, int64_t v, int64_t count) {
-        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - load_part(y + i, count), value = exp_nonpositive<T>(d * d * scale);
+        const simd::Vec<T> d = simd::load<T>(x.vector(v)) - load_part(y + i, count), value = simd::exp_falling<T>(d * d * scale);
         std::memcpy(out + i, &value, count * sizeof(T));
       });
 }
@@ -98,7 +91,7 @@ template <typename T>
 void differentiate_row(const Pattern<T>& x, const T* y, const T* grad, int64_t row_size, double beta, Pattern<T>& grad_x, T* grad_y) {
   using V = simd::Vec<T>;
   const T scale = static_cast<T>(-1 / beta), gradient_factor = static_cast<T>(2 / beta);
-  auto gradient = [&](V d, V g) { return g * exp_nonpositive<T>(d * d * scale) * d * gradient_factor; };
+  auto gradient = [&](V d, V g) { return g * simd::exp_falling<T>(d * d * scale) * d * gradient_factor; };
   V sum{};  // the gradient of x, if the pattern is a single vector
   const bool single_vector = x.period() == 1;
   if (!single_vector) grad_x.clear();

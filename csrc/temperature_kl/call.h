@@ -46,6 +46,7 @@ struct Scratch {
   explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[4 * size]) {}
   int64_t size;
   std::unique_ptr<T[]> storage, centred, widened, gradient;
+  std::unique_ptr<Part<T>[]> parts{new Part<T>[size / (kPart * simd::kLanes<T>)+1]};
   T *weights = storage.get(), *difference = weights + size, *aux = difference + size, *aux2 = aux + size;
   PrefetchRange next_tile;
 
@@ -90,8 +91,10 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
   const bool use_general_form = !jsd && !is_plain_divergence(call);
   const Vec<T> scale = weight * (o.scale_by_t2 ? temperature : T(1) / temperature);
   const T far_threshold = jsd ? T(kFarDivergence) : std::numeric_limits<T>::infinity();
-  const bool wants_difference = use_general_form || (!jsd && other_out);
   T* difference = scratch.difference;
+
+  // Only a plain divergence of one long row is computed in parts.
+  Parts<T> parts{scratch.parts.get(), std::is_same_v<Reduce, AcrossLanes> && !jsd && !use_general_form ? kPart : student.vectors()};
 
   auto finish = [&](const Divergence<T>& s, const auto& base, const auto& other) -> ValueAndDerivative<T> {
     if constexpr (std::is_same_v<std::decay_t<decltype(base)>, Source<T>>) {
@@ -104,14 +107,22 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
                                        other_out);
       }
     }
-    if (other_out) write_other_gradient<T>(s, scratch.weights, difference, scale, *other_out);
+    if (other_out) write_other_gradient<T>(s, parts, base.vectors(), scratch.weights, difference, scale, *other_out);
     if (base_out) write_base_gradient<T>(s, base, other, scratch.weights, scale, *base_out);
     return {s.kl, Vec<T>{}, s.remaining_factor};
   };
 
   const auto &base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
-  const auto s = divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, wants_difference, scratch.next_tile,
-                                              far_threshold);
+  const bool keeps_all = call.any_gradient_wanted() || jsd || use_general_form;
+  auto compute = [&] {
+    return divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, keeps_all, parts, scratch.next_tile,
+                                        far_threshold);
+  };
+  Divergence<T> s = compute();
+  if (__builtin_expect(s.has_far_centres, 0)) {
+    parts.vectors = base.vectors();
+    s = compute();
+  }
   Mask<T> rows_to_centre = needs_centring<T>(s);
   ValueAndDerivative<T> result;
   if (__builtin_expect(!any(rows_to_centre), 1)) {
@@ -125,8 +136,9 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
     centre<T, Reduce>(base, rows_to_centre, centred_base);
     centre<T, Reduce>(other, rows_to_centre, centred_other);
     const Source<T> base_source(centred_base, base.count()), other_source(centred_other, other.count());
+    parts.vectors = base.vectors();
     result = finish(divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference,
-                                                wants_difference, {}, far_threshold),
+                                                keeps_all, parts, {}, far_threshold),
                     base_source, other_source);
   }
   // With scale_by_t2 the results are T^2 V and its derivative 2 T V - T S, otherwise V and -S / T.

@@ -13,6 +13,10 @@
 // gradient are accurate however similar the networks are. The computation takes two exponentials
 // per class and does not need the maximum over o.
 //
+// A long row is computed in parts, each with a centre of its own, the mean of d over the part. What
+// one loop writes for the next one, p and d, then stays in the first-level cache. Afterwards the
+// means over the parts are moved to the centre of the row (move_to_centre).
+//
 // d itself is inaccurate if the logits of one network are far from those of the other, that is, if
 // one network has a different offset or excludes classes by a very low finite number. The mean of d
 // detects this case, because it equals E_p[d] whatever the logits of classes without probability
@@ -25,13 +29,38 @@
 
 namespace kdkernels::temperature_kl {
 
+// Vectors in a part of a row. Longer parts leave the first-level cache; shorter ones spend more time
+// on the sums across lanes.
+constexpr int64_t kPart = 2 * kBlock;
+
+// A row with a part whose centre is further than this from the centre of the row is computed again
+// in one part: the factor e^distance would multiply rounding errors and, where a p is too small for
+// T, leave out classes.
+constexpr int kFarCentre = 8;
+
+// With the centre of the part, and with weights exp((b - base_max) / T) in place of p:
+template <typename T>
+struct Part {
+  Vec<T> centre, z;      // the centre, the sum of the weights
+  Vec<T> convex, drift;  // sums of weight (e^y - 1 - y) and of weight x
+  Vec<T> factor, expm1;  // e^distance and e^distance - 1, where the centre of the row is that of the part + distance
+};
+
+// The parts of a tile: memory for them, and the number of vectors of each.
+template <typename T>
+struct Parts {
+  Part<T>* parts;
+  int64_t vectors;
+};
+
 template <typename T>
 struct Divergence {
   Vec<T> temperature, inv_t;
-  Vec<T> base_max;    // maximum of the base logits
-  Vec<T> z;           // sum of the weights exp((b - base_max) / T)
-  Vec<T> w;           // E_p[e^y] - 1
-  Mask<T> far_apart;  // the networks differ so much that two log-sum-exps are used
+  Vec<T> base_max;               // maximum of the base logits
+  Vec<T> z;                      // sum of the weights exp((b - base_max) / T)
+  Vec<T> w;                      // E_p[e^y] - 1
+  Mask<T> far_apart;             // the networks differ so much that two log-sum-exps are used
+  bool has_far_centres = false;  // see kFarCentre; the rest is then undefined
 
   // Logarithms of probabilities are kept divided by T if the networks are close. If they are far
   // apart and T < 1, a difference of logits divided by T may leave the range of the number type T
@@ -120,7 +149,7 @@ void compute_far_apart(const Logits& base, const Logits& other, const T* weights
   s.kl = select<T>(s.far_apart, kl < T(0) ? Vec<T>{} : kl, s.kl);
   s.w = select<T>(s.far_apart, Vec<T>{}, s.w);
   s.drift = select<T>(s.far_apart, Vec<T>{}, s.drift);
-  for (int64_t j = 0; difference && j < n; ++j) {
+  for (int64_t j = 0; j < n; ++j) {
     const Vec<T> p_other = simd::exp<T>(other[j] * s.inv_t) / s.other_z;
     const Vec<T> previous = simd::load<T>(difference + j * lanes);
     simd::store<T>(difference + j * lanes, select<T>(s.far_apart, p_other * s.z - simd::load<T>(weights + j * lanes), previous));
@@ -135,40 +164,63 @@ struct Terms {
 
 // The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
 // reduction.
-KDKERNELS_INLINE Terms<float> terms_of_close(Vec<float> weight, Vec<float> y, Vec<float> square) {
-  const Vec<float> weighted_y = weight * y, convex = weight * (convex_polynomial<false>(y) * square);
+template <typename T>
+KDKERNELS_INLINE Terms<T> terms_of_close(Vec<T> weight, Vec<T> y) {
+  const Vec<T> weighted_y = weight * y, convex = weight * (convex_polynomial<false>(y) * (y * y));
   return {weighted_y, weighted_y + convex, convex};
 }
 
-// The terms for any y. Where y exceeds 16, p e^y is computed as the single exponential
-// `other_weight()`, which cannot overflow. With `centred`, y may also be -inf or NaN.
+// The terms for y < kLargeY; `clamped` is y, but not below Constants::exp_lowest.
+template <typename T>
+KDKERNELS_INLINE Terms<T> terms_in_range(Vec<T> weight, Vec<T> y, Vec<T> clamped) {
+  const auto parts = simd::exp_parts<T>(clamped);
+  const Vec<T> expm1 = parts.scale * (parts.r + parts.h) + (parts.scale - T(1));
+  const Vec<T> convex = parts.scale * parts.h + (parts.scale * parts.r + ((parts.scale - T(1)) - y));
+  return {weight * y, weight * expm1, weight * convex};
+}
+
+// The terms for any y, also infinite or NaN. Where y is not below kLargeY, p e^y is computed as the
+// single exponential `other_weight()`, which cannot overflow.
+constexpr int kLargeY = 16;
+
 template <typename T, bool centred, typename OtherWeight>
 KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& other_weight) {
-  const auto parts = simd::exp_parts<T>(simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
-  Terms<T> t;
-  t.weighted_y = weight * y;
-  t.expm1 = weight * (parts.scale * (parts.r + parts.h) + (parts.scale - T(1)));
-  t.convex = weight * (parts.scale * parts.h + (parts.scale * parts.r + ((parts.scale - T(1)) - y)));
-  const Mask<T> may_overflow = ~(y < T(16));
-  if (centred || __builtin_expect(any(may_overflow), 0)) {
-    t.weighted_y = select<T>(weight == T(0), Vec<T>{}, t.weighted_y);
-    t.expm1 = select<T>(may_overflow, other_weight() - weight, t.expm1);
-    t.convex = select<T>(may_overflow, t.expm1 - t.weighted_y, t.convex);
-    if (centred) t.convex = select<T>(~may_overflow & (weight == T(0)), Vec<T>{}, t.convex);
-  }
+  Terms<T> t = terms_in_range<T>(weight, y, simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
+  const Mask<T> may_overflow = ~(y < T(kLargeY));
+  t.weighted_y = select<T>(weight == T(0), Vec<T>{}, t.weighted_y);
+  if (!centred && __builtin_expect(!any(may_overflow), 1)) return t;
+  t.expm1 = select<T>(may_overflow, other_weight() - weight, t.expm1);
+  t.convex = select<T>(may_overflow, t.expm1 - t.weighted_y, t.convex);
+  if (centred) t.convex = select<T>(~may_overflow & (weight == T(0)), Vec<T>{}, t.convex);
   return t;
 }
 
-// Fills weights[] with z p_b and difference[] with z p_b (e^y - 1), or with other numbers unless
-// `wants_difference`. `next_tile` is the memory that is read after this tile; it is prefetched during
-// the second exponential, when the memory is otherwise idle. With `centred`, the logits of rows that
-// are far apart are centred, and classes without probability may have any logits. Without it,
-// `far_apart` only marks the rows that need centring. Rows whose divergence exceeds `far_threshold`
-// also count as far apart.
+// Moves the sums over a part to the centre m of the row, which makes y larger by m - centre. All
+// terms of the sum of e^y - 1 - y are >= 0, except for that of the drift, which is a rounding error.
+template <typename T>
+void move_to_centre(Vec<T> m, Part<T>& part) {
+  const Vec<T> distance = m - part.centre;  // its magnitude is at most kFarCentre
+  const Terms<T> terms = terms_in_range<T>(splat<T>(T(1)), distance, distance);
+  part.factor = simd::exp<T>(distance);
+  part.expm1 = terms.expm1;
+  part.convex = part.factor * part.convex - part.expm1 * part.drift + part.z * terms.convex;
+  part.drift -= part.z * distance;
+}
+
+// Fills weights[] with z p_b and difference[] with z p_b (e^y - 1), where y is measured from the
+// centre of the part. Without `keeps_all`, each part overwrites those of the one before.
+//
+// The memory that is read next is prefetched where the memory is otherwise idle: `other` during the
+// first exponential, a part ahead, and `next_tile`, which is read after this tile, during the second.
+//
+// With `centred`, the logits of rows that are far apart are centred, and classes without probability
+// may have any logits. Without it, `far_apart` only marks the rows that need centring. Rows whose
+// divergence exceeds `far_threshold` also count as far apart.
 template <typename T, typename Reduce, bool centred, typename Logits>
-Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool wants_difference,
-                         PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity()) {
+Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool keeps_all,
+                         Parts<T> parts, PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity()) {
   constexpr int lanes = simd::kLanes<T>;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
   const int64_t n = base.vectors();
   Divergence<T> s{};
   const Vec<T> inv_t = T(1) / temperature;
@@ -177,57 +229,104 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
   s.remaining_factor = splat<T>(T(1));
   const Vec<T> base_max = s.base_max = base.template max<Reduce>();
 
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec<T> z{}, mean_sum{};
-    base.for_each(other, begin, std::min(n, begin + kBlock), [&](int64_t j, Vec<T> b, Vec<T> o) {
-      Mask<T> vanished;
-      const Vec<T> weight = simd::exp_falling<T>((b - base_max) * inv_t, vanished);
-      z += weight;
-      // The d of a class without probability may be infinite or NaN; use 0 log 0 = 0.
-      const Vec<T> gap = o - b;
-      mean_sum -= select<T>(vanished, Vec<T>{}, weight * gap);
-      simd::store<T>(weights + j * lanes, weight);
-      simd::store<T>(difference + j * lanes, gap);
-    });
-    s.z += z;
-    s.mean += mean_sum;
+  auto mean_without_zeros = [&](int64_t begin, int64_t end) {
+    Vec<T> sum{};
+    for (int64_t j = begin; j < end; ++j) {
+      const Vec<T> weight = simd::load<T>(weights + j * lanes);
+      sum -= select<T>(weight == T(0), Vec<T>{}, weight * simd::load<T>(difference + j * lanes));
+    }
+    return sum;
+  };
+  Part<T>* part = parts.parts;
+  for (int64_t first = 0; first < n; first += parts.vectors, ++part) {
+    const int64_t last = std::min(n, first + parts.vectors), kept = keeps_all ? 0 : first;
+    Vec<T> part_z{}, part_mean{}, least_gap = splat<T>(infinity), largest_gap = -least_gap;
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      Vec<T> z{}, mean_sum{};
+      base.for_each(other, begin, std::min(last, begin + kBlock), [&](int64_t j, Vec<T> b, Vec<T> o) {
+        if constexpr (std::is_same_v<Reduce, AcrossLanes>) other.prefetch(j + kPart);
+        const Vec<T> weight = simd::exp_falling<T>((b - base_max) * inv_t), gap = o - b;
+        z += weight;
+        mean_sum -= weight * gap;
+        least_gap = simd::min(gap, least_gap);
+        largest_gap = simd::max(gap, largest_gap);
+        simd::store<T>(weights + (j - kept) * lanes, weight);
+        simd::store<T>(difference + (j - kept) * lanes, gap);
+      });
+      part_z += z;
+      part_mean += mean_sum;
+    }
+    // The d of a class without probability may be infinite or NaN; use 0 log 0 = 0.
+    const Mask<T> finite = part_mean - part_mean == T(0);
+    if (__builtin_expect(any(~finite), 0)) part_mean = select<T>(finite, part_mean, mean_without_zeros(first - kept, last - kept));
+    part->z = Reduce::template sum<T>(part_z);
+    part_mean = Reduce::template sum<T>(part_mean);
+    part->centre = select<T>(part->z == T(0), Vec<T>{}, part_mean * (T(1) / part->z) * inv_t);
+    s.z += part->z;
+    s.mean += part_mean;
+
+    const Vec<T> centre = part->centre;
+    part->convex = part->drift = Vec<T>{};
+    auto add_terms = [&](auto&& terms_of) {
+      for (int64_t begin = first; begin < last; begin += kBlock) {
+        Vec<T> convex_sum{}, drift_sum{};
+        for (int64_t j = begin, end = std::min(last, begin + kBlock); j < end; ++j) {
+          next_tile.fetch(j);
+          const Vec<T> y = simd::load<T>(difference + (j - kept) * lanes) * inv_t + centre;
+          const Terms<T> t = terms_of(j, simd::load<T>(weights + (j - kept) * lanes), y);
+          convex_sum += t.convex;
+          drift_sum -= t.weighted_y;
+          simd::store<T>(difference + (j - kept) * lanes, t.expm1);
+        }
+        part->convex += convex_sum;
+        part->drift += drift_sum;
+      }
+    };
+    const Vec<T> least_y = least_gap * inv_t + centre, largest_y = largest_gap * inv_t + centre;
+    const Mask<T> close = finite & (least_y >= T(-1)) & (largest_y <= T(1));
+    const Mask<T> in_range = finite & (least_y > T(simd::Constants<T>::exp_lowest)) & (largest_y < T(kLargeY));
+    auto any_terms = [&](int64_t j, Vec<T> weight, Vec<T> y) {
+      return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + centre); });
+    };
+    if constexpr (centred) {
+      add_terms(any_terms);
+    } else if constexpr (std::is_same_v<Reduce, PerLane> && sizeof(T) == sizeof(float)) {
+      // One loop for all rows: a row must not depend on the rows in other lanes.
+      add_terms([&](int64_t j, Vec<T> weight, Vec<T> y) {
+        const Terms<T> t = any_terms(j, weight, y), c = terms_of_close<T>(weight, y);
+        return Terms<T>{select<T>(close, c.weighted_y, t.weighted_y), select<T>(close, c.expm1, t.expm1),
+                        select<T>(close, c.convex, t.convex)};
+      });
+    } else if (sizeof(T) == sizeof(float) && !any(~close)) {
+      add_terms([](int64_t, Vec<T> weight, Vec<T> y) { return terms_of_close<T>(weight, y); });
+    } else if (std::is_same_v<Reduce, AcrossLanes> && !any(~in_range)) {
+      add_terms([](int64_t, Vec<T> weight, Vec<T> y) { return terms_in_range<T>(weight, y, y); });
+    } else {
+      add_terms(any_terms);
+    }
+    part->convex = Reduce::template sum<T>(part->convex);
+    part->drift = Reduce::template sum<T>(part->drift);
   }
-  s.z = Reduce::template sum<T>(s.z);
   const Vec<T> inv_z = T(1) / s.z;
-  const Vec<T> mean = s.mean = Reduce::template sum<T>(s.mean) * inv_z * inv_t;
+  s.mean = s.mean * inv_z * inv_t;
 
   Vec<T> convex{}, drift{};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec<T> convex_sum{}, drift_sum{};
-    for (int64_t j = begin, end = std::min(n, begin + kBlock); j < end; ++j) {
-      next_tile.fetch(j);
-      const Vec<T> y = simd::load<T>(difference + j * lanes) * inv_t + mean, square = y * y;
-      const Vec<T> weight = simd::load<T>(weights + j * lanes);
-      auto any_terms = [&] {
-        return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + mean); });
-      };
-      Terms<T> t;
-      if constexpr (centred || sizeof(T) == sizeof(double))
-        t = any_terms();
-      else if (const Mask<T> close = square <= T(1); __builtin_expect(any(~close), 0)) {
-        t = any_terms();
-        if constexpr (std::is_same_v<Reduce, PerLane>) {  // a row must not depend on the rows in other lanes
-          const Terms<T> other_terms = terms_of_close(weight, y, square);
-          t = {select<T>(close, other_terms.weighted_y, t.weighted_y), select<T>(close, other_terms.expm1, t.expm1),
-               select<T>(close, other_terms.convex, t.convex)};
-        }
-      } else {
-        t = terms_of_close(weight, y, square);
-      }
-      convex_sum += t.convex;
-      drift_sum -= t.weighted_y;
-      if (wants_difference) simd::store<T>(difference + j * lanes, t.expm1);
+  if (n <= parts.vectors) {
+    parts.parts->factor = splat<T>(T(1));
+    parts.parts->expm1 = Vec<T>{};
+    convex = parts.parts->convex, drift = parts.parts->drift;
+  } else {
+    for (const Part<T>*const end = part, *p = parts.parts; p < end; ++p)
+      s.has_far_centres |= any(~((s.mean - p->centre <= T(kFarCentre)) & (s.mean - p->centre >= T(-kFarCentre))));
+    if (s.has_far_centres) return s;
+    for (Part<T>*const end = part, *p = parts.parts; p < end; ++p) {
+      move_to_centre<T>(s.mean, *p);
+      convex += p->convex;
+      drift += p->drift;
     }
-    convex += convex_sum;
-    drift += drift_sum;
   }
-  convex = Reduce::template sum<T>(convex) * inv_z;
-  s.drift = Reduce::template sum<T>(drift) * inv_z;
+  convex *= inv_z;
+  s.drift = drift * inv_z;
   s.w = convex - s.drift;
   s.kl = centred_kl<T>(convex, s.drift, s.w);
   s.shift = s.mean + s.drift - s.kl;
@@ -235,16 +334,22 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
   // All terms of `convex` are >= 0. It is negative only if terms were cut off at the end of the
   // range of T.
   s.far_apart = ~((convex < T(1e30)) & (convex > T(-1)) & (s.kl <= far_threshold));
-  if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, wants_difference ? difference : nullptr, s);
+  if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, difference, s);
   return s;
 }
 
 // scale * dKL / d(o / T)
 template <typename T>
-void write_other_gradient(const Divergence<T>& s, const T* weights, const T* difference, Vec<T> scale, const Sink<T>& out) {
+void write_other_gradient(const Divergence<T>& s, Parts<T> parts, int64_t n, const T* weights, const T* difference, Vec<T> scale,
+                          const Sink<T>& out) {
   constexpr int lanes = simd::kLanes<T>;
-  const Vec<T> w = s.w, k = scale / (s.z * (T(1) + w));
-  out.write_all([=](int64_t j) { return (simd::load<T>(difference + j * lanes) - w * simd::load<T>(weights + j * lanes)) * k; });
+  const Vec<T> k = scale / (s.z * (T(1) + s.w));
+  const Part<T>* part = parts.parts;
+  for (int64_t first = 0; first < n; first += parts.vectors, ++part) {
+    const Vec<T> factor = part->factor, w = s.w - part->expm1;
+    out.write(first, std::min(n, first + parts.vectors),
+              [=](int64_t j) { return (simd::load<T>(difference + j * lanes) * factor - w * simd::load<T>(weights + j * lanes)) * k; });
+  }
 }
 
 // scale * dKL / d(b / T)
@@ -253,7 +358,7 @@ void write_base_gradient(const Divergence<T>& s, const Logits& base, const Logit
                          const Sink<T>& out) {
   const Vec<T> inv_z = T(1) / s.z, k = scale * s.remaining_factor, factor = s.logit_factor, mean = s.mean, drift = s.drift,
                zero = s.zero_gradient();
-  out.write_all([&, inv_z, k, factor, mean, drift, zero](int64_t j) {
+  out.write(0, base.vectors(), [&, inv_z, k, factor, mean, drift, zero](int64_t j) {
     const Vec<T> weight = simd::load<T>(weights + j * simd::kLanes<T>);
     const Vec<T> x = (base[j] - other[j]) * factor - mean;
     return select<T>(weight == T(0), zero, (weight * inv_z) * (x - drift)) * k;

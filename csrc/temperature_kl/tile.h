@@ -75,6 +75,11 @@ class Source {
   int64_t count() const { return full_ * lanes + remainder_; }
   KDKERNELS_INLINE Vec<T> operator[](int64_t j) const { return j < full_ ? load(data_ + j * lanes) : simd::load<T>(tail_); }
 
+  // Prefetches vector j. Past the end of the row, this is usually part of the next one.
+  KDKERNELS_INLINE void prefetch(int64_t j) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data_) + j * lanes * sizeof(Stored)), 0, 2);
+  }
+
   // A mask of the lanes of vector j that hold classes of the row.
   Mask<T> valid_lanes(int64_t j) const {
     Mask<T> mask;
@@ -127,8 +132,8 @@ struct PrefetchRange {
   }
 };
 
-// Writes the gradient of a tile, converted from T as it is written. With `streaming`, native
-// numbers are written past the caches if they are aligned.
+// Writes the gradient of a tile, converted from T as it is written. With `streaming`, it is written
+// past the caches if it is aligned.
 template <typename T>
 class Sink {
  public:
@@ -139,47 +144,47 @@ class Sink {
         type_(type),
         full_(count / lanes),
         remainder_(count % lanes),
-        streaming_(streaming && reinterpret_cast<uintptr_t>(data) % simd::kBytes == 0) {}
-  // Writes value(j) for all vectors j of the tile. In the loop, no condition depends on j.
+        streaming_(streaming && reinterpret_cast<uintptr_t>(data) % (type == ElementType::native ? simd::kBytes : simd::kBytes / 2) == 0) {}
+  // Writes value(j) for the vectors j of [begin, end). In the loop, no condition depends on j.
   template <typename Value>
-  KDKERNELS_INLINE void write_all(Value&& value) const {
-    const int64_t full = full_;
-    if constexpr (std::is_same_v<T, float>) {
-      if (type_ == ElementType::bfloat16)
-        for (int64_t j = 0; j < full; ++j) narrow(value(j), static_cast<c10::BFloat16*>(data_) + j * lanes);
-      if (type_ == ElementType::half)
-        for (int64_t j = 0; j < full; ++j) narrow(value(j), static_cast<c10::Half*>(data_) + j * lanes);
-    }
-    if (type_ == ElementType::native) {
-      T* to = static_cast<T*>(data_);
+  KDKERNELS_INLINE void write(int64_t begin, int64_t end, Value&& value) const {
+    const int64_t last = std::min(end, full_);
+    with_address([&](auto* to) {
       if (streaming_)
-        for (int64_t j = 0; j < full; ++j) simd::stream<T>(to + j * lanes, value(j));
+        for (int64_t j = begin; j < last; ++j) stream(value(j), to + j * lanes);
       else
-        for (int64_t j = 0; j < full; ++j) simd::store<T>(to + j * lanes, value(j));
-    }
-    if (remainder_ > 0) write(full, value(full));
+        for (int64_t j = begin; j < last; ++j) store(value(j), to + j * lanes);
+    });
+    if (end > full_) write(full_, value(full_));
   }
   KDKERNELS_INLINE void write(int64_t j, Vec<T> v) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (type_ == ElementType::bfloat16) return write_half(static_cast<c10::BFloat16*>(data_), j, v);
-      if (type_ == ElementType::half) return write_half(static_cast<c10::Half*>(data_), j, v);
-    }
-    T* to = static_cast<T*>(data_) + j * lanes;
-    if (j == full_)
-      std::memcpy(to, &v, remainder_ * sizeof(T));
-    else if (streaming_)
-      simd::stream<T>(to, v);
-    else
-      simd::store<T>(to, v);
+    with_address([&](auto* to) {
+      if (j < full_) return streaming_ ? stream(v, to + j * lanes) : store(v, to + j * lanes);
+      std::remove_pointer_t<decltype(to)> last[lanes];
+      store(v, last);
+      std::memcpy(to + j * lanes, last, remainder_ * sizeof *last);
+    });
   }
 
  private:
+  // Calls body with the address, as a pointer to the stored type.
+  template <typename Body>
+  KDKERNELS_INLINE void with_address(Body&& body) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (type_ == ElementType::bfloat16) return body(static_cast<c10::BFloat16*>(data_));
+      if (type_ == ElementType::half) return body(static_cast<c10::Half*>(data_));
+    }
+    body(static_cast<T*>(data_));
+  }
+  static KDKERNELS_INLINE void store(Vec<T> v, T* to) { simd::store<T>(to, v); }
+  static KDKERNELS_INLINE void stream(Vec<T> v, T* to) { simd::stream<T>(to, v); }
   template <typename Half>
-  KDKERNELS_INLINE void write_half(Half* to, int64_t j, Vec<T> v) const {
-    if (j < full_) return narrow(v, to + j * lanes);
-    Half last[lanes];
-    narrow(v, last);
-    std::memcpy(to + j * lanes, last, remainder_ * sizeof(Half));
+  static KDKERNELS_INLINE void store(Vec<T> v, Half* to) {
+    narrow(v, to);
+  }
+  template <typename Half>
+  static KDKERNELS_INLINE void stream(Vec<T> v, Half* to) {
+    stream_narrowed(v, to);
   }
 
   void* data_;
