@@ -151,14 +151,18 @@ void sum_few_channels_adjacent(const Storage* x, int64_t channels, int64_t strid
   }
 }
 
-// The sum over the channels of one position.
+// The sum over the channels of one position. The numbers 2 KiB further on are prefetched, because the
+// processor's own prefetching stops at the end of a page. They may lie past the end of the features.
 template <typename T, typename Storage, typename Power>
 KDKERNELS_INLINE T sum_position(const Storage* x, int64_t channels, const Power& power) {
   constexpr int64_t lanes = simd::kLanes<T>, unroll = 4;
   Vec<T> total[unroll] = {};
   int64_t c = 0;
   for (; c + unroll * lanes <= channels; c += unroll * lanes)
-    for (int u = 0; u < unroll; ++u) total[u] += power.value(load<T>(x + c + u * lanes));
+    for (int u = 0; u < unroll; ++u) {
+      __builtin_prefetch(x + c + u * lanes + 2048 / sizeof(Storage));
+      total[u] += power.value(load<T>(x + c + u * lanes));
+    }
   for (; c + lanes <= channels; c += lanes) total[0] += power.value(load<T>(x + c));
   if (c < channels) total[1] += power.value(load_some<T>(x + c, channels - c));
   return simd::sum<T>((total[0] + total[1]) + (total[2] + total[3]));

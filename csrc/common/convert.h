@@ -83,7 +83,8 @@ KDKERNELS_INLINE void narrow(simd::Vec<float> v, Half* p) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// A streaming store of the narrowed numbers. p must be aligned to half of a vector.
+// A streaming store of the narrowed numbers, with AVX2 and AVX-512; otherwise an ordinary one. p must
+// be aligned to half of a vector.
 template <typename Half>
 KDKERNELS_INLINE void stream_narrowed(simd::Vec<float> v, Half* p) {
 #if defined(__AVX512F__)

@@ -119,7 +119,7 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
                                         far_threshold);
   };
   Divergence<T> s = compute();
-  if (__builtin_expect(s.has_far_centres, 0)) {
+  if (__builtin_expect(s.has_far_centres && !any(needs_centring<T>(s)), 0)) {
     parts.vectors = base.vectors();
     s = compute();
   }

@@ -34,9 +34,11 @@ namespace kdkernels::temperature_kl {
 constexpr int64_t kPart = 2 * kBlock;
 
 // A row with a part whose centre is further than this from the centre of the row is computed again
-// in one part: the factor e^distance would multiply rounding errors and, where a p is too small for
-// T, leave out classes.
+// in one part: the factor e^distance, up to 2981 here, would enlarge the rounding errors of the part,
+// and a class whose p underflows to 0 could count. So is a row with a part whose terms may have been
+// cut off at the end of the range (kLargestConvex), because a small factor would hide them.
 constexpr int kFarCentre = 8;
+constexpr float kLargestConvex = 1e30f;
 
 // With the centre of the part, and with weights exp((b - base_max) / T) in place of p:
 template <typename T>
@@ -60,7 +62,7 @@ struct Divergence {
   Vec<T> z;                      // sum of the weights exp((b - base_max) / T)
   Vec<T> w;                      // E_p[e^y] - 1
   Mask<T> far_apart;             // the networks differ so much that two log-sum-exps are used
-  bool has_far_centres = false;  // see kFarCentre; the rest is then undefined
+  bool has_far_centres = false;  // see kFarCentre; the results below are then not computed
 
   // Logarithms of probabilities are kept divided by T if the networks are close. If they are far
   // apart and T < 1, a difference of logits divided by T may leave the range of the number type T
@@ -170,6 +172,8 @@ KDKERNELS_INLINE Terms<T> terms_of_close(Vec<T> weight, Vec<T> y) {
   return {weighted_y, weighted_y + convex, convex};
 }
 
+constexpr int kLargeY = 16;  // e^y cannot overflow below
+
 // The terms for y < kLargeY; `clamped` is y, but not below Constants::exp_lowest.
 template <typename T>
 KDKERNELS_INLINE Terms<T> terms_in_range(Vec<T> weight, Vec<T> y, Vec<T> clamped) {
@@ -179,10 +183,9 @@ KDKERNELS_INLINE Terms<T> terms_in_range(Vec<T> weight, Vec<T> y, Vec<T> clamped
   return {weight * y, weight * expm1, weight * convex};
 }
 
-// The terms for any y, also infinite or NaN. Where y is not below kLargeY, p e^y is computed as the
-// single exponential `other_weight()`, which cannot overflow.
-constexpr int kLargeY = 16;
-
+// The terms for any y. Where y is not below kLargeY, p e^y is computed as the single exponential
+// `other_weight()`, which cannot overflow. With `centred`, y may also be infinite or NaN. Without it,
+// y = -inf gives a NaN in `convex` where the weight is 0, which marks the row as one to be centred.
 template <typename T, bool centred, typename OtherWeight>
 KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& other_weight) {
   Terms<T> t = terms_in_range<T>(weight, y, simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
@@ -196,7 +199,8 @@ KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& ot
 }
 
 // Moves the sums over a part to the centre m of the row, which makes y larger by m - centre. All
-// terms of the sum of e^y - 1 - y are >= 0, except for that of the drift, which is a rounding error.
+// terms of the sum of e^y - 1 - y are >= 0, except for that of the drift, which is a rounding error
+// or, if all weights of the part are 0, is 0.
 template <typename T>
 void move_to_centre(Vec<T> m, Part<T>& part) {
   const Vec<T> distance = m - part.centre;  // its magnitude is at most kFarCentre
@@ -288,15 +292,15 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
     auto any_terms = [&](int64_t j, Vec<T> weight, Vec<T> y) {
       return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + centre); });
     };
-    if constexpr (centred) {
-      add_terms(any_terms);
-    } else if constexpr (std::is_same_v<Reduce, PerLane> && sizeof(T) == sizeof(float)) {
+    if constexpr (std::is_same_v<Reduce, PerLane> && sizeof(T) == sizeof(float)) {
       // One loop for all rows: a row must not depend on the rows in other lanes.
       add_terms([&](int64_t j, Vec<T> weight, Vec<T> y) {
         const Terms<T> t = any_terms(j, weight, y), c = terms_of_close<T>(weight, y);
         return Terms<T>{select<T>(close, c.weighted_y, t.weighted_y), select<T>(close, c.expm1, t.expm1),
                         select<T>(close, c.convex, t.convex)};
       });
+    } else if constexpr (centred) {
+      add_terms(any_terms);
     } else if (sizeof(T) == sizeof(float) && !any(~close)) {
       add_terms([](int64_t, Vec<T> weight, Vec<T> y) { return terms_of_close<T>(weight, y); });
     } else if (std::is_same_v<Reduce, AcrossLanes> && !any(~in_range)) {
@@ -316,9 +320,15 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
     parts.parts->expm1 = Vec<T>{};
     convex = parts.parts->convex, drift = parts.parts->drift;
   } else {
-    for (const Part<T>*const end = part, *p = parts.parts; p < end; ++p)
-      s.has_far_centres |= any(~((s.mean - p->centre <= T(kFarCentre)) & (s.mean - p->centre >= T(-kFarCentre))));
-    if (s.has_far_centres) return s;
+    for (const Part<T>*const end = part, *p = parts.parts; p < end; ++p) {
+      const Vec<T> distance = s.mean - p->centre;
+      s.has_far_centres |= any(~((distance <= T(kFarCentre)) & (distance >= T(-kFarCentre)) & (p->convex < T(kLargestConvex))));
+    }
+    if (s.has_far_centres) {
+      // One part would not help a row that is to be centred.
+      s.far_apart = ~(s.mean - s.mean == T(0));
+      return s;
+    }
     for (Part<T>*const end = part, *p = parts.parts; p < end; ++p) {
       move_to_centre<T>(s.mean, *p);
       convex += p->convex;
@@ -333,7 +343,7 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
 
   // All terms of `convex` are >= 0. It is negative only if terms were cut off at the end of the
   // range of T.
-  s.far_apart = ~((convex < T(1e30)) & (convex > T(-1)) & (s.kl <= far_threshold));
+  s.far_apart = ~((convex < T(kLargestConvex)) & (convex > T(-1)) & (s.kl <= far_threshold));
   if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, difference, s);
   return s;
 }

@@ -133,7 +133,7 @@ struct PrefetchRange {
 };
 
 // Writes the gradient of a tile, converted from T as it is written. With `streaming`, it is written
-// past the caches if it is aligned.
+// past the caches if it is aligned and the instruction set can write that many bytes so.
 template <typename T>
 class Sink {
  public:

@@ -170,8 +170,11 @@ class Jacobi {
   // errors. Their angles do not matter.
   static constexpr double kLeastSquare = kEps * kEps / 16;
   static constexpr int kMaxSweeps = 40;
-  // More matrices take less time in lanes of matrices.
-  static constexpr int64_t kFewMatrices = 2;
+  // More matrices take less time in lanes of matrices. Microseconds for 1 and 2 float64 matrices, all
+  // p triplets, in lanes of matrices / one after another; AVX-512 on Zen 5:
+  //   p = 16    27 /  14     29 /  22
+  //   p = 32   156 /  62    171 / 111
+  static constexpr int64_t kFewMatrices = kGroup > 2 ? 2 : 1;
 
   void rotate() {
     const int64_t p = m_.p;
