@@ -43,8 +43,8 @@ def _check(student, teacher, temperature, direction="forward", dtype=torch.float
     loss, exact = temperature_kl(*inputs, temperature, **options), reference.temperature_kl(*exact_inputs, temperature, **options)
     gradients, exact_gradients = (torch.autograd.grad(y.sum(), x) for y, x in ((loss, inputs), (exact, exact_inputs)))
     rounding, gap = ROUNDING[dtype], (exact_inputs[0] - exact_inputs[1]).detach().abs().nan_to_num(0, posinf=0).amax(1)
-    # The differences of the logits have rounding errors of their own, which count if they are small,
-    # and the formula of the reference, which is computed in float64, a few roundings of 1.
+    # The differences of the logits have rounding errors of their own, which count if they are
+    # small, and the formula of the reference, which is computed in float64, a few roundings of 1.
     of_formulas = rounding * gap.clamp(max=0.1) ** 2 + 16 * ROUNDING[torch.float64]
     assert bool(((loss.double() - exact).abs() <= 80 * rounding * exact + of_formulas).all())
     for x, got, want in zip(inputs, gradients, exact_gradients, strict=True):
@@ -111,7 +111,7 @@ def test_student_is_sure_of_classes_where_a_part_has_a_higher_centre(high):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("classes", [16000, 16001, 16008])
 def test_half_precision_gradients_of_more_than_32_mib(classes, dtype):
-    """Large gradients are written past the caches; those of a few rows are not, and are the same."""
+    """Large gradients are written past the caches, those of a few rows are not: the same numbers."""
     student, teacher = (torch.randn(1100, classes, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
 
     def gradient(rows):
