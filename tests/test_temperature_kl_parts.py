@@ -111,7 +111,7 @@ def test_student_is_sure_of_classes_where_a_part_has_a_higher_centre(high):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("classes", [16000, 16001, 16008])
 def test_half_precision_gradients_of_more_than_32_mib(classes, dtype):
-    """Large gradients are written past the caches, those of a few rows are not: the same numbers."""
+    """Large gradients are written past the caches. They equal those of a few rows."""
     student, teacher = (torch.randn(1100, classes, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
 
     def gradient(rows):
