@@ -151,7 +151,7 @@ void sum_few_channels_adjacent(const Storage* x, int64_t channels, int64_t strid
   }
 }
 
-// The sum over the channels of one position. The numbers 2 KiB further on are prefetched, because the
+// The sum over the channels of one position. The numbers 4 KiB further on are prefetched, because the
 // processor's own prefetching stops at the end of a page. They may lie past the end of the features.
 template <typename T, typename Storage, typename Power>
 KDKERNELS_INLINE T sum_position(const Storage* x, int64_t channels, const Power& power) {
@@ -160,7 +160,7 @@ KDKERNELS_INLINE T sum_position(const Storage* x, int64_t channels, const Power&
   int64_t c = 0;
   for (; c + unroll * lanes <= channels; c += unroll * lanes)
     for (int u = 0; u < unroll; ++u) {
-      __builtin_prefetch(x + c + u * lanes + 2048 / sizeof(Storage));
+      __builtin_prefetch(x + c + u * lanes + 4096 / sizeof(Storage));
       total[u] += power.value(load<T>(x + c + u * lanes));
     }
   for (; c + lanes <= channels; c += lanes) total[0] += power.value(load<T>(x + c));
@@ -168,16 +168,11 @@ KDKERNELS_INLINE T sum_position(const Storage* x, int64_t channels, const Power&
   return simd::sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Sums the channels if channels are adjacent. Four parts of the map are read at the same time:
-// several streams of reads use more of the memory's bandwidth than one.
+// Sums the channels if channels are adjacent.
 template <typename T, typename Storage, typename Power>
 void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, const Power& power, T* out) {
   if (channels < simd::kLanes<T>) return sum_few_channels_adjacent<T>(x, channels, stride, positions, power, out);
-  constexpr int64_t streams = 4;
-  const int64_t part = positions / streams;
-  for (int64_t s = 0; s < part; ++s)
-    for (int64_t i = 0; i < streams; ++i) out[s + i * part] = sum_position<T>(x + (s + i * part) * stride, channels, power);
-  for (int64_t s = streams * part; s < positions; ++s) out[s] = sum_position<T>(x + s * stride, channels, power);
+  for (int64_t s = 0; s < positions; ++s) out[s] = sum_position<T>(x + s * stride, channels, power);
 }
 
 // The maximum so far and the channel that it came from. Of equal values the first one is kept. A
