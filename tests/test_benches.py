@@ -29,6 +29,7 @@ from benches import bench_step, performance, suite  # noqa: E402
 from benches.compare import compare  # noqa: E402
 from benches.compare import main as compare_files  # noqa: E402
 from benches.limits import RATES, peak_memory, seconds_for  # noqa: E402
+from benches.machine import instruction_set, machine  # noqa: E402
 from benches.suite import Cell, Measured, Problem, copies_of  # noqa: E402
 from benches.tables import load, markdown, plain, rows_of, share_of_limit, tables  # noqa: E402
 from benches.timing import Prepared, ratio_interval, time_interleaved  # noqa: E402
@@ -554,3 +555,10 @@ def test_interrupted_run_keeps_the_measured_rows(sent, tmp_path):
     assert run.returncode == 128 + sent
     assert "the rows that were measured are saved" in errors
     assert len(rows_of(load(tmp_path / "bench.json"))) >= 1
+
+
+def test_class_of_a_machine_names_the_instruction_set_of_the_kernels():
+    """The package finds the best one in C++, `benches.machine` in /proc/cpuinfo."""
+    best = kdkernels._C.build_info()["best_isa"]
+    assert instruction_set() == ([] if best == "baseline" else [best])
+    assert all(f"-{isa}-" in machine("cpu") for isa in instruction_set())

@@ -26,7 +26,7 @@ class LaneTiles {
 
   void operator()(int64_t begin, int64_t end) const {
     Scratch<T> scratch(tile_size_);
-    const std::unique_ptr<T[]> copies(new T[kOperands * logits_per_chunk()]());  // lanes past the end of a run have any numbers
+    const std::unique_ptr<T[]> copies(new T[kOperands * logits_per_chunk()]());  // initialised: lanes past the end of a run are read
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / chunks_per_run_ * layout_.run() + i % chunks_per_run_ * chunk_rows_;
       const int64_t count = std::min(chunk_rows_, layout_.run() - i % chunks_per_run_ * chunk_rows_);
