@@ -73,6 +73,30 @@ KDKERNELS_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The W numbers at p, again and again in all lanes. W divides the number of lanes.
+template <typename T, int W>
+KDKERNELS_INLINE Vec<T> repeat(const T* p) {
+  constexpr int bytes = W * static_cast<int>(sizeof(T));
+  if constexpr (W == 1) {
+    return splat<T>(*p);
+  } else if constexpr (bytes == kBytes) {
+    return load<T>(p);
+  } else if constexpr (bytes == 8) {
+    int64_t numbers;
+    std::memcpy(&numbers, p, sizeof numbers);
+    return (Vec<T>)(numbers - Vec<int64_t>{});
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (bytes == 16)
+      return (Vec<T>)_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+    else
+      return (Vec<T>)_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(p)));
+#elif defined(__AVX2__)
+    return (Vec<T>)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#endif
+  }
+}
+
 // Stores lanes [begin, end) of v at p[begin], ..., and leaves the rest of the memory alone.
 KDKERNELS_INLINE void store_lanes(double* p, int64_t begin, int64_t end, Vec<double> v) {
 #if defined(__AVX512F__)

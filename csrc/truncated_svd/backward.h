@@ -188,6 +188,14 @@ class Backward {
             contiguous_rows(gb_, b, thread.gb)};
   }
 
+  // Copies the columns of `from` [n, Columns] to rows. The compiler transposes them in registers.
+  template <int Columns>
+  static void separate(const T* from, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Columns; ++j) to[j * n + i] = from[i * Columns + j];
+  }
+
   // The upstream gradients of matrix b, as contiguous rows. They may have any strides, and are
   // copied to `rows` if necessary.
   static const T* contiguous_rows(const Tensor& t, int64_t b, Buffer<T>& rows) {
@@ -196,8 +204,15 @@ class Backward {
     const T* from = t.template const_data_ptr<T>() + b * t.stride(0);
     if (column_stride == 1 && row_stride == n) return from;
     if (!rows.get()) rows = Buffer<T>(k * n);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < k; ++j) rows.get()[j * n + i] = from[j * row_stride + i * column_stride];
+    T* to = rows.get();
+    const bool alternate = row_stride == 1 && column_stride == k;  // as in a contiguous gradient of v
+    if (alternate && k == 2)
+      separate<2>(from, n, to);
+    else if (alternate && k == 4)
+      separate<4>(from, n, to);
+    else
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < k; ++j) to[j * n + i] = from[j * row_stride + i * column_stride];
     return rows.get();
   }
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
+#include "../common/memory.h"
 #include "direct.h"
 #include "groups.h"
 #include "jacobi.h"
@@ -88,14 +89,13 @@ class Decomposition {
   Decomposition(const Tensor& x, int64_t k, bool sign, bool return_u, bool save_state, bool use_rounds, Tier tier,
                 std::vector<int64_t> subset = {})
       : m_(x, std::move(subset)), k_(k), sign_(sign), use_rounds_(use_rounds), tier_(tier), direct_(m_, k), status_(m_.batch, Status::ok) {
-    const auto options = x.options().dtype(kType<T>).memory_format(at::MemoryFormat::Contiguous);
     needs_b_ = return_u || !m_.tall;
-    out_.v = at::empty({m_.batch, k, x.size(-1)}, options);
-    out_.s = at::empty({m_.batch, k}, options);
-    out_.u = at::empty({needs_b_ ? m_.batch : 0, k, x.size(-2)}, options);
+    out_.v = recycled_empty({m_.batch, k, x.size(-1)}, kType<T>);
+    out_.s = recycled_empty({m_.batch, k}, kType<T>);
+    out_.u = recycled_empty({needs_b_ ? m_.batch : 0, k, x.size(-2)}, kType<T>);
     state_size_ = GroupState<T>::size(m_.p, k);
     out_.state =
-        at::empty({save_state && tier == Tier::direct && k < m_.p ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, options);
+        recycled_empty({save_state && tier == Tier::direct && k < m_.p ? direct_.groups() * state_size_ * Direct<T>::kGroup : 0}, kType<T>);
     Tensor &a = m_.tall ? out_.v : out_.u, &b = m_.tall ? out_.u : out_.v;
     a_ = a.mutable_data_ptr<T>();
     b_ = needs_b_ ? b.mutable_data_ptr<T>() : nullptr;

@@ -45,6 +45,7 @@ class Derivative {
         stride_(stride),
         line_stride_(padded<T>(columns)),
         inverse_(k),
+        b_factors_(k),
         mg_(k * stride),
         za_(2 * k * stride),
         scaled_(2 * k * stride),
@@ -96,8 +97,7 @@ class Derivative {
   void write_gradient(const Inputs& in, const double* lambda, double gap_eps, Reader<T>& reader, int64_t b, double scale,
                       const double* saved, T* z, Storage* out, int64_t out_row, bool stream) {
     compute_inverses(in, scale);
-    const double *a_differences = saved, *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_,
-                 grad_scale = b_products[k_ * k_];
+    const double *a_differences = saved, grad_scale = saved[3 * k_ * k_];
     // [z; a], the left factors of the result, and scale * [a; z], which M^T is multiplied by.
     T *za = za_.get(), *az = scaled_.get();
     for (int64_t j = 0; j < k_; ++j) {
@@ -124,49 +124,65 @@ class Derivative {
       const Block<T> block = reader.read(b, first);
       const int64_t count = std::min(reader.columns(), m_.q - first);
       project_block<T>(m_, block, 2 * k_, az, stride_, wy, line_stride_);
-      for (int64_t j = 0; j < k_; ++j) {
-        T *w = wy + j * line_stride_, *y = wy + (k_ + j) * line_stride_;
-        const double grad_sigma = in.gs ? in.gs[j] * grad_scale / scale : 0.0;
-        const T w_factor = static_cast<T>(grad_sigma * inverse_[j]), inverse = static_cast<T>(inverse_[j]),
-                grad_scale_t = static_cast<T>(grad_scale);
-        const T factor = static_cast<T>(in_range ? final_factor : 1.0);
-        const T* gb = in.gb ? in.gb + j * m_.q + first : nullptr;
-        for (int64_t c = 0; c < count; ++c) y[c] += w_factor * w[c] + (gb ? grad_scale_t * gb[c] * inverse : T(0));
-        for (int64_t i = 0; gb && i < k_; ++i) {
-          const double sigma = static_cast<double>(in.sigma[j]) * scale;
-          const T b_factor =
-              static_cast<T>(sigma * b_differences[j * k_ + i] * damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
-                             b_products[i * k_ + j] * inverse_[j]);
-          const T* b_i = in.b + i * m_.q + first;
-          for (int64_t c = 0; b_factor != 0 && c < count; ++c) y[c] += b_factor * b_i[c];
-        }
-        for (int64_t c = 0; c < count; ++c) y[c] *= factor;
+      const T factor = static_cast<T>(in_range ? final_factor : 1.0);
+      for (int64_t j = 0; j < k_; ++j) compute_line(in, lambda, gap_eps, j, first, count, scale, saved, factor);
+      const T *coefficient = m_.p_contiguous ? wy : za, *vectors = m_.p_contiguous ? za : wy;
+      const int64_t coefficient_stride = m_.p_contiguous ? line_stride_ : stride_, vector_stride = m_.p_contiguous ? stride_ : line_stride_;
+      Storage* to = out + (m_.p_contiguous ? first * out_row : first);
+      // Rows are written directly to the gradient if they consist of whole vectors, or if the
+      // numbers written past the end of a row are overwritten by the rows that follow.
+      int64_t direct = 0;
+      if constexpr (std::is_same_v<Storage, T>) {
+        if (in_range && block.length % kLanes<T> == 0)
+          direct = block.rows;
+        else if (in_range && m_.p_contiguous && out_row == m_.p)
+          direct = std::clamp<int64_t>(m_.q - first - (padded<T>(m_.p) - 1) / m_.p, 0, block.rows);
+        sums_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, stream, to, out_row, direct);
       }
-      for (int64_t j = 0; j < k_; ++j)
-        for (int64_t c = 0; c < count; ++c) wy[j * line_stride_ + c] *= static_cast<T>(in_range ? final_factor : 1.0);
-      for (int64_t r = 0; r < block.rows; ++r) {
-        Storage* to = m_.p_contiguous ? out + (first + r) * out_row : out + r * out_row + first;
-        const T *coefficient = m_.p_contiguous ? wy + r : za + r, *vectors = m_.p_contiguous ? za : wy;
-        const int64_t coefficient_stride = m_.p_contiguous ? line_stride_ : stride_,
-                      vector_stride = m_.p_contiguous ? stride_ : line_stride_;
-        // Writes directly to the gradient if rows consist of whole vectors, or if the numbers
-        // written past the end of a row are overwritten by the rows that follow.
-        if constexpr (std::is_same_v<Storage, T>) {
-          const bool whole = block.length % kLanes<T> == 0;
-          const bool followed = m_.p_contiguous && out_row == m_.p && (m_.q - first - r) * out_row >= padded<T>(m_.p);
-          if (in_range && (whole || followed)) {
-            sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, stream, to);
-            continue;
-          }
-        }
-        sum_of_vectors<T>(2 * k_, coefficient, coefficient_stride, vectors, vector_stride, block.length, false, line_.get());
+      for (int64_t r = direct; r < block.rows; ++r) {
+        sum_of_vectors<T>(2 * k_, coefficient + r, coefficient_stride, vectors, vector_stride, block.length, false, line_.get());
         if (!in_range) multiply_and_clamp(final_factor, block.length, line_.get());
-        convert(line_.get(), to, block.length);
+        convert(line_.get(), to + r * out_row, block.length);
       }
     }
   }
 
  private:
+  // Completes line j of w = scale M^T a and of y, columns [first, first + count) of M; both times
+  // `factor`. wy_ contains scale M^T a_j and scale M^T z_j.
+  void compute_line(const Inputs& in, const double* lambda, double gap_eps, int64_t j, int64_t first, int64_t count, double scale,
+                    const double* saved, T factor) {
+    const double *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_, grad_scale = b_products[k_ * k_];
+    T *w = wy_.get() + j * line_stride_, *y = wy_.get() + (k_ + j) * line_stride_;
+    const T w_factor = static_cast<T>((in.gs ? in.gs[j] * grad_scale / scale : 0.0) * inverse_[j]);
+    if (in.gb)
+      for (int64_t i = 0; i < k_; ++i)
+        b_factors_[i] = static_cast<T>(static_cast<double>(in.sigma[j]) * scale * b_differences[j * k_ + i] *
+                                           damped_inverse_gap(lambda[0], lambda[i], lambda[j], gap_eps) -
+                                       b_products[i * k_ + j] * inverse_[j]);
+    const T inverse = static_cast<T>(inverse_[j]), grad_scale_t = static_cast<T>(grad_scale);
+    auto complete = [&](auto number, int64_t c) {
+      using V = decltype(number);  // T or Vec<T>
+      auto at = [&](const T* from) {
+        V v;
+        std::memcpy(&v, from + c, sizeof v);
+        return v;
+      };
+      auto write = [&](V v, T* to) { std::memcpy(to + c, &v, sizeof v); };
+      V sum = at(y) + w_factor * at(w);
+      if (in.gb) {
+        sum += grad_scale_t * at(in.gb + j * m_.q + first) * inverse;
+        for (int64_t i = 0; i < k_; ++i)
+          if (b_factors_[i] != 0) sum += b_factors_[i] * at(in.b + i * m_.q + first);
+      }
+      write(sum * factor, y);
+      write(at(w) * factor, w);
+    };
+    int64_t c = 0;
+    for (; c + kLanes<T> <= count; c += kLanes<T>) complete(Vec<T>{}, c);
+    for (; c < count; ++c) complete(T(0), c);
+  }
+
   void compute_inverses(const Inputs& in, double scale) {
     for (int64_t j = 0; j < k_; ++j)
       inverse_[j] = in.sigma[j] > kVanishing<T> * in.sigma[0] ? 1 / (static_cast<double>(in.sigma[j]) * scale) : 0;
@@ -247,6 +263,7 @@ class Derivative {
   const Matrices& m_;
   int64_t k_, stride_, line_stride_;
   std::vector<double> inverse_;
+  std::vector<T> b_factors_;
   Buffer<T> mg_, za_, scaled_, wy_, line_;
 };
 

@@ -119,18 +119,37 @@ KDKERNELS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) 
   b = high;
 }
 
-template <typename T, int Step>
-KDKERNELS_INLINE void transpose_step(Vec<T>* v) {
+// For J vectors, each with J groups of lanes: swaps group i of v[j] with group j of v[i].
+template <typename T, int J, int Bit = 1>
+KDKERNELS_INLINE void transpose_groups(Vec<T>* v) {
+  if constexpr (Bit < J) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i)
-    if (!(i & Step)) exchange<T, Step>(v[i], v[i | Step], std::make_index_sequence<kLanes<T>>{});
-  if constexpr (Step > 1) transpose_step<T, Step / 2>(v);
+    for (int i = 0; i < J; ++i)
+      if (!(i & Bit)) exchange<T, kLanes<T> / J * Bit>(v[i], v[i | Bit], std::make_index_sequence<kLanes<T>>{});
+    transpose_groups<T, J, 2 * Bit>(v);
+  }
 }
 
 // Transposes the square matrix whose rows are kLanes vectors.
 template <typename T>
 KDKERNELS_INLINE void transpose(Vec<T>* v) {
-  transpose_step<T, kLanes<T> / 2>(v);
+  transpose_groups<T, kLanes<T>>(v);
+}
+
+// For kLanes vectors, each with J groups of lanes: lane i of v[j] becomes the sum over group j of
+// v[i].
+template <typename T, int J, int Step = 1>
+KDKERNELS_INLINE void sum_groups(Vec<T>* v) {
+  if constexpr (Step < kLanes<T> / J) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T> / 2 / Step; ++i) {
+      exchange<T, Step>(v[2 * i], v[2 * i + 1], std::make_index_sequence<kLanes<T>>{});
+      v[i] = v[2 * i] + v[2 * i + 1];
+    }
+    sum_groups<T, J, 2 * Step>(v);
+  } else {
+    transpose_groups<T, J>(v);
+  }
 }
 
 // Lane i of v[0] becomes the sum over the lanes of v[i], for 2 Step vectors.

@@ -105,24 +105,83 @@ KDKERNELS_INLINE void dots_tile(const T* rows, int64_t stride, int64_t length, c
     for (int r = 0; r < R; ++r) out[j * out_stride + r] = (add ? out[j * out_stride + r] : T(0)) + total[r * J + j];
 }
 
+// out[j][r] = <block[r], vector[j]> for kLanes rows and J vectors. A SIMD vector has one group of
+// lanes for each of the J vectors. `packed` contains their numbers: first the first numbers of each,
+// as many as a group has lanes, then the next ones. So the sums of many short rows need few additions
+// across lanes. Numbers past the end of a row are ignored.
+template <typename T, int J>
+KDKERNELS_INLINE void dots_of_short_rows(const T* rows, int64_t stride, int64_t length, const Vec<T>* packed, T* out, int64_t out_stride) {
+  constexpr int lanes = kLanes<T>, width = lanes / J, bases = (lanes + 3) / 4;
+  Vec<T> total[J] = {};
+  for (int64_t begin = 0; begin < length; begin += kProjectedTerms * width) {
+    const int64_t end = std::min(begin + kProjectedTerms * width, length);
+    Vec<T> acc[lanes] = {};
+    const T* base[bases];  // of every fourth row: a processor can add the distances of three others to an address
+#pragma GCC unroll 4
+    for (int i = 0; i < bases; ++i) base[i] = rows + 4 * i * stride + begin;
+    auto step = [&](auto&& mask) {
+      const Vec<T> numbers = *packed++;
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) acc[r] += mask(simd::repeat<T, width>(base[r / 4] + r % 4 * stride)) * numbers;
+#pragma GCC unroll 4
+      for (int i = 0; i < bases; ++i) base[i] += width;
+    };
+    int64_t c = begin;
+    for (; c + width <= end; c += width) step([](Vec<T> v) { return v; });
+    if (c < end) {
+      Mask<T> inside;
+      for (int l = 0; l < lanes; ++l) inside[l] = l % width < end - c ? -1 : 0;
+      step([&](Vec<T> v) { return inside ? v : Vec<T>{}; });
+    }
+    sum_groups<T, J>(acc);
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) total[j] += acc[j];
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j) simd::store<T>(out + j * out_stride, total[j]);
+}
+
+// The same for all rows, at least kLanes.
+template <typename T, int J>
+void dot_short_rows(const Block<T>& block, const T* vectors, int64_t vector_stride, T* out, int64_t out_stride) {
+  const Buffer<Vec<T>> packed(padded<T>(block.length) / kLanes<T> * J);
+  for (int64_t s = 0; s < block.length; s += kLanes<T>) {
+    Vec<T> part[J];
+    for (int j = 0; j < J; ++j) part[j] = simd::load<T>(vectors + j * vector_stride + s);
+    transpose_groups<T, J>(part);
+    std::copy_n(part, J, packed.get() + s / kLanes<T> * J);
+  }
+  for (int64_t r = 0; r < block.rows; r += kLanes<T>) {
+    const int64_t first = std::min(r, block.rows - kLanes<T>);  // the last tile may repeat some rows of the tile before it
+    dots_of_short_rows<T, J>(block.data + first * block.stride, block.stride, block.length, packed.get(), out + first, out_stride);
+  }
+}
+
 // The same for all rows and k vectors. `vectors` must be finite up to the end of the last SIMD
 // vector.
 template <typename T>
 void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out,
                            int64_t out_stride) {
+  constexpr int max_vectors = std::min(8, kLanes<T>);
+  const bool short_rows = !add && block.rows >= kLanes<T>;
   auto run = [&](int64_t first, auto count) {
+    const T* from = vectors + first * vector_stride;
+    T* to = out + first * out_stride;
+    if (short_rows) return dot_short_rows<T, count()>(block, from, vector_stride, to, out_stride);
     int64_t r = 0;
     auto rows = [&](auto tile) {
       for (; r + tile() <= block.rows; r += tile())
         for (int64_t s = 0; s < block.length; s += kTerms * kLanes<T>)
-          dots_tile<T, tile(), count()>(block.data + r * block.stride + s, block.stride, std::min(kTerms * kLanes<T>, block.length - s),
-                                        vectors + first * vector_stride + s, vector_stride, add || s > 0, out + first * out_stride + r,
-                                        out_stride);
+          dots_tile<T, tile(), std::min(4, count())>(block.data + r * block.stride + s, block.stride,
+                                                     std::min(kTerms * kLanes<T>, block.length - s), from + s, vector_stride, add || s > 0,
+                                                     to + r, out_stride);
     };
     rows(std::integral_constant<int, 4>{});
     rows(std::integral_constant<int, 1>{});
   };
   int64_t j = 0;
+  if (short_rows)
+    for (; j + max_vectors <= k; j += max_vectors) run(j, std::integral_constant<int, max_vectors>{});
   for (; j + 4 <= k; j += 4) run(j, std::integral_constant<int, 4>{});
   for (; j + 2 <= k; j += 2) run(j, std::integral_constant<int, 2>{});
   for (; j < k; ++j) run(j, std::integral_constant<int, 1>{});
@@ -167,25 +226,76 @@ KDKERNELS_INLINE void sum_of_vectors_fixed(const T* coefficient, int64_t coeffic
   }
 }
 
-// out = sum_j coefficient[j] * vector[j] for any number of terms. `stream` has an effect only if
-// `count` is 1, 2, 4 or 8.
-template <typename T>
-void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
-                    int64_t length, bool stream, T* out) {
+// Calls body(first, terms) so that `count` terms are divided into groups of 8, 4, 2 and 1.
+template <typename Body>
+void each_group_of_terms(int64_t count, Body&& body) {
   int64_t j = 0;
   auto run = [&](auto terms) {
-    for (; j + terms() <= count; j += terms()) {
-      const T *factors = coefficient + j * coefficient_stride, *from = vectors + j * vector_stride;
-      if (stream && count == terms())
-        sum_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
-      else
-        sum_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, out);
-    }
+    for (; j + terms() <= count; j += terms()) body(j, terms);
   };
   run(std::integral_constant<int, 8>{});
   run(std::integral_constant<int, 4>{});
   run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
+}
+
+// out = sum_j coefficient[j] * vector[j] for any number of terms. `stream` has an effect only if
+// `count` is 1, 2, 4 or 8.
+template <typename T>
+void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                    int64_t length, bool stream, T* out) {
+  each_group_of_terms(count, [&](int64_t j, auto terms) {
+    const T *factors = coefficient + j * coefficient_stride, *from = vectors + j * vector_stride;
+    if (stream && count == terms())
+      sum_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
+    else
+      sum_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, out);
+  });
+}
+
+// The same for several short rows of `out`: a vector of each term stays in a register for all rows.
+// The last vector of a row may be written past its end, into the next row, whose first vector is
+// therefore written later.
+template <typename T, int J, bool Stream>
+KDKERNELS_INLINE void sums_of_vectors_fixed(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                                            int64_t length, bool add, T* out, int64_t out_stride, int64_t rows) {
+  for (int64_t s = padded<T>(length) - kLanes<T>; s >= 0; s -= kLanes<T>) {
+    Vec<T> term[J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) term[j] = simd::load<T>(vectors + j * vector_stride + s);
+    T* to = out + s;
+    for (int64_t r = 0; r < rows; ++r, to += out_stride) {
+      Vec<T> even = add ? simd::load<T>(to) : Vec<T>{}, odd{};
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) (j % 2 ? odd : even) += simd::splat<T>(coefficient[j * coefficient_stride + r]) * term[j];
+      if constexpr (Stream)
+        simd::stream<T>(to, even + odd);
+      else
+        simd::store<T>(to, even + odd);
+    }
+  }
+}
+
+// out[r] = sum_j coefficient[j][r] * vector[j] for any number of rows and terms.
+template <typename T>
+void sums_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
+                     int64_t length, bool stream, T* out, int64_t out_stride, int64_t rows) {
+  constexpr int64_t short_row = 1024 / sizeof(T), part = 16;  // so many short rows stay in the L1 cache
+  if (length > short_row) {
+    for (int64_t r = 0; r < rows; ++r)
+      sum_of_vectors<T>(count, coefficient + r, coefficient_stride, vectors, vector_stride, length, stream, out + r * out_stride);
+    return;
+  }
+  for (int64_t first = 0; first < rows; first += part)
+    each_group_of_terms(count, [&](int64_t j, auto terms) {
+      const T *factors = coefficient + j * coefficient_stride + first, *from = vectors + j * vector_stride;
+      T* to = out + first * out_stride;
+      const int64_t n = std::min(part, rows - first);
+      if (stream && count == terms())
+        sums_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, to, out_stride, n);
+      else
+        sums_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, to, out_stride, n);
+    });
 }
 
 // <x, y> of vectors that are padded with zeros to whole SIMD vectors.

@@ -24,6 +24,7 @@ void fix_signs(int64_t k, T* v, int64_t n, T* u, int64_t m) {
     for (; i < n; ++i) max_magnitude = std::max(max_magnitude, std::abs(vector[i]));
     const T threshold = static_cast<T>(1 - kSignTies) * max_magnitude;
     int64_t first = 0;
+    while (first + kLanes<T> <= n && !simd::any(abs<T>(simd::load<T>(vector + first)) >= threshold)) first += kLanes<T>;
     while (first < n && !(std::abs(vector[first]) >= threshold)) ++first;
     if (first == n || vector[first] > 0) continue;
     flip(vector, n);
