@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <vector>
 
 #if AT_PARALLEL_OPENMP
 #if defined(_OPENMP)
@@ -22,7 +23,6 @@
 #endif
 extern "C" {
 void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-int omp_get_num_threads();
 int omp_get_thread_num();
 }
 #endif
@@ -31,38 +31,59 @@ namespace kdkernels {
 
 #if AT_PARALLEL_OPENMP
 
-// Calls body(first, last) on disjoint ranges that together are [begin, end), each on its own thread.
-// A range has at least `grain` elements, except the last one. Rethrows the first exception.
+// Calls body(first, last) on disjoint ranges that together are [begin, end). A range has at least
+// `grain` elements, except the last one. Rethrows the first exception.
+//
+// Each thread has a share of the elements, which it processes in a few parts. A thread that is done
+// with its own share takes parts of the others': a thread whose core is busy with another program
+// would hold up all of them. (With one of two cores busy, the gradient of 128 maps of 3136 x 64 takes
+// 9 ms instead of 14.) Results must therefore not depend on where a range ends.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) return;
-  if (end - begin <= std::max<int64_t>(grain, 1) || at::in_parallel_region() || at::get_num_threads() == 1) {
+  grain = std::max<int64_t>(grain, 1);
+  if (end - begin <= grain || at::in_parallel_region() || at::get_num_threads() == 1) {
     const at::internal::ThreadIdGuard thread_id(0);
     const c10::ParallelGuard guard(true);
     body(begin, end);
     return;
   }
+  constexpr int64_t parts = 8;  // of a share
+  constexpr size_t cache_line = 64;
+  struct alignas(cache_line) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Region {
-    int64_t begin, end, grain;
+    std::vector<Share> shares;
+    int64_t part;
     const Body& body;
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
     std::exception_ptr exception;
 
-    void run() {
-      const int64_t ranges = std::min<int64_t>(omp_get_num_threads(), at::divup(end - begin, std::max<int64_t>(grain, 1)));
-      const int64_t thread = omp_get_thread_num(), size = at::divup(end - begin, ranges), first = begin + thread * size;
-      if (first >= end) return;
+    void run(int64_t thread) {
+      const int64_t count = static_cast<int64_t>(shares.size());
+      if (thread >= count) return;
       try {
         const at::internal::ThreadIdGuard thread_id(static_cast<int>(thread));
         const c10::ParallelGuard guard(true);
-        body(first, std::min(end, first + size));
+        for (int64_t i = 0; i < count; ++i) {
+          Share& share = shares[(thread + i) % count];
+          for (int64_t first; (first = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;)
+            body(first, std::min(share.end, first + part));
+        }
       } catch (...) {
         if (!failed.test_and_set()) exception = std::current_exception();
       }
     }
   };
-  Region region{begin, end, grain, body};
-  GOMP_parallel([](void* data) { static_cast<Region*>(data)->run(); }, &region, 0, 0);
+  const int64_t count = std::min<int64_t>(at::get_num_threads(), at::divup(end - begin, grain)), size = at::divup(end - begin, count);
+  Region region{std::vector<Share>(count), std::max(grain, at::divup(size, parts)), body};
+  for (int64_t i = 0; i < count; ++i) {
+    region.shares[i].next.store(begin + i * size, std::memory_order_relaxed);
+    region.shares[i].end = std::min(end, begin + (i + 1) * size);
+  }
+  GOMP_parallel([](void* data) { static_cast<Region*>(data)->run(omp_get_thread_num()); }, &region, 0, 0);
   if (region.exception) std::rethrow_exception(region.exception);
 }
 

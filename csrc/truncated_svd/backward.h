@@ -105,7 +105,7 @@ class Backward {
   void run_direct(const Target& target) const {
     const int64_t stride = direct_.vector_stride(), saved_size = Derivative<T>::saved_size(k_);
     for_each_group(
-        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * saved_size * static_cast<int64_t>(sizeof(double)),
+        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * saved_size * static_cast<int64_t>(sizeof(double)), gb_.defined(),
         [&](int64_t groups) { return MatrixBuffers(groups * Direct<T>::kGroup, k_, stride); }, [&] { return ThreadState(m_, k_, stride); },
         [&](MatrixBuffers& buffers, ThreadState& thread, int64_t b, int64_t slot) {
           thread.derivative.compute_right_sides(inputs(b, thread), thread.reader, b, state_of(b).scale[0][lane(b)],

@@ -159,7 +159,7 @@ class Decomposition {
   void run_stages(Finish&& finish) {
     const bool save = out_.state.numel() > 0;
     for_each_group(
-        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)),
+        m_.batch, Direct<T>::kGroup, Direct<T>::kGroup * direct_.gram_size() * static_cast<int64_t>(sizeof(T)), true,
         [&](int64_t groups) { return GroupBuffers<T>(groups, direct_, k_); },
         [&] { return ThreadWorkspace<T>(m_, k_, save ? 0 : state_size_); },
         [&](GroupBuffers<T>& buffers, ThreadWorkspace<T>& workspace, int64_t b, int64_t slot) {
@@ -236,7 +236,7 @@ class Decomposition {
   // out [k, q] = M^T a for a [k, stride], 0 from p on
   template <typename U>
   void project(int64_t b, const U* a, int64_t stride, Reader<U>& reader, U* out) {
-    const int64_t line = padded<U>(reader.columns());
+    const int64_t line = line_stride<U>(reader.columns());
     Buffer<U> block_products(k_ * line);
     for (int64_t first = 0; first < m_.q; first += reader.columns()) {
       project_block<U>(m_, reader.read(b, first), k_, a, stride, block_products.get(), line);

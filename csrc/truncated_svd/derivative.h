@@ -43,7 +43,7 @@ class Derivative {
       : m_(m),
         k_(k),
         stride_(stride),
-        line_stride_(padded<T>(columns)),
+        line_stride_(line_stride<T>(columns)),
         inverse_(k),
         b_factors_(k),
         mg_(k * stride),

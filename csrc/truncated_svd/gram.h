@@ -47,6 +47,8 @@ struct Tiles {
   const NextBlock<T>& next;
   T* gram;
   int64_t stride, tiles_done = 0;
+  // Of outer products: the next address to prefetch, and the bytes for each row and vector of a tile.
+  uintptr_t prefetch = 0, prefetch_step = 0;
 };
 
 template <typename T, int R, int C>
@@ -69,7 +71,8 @@ void dot_rows(Tiles<T>& t, int64_t i) {
 }
 
 template <typename T, int R, int C>
-void outer_tile(const Block<T>& m, int64_t i, int64_t j, const T* prefetch, int64_t prefetch_stride, T* gram, int64_t stride) {
+void outer_tile(Tiles<T>& t, int64_t i, int64_t j) {
+  const Block<T>& m = t.m;
   // Small tiles add several rows at once, to separate sums: an addition has to wait for the
   // previous addition to the same sum.
   constexpr int Rows = R * C <= 3 ? 4 : R * C <= 6 ? 2 : 1;
@@ -86,13 +89,15 @@ void outer_tile(const Block<T>& m, int64_t i, int64_t j, const T* prefetch, int6
     }
   };
   const T* row = m.data;
+  uintptr_t prefetch = t.prefetch;
   int64_t s = 0;
   for (; s + Rows <= m.rows; s += Rows)
 #pragma GCC unroll 4
-    for (int u = 0; u < Rows; ++u, row += m.stride, prefetch += prefetch_stride) {
-      __builtin_prefetch(prefetch, 0, 2);
+    for (int u = 0; u < Rows; ++u, row += m.stride, prefetch += C * t.prefetch_step) {
+      __builtin_prefetch(reinterpret_cast<const void*>(prefetch), 0, 2);
       add(row, acc[u]);
     }
+  t.prefetch = prefetch;
   for (; s < m.rows; ++s, row += m.stride) add(row, acc[0]);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -100,21 +105,29 @@ void outer_tile(const Block<T>& m, int64_t i, int64_t j, const T* prefetch, int6
     for (int c = 0; c < C; ++c) {
       Vec<T> total = acc[0][r * C + c];
       for (int u = 1; u < Rows; ++u) total += acc[u][r * C + c];
-      T* to = gram + (i + r) * stride + j + c * kLanes<T>;
+      T* to = t.gram + (i + r) * t.stride + j + c * kLanes<T>;
       simd::store<T>(to, simd::load<T>(to) + total);
     }
 }
 
 template <typename T, int R, int C>
 void outer_columns(Tiles<T>& t, int64_t i, int64_t j) {
-  for (; j + (C - 1) * kLanes<T> < i + R; j += C * kLanes<T>) {
-    // Each of the first tiles prefetches one vector of every row of the next block.
-    const int64_t vector = t.tiles_done++ * kLanes<T>;
-    const bool prefetches = vector < t.m.length && t.next.rows == t.m.rows;
-    outer_tile<T, R, C>(t.m, i, j, prefetches ? t.next.data + vector : t.m.data, prefetches ? t.next.stride : 0, t.gram, t.stride);
-  }
+  for (; j + (C - 1) * kLanes<T> < i + R; j += C * kLanes<T>) outer_tile<T, R, C>(t, i, j);
   if constexpr (C > 1)
     if (j < i + R) outer_columns<T, R, C - 1>(t, i, j);
+}
+
+// Spreads the prefetches of the next block evenly over the tiles, each of which reads all rows of
+// this block. A block whose rows are far apart is not prefetched.
+template <typename T>
+void plan_prefetches(Tiles<T>& t) {
+  t.prefetch = reinterpret_cast<uintptr_t>(t.m.data);
+  if (t.next.rows == 0 || t.next.stride > 2 * t.m.length) return;
+  int64_t vectors = 0;  // of all tiles
+  for (int64_t rows = kOuterRows, i = 0; rows > 0; rows /= 2)
+    for (; i + rows <= t.m.length; i += rows) vectors += padded<T>(i + rows) / kLanes<T>;
+  t.prefetch = reinterpret_cast<uintptr_t>(t.next.data);
+  t.prefetch_step = static_cast<uintptr_t>(t.next.rows * t.next.stride * static_cast<int64_t>(sizeof(T)) / (vectors * t.m.rows) + 1);
 }
 
 template <typename T, int R>
@@ -143,10 +156,12 @@ void gram(Reader<T>& reader, const Matrices& m, int64_t b, T scale, T* gram, int
     const Block<T> block = reader.read(b, first, scale);
     const NextBlock<T> next = reader.next_block(b, first);
     Tiles<T> tiles{block, next, gram, stride};
-    if (m.p_contiguous)
+    if (m.p_contiguous) {
+      plan_prefetches(tiles);
       outer_rows<T, kOuterRows>(tiles, 0);
-    else
+    } else {
       dot_rows<T, kDotRows>(tiles, 0);
+    }
   }
 }
 

@@ -163,7 +163,8 @@ template <typename T>
 void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out,
                            int64_t out_stride) {
   constexpr int max_vectors = std::min(8, kLanes<T>);
-  const bool short_rows = !add && block.rows >= kLanes<T>;
+  // For fewer vectors and longer rows, loading a few numbers into all groups takes longer than the sums.
+  const bool short_rows = !add && block.rows >= kLanes<T> && (k >= max_vectors || block.length <= 8 * kLanes<T>);
   auto run = [&](int64_t first, auto count) {
     const T* from = vectors + first * vector_stride;
     T* to = out + first * out_stride;
@@ -185,6 +186,13 @@ void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, i
   for (; j + 4 <= k; j += 4) run(j, std::integral_constant<int, 4>{});
   for (; j + 2 <= k; j += 2) run(j, std::integral_constant<int, 2>{});
   for (; j < k; ++j) run(j, std::integral_constant<int, 1>{});
+}
+
+// The distance between vectors with a number for each column of a block. Vectors whose distance is a
+// power of two share few sets of the L1 cache: products with eight of them took twice as long.
+template <typename T>
+int64_t line_stride(int64_t columns) {
+  return padded<T>(columns) + kLanes<T>;
 }
 
 // out[j] = M^T a_j at the block's columns. a [k, stride] is 0 from p to the end of the last whole
@@ -264,10 +272,11 @@ KDKERNELS_INLINE void sums_of_vectors_fixed(const T* coefficient, int64_t coeffi
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) term[j] = simd::load<T>(vectors + j * vector_stride + s);
     T* to = out + s;
-    for (int64_t r = 0; r < rows; ++r, to += out_stride) {
+    const T* base[] = {coefficient, coefficient + 4 * coefficient_stride};  // see dots_of_short_rows()
+    for (int64_t r = 0; r < rows; ++r, to += out_stride, ++base[0], ++base[1]) {
       Vec<T> even = add ? simd::load<T>(to) : Vec<T>{}, odd{};
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) (j % 2 ? odd : even) += simd::splat<T>(coefficient[j * coefficient_stride + r]) * term[j];
+      for (int j = 0; j < J; ++j) (j % 2 ? odd : even) += simd::splat<T>(base[j / 4][j % 4 * coefficient_stride]) * term[j];
       if constexpr (Stream)
         simd::stream<T>(to, even + odd);
       else
@@ -328,7 +337,11 @@ class GramProduct {
   // k: the largest number of vectors in a product; stride: the distance between vectors of the
   // smaller side.
   GramProduct(const Matrices& m, int64_t k, int64_t stride)
-      : m_(m), stride_(stride), reader_(m, block_columns(m)), line_stride_(padded<T>(reader_.columns())), projected_(k * line_stride_) {}
+      : m_(m),
+        stride_(stride),
+        reader_(m, block_columns(m)),
+        line_stride_(line_stride<T>(reader_.columns())),
+        projected_(k * line_stride_) {}
 
   // Selects matrix b: the following products are with factor * G. A factor near 1 / |G| keeps the
   // squares of their results in range.
