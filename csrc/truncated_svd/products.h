@@ -25,7 +25,10 @@ KDKERNELS_INLINE void combine_columns(const Block<T>& block, int64_t s, const T*
   for (int64_t r = 0; r < block.rows; ++r, row += block.stride) {
     Vec<T> numbers[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) numbers[c] = simd::load<T>(row + c * kLanes<T>);
+    for (int c = 0; c < C; ++c) {
+      numbers[c] = simd::load<T>(row + c * kLanes<T>);
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + (2 * C + c) * simd::kBytes));
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       const Vec<T> factor = simd::splat<T>(coefficient[j * coefficient_stride + r]);
