@@ -134,7 +134,7 @@ class Backward {
   };
   struct ThreadState {
     ThreadState(const Matrices& m, int64_t k, int64_t stride)
-        : reader(m, gram_columns<T>(m)), work(m.p, k), derivative(m, k, stride, reader.columns()), a(k * stride), lambda(k) {}
+        : reader(m, product_columns<T>(m)), work(m.p, k), derivative(m, k, stride, reader.columns()), a(k * stride), lambda(k) {}
     Reader<T> reader;
     typename Eigen<T>::Workspace work;
     Derivative<T> derivative;

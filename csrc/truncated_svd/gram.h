@@ -40,27 +40,45 @@ void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* p
     for (int c = 0; c < C; ++c) gram[r * gram_stride + c] += total[r * C + c];
 }
 
-// The tiles of a block of M. Each tile prefetches a different part of the next block.
+// The tiles of a block of M. While they compute, they prefetch the next block, evenly: a memory
+// system that is asked for all of it at once holds up the first tiles and has nothing to do during
+// the others.
 template <typename T>
 struct Tiles {
   const Block<T>& m;
   const NextBlock<T>& next;
   T* gram;
-  int64_t stride, tiles_done = 0;
+  int64_t stride;
+  // Of dot products: the next row to prefetch, and the columns of all tiles. Each column of a tile adds
+  // next.rows to `credit`, and a row is prefetched for `columns` of it.
+  int64_t next_row = 0, credit = 0, columns = 0;
   // Of outer products: the next address to prefetch, and the bytes for each row and vector of a tile.
   uintptr_t prefetch = 0, prefetch_step = 0;
+
+  // The row that a tile prefetches, or `fallback`, which is in the cache already.
+  const T* row_to_prefetch(const T* fallback) {
+    if (credit < columns) return fallback;
+    credit -= columns;
+    return next.row(next_row++, fallback);
+  }
 };
 
 template <typename T, int R, int C>
 void dot_columns(Tiles<T>& t, int64_t i, int64_t j, int64_t end) {
   for (; j + C <= end; j += C) {
     const T* row = t.m.data + i * t.m.stride;
-    const int64_t first = 2 * t.tiles_done++;
-    dot_tile<T, R, C>(row, t.m.data + j * t.m.stride, t.m.stride, t.m.length, t.next.row(first, row), t.next.row(first + 1, row),
-                      t.gram + i * t.stride + j, t.stride);
+    t.credit += C * t.next.rows;
+    const T *prefetch_1 = t.row_to_prefetch(row), *prefetch_2 = t.row_to_prefetch(row);
+    dot_tile<T, R, C>(row, t.m.data + j * t.m.stride, t.m.stride, t.m.length, prefetch_1, prefetch_2, t.gram + i * t.stride + j, t.stride);
   }
   if constexpr (C > 1)
     if (j < end) dot_columns<T, R, C == 6 || C == 5 ? 3 : C - 1>(t, i, j, end);
+}
+
+template <typename T>
+void plan_prefetches_of_dot_products(Tiles<T>& t) {
+  for (int64_t rows = kDotRows, i = 0; rows > 0; rows /= 2)
+    for (; i + rows <= t.m.rows; i += rows) t.columns += i + rows;
 }
 
 template <typename T, int R>
@@ -117,10 +135,9 @@ void outer_columns(Tiles<T>& t, int64_t i, int64_t j) {
     if (j < i + R) outer_columns<T, R, C - 1>(t, i, j);
 }
 
-// Spreads the prefetches of the next block evenly over the tiles, each of which reads all rows of
-// this block. A block whose rows are far apart is not prefetched.
+// A block whose rows are far apart is not prefetched.
 template <typename T>
-void plan_prefetches(Tiles<T>& t) {
+void plan_prefetches_of_outer_products(Tiles<T>& t) {
   t.prefetch = reinterpret_cast<uintptr_t>(t.m.data);
   if (t.next.rows == 0 || t.next.stride > 2 * t.m.length) return;
   int64_t vectors = 0;  // of all tiles
@@ -137,13 +154,22 @@ void outer_rows(Tiles<T>& t, int64_t i) {
     if (i < t.m.length) outer_rows<T, R / 2>(t, i);
 }
 
-// The number of columns of M in a block. If the rows of M are contiguous, a tile reads its few rows
-// repeatedly from the L1 cache, and all other rows from the L2 cache. If p_contiguous, the rows of
-// a block are short, and a tile reads a part of each of them.
+// The number of columns of M in a block. If p_contiguous, the rows of a block are short, and a tile
+// reads a part of each of them. Otherwise, a tile reads its few rows repeatedly from the L1 cache,
+// and all other rows from the L2 cache: a whole matrix if that is small, else blocks for which the
+// processor needs few pages of memory at a time. Microseconds for the Gram matrix, Zen 5:
+//
+//      p x q       256 columns    512    1024
+//    16 x 3136          8.6      11.4    13.1
+//    64 x 3136         86        92     103
+//    64 x 1024         36        35      33
+//   128 x  784         88        81      78
+//   256 x 3136       1196      1161    1273
 template <typename T>
 int64_t gram_columns(const Matrices& m) {
-  const int64_t bytes = int64_t(m.p_contiguous ? 256 : 256) << 10, max_columns = bytes / static_cast<int64_t>(sizeof(T)) / padded<T>(m.p);
-  return std::clamp<int64_t>(max_columns / kLanes<T> * kLanes<T>, 8 * kLanes<T>, m.p_contiguous ? 4096 : 1024);
+  const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * padded<T>(m.p);
+  if (m.p_contiguous) return std::clamp<int64_t>((int64_t(256) << 10) / row_bytes / kLanes<T> * kLanes<T>, 8 * kLanes<T>, 4096);
+  return m.q <= 1024 && m.q * row_bytes <= int64_t(512) << 10 ? padded<T>(m.q) : 256;
 }
 
 // Computes the Gram matrix of scale * M for matrix b. gram [p, stride], stride >= padded(p): the
@@ -157,9 +183,10 @@ void gram(Reader<T>& reader, const Matrices& m, int64_t b, T scale, T* gram, int
     const NextBlock<T> next = reader.next_block(b, first);
     Tiles<T> tiles{block, next, gram, stride};
     if (m.p_contiguous) {
-      plan_prefetches(tiles);
+      plan_prefetches_of_outer_products(tiles);
       outer_rows<T, kOuterRows>(tiles, 0);
     } else {
+      plan_prefetches_of_dot_products(tiles);
       dot_rows<T, kDotRows>(tiles, 0);
     }
   }

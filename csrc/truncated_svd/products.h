@@ -198,6 +198,13 @@ int64_t line_stride(int64_t columns) {
   return padded<T>(columns) + kLanes<T>;
 }
 
+// The number of columns of a block for products with vectors, which read a block once or twice.
+template <typename T>
+int64_t product_columns(const Matrices& m) {
+  const int64_t columns = (int64_t(256) << 10) / static_cast<int64_t>(sizeof(T)) / padded<T>(m.p) / kLanes<T> * kLanes<T>;
+  return std::clamp<int64_t>(columns, 8 * kLanes<T>, m.p_contiguous ? 4096 : 1024);
+}
+
 // out[j] = M^T a_j at the block's columns. a [k, stride] is 0 from p to the end of the last whole
 // vector.
 template <typename T>
