@@ -274,9 +274,9 @@ def test_invalid_matrix_omitted_by_a_loss_gets_no_gradient(shape, k, svd):
     check_omitted_matrices(svd, 3, shape, k, torch.float64)
 
 
-@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (140, 130)], ids=str)
+@pytest.mark.parametrize(("shape", "k"), [((20, 12), 2), ((12, 20), 2), ((140, 130), 2), ((33, 49), 4), ((70, 66), 4), ((67, 80), 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_invalid_matrix_does_not_affect_other_matrices(shape, dtype, svd):
+def test_invalid_matrix_does_not_affect_other_matrices(shape, k, dtype, svd):
     device = svd.device
     x = torch.randn(37, *shape, dtype=dtype, device=device)
     broken = x.clone()
@@ -285,24 +285,26 @@ def test_invalid_matrix_does_not_affect_other_matrices(shape, dtype, svd):
     bad = [3, 18, 36]
     good = [i for i in range(37) if i not in (*bad, 7)]
     for layout in ("rows", "columns"):
-        clean = svd(with_layout(x, layout), 2, return_u=True)
-        got = svd(with_layout(broken, layout), 2, return_u=True)
+        clean = svd(with_layout(x, layout), k, return_u=True)
+        got = svd(with_layout(broken, layout), k, return_u=True)
         for a, b in zip(clean, got, strict=True):
             assert torch.equal(a[good], b[good])
             assert b[bad].isnan().all()
             assert b[7].isfinite().all()
         given = with_layout(broken, layout).detach().requires_grad_()
-        u, s, v = svd(given, 2, return_u=True)
+        u, s, v = svd(given, k, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert given.grad[bad].isnan().flatten(1).any(1).all()
         whole = with_layout(x, layout).detach().requires_grad_()
-        u, s, v = svd(whole, 2, return_u=True)
+        u, s, v = svd(whole, k, return_u=True)
         sum((t * torch.cos(torch.arange(t[0].numel(), device=device)).view(t[0].shape)).sum() for t in (u, s, v)).backward()
         assert torch.equal(given.grad[good], whole.grad[good])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "ks"), [(9, 7, (2, 7)), (20, 12, (1, 12)), (12, 40, (2, 3, 12)), (70, 36, (5, 36)), (150, 120, (2, 24))])
+@pytest.mark.parametrize(
+    ("m", "n", "ks"), [(9, 7, (2, 7)), (20, 12, (1, 12)), (12, 40, (2, 3, 12)), (49, 70, (4,)), (70, 36, (5, 36)), (150, 120, (2, 24))]
+)
 def test_bits_do_not_depend_on_batch_and_threads(m, n, ks, dtype):
     """The batch mixes spectra: flat ones, matrices that are recomputed, scaled or computed in
     another dtype, and one with a NaN.
@@ -329,13 +331,15 @@ def test_bits_do_not_depend_on_batch_and_threads(m, n, ks, dtype):
             single = run(x, k)
             torch.set_num_threads(2)
             whole = run(x, k)
+            torch.set_num_threads(5)  # more threads than cores, which take over each other's matrices
+            many = run(x, k)
         finally:
             torch.set_num_threads(threads)
         batches_of_seven = concatenate([run(x[i : i + 7], k) for i in range(0, count, 7)])
         batches_of_one = concatenate([run(x[i : i + 1], k) for i in range(0, count, 4)])
         permuted = run(x[order], k)
         for i, t in enumerate(whole):
-            for other, expected in ((single[i], t), (batches_of_seven[i], t), (permuted[i], t[order]), (batches_of_one[i], t[::4])):
+            for other, expected in ((single[i], t), (many[i], t), (batches_of_seven[i], t), (permuted[i], t[order]), (batches_of_one[i], t[::4])):
                 torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
 
 

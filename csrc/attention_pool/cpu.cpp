@@ -79,7 +79,7 @@ class PooledFeatures {
     const int64_t row_size = features_.channels_adjacent ? features_.channels : features_.positions;
     const bool aligned = row_size * features_.x.element_size() % simd::kBytes == 0 &&
                          reinterpret_cast<uintptr_t>(address(gradient_features_.x)) % simd::kBytes == 0;
-    streaming_ = aligned && original_.nbytes() > (size_t(32) << 20);
+    streaming_ = aligned && bypasses_caches(original_.nbytes());
   }
 
   void scatter_part(int64_t b, int64_t first, int64_t count, const T* weight, const int32_t* channel) const {

@@ -27,6 +27,13 @@
 
 namespace kdkernels {
 
+// Whether a result of so many bytes is written past the caches. It then takes half the traffic, but
+// whoever reads it next has to wait for the memory. Both together take about as long at 32 MiB
+// (Zen 5, 32 MiB of L3 cache), and 7 % longer for gradients of 8 and 16 MiB.
+inline bool bypasses_caches(size_t bytes) {
+  return bytes >= size_t(32) << 20;
+}
+
 #if defined(__linux__)
 
 class RecyclingAllocator final : public c10::Allocator {

@@ -289,7 +289,7 @@ at::Tensor correlate(const at::Tensor& x, const at::Tensor& y, double beta) {
   const T *xs = a.const_data_ptr<T>(), *ys = b.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   const bool stream =
-      row_size % simd::kLanes<T> == 0 && reinterpret_cast<uintptr_t>(to) % simd::kBytes == 0 && out.nbytes() > (size_t(32) << 20);
+      row_size % simd::kLanes<T> == 0 && reinterpret_cast<uintptr_t>(to) % simd::kBytes == 0 && bypasses_caches(out.nbytes());
   parallel_for(0, x.size(0) * m, std::max<int64_t>(1, (int64_t(1) << 14) / row_size), [&](int64_t begin, int64_t end) {
     Pattern<T> pattern(columns);
     for (int64_t row = begin; row < end; ++row) {

@@ -164,7 +164,7 @@ Call<T> make_call(const Options& o, const at::Tensor& student, const at::Tensor&
     call.mask = keep_alive.back().const_data_ptr<bool>();
   }
   call.weight = row_weight(o, call.classes, call.rows, call.mask, normalizer);
-  call.streaming = student.nbytes() > (size_t(32) << 20);
+  call.streaming = bypasses_caches(student.nbytes());
   return call;
 }
 

@@ -53,7 +53,7 @@ class Backward {
     Target(const Backward& backward, const Tensor& t) : tensor(t), to(t), row_stride(backward.m_.p_contiguous ? to.stride_q : to.stride_p) {
       const bool aligned = row_stride * sizeof(T) % simd::kBytes == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % simd::kBytes == 0 &&
                            backward.m_.row_length(backward.m_.q) % kLanes<T> == 0;
-      stream = aligned && t.nbytes() > (size_t(32) << 20);
+      stream = aligned && bypasses_caches(t.nbytes());
     }
     Tensor tensor;
     Matrices to;

@@ -299,8 +299,11 @@ KDKERNELS_INLINE void sums_of_vectors_fixed(const T* coefficient, int64_t coeffi
 template <typename T>
 void sums_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
                      int64_t length, bool stream, T* out, int64_t out_stride, int64_t rows) {
+  // With AVX-512, tiles take two thirds of the time at rows of 49 and three quarters at 196; with AVX2,
+  // whose broadcasts are separate instructions, a tenth longer.
+  constexpr bool use_tiles = sizeof(Vec<T>) == 64;
   constexpr int64_t short_row = 1024 / sizeof(T), part = 16;  // so many short rows stay in the L1 cache
-  if (length > short_row) {
+  if (!use_tiles || length > short_row) {
     for (int64_t r = 0; r < rows; ++r)
       sum_of_vectors<T>(count, coefficient + r, coefficient_stride, vectors, vector_stride, length, stream, out + r * out_stride);
     return;
