@@ -27,9 +27,10 @@
 
 namespace kdkernels {
 
-// Whether a result of so many bytes is written past the caches. It then takes half the traffic, but
-// whoever reads it next has to wait for the memory. Both together take about as long at 32 MiB
-// (Zen 5, 32 MiB of L3 cache), and 7 % longer for gradients of 8 and 16 MiB.
+// Whether a result of so many bytes is written past the caches. Writing it then takes half the
+// traffic, but whoever reads it next has to wait for the memory. Writing and then reading a gradient
+// takes as long either way at 32 MiB, and 7 % longer past the caches at 8 and 16 MiB (Zen 5, 32 MiB
+// of L3 cache).
 inline bool bypasses_caches(size_t bytes) {
   return bytes >= size_t(32) << 20;
 }
@@ -42,6 +43,8 @@ class RecyclingAllocator final : public c10::Allocator {
   // Smaller blocks are not marked as reclaimable: marking one interrupts the other threads, which
   // takes 0.1 ms, a quarter of the training step of a loss whose gradient has 8 MiB.
   static constexpr size_t min_reclaimable_bytes = size_t(32) << 20;
+
+  static constexpr size_t max_kept_blocks = 32;  // the results of some layers, of student and teacher
 
   static RecyclingAllocator& instance() {
     static auto* allocator = new RecyclingAllocator;  // never destroyed: tensors may outlive static objects
@@ -111,7 +114,7 @@ class RecyclingAllocator final : public c10::Allocator {
       const std::lock_guard<std::mutex> lock(allocator.mutex_);
       allocator.kept_.push_back(block);
       allocator.kept_bytes_ += block->bytes;
-      while (allocator.kept_bytes_ > allocator.max_kept_bytes_ || allocator.kept_.size() > 8) {
+      while (allocator.kept_bytes_ > allocator.max_kept_bytes_ || allocator.kept_.size() > max_kept_blocks) {
         surplus.push_back(allocator.kept_.front());
         allocator.kept_bytes_ -= surplus.back()->bytes;
         allocator.kept_.erase(allocator.kept_.begin());

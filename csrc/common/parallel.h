@@ -32,7 +32,7 @@ namespace kdkernels {
 #if AT_PARALLEL_OPENMP
 
 // Calls body(first, last) on disjoint ranges that together are [begin, end). A range has at least
-// `grain` elements, except the last one. Rethrows the first exception.
+// `grain` elements, except the last one of a thread's share. Rethrows the first exception.
 //
 // Each thread has a share of the elements, which it processes in a few parts. A thread that is done
 // with its own share takes parts of the others': a thread whose core is busy with another program
@@ -69,7 +69,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
         const c10::ParallelGuard guard(true);
         for (int64_t i = 0; i < count; ++i) {
           Share& share = shares[(thread + i) % count];
-          for (int64_t first; (first = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;)
+          for (int64_t first; !failed.test() && (first = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;)
             body(first, std::min(share.end, first + part));
         }
       } catch (...) {
@@ -78,7 +78,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     }
   };
   const int64_t count = std::min<int64_t>(at::get_num_threads(), at::divup(end - begin, grain)), size = at::divup(end - begin, count);
-  Region region{std::vector<Share>(count), std::max(grain, at::divup(size, parts)), body};
+  Region region{std::vector<Share>(count), at::divup(size, std::clamp<int64_t>(size / grain, 1, parts)), body};
   for (int64_t i = 0; i < count; ++i) {
     region.shares[i].next.store(begin + i * size, std::memory_order_relaxed);
     region.shares[i].end = std::min(end, begin + (i + 1) * size);

@@ -3,8 +3,8 @@
 //
 // The types are the vector extensions of GCC and Clang: the operators + - * / < == & | and ?: work
 // lane by lane on every target. Only operations that these operators cannot express well (max, any,
-// streaming stores) use intrinsics. A source that includes this header is compiled once per
-// instruction set; code that must run on every CPU must not include it.
+// broadcasts of several numbers, streaming stores) use intrinsics. A source that includes this
+// header is compiled once per instruction set; code that must run on every CPU must not include it.
 #pragma once
 
 #include <cmath>

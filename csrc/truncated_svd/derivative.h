@@ -148,8 +148,8 @@ class Derivative {
   }
 
  private:
-  // Completes line j of w = scale M^T a and of y, columns [first, first + count) of M; both times
-  // `factor`. wy_ contains scale M^T a_j and scale M^T z_j.
+  // Completes line j of w = scale M^T a and of y, columns [first, first + count) of M; both are
+  // multiplied by `factor`. wy_ contains scale M^T a_j and scale M^T z_j.
   void compute_line(const Inputs& in, const double* lambda, double gap_eps, int64_t j, int64_t first, int64_t count, double scale,
                     const double* saved, T factor) {
     const double *b_differences = saved + k_ * k_, *b_products = b_differences + k_ * k_, grad_scale = b_products[k_ * k_];

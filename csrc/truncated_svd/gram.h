@@ -167,9 +167,9 @@ void outer_rows(Tiles<T>& t, int64_t i) {
 //   256 x 3136       1196      1161    1273
 template <typename T>
 int64_t gram_columns(const Matrices& m) {
-  const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * padded<T>(m.p);
-  if (m.p_contiguous) return std::clamp<int64_t>((int64_t(256) << 10) / row_bytes / kLanes<T> * kLanes<T>, 8 * kLanes<T>, 4096);
-  return m.q <= 1024 && m.q * row_bytes <= int64_t(512) << 10 ? padded<T>(m.q) : 256;
+  if (m.p_contiguous) return product_columns<T>(m);
+  const int64_t bytes = m.q * padded<T>(m.p) * static_cast<int64_t>(sizeof(T)), blocks = std::max<int64_t>(1, m.q / 256);
+  return m.q <= 1024 && bytes <= int64_t(512) << 10 ? padded<T>(m.q) : padded<T>((m.q + blocks - 1) / blocks);
 }
 
 // Computes the Gram matrix of scale * M for matrix b. gram [p, stride], stride >= padded(p): the

@@ -28,8 +28,8 @@ struct Block {
   int64_t length;
 };
 
-// The memory of the block that is read after this one. A kernel prefetches a few of its rows at
-// each tile.
+// The memory of the block that is read after this one. A kernel prefetches a part of it at each
+// tile.
 template <typename T>
 struct NextBlock {
   const T* data = nullptr;
@@ -82,6 +82,13 @@ class Matrices {
   at::Tensor x_;
   std::vector<int64_t> subset_;
 };
+
+// The number of columns of a block for products with vectors, which read a block once or twice.
+template <typename T>
+int64_t product_columns(const Matrices& m) {
+  const int64_t columns = (int64_t(256) << 10) / static_cast<int64_t>(sizeof(T)) / padded<T>(m.p) / kLanes<T> * kLanes<T>;
+  return std::clamp<int64_t>(columns, 8 * kLanes<T>, m.p_contiguous ? 4096 : 1024);
+}
 
 // Reads blocks of one matrix after another. Owns the memory to which a block is copied if it cannot
 // be read in place.

@@ -25,7 +25,7 @@ KDKERNELS_INLINE void combine_columns(const Block<T>& block, int64_t s, const T*
   for (int64_t r = 0; r < block.rows; ++r, row += block.stride) {
     Vec<T> numbers[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < C; ++c) {  // and prefetches the columns after the next ones
       numbers[c] = simd::load<T>(row + c * kLanes<T>);
       __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + (2 * C + c) * simd::kBytes));
     }
@@ -119,7 +119,7 @@ KDKERNELS_INLINE void dots_of_short_rows(const T* rows, int64_t stride, int64_t 
   for (int64_t begin = 0; begin < length; begin += kProjectedTerms * width) {
     const int64_t end = std::min(begin + kProjectedTerms * width, length);
     Vec<T> acc[lanes] = {};
-    const T* base[bases];  // of every fourth row: a processor can add the distances of three others to an address
+    const T* base[bases];  // a pointer for four rows: base + {0, 1, 2, 3} * stride needs no further instructions
 #pragma GCC unroll 4
     for (int i = 0; i < bases; ++i) base[i] = rows + 4 * i * stride + begin;
     auto step = [&](auto&& mask) {
@@ -144,7 +144,7 @@ KDKERNELS_INLINE void dots_of_short_rows(const T* rows, int64_t stride, int64_t 
   for (int j = 0; j < J; ++j) simd::store<T>(out + j * out_stride, total[j]);
 }
 
-// The same for all rows, at least kLanes.
+// The same for all rows of a block that has at least kLanes of them.
 template <typename T, int J>
 void dot_short_rows(const Block<T>& block, const T* vectors, int64_t vector_stride, T* out, int64_t out_stride) {
   const Buffer<Vec<T>> packed(padded<T>(block.length) / kLanes<T> * J);
@@ -160,8 +160,8 @@ void dot_short_rows(const Block<T>& block, const T* vectors, int64_t vector_stri
   }
 }
 
-// The same for all rows and k vectors. `vectors` must be finite up to the end of the last SIMD
-// vector.
+// out[j][r] (+)= <block[r], vector[j]> for all rows and k vectors. `vectors` must be finite up to the
+// end of the last SIMD vector.
 template <typename T>
 void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, int64_t vector_stride, bool add, T* out,
                            int64_t out_stride) {
@@ -171,7 +171,8 @@ void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, i
   auto run = [&](int64_t first, auto count) {
     const T* from = vectors + first * vector_stride;
     T* to = out + first * out_stride;
-    if (short_rows) return dot_short_rows<T, count()>(block, from, vector_stride, to, out_stride);
+    if constexpr (count() <= max_vectors)
+      if (short_rows) return dot_short_rows<T, count()>(block, from, vector_stride, to, out_stride);
     int64_t r = 0;
     auto rows = [&](auto tile) {
       for (; r + tile() <= block.rows; r += tile())
@@ -196,13 +197,6 @@ void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, i
 template <typename T>
 int64_t line_stride(int64_t columns) {
   return padded<T>(columns) + kLanes<T>;
-}
-
-// The number of columns of a block for products with vectors, which read a block once or twice.
-template <typename T>
-int64_t product_columns(const Matrices& m) {
-  const int64_t columns = (int64_t(256) << 10) / static_cast<int64_t>(sizeof(T)) / padded<T>(m.p) / kLanes<T> * kLanes<T>;
-  return std::clamp<int64_t>(columns, 8 * kLanes<T>, m.p_contiguous ? 4096 : 1024);
 }
 
 // out[j] = M^T a_j at the block's columns. a [k, stride] is 0 from p to the end of the last whole
@@ -272,8 +266,9 @@ void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_str
 }
 
 // The same for several short rows of `out`: a vector of each term stays in a register for all rows.
-// The last vector of a row may be written past its end, into the next row, whose first vector is
-// therefore written later.
+// The last vector of a row may be written past its end, into the next row, whose first numbers are
+// therefore written later. If `add`, it adds to them: the vectors must be 0 from `length` on, and the
+// coefficients finite.
 template <typename T, int J, bool Stream>
 KDKERNELS_INLINE void sums_of_vectors_fixed(const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
                                             int64_t length, bool add, T* out, int64_t out_stride, int64_t rows) {
@@ -282,7 +277,7 @@ KDKERNELS_INLINE void sums_of_vectors_fixed(const T* coefficient, int64_t coeffi
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) term[j] = simd::load<T>(vectors + j * vector_stride + s);
     T* to = out + s;
-    const T* base[] = {coefficient, coefficient + 4 * coefficient_stride};  // see dots_of_short_rows()
+    const T* base[] = {coefficient, coefficient + (J > 4 ? 4 * coefficient_stride : 0)};  // see dots_of_short_rows()
     for (int64_t r = 0; r < rows; ++r, to += out_stride, ++base[0], ++base[1]) {
       Vec<T> even = add ? simd::load<T>(to) : Vec<T>{}, odd{};
 #pragma GCC unroll 8
@@ -303,21 +298,22 @@ void sums_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_st
   // whose broadcasts are separate instructions, a tenth longer.
   constexpr bool use_tiles = sizeof(Vec<T>) == 64;
   constexpr int64_t short_row = 1024 / sizeof(T), part = 16;  // so many short rows stay in the L1 cache
-  if (!use_tiles || length > short_row) {
-    for (int64_t r = 0; r < rows; ++r)
-      sum_of_vectors<T>(count, coefficient + r, coefficient_stride, vectors, vector_stride, length, stream, out + r * out_stride);
-    return;
-  }
-  for (int64_t first = 0; first < rows; first += part)
-    each_group_of_terms(count, [&](int64_t j, auto terms) {
-      const T *factors = coefficient + j * coefficient_stride + first, *from = vectors + j * vector_stride;
-      T* to = out + first * out_stride;
-      const int64_t n = std::min(part, rows - first);
-      if (stream && count == terms())
-        sums_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, to, out_stride, n);
-      else
-        sums_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, to, out_stride, n);
-    });
+  if constexpr (use_tiles)
+    if (length <= short_row) {
+      for (int64_t first = 0; first < rows; first += part)
+        each_group_of_terms(count, [&](int64_t j, auto terms) {
+          const T *factors = coefficient + j * coefficient_stride + first, *from = vectors + j * vector_stride;
+          T* to = out + first * out_stride;
+          const int64_t n = std::min(part, rows - first);
+          if (stream && count == terms())
+            sums_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, to, out_stride, n);
+          else
+            sums_of_vectors_fixed<T, terms(), false>(factors, coefficient_stride, from, vector_stride, length, j > 0, to, out_stride, n);
+        });
+      return;
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    sum_of_vectors<T>(count, coefficient + r, coefficient_stride, vectors, vector_stride, length, stream, out + r * out_stride);
 }
 
 // <x, y> of vectors that are padded with zeros to whole SIMD vectors.
