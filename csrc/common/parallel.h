@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <optional>
 #include <vector>
 
 #if AT_PARALLEL_OPENMP
@@ -38,14 +39,18 @@ namespace kdkernels {
 // with its own share takes parts of the others': a thread whose core is busy with another program
 // would hold up all of them. (With one of two cores busy, the gradient of 128 maps of 3136 x 64 takes
 // 9 ms instead of 14.) Results must therefore not depend on where a range ends.
-template <typename Body>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+//
+// Each thread passes a state of its own, which make_state() creates before its first range, to
+// body(state, first, last).
+template <typename MakeState, typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const MakeState& make_state, const Body& body) {
   if (begin >= end) return;
   grain = std::max<int64_t>(grain, 1);
   if (end - begin <= grain || at::in_parallel_region() || at::get_num_threads() == 1) {
     const at::internal::ThreadIdGuard thread_id(0);
     const c10::ParallelGuard guard(true);
-    body(begin, end);
+    auto state = make_state();
+    body(state, begin, end);
     return;
   }
   constexpr int64_t parts = 8;  // of a share
@@ -57,6 +62,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   struct Region {
     std::vector<Share> shares;
     int64_t part;
+    const MakeState& make_state;
     const Body& body;
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
     std::exception_ptr exception;
@@ -67,10 +73,13 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
       try {
         const at::internal::ThreadIdGuard thread_id(static_cast<int>(thread));
         const c10::ParallelGuard guard(true);
+        std::optional<decltype(make_state())> state;
         for (int64_t i = 0; i < count; ++i) {
           Share& share = shares[(thread + i) % count];
-          for (int64_t first; !failed.test() && (first = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;)
-            body(first, std::min(share.end, first + part));
+          for (int64_t first; !failed.test() && (first = share.next.fetch_add(part, std::memory_order_relaxed)) < share.end;) {
+            if (!state) state.emplace(make_state());
+            body(*state, first, std::min(share.end, first + part));
+          }
         }
       } catch (...) {
         if (!failed.test_and_set()) exception = std::current_exception();
@@ -78,7 +87,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     }
   };
   const int64_t count = std::min<int64_t>(at::get_num_threads(), at::divup(end - begin, grain)), size = at::divup(end - begin, count);
-  Region region{std::vector<Share>(count), at::divup(size, std::clamp<int64_t>(size / grain, 1, parts)), body};
+  Region region{std::vector<Share>(count), at::divup(size, std::clamp<int64_t>(size / grain, 1, parts)), make_state, body};
   for (int64_t i = 0; i < count; ++i) {
     region.shares[i].next.store(begin + i * size, std::memory_order_relaxed);
     region.shares[i].end = std::min(end, begin + (i + 1) * size);
@@ -89,8 +98,21 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
 
 #else
 
-using at::parallel_for;
+template <typename MakeState, typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const MakeState& make_state, const Body& body) {
+  at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    auto state = make_state();
+    body(state, first, last);
+  });
+}
 
 #endif
+
+// The same without a state: body(first, last).
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  struct None {};
+  parallel_for(begin, end, grain, [] { return None(); }, [&](None&, int64_t first, int64_t last) { body(first, last); });
+}
 
 }  // namespace kdkernels

@@ -57,8 +57,7 @@ ValueAndDerivative<T> run_stored(const Call<T>& call, const void* student, const
 
 // Processes rows [begin, end) for the layout in which the classes of a row are adjacent.
 template <typename T>
-void run_rows(const Call<T>& call, const Rows& layout, int64_t begin, int64_t end) {
-  Scratch<T> scratch(call.classes);
+void run_rows(const Call<T>& call, const Rows& layout, Scratch<T>& scratch, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const auto offset = layout.offsets(row);
     auto row_address = [&](int k) { return static_cast<char*>(address(call.x[k])) + offset[k] * call.x[k].element_size(); };
@@ -120,8 +119,9 @@ void run(Call<T>& call) {
     const LaneTiles<T> tiles(call, layout);
     parallel_for(0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), tiles);
   } else {
-    parallel_for(0, call.rows, std::max<int64_t>(1, grain / call.classes),
-                 [&](int64_t begin, int64_t end) { run_rows(call, layout, begin, end); });
+    parallel_for(
+        0, call.rows, std::max<int64_t>(1, grain / call.classes), [&] { return Scratch<T>(call.classes); },
+        [&](Scratch<T>& scratch, int64_t begin, int64_t end) { run_rows(call, layout, scratch, begin, end); });
   }
   for (int k : {kStudentGrad, kTeacherGrad})
     if (call.x[k].defined() && !call.x[k].is_same(originals[k])) originals[k].copy_(call.x[k]);
