@@ -159,8 +159,8 @@ class Schedule {
   template <typename MakeScratch, typename Pool, typename Finish, typename Scatter>
   void run(MakeScratch&& make_scratch, Pool&& pool, Finish&& finish, Scatter&& scatter) const {
     if (!samples_are_split_) {
-      parallel_for(0, batch_, std::max<int64_t>(1, kGrain / elements_per_sample_), [&](int64_t begin, int64_t end) {
-        const auto scratch = make_scratch();
+      const int64_t grain = std::max<int64_t>(1, kGrain / elements_per_sample_);
+      parallel_for(0, batch_, grain, make_scratch, [&](const auto& scratch, int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
           pool(scratch, b, 0, positions_, 0);
           finish(scratch, b, 0);

@@ -32,16 +32,16 @@ namespace kdkernels {
 
 #if AT_PARALLEL_OPENMP
 
-// Calls body(first, last) on disjoint ranges that together are [begin, end). A range has at least
-// `grain` elements, except the last one of a thread's share. Rethrows the first exception.
+// Calls body(state, first, last) on disjoint ranges that together are [begin, end). Each thread has a
+// state of its own, for example working memory, which make_state() creates before its first range.
+// Rethrows the first exception.
 //
-// Each thread has a share of the elements, which it processes in a few parts. A thread that is done
-// with its own share takes parts of the others': a thread whose core is busy with another program
-// would hold up all of them. (With one of two cores busy, the gradient of 128 maps of 3136 x 64 takes
-// 9 ms instead of 14.) Results must therefore not depend on where a range ends.
-//
-// Each thread passes a state of its own, which make_state() creates before its first range, to
-// body(state, first, last).
+// Up to `grain` elements are one range, on the calling thread. More are divided into equal shares, at
+// most one for each thread and one for each `grain` elements. A thread processes its share in a few
+// parts, of at least `grain` elements except the last one, and then takes parts of the other shares:
+// a thread whose core is busy with another program would hold up all of them. (With one of two cores
+// busy, the gradient of 128 maps of 3136 x 64 takes 9 ms instead of 14.) Results must therefore not
+// depend on where a range ends.
 template <typename MakeState, typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const MakeState& make_state, const Body& body) {
   if (begin >= end) return;

@@ -75,9 +75,10 @@ class Loss {
   void run() {
     const int64_t columns = static_cast<int64_t>(losses_.size());
     std::vector<char> needs_pairs(columns);
-    parallel_for(0, columns, std::max<int64_t>(1, (int64_t(1) << 14) / (m_ + n_ + 1)), [&](int64_t begin, int64_t end) {
-      ColumnBuffers column(m_, n_);
-      SeriesState series(m_, n_);
+    const int64_t series_grain = std::max<int64_t>(1, (int64_t(1) << 14) / (m_ + n_ + 1));
+    auto make_state = [&] { return std::pair(ColumnBuffers(m_, n_), SeriesState(m_, n_)); };
+    parallel_for(0, columns, series_grain, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [column, series] = state;
       for (int64_t c = begin; c < end; ++c) needs_pairs[c] = !try_series(c, column, series);
     });
     std::vector<int64_t> remaining;
@@ -290,14 +291,16 @@ at::Tensor correlate(const at::Tensor& x, const at::Tensor& y, double beta) {
   T* to = out.mutable_data_ptr<T>();
   const bool stream =
       row_size % simd::kLanes<T> == 0 && reinterpret_cast<uintptr_t>(to) % simd::kBytes == 0 && bypasses_caches(out.nbytes());
-  parallel_for(0, x.size(0) * m, std::max<int64_t>(1, (int64_t(1) << 14) / row_size), [&](int64_t begin, int64_t end) {
-    Pattern<T> pattern(columns);
-    for (int64_t row = begin; row < end; ++row) {
-      pattern.set(xs + row * columns);
-      correlate_row(pattern, ys + row / m * row_size, row_size, beta, stream, to + row * row_size);
-    }
-    simd::fence();
-  });
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 14) / row_size);
+  parallel_for(
+      0, x.size(0) * m, grain, [&] { return Pattern<T>(columns); },
+      [&](Pattern<T>& pattern, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          pattern.set(xs + row * columns);
+          correlate_row(pattern, ys + row / m * row_size, row_size, beta, stream, to + row * row_size);
+        }
+        simd::fence();
+      });
   return out;
 }
 
@@ -337,9 +340,9 @@ std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const a
   T *gx = grad_x.mutable_data_ptr<T>(), *gy = grad_y.mutable_data_ptr<T>();
   const GradientRows<T> rows(upstream);
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 14) / (row_size * std::min(m, kRows)));
-  parallel_for(0, batch * blocks, grain, [&](int64_t begin, int64_t end) {
-    Pattern<T> pattern(columns), sums(columns);
-    std::vector<T> scratch;
+  auto make_state = [&] { return std::tuple(Pattern<T>(columns), Pattern<T>(columns), std::vector<T>()); };
+  parallel_for(0, batch * blocks, grain, make_state, [&](auto& state, int64_t begin, int64_t end) {
+    auto& [pattern, sums, scratch] = state;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / blocks, block = i % blocks;
       for (int64_t row = block * kRows; row < std::min(m, (block + 1) * kRows); ++row) {

@@ -117,7 +117,9 @@ void run(Call<T>& call) {
   constexpr int64_t grain = 1 << 14;  // with fewer logits per thread, a second thread costs more than it saves
   if (per_lane) {
     const LaneTiles<T> tiles(call, layout);
-    parallel_for(0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), tiles);
+    parallel_for(
+        0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), [&] { return tiles.make_memory(); },
+        [&](auto& memory, int64_t begin, int64_t end) { tiles.run(memory, begin, end); });
   } else {
     parallel_for(
         0, call.rows, std::max<int64_t>(1, grain / call.classes), [&] { return Scratch<T>(call.classes); },

@@ -24,9 +24,17 @@ class LaneTiles {
   int64_t count() const { return call_.rows / layout_.run() * chunks_per_run_; }
   int64_t logits_per_chunk() const { return chunk_rows_ * call_.classes; }
 
-  void operator()(int64_t begin, int64_t end) const {
-    Scratch<T> scratch(tile_size_);
-    const std::unique_ptr<T[]> copies(new T[kOperands * logits_per_chunk()]());  // initialised: lanes past the end of a run are read
+  // The working memory of a thread: that of a tile, and copies of the logits of a chunk, which are
+  // initialised because lanes past the end of a run are read.
+  struct Memory {
+    Scratch<T> scratch;
+    std::unique_ptr<T[]> copies;
+  };
+  Memory make_memory() const { return {Scratch<T>(tile_size_), std::unique_ptr<T[]>(new T[kOperands * logits_per_chunk()]())}; }
+
+  // Processes chunks [begin, end).
+  void run(Memory& memory, int64_t begin, int64_t end) const {
+    auto& [scratch, copies] = memory;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / chunks_per_run_ * layout_.run() + i % chunks_per_run_ * chunk_rows_;
       const int64_t count = std::min(chunk_rows_, layout_.run() - i % chunks_per_run_ * chunk_rows_);

@@ -63,11 +63,12 @@ class Backward {
 
   std::vector<int64_t> run_krylov(const Target& target) const {
     std::vector<uint8_t> solved(m_.batch);
-    parallel_for(0, m_.batch, 1, [&](int64_t begin, int64_t end) {
-      const int64_t stride = direct_.vector_stride();
-      ThreadState thread(m_, k_, stride);
-      ConjugateGradients<T> solver(m_, k_, stride);
-      MatrixBuffers buffers(1, k_, stride);
+    const int64_t stride = direct_.vector_stride();
+    auto make_state = [&] {
+      return std::tuple(ThreadState(m_, k_, stride), ConjugateGradients<T>(m_, k_, stride), MatrixBuffers(1, k_, stride));
+    };
+    parallel_for(0, m_.batch, 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [thread, solver, buffers] = state;
       for (int64_t b = begin; b < end; ++b) {
         const auto in = inputs(b, thread);
         for (int64_t j = 0; j < k_; ++j) thread.lambda[j] = static_cast<double>(in.sigma[j]) * in.sigma[j];
@@ -86,10 +87,10 @@ class Backward {
 
   // All triplets are kept: the projected solve has the result 0, and needs no state.
   void run_complete(const Target& target) const {
-    parallel_for(0, m_.batch, 1, [&](int64_t begin, int64_t end) {
-      const int64_t stride = direct_.vector_stride();
-      ThreadState thread(m_, k_, stride);
-      MatrixBuffers buffers(1, k_, stride);
+    const int64_t stride = direct_.vector_stride();
+    auto make_state = [&] { return std::pair(ThreadState(m_, k_, stride), MatrixBuffers(1, k_, stride)); };
+    parallel_for(0, m_.batch, 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [thread, buffers] = state;
       for (int64_t b = begin; b < end; ++b) {
         const auto in = inputs(b, thread);
         const double largest = in.sigma[0], scale = largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, -std::ilogb(largest)) : 1;

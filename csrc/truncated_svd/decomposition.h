@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
+#include <tuple>
+
 #include "../common/memory.h"
 #include "direct.h"
 #include "groups.h"
@@ -136,11 +138,12 @@ class Decomposition {
 
   void run_krylov() {
     constexpr int64_t group = Krylov<T>::kGroup;
-    parallel_for(0, (m_.batch + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
-      Krylov<T> krylov(m_, k_);
-      Reader<T> reader(m_, gram_columns<T>(m_));
-      Buffer<T> vectors(group * k_ * krylov.stride());
-      std::vector<double> lambda(group * k_);
+    auto make_state = [&] {
+      return std::tuple(Krylov<T>(m_, k_), Reader<T>(m_, product_columns<T>(m_)), Buffer<T>(group * k_ * padded<T>(m_.p)),
+                        std::vector<double>(group * k_));
+    };
+    parallel_for(0, (m_.batch + group - 1) / group, 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [krylov, reader, vectors, lambda] = state;
       bool converged[group];
       for (int64_t first = begin * group; first < std::min(end * group, m_.batch); first += group) {
         const int64_t count = std::min(group, m_.batch - first);
@@ -285,10 +288,11 @@ class Decomposition {
   void recompute_ill_conditioned() {
     const std::vector<int64_t> indices = with_status(Status::ill_conditioned);
     if (m_.p <= Jacobi::kMaxSide) return decompose_by_jacobi(indices);
-    parallel_for(0, static_cast<int64_t>(indices.size()), 1, [&](int64_t begin, int64_t end) {
-      Reader<double> reader(m_, gram_columns<double>(m_));
-      Rounds rounds(m_, k_);
-      Buffer<double> a(k_ * m_.p);
+    auto make_state = [&] {
+      return std::tuple(Reader<double>(m_, product_columns<double>(m_)), Rounds(m_, k_), Buffer<double>(k_ * m_.p));
+    };
+    parallel_for(0, static_cast<int64_t>(indices.size()), 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [reader, rounds, a] = state;
       for (int64_t i = begin; i < end; ++i) {
         rounds.run(indices[i], reader, a.get());
         finish_accurate(indices[i], a.get(), reader);
@@ -298,8 +302,8 @@ class Decomposition {
 
   void run_jacobi() {
     std::vector<uint8_t> accepted(m_.batch, false);
-    parallel_for(0, m_.batch, kNumbersPerThread / (m_.p * m_.q) + 1, [&](int64_t begin, int64_t end) {
-      Reader<T> reader(m_, gram_columns<T>(m_));
+    auto make_reader = [&] { return Reader<T>(m_, product_columns<T>(m_)); };
+    parallel_for(0, m_.batch, kNumbersPerThread / (m_.p * m_.q) + 1, make_reader, [&](Reader<T>& reader, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const double largest = reader.largest(b);
         if (!(largest == largest))
@@ -319,10 +323,11 @@ class Decomposition {
   void decompose_by_jacobi(const std::vector<int64_t>& indices) {
     constexpr int64_t group = Jacobi::kGroup;
     const int64_t count = static_cast<int64_t>(indices.size());
-    parallel_for(0, (count + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
-      Reader<double> reader(m_, gram_columns<double>(m_));
-      Jacobi jacobi(m_, k_);
-      Buffer<double> a(group * k_ * m_.p);
+    auto make_state = [&] {
+      return std::tuple(Reader<double>(m_, product_columns<double>(m_)), Jacobi(m_, k_), Buffer<double>(group * k_ * m_.p));
+    };
+    parallel_for(0, (count + group - 1) / group, 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [reader, jacobi, a] = state;
       for (int64_t first = begin * group; first < std::min(end * group, count); first += group) {
         const int64_t n = std::min(group, count - first);
         jacobi.run(indices.data() + first, n, reader, a.get());

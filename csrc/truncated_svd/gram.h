@@ -42,7 +42,8 @@ void dot_tile(const T* a, const T* b, int64_t stride, int64_t length, const T* p
 
 // The tiles of a block of M. While they compute, they prefetch the next block, evenly: a memory
 // system that is asked for all of it at once holds up the first tiles and has nothing to do during
-// the others.
+// the others. (A matrix of 32 x 256 takes 1.65 us instead of 1.93, one of 64 x 64 2.3 instead of 2.45;
+// for matrices from 64 x 1024 on it makes no difference. Zen 5.)
 template <typename T>
 struct Tiles {
   const Block<T>& m;

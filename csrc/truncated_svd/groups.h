@@ -17,9 +17,9 @@ void for_each_group(int64_t batch, int64_t group, int64_t bytes, bool before_rea
                     MakeWorkspace&& make_workspace, Before&& before, Group&& solve, After&& after) {
   const int64_t groups = (batch + group - 1) / group, threads = at::get_num_threads();
   if (groups >= 4 * threads || groups % threads == 0 || groups * bytes > (int64_t(1) << 28)) {
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      auto buffers = make_buffers(1);
-      auto workspace = make_workspace();
+    auto make_state = [&] { return std::pair(make_buffers(1), make_workspace()); };
+    parallel_for(0, groups, 1, make_state, [&](auto& state, int64_t begin, int64_t end) {
+      auto& [buffers, workspace] = state;
       for (int64_t g = begin; g < end; ++g) {
         const int64_t last = std::min((g + 1) * group, batch);
         for (int64_t b = g * group; b < last; ++b) before(buffers, workspace, b, b - g * group);
@@ -36,14 +36,12 @@ void for_each_group(int64_t batch, int64_t group, int64_t bytes, bool before_rea
   }
   auto buffers = make_buffers(groups);
   auto each_sample = [&](auto&& stage) {
-    parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      auto workspace = make_workspace();
+    parallel_for(0, batch, 1, make_workspace, [&](auto& workspace, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) stage(buffers, workspace, b, b);
     });
   };
   each_sample(before);
-  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    auto workspace = make_workspace();
+  parallel_for(0, groups, 1, make_workspace, [&](auto& workspace, int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) solve(buffers, workspace, g, g, std::min(group, batch - g * group));
   });
   each_sample(after);

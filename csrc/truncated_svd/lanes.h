@@ -136,23 +136,8 @@ KDKERNELS_INLINE void transpose(Vec<T>* v) {
   transpose_groups<T, kLanes<T>>(v);
 }
 
-// For kLanes vectors, each with J groups of lanes: lane i of v[j] becomes the sum over group j of
-// v[i].
-template <typename T, int J, int Step = 1>
-KDKERNELS_INLINE void sum_groups(Vec<T>* v) {
-  if constexpr (Step < kLanes<T> / J) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T> / 2 / Step; ++i) {
-      exchange<T, Step>(v[2 * i], v[2 * i + 1], std::make_index_sequence<kLanes<T>>{});
-      v[i] = v[2 * i] + v[2 * i + 1];
-    }
-    sum_groups<T, J, 2 * Step>(v);
-  } else {
-    transpose_groups<T, J>(v);
-  }
-}
-
-// Lane i of v[0] becomes the sum over the lanes of v[i], for 2 Step vectors.
+// For 2 Step vectors with groups of 2 Step lanes: lane i of a group of v[0] becomes the sum over that
+// group of v[i].
 template <typename T, int Step>
 KDKERNELS_INLINE void fold(Vec<T>* v) {
 #pragma GCC unroll 16
@@ -161,6 +146,21 @@ KDKERNELS_INLINE void fold(Vec<T>* v) {
     v[i] += v[i + Step];
   }
   if constexpr (Step > 1) fold<T, Step / 2>(v);
+}
+
+// For kLanes vectors, each with J groups of lanes: lane i of v[j] becomes the sum over group j of
+// v[i].
+template <typename T, int J>
+KDKERNELS_INLINE void sum_groups(Vec<T>* v) {
+  constexpr int width = kLanes<T> / J;
+  if constexpr (width > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < J; ++i) {
+      fold<T, width / 2>(v + i * width);
+      v[i] = v[i * width];
+    }
+  }
+  transpose_groups<T, J>(v);
 }
 
 // out[i] = the sum over the lanes of v[i], for N vectors. `out` is written in whole vectors.

@@ -15,6 +15,14 @@ constexpr int64_t kTerms = 64;
 // The same for M^T a, whose lengths are the singular values.
 constexpr int64_t kProjectedTerms = 32;
 
+// Divides `count` vectors into groups of Most, Most / 2, ..., 1, and calls body(first, size) for each;
+// the size is a constant.
+template <int Most, typename Body>
+void each_group(int64_t count, Body&& body, int64_t first = 0) {
+  for (; first + Most <= count; first += Most) body(first, std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) each_group<Most / 2>(count, body, first);
+}
+
 // out[j][s] (+)= sum over the rows r of coefficient[j][r] * block[r][s], for J vectors. Whole
 // vectors of `out` are written.
 template <typename T, int J, int C>
@@ -58,16 +66,9 @@ template <typename T>
 void combine_rows_of_part(const Block<T>& block, int64_t k, const T* coefficient, int64_t coefficient_stride, bool add, T* out,
                           int64_t out_stride) {
   constexpr int max_vectors = sizeof(Vec<T>) == 64 ? 8 : 4;
-  int64_t j = 0;
-  auto run = [&](auto count) {
-    for (; j + count() <= k; j += count())
-      combine_rows_fixed<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride,
-                                     out_stride);
-  };
-  run(std::integral_constant<int, max_vectors>{});
-  run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
+  each_group<max_vectors>(k, [&](int64_t j, auto count) {
+    combine_rows_fixed<T, count()>(block, coefficient + j * coefficient_stride, coefficient_stride, add, out + j * out_stride, out_stride);
+  });
 }
 
 template <typename T>
@@ -167,29 +168,21 @@ void dot_rows_with_vectors(const Block<T>& block, int64_t k, const T* vectors, i
                            int64_t out_stride) {
   constexpr int max_vectors = std::min(8, kLanes<T>);
   // For fewer vectors and longer rows, loading a few numbers into all groups takes longer than the sums.
-  const bool short_rows = !add && block.rows >= kLanes<T> && (k >= max_vectors || block.length <= 8 * kLanes<T>);
-  auto run = [&](int64_t first, auto count) {
-    const T* from = vectors + first * vector_stride;
-    T* to = out + first * out_stride;
-    if constexpr (count() <= max_vectors)
-      if (short_rows) return dot_short_rows<T, count()>(block, from, vector_stride, to, out_stride);
+  if (!add && block.rows >= kLanes<T> && (k >= max_vectors || block.length <= 8 * kLanes<T>))
+    return each_group<max_vectors>(k, [&](int64_t j, auto count) {
+      dot_short_rows<T, count()>(block, vectors + j * vector_stride, vector_stride, out + j * out_stride, out_stride);
+    });
+  each_group<4>(k, [&](int64_t j, auto count) {
     int64_t r = 0;
     auto rows = [&](auto tile) {
       for (; r + tile() <= block.rows; r += tile())
         for (int64_t s = 0; s < block.length; s += kTerms * kLanes<T>)
-          dots_tile<T, tile(), std::min(4, count())>(block.data + r * block.stride + s, block.stride,
-                                                     std::min(kTerms * kLanes<T>, block.length - s), from + s, vector_stride, add || s > 0,
-                                                     to + r, out_stride);
+          dots_tile<T, tile(), count()>(block.data + r * block.stride + s, block.stride, std::min(kTerms * kLanes<T>, block.length - s),
+                                        vectors + j * vector_stride + s, vector_stride, add || s > 0, out + j * out_stride + r, out_stride);
     };
     rows(std::integral_constant<int, 4>{});
     rows(std::integral_constant<int, 1>{});
-  };
-  int64_t j = 0;
-  if (short_rows)
-    for (; j + max_vectors <= k; j += max_vectors) run(j, std::integral_constant<int, max_vectors>{});
-  for (; j + 4 <= k; j += 4) run(j, std::integral_constant<int, 4>{});
-  for (; j + 2 <= k; j += 2) run(j, std::integral_constant<int, 2>{});
-  for (; j < k; ++j) run(j, std::integral_constant<int, 1>{});
+  });
 }
 
 // The distance between vectors with a number for each column of a block. Vectors whose distance is a
@@ -238,25 +231,12 @@ KDKERNELS_INLINE void sum_of_vectors_fixed(const T* coefficient, int64_t coeffic
   }
 }
 
-// Calls body(first, terms) so that `count` terms are divided into groups of 8, 4, 2 and 1.
-template <typename Body>
-void each_group_of_terms(int64_t count, Body&& body) {
-  int64_t j = 0;
-  auto run = [&](auto terms) {
-    for (; j + terms() <= count; j += terms()) body(j, terms);
-  };
-  run(std::integral_constant<int, 8>{});
-  run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
-}
-
 // out = sum_j coefficient[j] * vector[j] for any number of terms. `stream` has an effect only if
 // `count` is 1, 2, 4 or 8.
 template <typename T>
 void sum_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_stride, const T* vectors, int64_t vector_stride,
                     int64_t length, bool stream, T* out) {
-  each_group_of_terms(count, [&](int64_t j, auto terms) {
+  each_group<8>(count, [&](int64_t j, auto terms) {
     const T *factors = coefficient + j * coefficient_stride, *from = vectors + j * vector_stride;
     if (stream && count == terms())
       sum_of_vectors_fixed<T, terms(), true>(factors, coefficient_stride, from, vector_stride, length, false, out);
@@ -301,7 +281,7 @@ void sums_of_vectors(int64_t count, const T* coefficient, int64_t coefficient_st
   if constexpr (use_tiles)
     if (length <= short_row) {
       for (int64_t first = 0; first < rows; first += part)
-        each_group_of_terms(count, [&](int64_t j, auto terms) {
+        each_group<8>(count, [&](int64_t j, auto terms) {
           const T *factors = coefficient + j * coefficient_stride + first, *from = vectors + j * vector_stride;
           T* to = out + first * out_stride;
           const int64_t n = std::min(part, rows - first);
