@@ -120,6 +120,28 @@ def test_krylov_algorithm_agrees_with_lapack(m, n, k):
     assert v[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("upstream", ["random", "ones", "v", "nearly v"])
+@pytest.mark.parametrize(("m", "n"), [(70, 100), (100, 70)])
+def test_conjugate_gradients_converge_for_every_upstream_gradient(m, n, upstream):
+    """Also if almost all of it lies in the span of the kept vectors, so that the right-hand side of
+    the solve consists of rounding errors.
+    """
+    k = 3
+    left, right = (torch.linalg.qr(torch.randn(7, side, 70, dtype=torch.float64))[0] for side in (m, n))
+    sigma = torch.tensor([4.0, 2.0, 1.5] + [0.6] * 67, dtype=torch.float64) * torch.linspace(1, 0.8, 70, dtype=torch.float64)
+    x = (left * sigma @ right.mT).float().requires_grad_()
+    v = OPS._svd_tier(x.detach(), k, True)[1].view(7, k, n).mT
+    grad = {"random": torch.randn(7, n, k), "ones": torch.ones(7, n, k), "v": v, "nearly v": v + 1e-4 * torch.randn(7, n, k)}[upstream]
+    gradient, unsolved = OPS._svd_conjugate_gradients(grad, x.detach())
+    assert unsolved == 0
+    exact = x.detach().double().requires_grad_()
+    of_svd = torch.linalg.svd(exact, full_matrices=False)[2][:, :k].mT
+    flip = torch.where((of_svd.detach() * v).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    (expected,) = torch.autograd.grad(of_svd * flip, exact, grad.double())
+    # Differences of singular values are at least 0.4; the gradient of a vector is about 1 / that.
+    assert ((gradient - expected).norm(dim=(1, 2)) <= 100 * rounding(torch.float32) * grad.norm(dim=(1, 2))).all()
+
+
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("eps", [1e-2, 1e-6])
 def test_resolvent(p, eps):

@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "../common/check.h"
-#include "../truncated_svd/decomposition.h"
+#include "../truncated_svd/backward.h"
 
 namespace kdkernels::truncated_svd {
 namespace {
@@ -199,11 +199,23 @@ std::tuple<Tensor, Tensor> tier_stage(const Tensor& x, int64_t k, bool krylov) {
   return {t.s, t.v};
 }
 
+// The gradient of x [B, M, N], float32, for the upstream gradients of v [B, N, k], by conjugate
+// gradients, and the number of matrices for which they do not converge.
+std::tuple<Tensor, int64_t> conjugate_gradients_stage(const Tensor& grad_v, const Tensor& x) {
+  check_matrices(x, "x");
+  check_shape(grad_v, "grad_v", {x.size(0), x.size(2), grad_v.size(-1)});
+  const Triplets t = Decomposition<float>(x, grad_v.size(-1), true, false, false, true, Tier::krylov).run();
+  std::vector<int64_t> unsolved;
+  const Tensor gradient = Backward<float>({{}, {}, grad_v.mT()}, x, t, 1e-6, Tier::krylov).run(&unsolved);
+  return {gradient, static_cast<int64_t>(unsolved.size())};
+}
+
 }  // namespace
 }  // namespace kdkernels::truncated_svd
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("_svd_tier(Tensor x, int k, bool krylov) -> (Tensor s, Tensor v)");
+  m.def("_svd_conjugate_gradients(Tensor grad_v, Tensor x) -> (Tensor gradient, int unsolved)");
   m.def("_svd_gram(Tensor x) -> Tensor");
   m.def("_svd_tridiagonal(Tensor g) -> (Tensor d, Tensor e, Tensor q)");
   m.def("_svd_bisection(Tensor d, Tensor e, int k) -> Tensor");
@@ -213,6 +225,7 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
 
 TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("_svd_tier", kdkernels::truncated_svd::tier_stage);
+  m.impl("_svd_conjugate_gradients", kdkernels::truncated_svd::conjugate_gradients_stage);
   m.impl("_svd_gram", kdkernels::truncated_svd::gram_stage);
   m.impl("_svd_tridiagonal", kdkernels::truncated_svd::tridiagonal_stage);
   m.impl("_svd_bisection", kdkernels::truncated_svd::bisection_stage);

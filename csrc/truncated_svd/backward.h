@@ -74,7 +74,7 @@ class Backward {
         for (int64_t j = 0; j < k_; ++j) thread.lambda[j] = static_cast<double>(in.sigma[j]) * in.sigma[j];
         if (!(thread.lambda[0] > kLowestTrace<float> && thread.lambda[0] < kHighestTrace<float>)) continue;
         thread.derivative.compute_right_sides(in, thread.reader, b, 1, buffers.vectors.get(), buffers.saved.data());
-        solved[b] = solver.solve(b, in.a, thread.lambda.data(), buffers.vectors.get());
+        solved[b] = solver.solve(b, in.a, thread.lambda.data(), thread.derivative.right_side_squares(), buffers.vectors.get());
         if (solved[b]) finish(target, thread, b, 1, buffers.saved.data(), buffers.vectors.get());
       }
       if (target.stream) simd::fence();

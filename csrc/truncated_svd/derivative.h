@@ -45,6 +45,7 @@ class Derivative {
         stride_(stride),
         line_stride_(line_stride<T>(columns)),
         inverse_(k),
+        right_side_squares_(k),
         b_factors_(k),
         mg_(k * stride),
         za_(2 * k * stride),
@@ -87,9 +88,15 @@ class Derivative {
       T* g = r + j * stride_;
       for (int64_t i = 0; i < p; ++i) g[i] = (in.ga ? grad_scale_t * in.ga[j * p + i] : T(0)) + mg[i] * static_cast<T>(inverse_[j]);
       std::fill(g + p, g + stride_, T(0));
+      right_side_squares_[j] = product<T>(g, g, stride_);
       remove_kept(in.a, g);
+      remove_kept(in.a, g);  // again: if little of g remains, the rounding errors of the first time count
     }
   }
+
+  // |ga_j + M gb_j / sigma_j|^2 [k], times grad_scale^2: the squares of the right-hand sides that
+  // compute_right_sides() computed last, before P. Their rounding errors are relative to them.
+  const double* right_side_squares() const { return right_side_squares_.data(); }
 
   // z [k, stride]: the solutions. Writes the gradient of matrix b to `out`, whose rows are like
   // those of a block of M: each has p numbers if p_contiguous, else q.
@@ -262,7 +269,7 @@ class Derivative {
 
   const Matrices& m_;
   int64_t k_, stride_, line_stride_;
-  std::vector<double> inverse_;
+  std::vector<double> inverse_, right_side_squares_;
   std::vector<T> b_factors_;
   Buffer<T> mg_, za_, scaled_, wy_, line_;
 };

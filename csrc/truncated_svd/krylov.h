@@ -246,16 +246,21 @@ class ConjugateGradients {
   ConjugateGradients(const Matrices& m, int64_t k, int64_t stride)
       : k_(k), stride_(stride), product_(m, k, stride), z_(k * stride), direction_(k * stride), image_(k * stride) {}
 
-  // a [k, stride], lambda [k]. Replaces r [k, stride] by z. Returns false if the system is not
+  // a [k, stride], lambda [k]. Replaces r [k, stride] by z. Residuals below the rounding errors of r,
+  // which are relative to unprojected_squares [k], count as 0. Returns false if the system is not
   // solved.
-  bool solve(int64_t b, const T* a, const double* lambda, T* r) {
+  bool solve(int64_t b, const T* a, const double* lambda, const double* unprojected_squares, T* r) {
     const T factor = static_cast<T>(std::ldexp(1.0, -std::ilogb(lambda[0])));
     product_.set_matrix(b, factor);
     std::fill(z_.get(), z_.get() + k_ * stride_, T(0));
     std::copy_n(r, k_ * stride_, direction_.get());
-    std::vector<double> initial_squares(k_), squares(k_);
-    for (int64_t j = 0; j < k_; ++j) initial_squares[j] = squares[j] = product<T>(r + j * stride_, r + j * stride_, stride_);
-    auto active = [&](int64_t j) { return squares[j] > kTolerance * kTolerance * initial_squares[j]; };
+    constexpr double eps = std::numeric_limits<T>::epsilon();
+    std::vector<double> limits(k_), squares(k_);
+    for (int64_t j = 0; j < k_; ++j) {
+      squares[j] = product<T>(r + j * stride_, r + j * stride_, stride_);
+      limits[j] = std::max(kTolerance * kTolerance * squares[j], eps * eps * unprojected_squares[j]);
+    }
+    auto active = [&](int64_t j) { return squares[j] > limits[j]; };
     for (int step = 0; step < kMaxSteps; ++step) {
       bool any_active = false;
       for (int64_t j = 0; j < k_; ++j) {
