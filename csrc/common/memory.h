@@ -23,6 +23,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace kdkernels {
@@ -91,10 +92,12 @@ class RecyclingAllocator final : public c10::Allocator {
         return block;
       }
     }
-    constexpr size_t huge = size_t(2) << 20;
-    const size_t rounded = (bytes + huge - 1) / huge * huge;
     // Map one huge page more than needed, so that the block can start on a huge page boundary; then
-    // unmap the excess at both ends.
+    // unmap the excess at both ends. The rest of the block after its last whole huge page has pages
+    // of the usual size.
+    constexpr size_t huge = size_t(2) << 20;
+    static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t rounded = (bytes + page - 1) / page * page;
     auto* mapping = static_cast<char*>(mmap(nullptr, rounded + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     TORCH_CHECK_WITH(OutOfMemoryError, mapping != MAP_FAILED, "kdkernels: cannot allocate ", bytes, " bytes");
     const size_t offset = (huge - reinterpret_cast<uintptr_t>(mapping) % huge) % huge;
