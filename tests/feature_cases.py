@@ -66,6 +66,8 @@ FEATURE_CASES = [
     FeatureCase("plain", (3, 5, 7, 7)),
     FeatureCase("one element", (1, 1, 1, 1)),
     FeatureCase("one position", (4, 33, 1, 1)),
+    FeatureCase("one position, fewer channels than lanes", (6, 5, 1, 1)),
+    FeatureCase("channels_last, few channels, fewer positions", (5, 7, 2, 3), layout="channels_last"),
     FeatureCase("one channel", (3, 1, 9, 9)),
     FeatureCase("fewer positions than lanes", (3, 6, 2, 3)),
     FeatureCase("whole vectors", (2, 16, 8, 8)),

@@ -410,7 +410,7 @@ def test_micro_batches_add_up(device):
 @pytest.mark.parametrize("logit", [50.0, 500.0])  # 500: the networks are so far apart that the row is centred
 def test_rows_in_lanes_do_not_depend_on_each_other(logit, direction):
     """With rows adjacent in memory, or few classes, a vector holds several rows."""
-    for shape, dim in (((2, 16), 0), ((64, 5), 1), ((3, 7, 8, 8), 1)):
+    for shape, dim in (((2, 16), 0), ((64, 5), 1), ((67, 33), 1), ((3, 7, 8, 8), 1)):
         teacher = torch.randn(shape)
         student = teacher + 0.3 * torch.randn(shape)
         changed = student.clone()

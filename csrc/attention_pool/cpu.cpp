@@ -131,13 +131,11 @@ inline int half_exponent(double bound) {
 template <typename T>
 struct Scratch {
   Scratch(int64_t samples, int64_t positions, int arrays, int channels)
-      : values(new T[samples * positions * arrays + simd::kLanes<T>]),
-        indices(new int32_t[samples * positions * channels + 1]),
-        stride(positions) {}
+      : values(samples * positions * arrays + simd::kLanes<T>), indices(samples * positions * channels + 1), stride(positions) {}
   T* array(int i, int64_t sample, int64_t samples) const { return values.get() + (i * samples + sample) * stride; }
   int32_t* channel(int i, int64_t sample, int64_t samples) const { return indices.get() + (i * samples + sample) * stride; }
-  std::unique_ptr<T[]> values;
-  std::unique_ptr<int32_t[]> indices;
+  WorkArray<T> values;
+  WorkArray<int32_t> indices;
   int64_t stride;
 };
 
@@ -196,8 +194,7 @@ class Schedule {
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pool_forward(const at::Tensor& x, const Options& o, Normalize normalize) {
   const PooledFeatures<T> network(x, o);
-  const at::Tensor maps =
-      at::empty(map_shape(x), x.options().dtype(c10::CppTypeToScalarType<T>::value).memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor maps = recycled_empty(map_shape(x), c10::CppTypeToScalarType<T>::value);
   const at::Tensor norm = at::empty({normalize == Normalize::l2 ? network.batch() : 0}, x.options().dtype(at::kDouble));
   const at::Tensor channel =
       network.uses_max() ? at::empty(map_shape(x), x.options().dtype(at::kInt)) : at::empty({0}, x.options().dtype(at::kInt));
@@ -367,7 +364,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_saved_gradie
   constexpr at::ScalarType compute = c10::CppTypeToScalarType<T>::value;
   const bool scaled = save_grad && student.scalar_type() == at::kHalf;
   const at::Tensor scale = at::empty({scaled ? student.size(0) : 0}, options.dtype(at::kFloat));
-  const at::Tensor teacher_map = at::empty(save_grad ? map_shape(student) : std::vector<int64_t>{0}, options.dtype(compute));
+  const at::Tensor teacher_map = recycled_empty(save_grad ? map_shape(student) : std::vector<int64_t>{0}, compute);
   PooledFeatures<T> s(student, o), t(teacher, o);
   const double loss = transfer_loss(s, t, o, variant, 1, {save_grad, false}, scaled ? scale.mutable_data_ptr<float>() : nullptr,
                                     save_grad ? teacher_map.mutable_data_ptr<T>() : nullptr);

@@ -10,9 +10,8 @@
 // the digits in which they differ.
 #pragma once
 
-#include <memory>
-
 #include "../common/convert.h"
+#include "../common/memory.h"
 #include "layout.h"
 #include "power.h"
 
@@ -115,7 +114,7 @@ void sum_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, 
   // several rows at a time, so that `out` is read and written less often.
   constexpr int64_t block = 8 * rows;
   const int64_t whole = positions / lanes * lanes;
-  const std::unique_ptr<T[]> part(channels > block ? new T[whole] : nullptr);
+  const WorkArray<T> part = channels > block ? WorkArray<T>(whole) : WorkArray<T>();
   for (int64_t first = 0; first < channels; first += block) {
     const int64_t last = std::min(channels, first + block);
     T* to = first == 0 ? out : part.get();
@@ -168,10 +167,11 @@ KDKERNELS_INLINE T sum_position(const Storage* x, int64_t channels, const Power&
   return simd::sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Sums the channels if channels are adjacent.
+// Sums the channels if channels are adjacent. A vector holds channels of one position or, if there are
+// fewer channels than lanes, neighbouring positions, unless these are even fewer.
 template <typename T, typename Storage, typename Power>
 void sum_channels_adjacent(const Storage* x, int64_t channels, int64_t stride, int64_t positions, const Power& power, T* out) {
-  if (channels < simd::kLanes<T>) return sum_few_channels_adjacent<T>(x, channels, stride, positions, power, out);
+  if (channels < simd::kLanes<T> && positions >= channels) return sum_few_channels_adjacent<T>(x, channels, stride, positions, power, out);
   for (int64_t s = 0; s < positions; ++s) out[s] = sum_position<T>(x + s * stride, channels, power);
 }
 

@@ -14,6 +14,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/util/strides.h>
 
 #include <cstdint>
@@ -179,5 +180,26 @@ inline at::Tensor recycled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 #endif
+
+// Uninitialised memory for numbers that a kernel works with, recycled if it is large: new memory of
+// many megabytes takes longer than the arithmetic.
+template <typename T>
+class WorkArray {
+ public:
+  WorkArray() = default;
+  explicit WorkArray(int64_t count) : data_(allocate(count * sizeof(T))) {}
+  T* get() const { return static_cast<T*>(data_.get()); }
+  T& operator[](int64_t i) const { return get()[i]; }
+  explicit operator bool() const { return get() != nullptr; }
+
+ private:
+  static c10::DataPtr allocate(size_t bytes) {
+#if defined(__linux__)
+    if (bytes >= RecyclingAllocator::min_bytes) return RecyclingAllocator::instance().allocate(bytes);
+#endif
+    return c10::GetCPUAllocator()->allocate(bytes);
+  }
+  c10::DataPtr data_;
+};
 
 }  // namespace kdkernels

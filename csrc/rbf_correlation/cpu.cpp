@@ -88,11 +88,14 @@ class Loss {
     // each column.
     if (static_cast<int64_t>(remaining.size()) >= 4 * at::get_num_threads() || m_ * n_ < (1 << 14)) {
       const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 13) / (m_ * n_ + 1));
-      parallel_for(0, static_cast<int64_t>(remaining.size()), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sum_pairs(remaining[i]);
-      });
+      parallel_for(
+          0, static_cast<int64_t>(remaining.size()), grain, [&] { return ColumnBuffers(m_, n_); },
+          [&](const ColumnBuffers& column, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) sum_pairs(remaining[i], column);
+          });
     } else {
-      for (int64_t c : remaining) sum_pairs(c);
+      const ColumnBuffers column(m_, n_);
+      for (int64_t c : remaining) sum_pairs(c, column);
     }
   }
 
@@ -162,13 +165,14 @@ class Loss {
     return true;
   }
 
-  void sum_pairs(int64_t c) {
-    const ColumnBuffers column(m_, n_);
+  void sum_pairs(int64_t c, const ColumnBuffers& column) {
     const CenteredBounds bounds = load(c, column);
     const DifferenceAndSum x(column.values[kStudentX].get(), column.values[kTeacherX].get(), m_, bounds.center, scale_);
     const DifferenceAndSum y(column.values[kStudentY].get(), column.values[kTeacherY].get(), n_, bounds.center, scale_);
     const int64_t blocks = (m_ + kRows - 1) / kRows, width = padded(n_);
-    const std::unique_ptr<double[]> grad_x(new double[2 * m_]), grad_y(new double[2 * blocks * width]());
+    const bool wants_x = is_wanted(kStudentX) || is_wanted(kTeacherX), wants_y = is_wanted(kStudentY) || is_wanted(kTeacherY);
+    const std::unique_ptr<double[]> grad_x(wants_x ? new double[2 * m_] : nullptr),
+        grad_y(wants_y ? new double[2 * blocks * width]() : nullptr);
     std::vector<double> losses(blocks);
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {

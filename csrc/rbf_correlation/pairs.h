@@ -45,7 +45,7 @@ struct Gradients {
 template <bool wants_gradients>
 double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64_t first, int64_t count, int64_t n, Gradients grad_x,
                      Gradients grad_y) {
-  double total = 0;
+  Doubles total{};
   for (int64_t m = 0; m < count; ++m) {
     const Doubles x_difference = simd::splat<double>(x.difference[first + m]), x_sum = simd::splat<double>(x.sum[first + m]);
     Doubles squares{}, row_gradient[2] = {};
@@ -67,11 +67,11 @@ double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64
           store<double>(grad_y.arrays[network] + i, load<double>(grad_y.arrays[network] + i) + pair_gradient[network]);
       }
     }
-    total += simd::sum<double>(squares);
+    total += squares;
     for (int network = 0; network < 2; ++network)
       if (grad_x.arrays[network] != nullptr) grad_x.arrays[network][m] = simd::sum<double>(row_gradient[network]);
   }
-  return total;
+  return simd::sum<double>(total);
 }
 
 }  // namespace kdkernels::rbf_correlation

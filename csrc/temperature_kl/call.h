@@ -43,9 +43,9 @@ struct Call {
 // Memory of one thread for the data that one stage of a tile passes to the next.
 template <typename T>
 struct Scratch {
-  explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(new T[4 * size]) {}
+  explicit Scratch(int64_t tile) : size((tile + simd::kLanes<T> - 1) / simd::kLanes<T> * simd::kLanes<T>), storage(4 * size) {}
   int64_t size;
-  std::unique_ptr<T[]> storage, centred, widened, gradient;
+  WorkArray<T> storage, centred, widened, gradient;
   std::unique_ptr<Part<T>[]> parts{new Part<T>[size / (kPart * simd::kLanes<T>)+1]};
   T *weights = storage.get(), *difference = weights + size, *aux = difference + size, *aux2 = aux + size;
   PrefetchRange next_tile;
@@ -53,15 +53,15 @@ struct Scratch {
   // Memory for the centred logits of both networks, their logits in T, and a gradient, allocated on
   // first use because most tiles need none of them.
   T* centred_logits() {
-    if (!centred) centred.reset(new T[2 * size]);
+    if (!centred) centred = WorkArray<T>(2 * size);
     return centred.get();
   }
   T* widened_logits() {
-    if (!widened) widened.reset(new T[2 * size]);
+    if (!widened) widened = WorkArray<T>(2 * size);
     return widened.get();
   }
   T* gradient_row() {
-    if (!gradient) gradient.reset(new T[size]);
+    if (!gradient) gradient = WorkArray<T>(size);
     return gradient.get();
   }
 };
