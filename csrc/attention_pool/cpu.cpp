@@ -131,7 +131,7 @@ inline int half_exponent(double bound) {
 template <typename T>
 struct Scratch {
   Scratch(int64_t samples, int64_t positions, int arrays, int channels)
-      : values(samples * positions * arrays + simd::kLanes<T>), indices(samples * positions * channels + 1), stride(positions) {}
+      : values(samples * positions * arrays + simd::kLanes<T>), indices(samples * positions * channels), stride(positions) {}
   T* array(int i, int64_t sample, int64_t samples) const { return values.get() + (i * samples + sample) * stride; }
   int32_t* channel(int i, int64_t sample, int64_t samples) const { return indices.get() + (i * samples + sample) * stride; }
   WorkArray<T> values;

@@ -114,7 +114,7 @@ void sum_positions_adjacent(const Storage* x, int64_t channels, int64_t stride, 
   // several rows at a time, so that `out` is read and written less often.
   constexpr int64_t block = 8 * rows;
   const int64_t whole = positions / lanes * lanes;
-  const WorkArray<T> part = channels > block ? WorkArray<T>(whole) : WorkArray<T>();
+  const WorkArray<T> part(channels > block ? whole : 0);
   for (int64_t first = 0; first < channels; first += block) {
     const int64_t last = std::min(channels, first + block);
     T* to = first == 0 ? out : part.get();

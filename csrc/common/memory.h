@@ -189,7 +189,6 @@ class WorkArray {
   WorkArray() = default;
   explicit WorkArray(int64_t count) : data_(allocate(count * sizeof(T))) {}
   T* get() const { return static_cast<T*>(data_.get()); }
-  T& operator[](int64_t i) const { return get()[i]; }
   explicit operator bool() const { return get() != nullptr; }
 
  private:
