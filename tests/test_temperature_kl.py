@@ -407,16 +407,25 @@ def test_micro_batches_add_up(device):
 
 
 @pytest.mark.parametrize("direction", ["forward", "jsd"])
-@pytest.mark.parametrize("logit", [50.0, 500.0])  # 500: the networks are so far apart that the row is centred
-def test_rows_in_lanes_do_not_depend_on_each_other(logit, direction):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("noise", [0.3, 5.0])  # other loops add the terms of rows that are close than those of others
+@pytest.mark.parametrize("logit", [6.0, 50.0, 500.0])  # 500: the networks are so far apart that the row is centred
+def test_rows_in_lanes_do_not_depend_on_each_other(logit, noise, dtype, direction):
     """With rows adjacent in memory, or few classes, a vector holds several rows."""
-    for shape, dim in (((2, 16), 0), ((64, 5), 1), ((67, 33), 1), ((3, 7, 8, 8), 1)):
-        teacher = torch.randn(shape)
-        student = teacher + 0.3 * torch.randn(shape)
+    for shape, dim in (((2, 16), 0), ((64, 5), 1), ((67, 33), 1), ((67, 96), 1), ((3, 7, 8, 8), 1)):
+        teacher = torch.randn(shape, dtype=dtype)
+        student = teacher + noise * torch.randn(shape, dtype=dtype)
+        student.select(0, 0).copy_(teacher.select(0, 0))
         changed = student.clone()
         row = [0] * len(shape)
         row[dim] = 1
         changed[tuple(row)] = logit
-        losses = [temperature_kl(s, teacher, 2.0, dim=dim, direction=direction, reduction="none").flatten() for s in (student, changed)]
+        losses, gradients = [], []
+        for s in (student, changed):
+            s.requires_grad_()
+            loss = temperature_kl(s, teacher, 2.0, dim=dim, direction=direction, reduction="none")
+            gradients += [torch.autograd.grad(loss.sum(), s)[0].movedim(dim, -1).flatten(end_dim=-2)]
+            losses += [loss.detach().flatten()]
         assert torch.equal(losses[0][1:], losses[1][1:])
+        assert torch.equal(gradients[0][1:], gradients[1][1:])
         assert losses[0][0] != losses[1][0]

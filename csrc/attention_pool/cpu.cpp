@@ -274,14 +274,9 @@ double transfer_loss(PooledFeatures<T>& student, PooledFeatures<T>& teacher, con
                  T *qs = scratch.array(0, slot, slots), *qt = scratch.array(1, slot, slots), *d = scratch.array(kDifference, slot, slots);
                  const L2<T> s(qs, positions, o.eps), t(qt, positions, o.eps);
                  if (teacher_map) std::copy_n(qt, positions, teacher_map + b * positions);
-                 const double inverse_s = 1 / s.divisor(), inverse_t = 1 / t.divisor();
-                 for (int64_t i = 0; i < positions; ++i) {
-                   qs[i] = static_cast<T>(qs[i] * inverse_s);
-                   qt[i] = static_cast<T>(qt[i] * inverse_t);
-                   d[i] = qs[i] - qt[i];
-                 }
-                 const double norm = L2<T>::norm_of(d, positions);
+                 const double norm = difference_norm(qs, qt, s.divisor(), t.divisor(), positions, wanted, d);
                  losses[b] = variant == Variant::authors ? norm * norm / static_cast<double>(positions) : norm;
+                 if (!wanted[0] && !wanted[1]) return;
                  // The gradient of |d| is d / |d|. It is divided here, because 1 / |d| may leave the range of
                  // T.
                  if (variant == Variant::paper && norm > 0)

@@ -2,23 +2,40 @@
 // the L2 norm or softmax, and their gradients.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "pool.h"
 
 namespace kdkernels::attention_pool {
 
+// A sum of products that is collected part by part. The result does not depend on the parts, if all of
+// them but the last are multiples of kBlock.
+template <typename T>
+class DotProduct {
+ public:
+  static constexpr int64_t lanes = simd::kLanes<T>, chains = 4;  // independent, because each addition depends on the previous one
+  static constexpr int64_t kBlock = 16 * chains * lanes;
+
+  KDKERNELS_INLINE void add(const T* a, const T* b, int64_t count) {
+    int64_t i = 0;
+    for (; i + chains * lanes <= count; i += chains * lanes)
+      for (int64_t n = 0; n < chains; ++n) total_[n] += simd::load(a + i + n * lanes) * simd::load(b + i + n * lanes);
+    for (; i + lanes <= count; i += lanes) total_[0] += simd::load(a + i) * simd::load(b + i);
+    for (; i < count; ++i) remainder_ += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  }
+  double value() const { return remainder_ + static_cast<double>(simd::sum<T>((total_[0] + total_[1]) + (total_[2] + total_[3]))); }
+
+ private:
+  Vec<T> total_[chains] = {};
+  double remainder_ = 0;
+};
+
 template <typename T>
 double dot(const T* a, const T* b, int64_t count) {
-  constexpr int64_t lanes = simd::kLanes<T>;
-  Vec<T> total[4] = {};  // independent chains, because each addition depends on the previous one
-  int64_t i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes)
-    for (int64_t n = 0; n < 4; ++n) total[n] += simd::load(a + i + n * lanes) * simd::load(b + i + n * lanes);
-  for (; i + lanes <= count; i += lanes) total[0] += simd::load(a + i) * simd::load(b + i);
-  double remainder = 0;
-  for (; i < count; ++i) remainder += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return remainder + static_cast<double>(simd::sum<T>((total[0] + total[1]) + (total[2] + total[3])));
+  DotProduct<T> result;
+  result.add(a, b, count);
+  return result.value();
 }
 
 // q = a / max(|a|, eps). If |a| <= eps, a is divided by a constant, and the gradient has no second
@@ -33,7 +50,7 @@ struct L2 {
   // divided by its largest magnitude first.
   static double norm_of(const T* a, int64_t positions) {
     const double square = dot(a, a, positions);
-    if (square > 1e-30 && square < 1e30) return std::sqrt(square);
+    if (is_in_range(square)) return std::sqrt(square);
     double largest = 0;
     for (int64_t s = 0; s < positions; ++s) {
       const double size = std::abs(static_cast<double>(a[s]));
@@ -44,6 +61,7 @@ struct L2 {
     for (int64_t s = 0; s < positions; ++s) total += (a[s] / largest) * (a[s] / largest);
     return largest * std::sqrt(total);
   }
+  static bool is_in_range(double square) { return square > 1e-30 && square < 1e30; }
   double divisor() const { return norm > eps || norm != norm ? norm : eps; }
 
   void normalize(const T* a, int64_t positions, T* q) const {
@@ -56,6 +74,32 @@ struct L2 {
     for (int64_t s = 0; s < positions; ++s) out[s] = (g[s] - q[s] * projection) * scale;
   }
 };
+
+// Computes d = as / divisor_s - at / divisor_t, the difference of the normalised maps of student and
+// teacher, and returns |d|. The maps whose gradient is wanted are normalised in place. If neither is, d
+// is not stored either, unless its squares leave the range of T.
+template <typename T>
+double difference_norm(T* as, T* at, double divisor_s, double divisor_t, int64_t positions, std::array<bool, 2> wanted, T* d) {
+  const double inverse[2] = {1 / divisor_s, 1 / divisor_t};
+  T* const maps[2] = {as, at};
+  auto subtract = [&](int64_t first, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(as[first + i] * inverse[0]) - static_cast<T>(at[first + i] * inverse[1]);
+  };
+  const bool keeps_d = wanted[0] || wanted[1];
+  DotProduct<T> square;
+  T block[DotProduct<T>::kBlock];
+  for (int64_t first = 0; first < positions; first += DotProduct<T>::kBlock) {
+    const int64_t count = std::min(positions - first, DotProduct<T>::kBlock);
+    T* const to = keeps_d ? d + first : block;
+    subtract(first, count, to);
+    square.add(to, to, count);
+    for (int i = 0; i < 2; ++i)
+      for (int64_t s = first; wanted[i] && s < first + count; ++s) maps[i][s] = static_cast<T>(maps[i][s] * inverse[i]);
+  }
+  if (L2<T>::is_in_range(square.value())) return std::sqrt(square.value());
+  if (!keeps_d) subtract(0, positions, d);
+  return L2<T>::norm_of(d, positions);
+}
 
 template <typename T>
 void softmax(const T* a, int64_t positions, T* q) {

@@ -25,14 +25,6 @@ KDKERNELS_INLINE Vec<T> load(const Storage* p) {
     return widen(p);
 }
 
-// Loads the first `count` lanes and sets the others to zero.
-template <typename T, typename Storage>
-KDKERNELS_INLINE Vec<T> load_some(const Storage* p, int64_t count) {
-  Vec<T> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = static_cast<T>(p[i]);
-  return v;
-}
-
 // Sums over the channels, for V vectors at once, in three levels: sums of 16 channels, sums of 16
 // such blocks, and the total.
 template <int V, typename T>

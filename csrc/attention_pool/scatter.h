@@ -17,16 +17,11 @@ KDKERNELS_INLINE void store_vector(Storage* p, Vec<T> v) {
     simd::store<T>(p, v);
 }
 
-template <typename T, typename Storage>
-KDKERNELS_INLINE void store_some(Storage* p, Vec<T> v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<Storage>(v[i]);
-}
-
 // out[i] = scaled_derivative(x[i]) * weight(i) for i in [0, count).
 template <typename T, bool streaming, typename Storage, typename Power, typename Weight>
 KDKERNELS_INLINE void scale_row(const Storage* x, int64_t count, const Power& power, const Weight& weight, Storage* out) {
   constexpr int64_t lanes = simd::kLanes<T>;
-  if (count < lanes) return store_some<T>(out, power.scaled_derivative(load_some<T>(x, count)) * weight(0, count), count);
+  if (count < lanes) return store_some<T>(out, count, power.scaled_derivative(load_some<T>(x, count)) * weight(0, count));
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) store_vector<T, streaming>(out + i, power.scaled_derivative(load<T>(x + i)) * weight(i, lanes));
   if (i < count)
@@ -59,7 +54,7 @@ void scatter_sum(const Features& f, const Storage* x, const Features& g, const P
     const Vec<T> w = load_some<T>(weight, f.positions);
     for (int64_t c = 0; c < whole; ++c) store_vector<T, false>(out + c * g.stride, power.scaled_derivative(load<T>(x + c * f.stride)) * w);
     for (int64_t c = whole; c < f.channels; ++c)
-      store_some<T>(out + c * g.stride, power.scaled_derivative(load_some<T>(x + c * f.stride, f.positions)) * w, f.positions);
+      store_some<T>(out + c * g.stride, f.positions, power.scaled_derivative(load_some<T>(x + c * f.stride, f.positions)) * w);
   } else {
     auto load_weight = [&](int64_t s, int64_t count) {
       return count == simd::kLanes<T> ? simd::load<T>(weight + s) : load_some<T>(weight + s, count);

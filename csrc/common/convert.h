@@ -96,6 +96,35 @@ KDKERNELS_INLINE void stream_narrowed(simd::Vec<float> v, Half* p) {
 #endif
 }
 
+// Loads the first `count` lanes, converted to T, and sets the others to `rest`. Reads no other memory.
+template <typename T, typename Storage>
+KDKERNELS_INLINE simd::Vec<T> load_some(const Storage* p, int64_t count, T rest = 0) {
+  if constexpr (std::is_same_v<T, Storage>) {
+    return simd::load_some(p, count, rest);
+  } else if constexpr (std::is_same_v<T, float> && sizeof(Storage) == 2) {
+    alignas(simd::kBytes) Storage numbers[simd::kLanes<float>] = {};
+#if defined(__AVX512F__)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(numbers), _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+#else
+    for (int64_t i = 0; i < count; ++i) numbers[i] = p[i];
+#endif
+    return simd::first_lanes<float>(count) ? widen(numbers) : simd::splat<float>(rest);
+  } else {
+    simd::Vec<T> v = simd::splat<T>(rest);
+    for (int64_t i = 0; i < count; ++i) v[i] = static_cast<T>(p[i]);
+    return v;
+  }
+}
+
+// Stores the first `count` lanes, converted from T, and leaves the rest of the memory alone.
+template <typename T, typename Storage>
+KDKERNELS_INLINE void store_some(Storage* p, int64_t count, simd::Vec<T> v) {
+  if constexpr (std::is_same_v<T, Storage>)
+    simd::store_some(p, count, v);
+  else
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<Storage>(v[i]);
+}
+
 template <typename From, typename To>
 KDKERNELS_INLINE void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>) {

@@ -106,6 +106,56 @@ KDKERNELS_INLINE void store_lanes(double* p, int64_t begin, int64_t end, Vec<dou
 #endif
 }
 
+// A mask of the lanes l < count.
+template <typename T>
+KDKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
+  Mask<T> number;
+  for (int l = 0; l < kLanes<T>; ++l) number[l] = l;
+  return number < static_cast<typename IntOf<T>::type>(count);
+}
+
+// Loads the first `count` lanes and sets the others to `rest`. Reads no other memory.
+KDKERNELS_INLINE Vec<float> load_some(const float* p, int64_t count, float rest) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  const Mask<float> inside = first_lanes<float>(count);
+  return inside ? (Vec<float>)_mm256_maskload_ps(p, (__m256i)inside) : splat<float>(rest);
+#else
+  Vec<float> v = splat<float>(rest);
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+KDKERNELS_INLINE Vec<double> load_some(const double* p, int64_t count, double rest) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(rest), static_cast<__mmask8>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  const Mask<double> inside = first_lanes<double>(count);
+  return inside ? (Vec<double>)_mm256_maskload_pd(p, (__m256i)inside) : splat<double>(rest);
+#else
+  Vec<double> v = splat<double>(rest);
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// Stores the first `count` lanes and leaves the rest of the memory alone.
+KDKERNELS_INLINE void store_some(float* p, int64_t count, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+KDKERNELS_INLINE void store_some(double* p, int64_t count, Vec<double> v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 template <typename T>
 KDKERNELS_INLINE Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
   return m ? yes : no;
@@ -180,6 +230,27 @@ KDKERNELS_INLINE Vec<double> sqrt(Vec<double> v) {
 #endif
 }
 
+// a b + c, rounded once where the CPU has an instruction for it. The compiler fuses most products with
+// additions by itself; this is for loops that must give the same bits.
+KDKERNELS_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+KDKERNELS_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <typename M>
 KDKERNELS_INLINE bool any(M m) {
 #if defined(__AVX512F__)
@@ -230,13 +301,18 @@ KDKERNELS_INLINE T sum(Vec<T> v) {
   return lanes[0];
 }
 
+// The largest lane. If only some lanes are NaN, they may be ignored or not.
 template <typename T>
 KDKERNELS_INLINE T largest(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_max_pd((__m512d)v);
+#endif
   T lanes[kLanes<T>];
   store(lanes, v);
-  T result = lanes[0];
-  for (T lane : lanes) result = lane > result ? lane : result;
-  return result;
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+  return lanes[0];
 }
 
 template <typename T>

@@ -18,6 +18,8 @@
 namespace kdkernels::rbf_correlation {
 namespace {
 
+constexpr int64_t kPairsOfOneThread = 1 << 14;  // with at most as many pairs, a second thread costs more than it saves
+
 enum { kStudentX, kStudentY, kTeacherX, kTeacherY };
 using Inputs = std::array<at::Tensor, 4>;
 
@@ -76,11 +78,20 @@ class Loss {
     const int64_t columns = static_cast<int64_t>(losses_.size());
     std::vector<char> needs_pairs(columns);
     const int64_t series_grain = std::max<int64_t>(1, (int64_t(1) << 14) / (m_ + n_ + 1));
+    const bool has_few_pairs = columns * m_ * n_ <= kPairsOfOneThread;
     auto make_state = [&] { return std::pair(ColumnBuffers(m_, n_), SeriesState(m_, n_)); };
-    parallel_for(0, columns, series_grain, make_state, [&](auto& state, int64_t begin, int64_t end) {
-      auto& [column, series] = state;
-      for (int64_t c = begin; c < end; ++c) needs_pairs[c] = !try_series(c, column, series);
-    });
+    parallel_for(0, columns, has_few_pairs ? std::max<int64_t>(1, columns) : series_grain, make_state,
+                 [&](auto& state, int64_t begin, int64_t end) {
+                   auto& [column, series] = state;
+                   for (int64_t c = begin; c < end; ++c) {
+                     const CenteredBounds bounds = load(c, column);
+                     if (try_series(c, bounds, column, series)) continue;
+                     if (has_few_pairs)
+                       sum_pairs(c, column, bounds.center);
+                     else
+                       needs_pairs[c] = true;
+                   }
+                 });
     std::vector<int64_t> remaining;
     for (int64_t c = 0; c < columns; ++c)
       if (needs_pairs[c]) remaining.push_back(c);
@@ -90,12 +101,12 @@ class Loss {
       const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 13) / (m_ * n_ + 1));
       parallel_for(
           0, static_cast<int64_t>(remaining.size()), grain, [&] { return ColumnBuffers(m_, n_); },
-          [&](const ColumnBuffers& column, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) sum_pairs(remaining[i], column);
+          [&](ColumnBuffers& column, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) sum_pairs(remaining[i], column, load(remaining[i], column).center);
           });
-    } else {
-      const ColumnBuffers column(m_, n_);
-      for (int64_t c : remaining) sum_pairs(c, column);
+    } else if (!remaining.empty()) {
+      ColumnBuffers column(m_, n_);
+      for (int64_t c : remaining) sum_pairs(c, column, load(c, column).center);
     }
   }
 
@@ -107,10 +118,11 @@ class Loss {
   at::Tensor gradient(int i) const { return gradients_[i].defined() ? gradients_[i] : at::empty({0}, inputs_[i].options().dtype(dtype_)); }
 
  private:
-  // Memory for the four vectors of a column (student and teacher, x and y) and for one gradient.
+  // Memory for the four vectors of a column (student and teacher, x and y), their differences and sums, and one gradient.
   struct ColumnBuffers {
     std::unique_ptr<double[]> values[4], gradient;
-    ColumnBuffers(int64_t m, int64_t n) : gradient(new double[padded(std::max(m, n))]) {
+    DifferenceAndSum x, y;  // of the sum over pairs
+    ColumnBuffers(int64_t m, int64_t n) : gradient(new double[padded(std::max(m, n))]), x(m), y(n) {
       for (int i = 0; i < 4; ++i) values[i].reset(new double[i % 2 == 0 ? m : n]);
     }
   };
@@ -128,10 +140,9 @@ class Loss {
 
   bool is_wanted(int i) const { return gradients_[i].defined(); }
 
-  // Computes loss and gradients from the series. Returns false if the series needs too many terms;
+  // Computes loss and gradients of a loaded column from the series. Returns false if the series needs too many terms;
   // the caller then sums over all pairs.
-  bool try_series(int64_t c, ColumnBuffers& column, SeriesState& series) {
-    const CenteredBounds bounds = load(c, column);
+  bool try_series(int64_t c, const CenteredBounds& bounds, ColumnBuffers& column, SeriesState& series) {
     if (std::isnan(bounds.a + bounds.b)) return write_nan(c, column);
     const bool is_double = dtype_ == at::kDouble;
     const int rank = rank_for(scale_ * scale_ * bounds.a * bounds.b, accuracy(is_double));
@@ -165,10 +176,11 @@ class Loss {
     return true;
   }
 
-  void sum_pairs(int64_t c, const ColumnBuffers& column) {
-    const CenteredBounds bounds = load(c, column);
-    const DifferenceAndSum x(column.values[kStudentX].get(), column.values[kTeacherX].get(), m_, bounds.center, scale_);
-    const DifferenceAndSum y(column.values[kStudentY].get(), column.values[kTeacherY].get(), n_, bounds.center, scale_);
+  // Sums over all pairs of a column that has been loaded.
+  void sum_pairs(int64_t c, ColumnBuffers& column, double center) {
+    DifferenceAndSum &x = column.x, &y = column.y;
+    x.set(column.values[kStudentX].get(), column.values[kTeacherX].get(), m_, center, scale_);
+    y.set(column.values[kStudentY].get(), column.values[kTeacherY].get(), n_, center, scale_);
     const int64_t blocks = (m_ + kRows - 1) / kRows, width = padded(n_);
     const bool wants_x = is_wanted(kStudentX) || is_wanted(kTeacherX), wants_y = is_wanted(kStudentY) || is_wanted(kTeacherY);
     const std::unique_ptr<double[]> grad_x(wants_x ? new double[2 * m_] : nullptr),

@@ -19,8 +19,9 @@ constexpr int64_t kRows = 128;  // rows of x per block; the gradient of y is sum
 struct DifferenceAndSum {
   std::unique_ptr<double[]> difference, sum;
 
-  DifferenceAndSum(const double* student, const double* teacher, int64_t n, double center, double scale)
-      : difference(new double[padded(n)]), sum(new double[padded(n)]) {
+  explicit DifferenceAndSum(int64_t n) : difference(new double[padded(n)]), sum(new double[padded(n)]) {}
+
+  void set(const double* student, const double* teacher, int64_t n, double center, double scale) {
     for (int64_t i = 0; i < n; ++i) {
       difference[i] = (student[i] - teacher[i]) * scale;
       sum[i] = ((student[i] - center) + (teacher[i] - center)) * scale;

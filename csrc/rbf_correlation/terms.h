@@ -16,7 +16,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "../common/simd.h"
+#include "../common/transpose.h"
 #include "rank.h"
 
 namespace kdkernels::rbf_correlation {
@@ -30,6 +30,7 @@ constexpr int kVectorSize = simd::kLanes<double>;
 // The vector registers of a CPU hold this many sums and their operands.
 constexpr int kSums = simd::kBytes == 64 ? 24 : 12;
 constexpr int kTileRows = kSums / 4, kTileColumns = 4;  // of terms that are multiplied at a time
+constexpr int kFilled = simd::kBytes == 64 ? 4 : 2;     // vectors of numbers whose terms are computed at a time
 constexpr int kWeights = 8;                             // columns of weights that are multiplied at a time
 constexpr int64_t kBlock = 512;                         // numbers whose terms are stored at a time
 constexpr int kMaxRows = 2 * kMaxRank;                  // the rows of D, then those of A'
@@ -76,15 +77,36 @@ KDKERNELS_INLINE ExpMinusAbs exp_minus_abs(Doubles y) {
 // The products of all rows of terms with each other: of D and A' for one side, of E and B' for the
 // other.
 struct Products {
+  static_assert(kMaxRows % kVectorSize == 0);
   double values[kMaxRows][kMaxRows];
   int rank = 0;
 
-  double dd(int q, int r) const { return values[q][r]; }
-  double da(int q, int r) const { return values[q][rank + r]; }
-  double aa(int q, int r) const { return values[rank + q][rank + r]; }
-  // For the other side: products of E and B = B' + E.
-  double db(int q, int r) const { return da(q, r) + dd(q, r); }
-  double bb(int q, int r) const { return aa(q, r) + da(q, r) + db(r, q); }
+  // Row q of the R x R products of two kinds of rows. E stands where D does, and B' where A' does.
+  const double* dd(int q) const { return values[q]; }
+  const double* da(int q) const { return values[q] + rank; }
+  const double* ad(int q) const { return values[rank + q]; }
+  const double* aa(int q) const { return values[rank + q] + rank; }
+
+  int padded_rows() const { return static_cast<int>(padded(2 * rank)); }
+
+  void clear(int new_rank) {
+    rank = new_rank;
+    for (int q = 0; q < padded_rows(); ++q) std::fill_n(values[q], padded_rows(), 0.0);
+  }
+
+  // Copies the products of rows q < r to those of r and q.
+  void mirror() {
+    for (int q = 0; q < padded_rows(); q += kVectorSize) {
+      for (int i = 1; i < kVectorSize; ++i)
+        for (int j = 0; j < i; ++j) values[q + i][q + j] = values[q + j][q + i];
+      for (int r = q + kVectorSize; r < padded_rows(); r += kVectorSize) {
+        Doubles block[kVectorSize];
+        for (int i = 0; i < kVectorSize; ++i) block[i] = load<double>(&values[q + i][r]);
+        simd::transpose<double>(block);
+        for (int i = 0; i < kVectorSize; ++i) store<double>(&values[r + i][q], block[i]);
+      }
+    }
+  }
 };
 
 // A pair of rows of terms, q <= r.
@@ -127,9 +149,7 @@ class Side {
 
   template <int kRank>
   void multiply(Products& products) {
-    products.rank = rank_;
-    for (int q = 0; q < 2 * rank_; ++q)
-      for (int r = q; r < 2 * rank_; ++r) products.values[q][r] = 0;
+    products.clear(rank_);
     for (int64_t first = 0; first < n_; first += kBlock) {
       fill<kRank>(first);
       if constexpr (kRank > 0) {
@@ -142,8 +162,7 @@ class Side {
             });
       }
     }
-    for (int q = 0; q < 2 * rank_; ++q)
-      for (int r = 0; r < q; ++r) products.values[q][r] = products.values[r][q];
+    products.mirror();
   }
 
   // gradient[i] = factor * sum_r ((S - T) B)_ir phi_r'(u_i) for the student, and with B' instead of
@@ -151,13 +170,15 @@ class Side {
   template <int kRank>
   void differentiate(const Products& other, bool student, double factor, double* gradient) {
     constexpr int kTogether = kRank > 0 && 2 * kRank <= kSums ? 2 : 1;
-    // (S - T) B = D (B^T B) + A' (E^T B)
+    // (S - T) B = D (B^T B) + A' (E^T B) for B = B' + E; (S - T) B' = D (B^T B') + A' (E^T B')
     double weights[kMaxRows][kMaxRank];
-    for (int q = 0; q < rank_; ++q)
+    for (int q = 0; q < rank_; ++q) {
+      const double *ee = other.dd(q), *eb = other.da(q), *be = other.ad(q), *bb = other.aa(q);
       for (int r = 0; r < rank_; ++r) {
-        weights[q][r] = student ? other.bb(q, r) : other.aa(q, r) + other.da(q, r);
-        weights[rank_ + q][r] = student ? other.db(q, r) : other.da(q, r);
+        weights[q][r] = bb[r] + eb[r] + (student ? be[r] + ee[r] : 0);
+        weights[rank_ + q][r] = eb[r] + (student ? ee[r] : 0);
       }
+    }
     for (int64_t first = 0; first < n_; first += kBlock) {
       fill<kRank>(first);
       for_vectors<kTogether>([&](auto count, int64_t i) {
@@ -174,13 +195,13 @@ class Side {
   double* terms_of(int64_t i) const { return &terms_[i * 2 * rank_]; }
   static double* row(double* terms, int r) { return terms + r * kVectorSize; }
 
-  // Calls body(count, i) for the vectors of the block that begin at i, kTogether at a time: the
-  // operations of one vector depend on each other, and those of another one run meanwhile.
+  // Calls body(count, i) for the vectors of the block that begin at i, kTogether at a time and at the
+  // end half as many: the operations of one vector depend on each other, and those of others run
+  // meanwhile.
   template <int kTogether, typename Body>
-  KDKERNELS_INLINE void for_vectors(Body&& body) const {
-    int64_t i = 0;
+  KDKERNELS_INLINE void for_vectors(Body&& body, int64_t i = 0) const {
     for (; i + kTogether * kVectorSize <= filled_count_; i += kTogether * kVectorSize) body(std::integral_constant<int, kTogether>(), i);
-    for (; i < filled_count_; i += kVectorSize) body(std::integral_constant<int, 1>(), i);
+    if constexpr (kTogether > 1) for_vectors<kTogether / 2>(body, i);
   }
 
   template <int kRank>
@@ -188,7 +209,7 @@ class Side {
     if (first_filled_ == first) return;
     first_filled_ = first;
     filled_count_ = std::min(padded(n_) - first, kBlock);
-    for_vectors<2>([&](auto count, int64_t i) { fill_vectors<kRank, count.value>(first, i); });
+    for_vectors<kFilled>([&](auto count, int64_t i) { fill_vectors<kRank, count.value>(first, i); });
   }
 
   template <int kRank, int kCount>
@@ -206,7 +227,7 @@ class Side {
     if (first + i + kCount * kVectorSize > n_)  // set the padding after the last number to zero
       for (int64_t lane = std::max<int64_t>(0, n_ - first - i); lane < kCount * kVectorSize; ++lane)
         a[lane / kVectorSize][lane % kVectorSize] = d[lane / kVectorSize][lane % kVectorSize] = 0;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v) {
       double* to = terms_of(i + v * kVectorSize);
       store<double>(row(to, 0), d[v]);
@@ -214,7 +235,7 @@ class Side {
     }
 #pragma GCC unroll 8
     for (int r = 1; r < rank; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) {
         double* to = terms_of(i + v * kVectorSize);
         d[v] = (difference[v] * (a[v] + d[v]) + t[v] * d[v]) * kRoots.inverse_sqrt[r];
@@ -246,7 +267,7 @@ class Side {
       value[v] = relative[v] = simd::splat<double>(1.0);
     }
     for (int k = series_terms_; k > 1; --k)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) {
         value[v] = value[v] * (exponent[v] * kRoots.inverse_r[k]) + 1.0;
         relative[v] = relative[v] * (log_ratio[v] * kRoots.inverse_r[k]) + 1.0;
@@ -268,14 +289,16 @@ class Side {
 #pragma GCC unroll 24
       for (int p = 0; p < kCount; ++p)
         sums[p] += load<double>(row(terms, kPairs[kFirst + p].q)) * load<double>(row(terms, kPairs[kFirst + p].r));
+    double totals[kSums];
+    simd::sums<double, kCount>(sums, totals);
 #pragma GCC unroll 24
-    for (int p = 0; p < kCount; ++p) products.values[kPairs[kFirst + p].q][kPairs[kFirst + p].r] += simd::sum<double>(sums[p]);
+    for (int p = 0; p < kCount; ++p) products.values[kPairs[kFirst + p].q][kPairs[kFirst + p].r] += totals[p];
     if constexpr (kFirst + kCount < kTotal) multiply_pairs<kRank, kFirst + kCount>(products);
   }
 
   template <int kRows, int kColumns>
   void multiply_tile(int q, int r, Products& products) const {
-    Doubles sums[kRows][kColumns] = {};
+    Doubles sums[kRows * kColumns] = {};
     for (int64_t i = 0; i < filled_count_; i += kVectorSize) {
       double *from_q = row(terms_of(i), q), *from_r = row(terms_of(i), r);
       Doubles left[kRows];
@@ -285,13 +308,13 @@ class Side {
       for (int b = 0; b < kColumns; ++b) {
         const Doubles right = load<double>(row(from_r, b));
 #pragma GCC unroll 6
-        for (int a = 0; a < kRows; ++a) sums[a][b] += left[a] * right;
+        for (int a = 0; a < kRows; ++a) sums[a * kColumns + b] += left[a] * right;
       }
     }
-#pragma GCC unroll 6
+    double totals[kSums];
+    simd::sums<double, kRows * kColumns>(sums, totals);
     for (int a = 0; a < kRows; ++a)
-#pragma GCC unroll 4
-      for (int b = 0; b < kColumns; ++b) products.values[q + a][r + b] += simd::sum<double>(sums[a][b]);
+      for (int b = 0; b < kColumns; ++b) products.values[q + a][r + b] += totals[a * kColumns + b];
   }
 
   // phi_r' = sqrt(r) phi_(r-1) - u phi_r.
@@ -359,10 +382,22 @@ class Side {
 // sum (S - T)^2 from the products of both sides. Rounding errors in a sum of cancelling terms can
 // make it negative; it is then set to 0.
 inline double square_sum(const Products& x, const Products& y) {
-  double total = 0;
-  for (int q = 0; q < x.rank; ++q)
-    for (int r = 0; r < x.rank; ++r) total += x.dd(q, r) * y.bb(q, r) + x.aa(q, r) * y.dd(q, r) + 2 * x.da(q, r) * y.db(r, q);
-  return std::max(0.0, total);
+  Doubles sum{};
+  double remainder = 0;
+  for (int q = 0; q < x.rank; ++q) {
+    const double *dd = x.dd(q), *da = x.da(q), *aa = x.aa(q);
+    const double *ee = y.dd(q), *eb = y.da(q), *be = y.ad(q), *bb = y.aa(q);
+    // tr(D^T D B^T B) + 2 tr(D^T A' E^T B) + tr(A'^T A' E^T E) for B = B' + E
+    auto add = [&](auto numbers, int r, auto& total) {
+      const auto b_and_e = numbers(be, r) + numbers(ee, r);
+      total +=
+          numbers(dd, r) * (numbers(bb, r) + numbers(eb, r) + b_and_e) + numbers(aa, r) * numbers(ee, r) + 2.0 * numbers(da, r) * b_and_e;
+    };
+    int r = 0;
+    for (; r + kVectorSize <= x.rank; r += kVectorSize) add([](const double* p, int r) { return load<double>(p + r); }, r, sum);
+    for (; r < x.rank; ++r) add([](const double* p, int r) { return p[r]; }, r, remainder);
+  }
+  return std::max(0.0, simd::sum<double>(sum) + remainder);
 }
 
 }  // namespace kdkernels::rbf_correlation

@@ -98,11 +98,10 @@ void run_rows(const Call<T>& call, const Rows& layout, Scratch<T>& scratch, int6
 template <typename T>
 void run(Call<T>& call) {
   const int64_t dim = call.options.dim;
-  // Up to this number of classes, vectors of rows take less time than one row after another. With
-  // AVX-512, forward + backward of 1024 rows in bfloat16, float32 and float64: 0.5 times as long at 21
-  // classes, 0.7 to 0.85 at 40, 0.8 to 1.1 at 48. With AVX2: 0.7 to 0.8 at 21, 0.85 to 1 at 24, 1 to
-  // 1.2 at 32 and 40.
-  constexpr int64_t few_classes = simd::kBytes == 64 ? 40 : 24;
+  // Up to this number of classes, vectors of rows take less time than one row after another: 0.3 times
+  // as long at 21 classes, 0.6 at 100 and 0.9 at 300 with AVX-512 (float32, forward + backward of 1024
+  // rows), and with AVX2 0.4, 0.7 and 1.1; float64 with AVX-512: 0.4, 0.8 and 1.3.
+  constexpr int64_t few_classes = simd::kBytes == 64 ? (sizeof(T) == 4 ? 300 : 160) : simd::kBytes == 32 ? (sizeof(T) == 4 ? 200 : 96) : 24;
   const bool has_few_classes = call.classes <= few_classes && Rows(call.x, dim).run() >= 4 * simd::kLanes<T>,
              per_lane = has_few_classes || (!classes_adjacent(call.x[kStudent], dim) && rows_adjacent(call.x[kStudent], dim));
   const std::array<at::Tensor, kOperands> originals = call.x;

@@ -158,45 +158,67 @@ void compute_far_apart(const Logits& base, const Logits& other, const T* weights
   }
 }
 
-// The terms of a class with weight p and y = log(p_o / p) up to the centre.
+// The terms of a class with y = log(p_o / p) up to the centre.
 template <typename T>
 struct Terms {
-  Vec<T> weighted_y, expm1, convex;  // p y, p (e^y - 1), p (e^y - 1 - y)
+  Vec<T> y, expm1, convex;  // y, e^y - 1, e^y - 1 - y
 };
 
 // The terms if the networks differ little, as they do for most classes: |y| <= 1. Needs no range
 // reduction.
 template <typename T>
-KDKERNELS_INLINE Terms<T> terms_of_close(Vec<T> weight, Vec<T> y) {
-  const Vec<T> weighted_y = weight * y, convex = weight * (convex_polynomial<false>(y) * (y * y));
-  return {weighted_y, weighted_y + convex, convex};
+KDKERNELS_INLINE Terms<T> terms_of_close(Vec<T> y) {
+  const Vec<T> convex = convex_polynomial<false>(y) * (y * y);
+  return {y, y + convex, convex};
 }
 
 constexpr int kLargeY = 16;  // e^y cannot overflow below
 
 // The terms for y < kLargeY; `clamped` is y, but not below Constants::exp_lowest.
 template <typename T>
-KDKERNELS_INLINE Terms<T> terms_in_range(Vec<T> weight, Vec<T> y, Vec<T> clamped) {
+KDKERNELS_INLINE Terms<T> terms_in_range(Vec<T> y, Vec<T> clamped) {
   const auto parts = simd::exp_parts<T>(clamped);
   const Vec<T> expm1 = parts.scale * (parts.r + parts.h) + (parts.scale - T(1));
   const Vec<T> convex = parts.scale * parts.h + (parts.scale * parts.r + ((parts.scale - T(1)) - y));
-  return {weight * y, weight * expm1, weight * convex};
+  return {y, expm1, convex};
 }
 
-// The terms for any y. Where y is not below kLargeY, p e^y is computed as the single exponential
-// `other_weight()`, which cannot overflow. With `centred`, y may also be infinite or NaN. Without it,
-// y = -inf gives a NaN in `convex` where the weight is 0, which marks the row as one to be centred.
-template <typename T, bool centred, typename OtherWeight>
-KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& other_weight) {
-  Terms<T> t = terms_in_range<T>(weight, y, simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
-  const Mask<T> may_overflow = ~(y < T(kLargeY));
-  t.weighted_y = select<T>(weight == T(0), Vec<T>{}, t.weighted_y);
-  if (!centred && __builtin_expect(!any(may_overflow), 1)) return t;
-  t.expm1 = select<T>(may_overflow, other_weight() - weight, t.expm1);
-  t.convex = select<T>(may_overflow, t.expm1 - t.weighted_y, t.convex);
-  if (centred) t.convex = select<T>(~may_overflow & (weight == T(0)), Vec<T>{}, t.convex);
+// The same terms, with y = 0 for a class without probability, whose y may be infinite or NaN. With
+// `centred`, all its terms are finite. Without it, y = -inf gives a NaN in `convex` times the weight,
+// which marks the row as one to be centred.
+template <typename T, bool centred>
+KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y) {
+  Terms<T> t = terms_in_range<T>(y, simd::max(splat<T>(simd::Constants<T>::exp_lowest), y));
+  t.y = select<T>(weight == T(0), Vec<T>{}, y);
+  if (centred) t.convex = select<T>(weight == T(0), Vec<T>{}, t.convex);
   return t;
 }
+
+// Sums of the terms, weighted by p. Rows in lanes are added in different loops, depending on the rows
+// beside them, and must get the same bits in each.
+template <typename T>
+struct TermSums {
+  Vec<T> convex{}, y{};  // of p (e^y - 1 - y) and of p y
+
+  // Adds the terms and returns p (e^y - 1).
+  KDKERNELS_INLINE Vec<T> add(Vec<T> weight, const Terms<T>& t) {
+    convex = simd::multiply_add(weight, t.convex, convex);
+    y = simd::multiply_add(weight, t.y, y);
+    return weight * t.expm1;
+  }
+
+  // The same for any y. Where y is not below kLargeY, p e^y is computed as the single exponential
+  // `other_weight()`, which cannot overflow.
+  template <bool centred, typename OtherWeight>
+  KDKERNELS_INLINE Vec<T> add_any(Vec<T> weight, Vec<T> any_y, const Terms<T>& t, OtherWeight&& other_weight) {
+    const Mask<T> may_overflow = ~(any_y < T(kLargeY));
+    const Vec<T> before = convex, expm1 = add(weight, t);
+    if (!centred && __builtin_expect(!any(may_overflow), 1)) return expm1;
+    const Vec<T> large = other_weight() - weight;
+    convex = select<T>(may_overflow, before + (large - weight * t.y), convex);
+    return select<T>(may_overflow, large, expm1);
+  }
+};
 
 // Moves the sums over a part to the centre m of the row, which makes y larger by m - centre. All
 // terms of the sum of e^y - 1 - y are >= 0, except for that of the drift, which is a rounding error
@@ -204,7 +226,7 @@ KDKERNELS_INLINE Terms<T> terms_of_any(Vec<T> weight, Vec<T> y, OtherWeight&& ot
 template <typename T>
 void move_to_centre(Vec<T> m, Part<T>& part) {
   const Vec<T> distance = m - part.centre;  // its magnitude is at most kFarCentre
-  const Terms<T> terms = terms_in_range<T>(splat<T>(T(1)), distance, distance);
+  const Terms<T> terms = terms_in_range<T>(distance, distance);
   part.factor = simd::exp<T>(distance);
   part.expm1 = terms.expm1;
   part.convex = part.factor * part.convex - part.expm1 * part.drift + part.z * terms.convex;
@@ -226,7 +248,8 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
   constexpr int lanes = simd::kLanes<T>;
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const int64_t n = base.vectors();
-  Divergence<T> s{};
+  Divergence<T> s;
+  s.z = s.mean = s.other_z = Vec<T>{};
   const Vec<T> inv_t = T(1) / temperature;
   s.temperature = temperature;
   s.inv_t = s.logit_factor = inv_t;
@@ -271,43 +294,40 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
 
     const Vec<T> centre = part->centre;
     part->convex = part->drift = Vec<T>{};
-    auto add_terms = [&](auto&& terms_of) {
+    auto add_terms = [&](auto&& add) {
       for (int64_t begin = first; begin < last; begin += kBlock) {
-        Vec<T> convex_sum{}, drift_sum{};
+        TermSums<T> sums;
         for (int64_t j = begin, end = std::min(last, begin + kBlock); j < end; ++j) {
           next_tile.fetch(j);
           const Vec<T> y = simd::load<T>(difference + (j - kept) * lanes) * inv_t + centre;
-          const Terms<T> t = terms_of(j, simd::load<T>(weights + (j - kept) * lanes), y);
-          convex_sum += t.convex;
-          drift_sum -= t.weighted_y;
-          simd::store<T>(difference + (j - kept) * lanes, t.expm1);
+          simd::store<T>(difference + (j - kept) * lanes, add(sums, j, simd::load<T>(weights + (j - kept) * lanes), y));
         }
-        part->convex += convex_sum;
-        part->drift += drift_sum;
+        part->convex += sums.convex;
+        part->drift -= sums.y;
       }
     };
     const Vec<T> least_y = least_gap * inv_t + centre, largest_y = largest_gap * inv_t + centre;
-    const Mask<T> close = finite & (least_y >= T(-1)) & (largest_y <= T(1));
     const Mask<T> in_range = finite & (least_y > T(simd::Constants<T>::exp_lowest)) & (largest_y < T(kLargeY));
-    auto any_terms = [&](int64_t j, Vec<T> weight, Vec<T> y) {
-      return terms_of_any<T, centred>(weight, y, [&] { return simd::exp<T>((other[j] - base_max) * inv_t + centre); });
+    // In float64, the polynomial of terms_of_close is not accurate enough.
+    const Mask<T> close = sizeof(T) == sizeof(float) ? finite & (least_y >= T(-1)) & (largest_y <= T(1)) : Mask<T>{};
+    // In lanes, the terms of each row are those that the row has by itself.
+    const bool mixes = std::is_same_v<Reduce, PerLane> && any(close);
+    auto mixed = [&](Vec<T> y, Terms<T> t) {
+      if (std::is_same_v<Reduce, AcrossLanes> || sizeof(T) != sizeof(float)) return t;
+      const Terms<T> c = terms_of_close<T>(y);
+      return Terms<T>{select<T>(close, c.y, t.y), select<T>(close, c.expm1, t.expm1), select<T>(close, c.convex, t.convex)};
     };
-    if constexpr (std::is_same_v<Reduce, PerLane> && sizeof(T) == sizeof(float)) {
-      // One loop for all rows: a row must not depend on the rows in other lanes.
-      add_terms([&](int64_t j, Vec<T> weight, Vec<T> y) {
-        const Terms<T> t = any_terms(j, weight, y), c = terms_of_close<T>(weight, y);
-        return Terms<T>{select<T>(close, c.weighted_y, t.weighted_y), select<T>(close, c.expm1, t.expm1),
-                        select<T>(close, c.convex, t.convex)};
+    if (!any(~close))
+      add_terms([](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_of_close<T>(y)); });
+    else if (!any(~in_range) && !mixes)
+      add_terms([](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_in_range<T>(y, y)); });
+    else if (!any(~in_range))
+      add_terms([&](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, mixed(y, terms_in_range<T>(y, y))); });
+    else
+      add_terms([&](TermSums<T>& sums, int64_t j, Vec<T> weight, Vec<T> y) {
+        return sums.template add_any<centred>(weight, y, mixed(y, terms_of_any<T, centred>(weight, y)),
+                                              [&] { return simd::exp<T>((other[j] - base_max) * inv_t + centre); });
       });
-    } else if constexpr (centred) {
-      add_terms(any_terms);
-    } else if (sizeof(T) == sizeof(float) && !any(~close)) {
-      add_terms([](int64_t, Vec<T> weight, Vec<T> y) { return terms_of_close<T>(weight, y); });
-    } else if (std::is_same_v<Reduce, AcrossLanes> && !any(~in_range)) {
-      add_terms([](int64_t, Vec<T> weight, Vec<T> y) { return terms_in_range<T>(weight, y, y); });
-    } else {
-      add_terms(any_terms);
-    }
     part->convex = Reduce::template sum<T>(part->convex);
     part->drift = Reduce::template sum<T>(part->drift);
   }

@@ -1,6 +1,7 @@
 // Rows in lanes: see LaneTiles.
 #pragma once
 
+#include "../common/transpose.h"
 #include "call.h"
 
 namespace kdkernels::temperature_kl {
@@ -57,6 +58,11 @@ class LaneTiles {
     auto copy_typed = [&](auto* memory) {
       memory += offset;
       const int64_t stride = x.stride(call_.options.dim), step = layout_.step(k), whole_vectors = step == 1 ? count / lanes : 0;
+      int64_t first_row = whole_vectors * lanes;
+      using Stored = std::remove_pointer_t<decltype(memory)>;
+      if constexpr (std::is_same_v<Stored, T> || std::is_same_v<T, float>)
+        for (; stride == 1 && step != 1 && call_.classes >= lanes && first_row + lanes <= count; first_row += lanes)
+          transpose_rows<in>(memory + first_row * step, step, tiles + first_row / lanes * tile_size_);
       for (int64_t j = 0; j < call_.classes; ++j, memory += stride) {
         for (int64_t v = 0; v < whole_vectors; ++v) {
           if constexpr (in)
@@ -64,7 +70,7 @@ class LaneTiles {
           else
             convert(tiles + v * tile_size_ + j * lanes, memory + v * lanes, lanes);
         }
-        for (int64_t row = whole_vectors * lanes; row < count; ++row) {
+        for (int64_t row = first_row; row < count; ++row) {
           T& number = tiles[row / lanes * tile_size_ + j * lanes + row % lanes];
           auto& stored = memory[row * step];
           if constexpr (in)
@@ -77,6 +83,32 @@ class LaneTiles {
     if (call_.element_types[k] == ElementType::native) return copy_typed(static_cast<T*>(address(x)));
     if (call_.element_types[k] == ElementType::bfloat16) return copy_typed(static_cast<c10::BFloat16*>(address(x)));
     if (call_.element_types[k] == ElementType::half) return copy_typed(static_cast<c10::Half*>(address(x)));
+  }
+
+  // Copies kLanes rows whose classes are adjacent. The last block of classes overlaps the one before.
+  template <bool in, typename Stored>
+  void transpose_rows(Stored* rows, int64_t step, T* tile) const {
+    for (int64_t begin = 0; begin < call_.classes; begin += lanes) {
+      const int64_t j = std::min(begin, call_.classes - lanes);
+      Vec<T> block[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        if constexpr (!in)
+          block[i] = simd::load<T>(tile + (j + i) * lanes);
+        else if constexpr (std::is_same_v<T, Stored>)
+          block[i] = simd::load<T>(rows + i * step + j);
+        else
+          block[i] = widen(rows + i * step + j);
+      }
+      simd::transpose<T>(block);
+      for (int i = 0; i < lanes; ++i) {
+        if constexpr (in)
+          simd::store<T>(tile + (j + i) * lanes, block[i]);
+        else if constexpr (std::is_same_v<T, Stored>)
+          simd::store<T>(rows + i * step + j, block[i]);
+        else
+          narrow(block[i], rows + i * step + j);
+      }
+    }
   }
 
   void run_vector(const std::unique_ptr<T[]>& copies, int64_t v, int64_t row, int valid_count, Scratch<T>& scratch) const {

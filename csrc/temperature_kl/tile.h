@@ -67,13 +67,14 @@ class Source {
  public:
   static constexpr int lanes = simd::kLanes<T>;
 
-  Source(const void* data, int64_t count) : data_(static_cast<const Stored*>(data)), full_(count / lanes), remainder_(count % lanes) {
-    for (int i = 0; i < lanes; ++i) tail_[i] = std::numeric_limits<T>::lowest();
-    convert(data_ + full_ * lanes, tail_, remainder_);
-  }
+  Source(const void* data, int64_t count)
+      : data_(static_cast<const Stored*>(data)),
+        full_(count / lanes),
+        remainder_(count % lanes),
+        tail_(load_some<T>(data_ + full_ * lanes, remainder_, std::numeric_limits<T>::lowest())) {}
   int64_t vectors() const { return full_ + (remainder_ > 0); }
   int64_t count() const { return full_ * lanes + remainder_; }
-  KDKERNELS_INLINE Vec<T> operator[](int64_t j) const { return j < full_ ? load(data_ + j * lanes) : simd::load<T>(tail_); }
+  KDKERNELS_INLINE Vec<T> operator[](int64_t j) const { return j < full_ ? load(data_ + j * lanes) : tail_; }
 
   // Prefetches vector j. Past the end of the row, this is usually part of the next one.
   KDKERNELS_INLINE void prefetch(int64_t j) const {
@@ -81,11 +82,7 @@ class Source {
   }
 
   // A mask of the lanes of vector j that hold classes of the row.
-  Mask<T> valid_lanes(int64_t j) const {
-    Mask<T> mask;
-    for (int i = 0; i < lanes; ++i) mask[i] = (j < full_ || i < remainder_) ? -1 : 0;
-    return mask;
-  }
+  Mask<T> valid_lanes(int64_t j) const { return simd::first_lanes<T>(j < full_ ? lanes : remainder_); }
   template <typename Reduce>
   Vec<T> max() const {
     const Stored* data = data_;
@@ -96,7 +93,7 @@ class Source {
       for (int i = 0; i < 4; ++i) maxima[i] = simd::max(load(data + (j + i) * lanes), maxima[i]);
     for (; j < full_; ++j) maxima[0] = simd::max((*this)[j], maxima[0]);
     Vec<T> maximum = simd::max(simd::max(maxima[0], maxima[1]), simd::max(maxima[2], maxima[3]));
-    for (int i = 0; i < remainder_; ++i) maximum[i] = std::max(tail_[i], maximum[i]);
+    maximum = simd::max(select<T>(simd::first_lanes<T>(remainder_), tail_, maximum), maximum);
     return Reduce::template max<T>(maximum);
   }
 
@@ -106,7 +103,7 @@ class Source {
   KDKERNELS_INLINE void for_each(const Source& other, int64_t begin, int64_t end, Body&& body) const {
     const Stored *x = data_, *y = other.data_;
     for (int64_t j = begin, last = std::min(end, full_); j < last; ++j) body(j, load(x + j * lanes), load(y + j * lanes));
-    if (end > full_) body(full_, simd::load<T>(tail_), simd::load<T>(other.tail_));
+    if (end > full_) body(full_, tail_, other.tail_);
   }
 
  private:
@@ -120,7 +117,7 @@ class Source {
   const Stored* data_;
   int64_t full_;
   int remainder_;
-  T tail_[lanes];
+  Vec<T> tail_;
 };
 
 // A range of memory that will be read soon, in cache lines.
@@ -160,9 +157,7 @@ class Sink {
   KDKERNELS_INLINE void write(int64_t j, Vec<T> v) const {
     with_address([&](auto* to) {
       if (j < full_) return streaming_ ? stream(v, to + j * lanes) : store(v, to + j * lanes);
-      std::remove_pointer_t<decltype(to)> last[lanes];
-      store(v, last);
-      std::memcpy(to + j * lanes, last, remainder_ * sizeof *last);
+      store_some<T>(to + j * lanes, remainder_, v);
     });
   }
 
