@@ -115,6 +115,23 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
     _check_residuals(torch.stack([with_singular_values(s, p, p + wider, seed + i) for i in range(3)]).to(dtype), p - fewer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(12, 12, 12), (33, 20, 7), (40, 64, 40), (70, 64, 64), (130, 90, 4)])
+def test_orthogonal_rows(m, n, k, dtype):
+    """T is diagonal up to rounding errors, so its eigenvectors are unit vectors, alone and in a group."""
+    p = min(m, n)
+    values = (torch.ones(p), 1 + torch.arange(p) % 3, torch.linspace(0.4, 1, p)[torch.randperm(p)], 1 + 1e-13 * torch.arange(p))
+    matrices = [torch.linalg.qr(torch.randn(max(m, n), p, dtype=torch.float64))[0] * s.double() for s in values]
+    matrices.append(torch.eye(max(m, n), p, dtype=torch.float64)[:, torch.randperm(p)] * values[2])
+    x = torch.stack([a if m >= n else a.mT for a in matrices]).to(dtype)
+    _check_residuals(x, k)
+    random = torch.randn(9, m, n, dtype=dtype)
+    for batch in (x[:1], torch.cat([random[:4], x, random])):
+        position = 0 if len(batch) == 1 else 4
+        for whole, part in zip(truncated_svd(batch, k, return_u=True), truncated_svd(x, k, return_u=True), strict=True):
+            assert torch.equal(whole[position : position + min(len(batch), len(x))], part[: min(len(batch), len(x))])
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "diagonal", "constant", "k"),
     [

@@ -5,11 +5,18 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 
 #include "clusters.h"
 #include "tridiagonal_one.h"
 
 namespace kdkernels::truncated_svd {
+
+// A tridiagonal matrix whose elements beside the diagonal are below this fraction of the largest one on
+// it counts as diagonal: its eigenvectors are unit vectors. For a matrix with orthogonal rows these
+// elements are the rounding errors of the Gram matrix, 3 to 10 units for p from 16 to 128.
+template <typename T>
+constexpr T kDecoupled = (sizeof(T) == 4 ? 8 : 16) * std::numeric_limits<T>::epsilon();
 
 // The state of a group that the derivative needs, as vectors of lanes: G scaled by scale^2, which
 // has a trace in [1/4, 1), is Q T Q^T.
@@ -49,7 +56,8 @@ class Eigen {
           bounds(padded<T>(k) / kGroup + 4),
           one_d(2 * p),
           start(p + k + kGroup),
-          shifts(padded<T>(k)) {
+          shifts(padded<T>(k)),
+          order(p) {
       fill_start_vectors(p + k + kGroup, start.get());
     }
     template <int N>
@@ -66,6 +74,7 @@ class Eigen {
     Buffer<T> numbers;
     Buffer<Vec<T>> bounds;
     Buffer<double> one_d, start, shifts;
+    std::vector<int64_t> order;
     Buffer<Vec<T>> one_lanes;
     Buffer<Doubles> one_doubles;
   };
@@ -119,7 +128,7 @@ class Eigen {
     tridiagonalize_one<T>(p_, stride_, matrix, d, e, tau, work.numbers.get() + 4 * stride_);
     e[p_ - 1] = 0;
     const int64_t count = bisect_one(most, least_ratio, true, lambda, work);
-    eigenvectors_of_one(matrix, count, a, lambda, work);
+    eigenvectors_of_one(matrix, count, false, a, lambda, work);
     return count;
   }
 
@@ -187,21 +196,53 @@ class Eigen {
     high *= 1 + 4 * std::numeric_limits<T>::epsilon();
   }
 
+  // Which matrices T count as diagonal (kDecoupled). e2: see prepare_bisection.
+  Mask<T> decoupled_matrices(const Vec<T>* d, const Vec<T>* e2) const {
+    Vec<T> largest{}, coupling{};
+    for (int64_t i = 0; i < p_; ++i) {
+      largest = simd::max(d[i], largest);
+      coupling = simd::max(e2[i] + (i + 1 < p_ ? e2[i + 1] : Vec<T>{}), coupling);
+    }
+    largest *= kDecoupled<T>;
+    return coupling <= largest * largest;
+  }
+
+  // The same for one matrix. e2: memory for p numbers.
+  bool is_decoupled(const T* d, const T* e, T* e2) const {
+    for (int64_t i = 0; i < p_; ++i) e2[i] = i > 0 ? e[i - 1] * e[i - 1] : T(0);
+    T largest = 0, coupling = 0;
+    for (int64_t i = 0; i < p_; ++i) {
+      largest = std::max(d[i], largest);
+      coupling = std::max(e2[i] + (i + 1 < p_ ? e2[i + 1] : T(0)), coupling);
+    }
+    largest *= kDecoupled<T>;
+    return coupling <= largest * largest;
+  }
+
+  // Sorts the numbers of the rows by the elements of a diagonal, descending.
+  template <typename Element>
+  static void sort_diagonal(Element&& element, std::vector<int64_t>& order) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return element(i) > element(j); });
+  }
+
   void eigenpairs_of_group(int64_t count, const GroupState<T>& state, double least_ratio, T* a, double* lambda, Workspace& work) const {
     const int64_t p = p_;
     Vec<T>*e2 = work.lanes.get() + 3 * p, *bounds = e2 + p, *z = e2 + 3 * p + 4, high{};
     prepare_bisection(state.d, state.e, e2, high);
-    largest_eigenvalues<T>(p, state.d, e2, Vec<T>{}, high, k_, bounds);
+    const Mask<T> decoupled = decoupled_matrices(state.d, e2) & first_lanes<T>(count), coupled = ~decoupled & first_lanes<T>(count);
+    if (simd::any(coupled)) largest_eigenvalues<T>(p, state.d, e2, Vec<T>{}, high, k_, bounds);
     bool any_complete = false;
     for (int64_t l = 0; l < count; ++l) {
-      for (int64_t j = 0; j < k_; ++j) lambda[l * k_ + j] = bounds[j][l];
+      if (decoupled[l]) sort_diagonal([&](int64_t i) { return state.d[i][l]; }, work.order);
+      for (int64_t j = 0; j < k_; ++j) lambda[l * k_ + j] = decoupled[l] ? state.d[work.order[j]][l] : bounds[j][l];
       any_complete |= !(lambda[l * k_ + k_ - 1] < least_ratio * lambda[l * k_]);
     }
     if (!any_complete) return;
     std::vector<double> quotients(kGroup * k_);
     constexpr int lanes = kLanes<double>;
-    if (count <= kGroup - lanes) std::fill(z, z + k_ * p, Vec<T>{});  // the parts without a matrix
-    for (int part = 0; part * lanes < count; ++part) {
+    if (count <= kGroup - lanes || !simd::any(coupled)) std::fill(z, z + k_ * p, Vec<T>{});  // the parts without a matrix
+    for (int part = 0; part * lanes < count && simd::any(coupled); ++part) {
       Doubles *d = work.doubles.get(), *e = d + p, *x = e + p;
       for (int64_t i = 0; i < p; ++i) d[i] = to_doubles(state.d[i], part), e[i] = to_doubles(state.e[i], part);
       auto run = [&](auto n, int64_t first) {
@@ -222,7 +263,7 @@ class Eigen {
       for (int l = 0; l < lanes && part * lanes + l < count; ++l) {
         const int64_t matrix = part * lanes + l;
         const double* shifts = lambda + matrix * k_;
-        if (!has_cluster(shifts, k_, kCluster<T> * shifts[0])) continue;
+        if (decoupled[matrix] || !has_cluster(shifts, k_, kCluster<T> * shifts[0])) continue;
         double *one_d = work.one_d.get(), *one_e = one_d + p;
         for (int64_t i = 0; i < p; ++i) one_d[i] = d[i][l], one_e[i] = e[i][l];
         double* rows = work.clusters.vectors.get();
@@ -235,6 +276,14 @@ class Eigen {
         improve_clusters<T>(p, one_d, one_e, k_, shifts, kCluster<T> * shifts[0], quotients.data() + matrix * k_, work.clusters);
         for (int64_t i = 0; i < k_; ++i)
           for (int64_t c = 0; c < p; ++c) z[i * p + c][matrix] = static_cast<T>(rows[i * row + c]);
+      }
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      if (!decoupled[l]) continue;
+      sort_diagonal([&](int64_t i) { return state.d[i][l]; }, work.order);
+      for (int64_t j = 0; j < k_; ++j) {
+        for (int64_t i = 0; i < p; ++i) z[j * p + i][l] = i == work.order[j] ? 1 : 0;
+        quotients[l * k_ + j] = lambda[l * k_ + j];
       }
     }
     apply_q<T>(p, state.reflectors, state.tau, false, k_, z);
@@ -254,9 +303,15 @@ class Eigen {
     if (!has_reflectors)
       for (int64_t i = 2; i < p_; ++i)
         for (int64_t c = 0; c < i; ++c) matrix[i * stride_ + c] = state.reflectors[triangle(i) + c][lane];
-    bisect_one(k_, least_ratio, false, lambda, work);
+    const bool decoupled = is_decoupled(d, e, d + 3 * stride_);
+    if (decoupled) {
+      sort_diagonal([=](int64_t i) { return d[i]; }, work.order);
+      for (int64_t j = 0; j < k_; ++j) lambda[j] = d[work.order[j]];
+    } else {
+      bisect_one(k_, least_ratio, false, lambda, work);
+    }
     if (lambda[k_ - 1] < least_ratio * lambda[0]) return;
-    eigenvectors_of_one(matrix, k_, a, lambda, work);
+    eigenvectors_of_one(matrix, k_, decoupled, a, lambda, work);
   }
 
   // Eigenvalues of the matrix in work.numbers (d, e), by bisection, in lanes. Writes them to lambda
@@ -291,20 +346,15 @@ class Eigen {
     return k;
   }
 
-  // The eigenvectors a [k][stride()] of the first k eigenvalues that bisect_one() found, and their
-  // eigenvalues. matrix contains the reflectors, work.numbers tau.
-  void eigenvectors_of_one(const T* matrix, int64_t k, T* a, double* lambda, Workspace& work) const {
+  // The eigenvectors of T in lanes, work.one_lanes [p][vectors], of the first k eigenvalues that
+  // bisect_one() found, and their eigenvalues.
+  void inverse_iteration_of_one(int64_t k, double* lambda, Workspace& work) const {
     constexpr int lanes = kLanes<double>;
     const int64_t p = p_, vectors = (k + kGroup - 1) / kGroup, double_vectors = vectors * (kGroup / lanes);
-    const T *d = work.numbers.get(), *e = d + stride_, *tau = e + stride_;
+    const T *d = work.numbers.get(), *e = d + stride_;
     const double* shifts = work.shifts.get();
     double *one_d = work.one_d.get(), *one_e = one_d + p;
     for (int64_t i = 0; i < p; ++i) one_d[i] = d[i], one_e[i] = e[i];
-    if (!work.one_lanes.get()) {
-      const int64_t most = (k_ + kGroup - 1) / kGroup;
-      work.one_lanes = Buffer<Vec<T>>(p * most);
-      work.one_doubles = Buffer<Doubles>(p * most * (kGroup / lanes));
-    }
     Vec<T>* z = work.one_lanes.get();
     Doubles* x = work.one_doubles.get();  // [p][double_vectors]
     auto run = [&](auto n, int64_t first) {
@@ -339,6 +389,26 @@ class Eigen {
     else
       for (int64_t i = 0; i < p * vectors; ++i)
         for (int part = 0; part < kGroup / lanes; ++part) set_doubles(z[i], part, x[i * (kGroup / lanes) + part]);
+  }
+
+  // The eigenvectors a [k][stride()] of the first k eigenvalues that bisect_one() found, or of the
+  // elements of a decoupled T in the order of work.order, and their eigenvalues. matrix contains the
+  // reflectors, work.numbers tau.
+  void eigenvectors_of_one(const T* matrix, int64_t k, bool decoupled, T* a, double* lambda, Workspace& work) const {
+    const int64_t p = p_, vectors = (k + kGroup - 1) / kGroup;
+    const T* tau = work.numbers.get() + 2 * stride_;
+    if (!work.one_lanes.get()) {
+      const int64_t most = (k_ + kGroup - 1) / kGroup;
+      work.one_lanes = Buffer<Vec<T>>(p * most);
+      work.one_doubles = Buffer<Doubles>(p * most * (kGroup / kLanes<double>));
+    }
+    Vec<T>* z = work.one_lanes.get();
+    if (decoupled) {
+      std::fill(z, z + p * vectors, Vec<T>{});
+      for (int64_t j = 0; j < k; ++j) z[work.order[j] * vectors + j / kGroup][j % kGroup] = 1;
+    } else {
+      inverse_iteration_of_one(k, lambda, work);
+    }
     apply_q_one<T>(p, matrix, stride_, tau, vectors, z);
     for (int64_t first = 0; first < p; first += kGroup) {
       for (int64_t n = 0; n < vectors; ++n) {

@@ -80,6 +80,29 @@ void bisect(int64_t p, const Entry* d, const Entry* e2, Vec<T> low, Vec<T> high,
   for (int j = 0; j < N; ++j) lambda[j] = T(0.5) * (lower[j] + upper[j]);
 }
 
+// The same as bisect<T, 1, 1>, bit by bit, in less time: one vector of counts waits for its divisions.
+// Each step counts at the midpoint and at both points that the next step of the bisection could
+// choose.
+template <typename T, typename Entry>
+void bisect_by_two(int64_t p, const Entry* d, const Entry* e2, Vec<T> low, Vec<T> high, Mask<T> wanted, Vec<T>* lambda) {
+  constexpr int steps = std::numeric_limits<T>::digits + 2;
+  Vec<T> lower = low, upper = high;
+  for (int step = 0; step < steps; step += 2) {
+    const Vec<T> middle = T(0.5) * (lower + upper), point[] = {middle, T(0.5) * (lower + middle), T(0.5) * (middle + upper)};
+    Mask<T> count[3];
+    count_above<T, 3>(p, d, e2, point, count);
+    const Mask<T> above = count[0] >= wanted;
+    lower = above ? middle : lower;
+    upper = above ? upper : middle;
+    if (step + 1 == steps) break;
+    const Vec<T> next = above ? point[2] : point[1];
+    const Mask<T> above_next = (above ? count[2] : count[1]) >= wanted;
+    lower = above_next ? next : lower;
+    upper = above_next ? upper : next;
+  }
+  *lambda = T(0.5) * (lower + upper);
+}
+
 // Calls body(std::integral_constant<int, N>, first) for parts of [0, count) of N <= 4 vectors.
 template <typename Body>
 void in_fours(int64_t count, Body&& body) {
@@ -117,8 +140,10 @@ void largest_eigenvalues_one(int64_t p, const T* d, const T* e2, T low, T high, 
     if constexpr (n() == 1) {  // as many sections as for a group
       if (from == 0 && to == 1) return bisect<T, 1, 4>(p, d, e2, lowest, highest, wanted, lambda);
       if (from == 0 && to == 2) return bisect<T, 1, 2>(p, d, e2, lowest, highest, wanted, lambda);
+      bisect_by_two<T>(p, d, e2, lowest, highest, wanted[0], lambda + first);
+    } else {
+      bisect<T, n(), 1>(p, d, e2, lowest, highest, wanted, lambda + first);
     }
-    bisect<T, n(), 1>(p, d, e2, lowest, highest, wanted, lambda + first);
   });
 }
 
