@@ -118,7 +118,7 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(12, 12, 12), (33, 20, 7), (40, 64, 40), (70, 64, 64), (130, 90, 4)])
 def test_orthogonal_rows(m, n, k, dtype):
-    """T is diagonal up to rounding errors, so its eigenvectors are unit vectors, alone and in a group."""
+    """T is diagonal up to rounding errors, so its eigenvectors are unit vectors."""
     p = min(m, n)
     values = (torch.ones(p), 1 + torch.arange(p) % 3, torch.linspace(0.4, 1, p)[torch.randperm(p)], 1 + 1e-13 * torch.arange(p))
     matrices = [torch.linalg.qr(torch.randn(max(m, n), p, dtype=torch.float64))[0] * s.double() for s in values]

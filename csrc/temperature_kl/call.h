@@ -79,11 +79,34 @@ bool is_plain_divergence(const Call<T>& call) {
   return o.direction != Direction::jsd && !call.temperature_grad && o.include_entropy && !(o.target_eps > 0);
 }
 
+// The plain divergences of two rows of at most kPart vectors, each with a scratch of its own.
+template <typename T, typename Stored>
+std::array<Divergence<T>, 2> divergences_of_two_rows(const Call<T>& call, const std::array<Source<T, Stored>, 2>& students,
+                                                     const std::array<Source<T, Stored>, 2>& teachers,
+                                                     const std::array<Vec<T>, 2>& temperatures, const std::array<Scratch<T>*, 2>& scratches) {
+  const bool from_teacher = call.options.direction != Direction::reverse;
+  auto stages = [&](int i) {
+    Scratch<T>& scratch = *scratches[i];
+    return DivergenceStages<T, AcrossLanes, false, Source<T, Stored>>(from_teacher ? teachers[i] : students[i],
+                                                                      from_teacher ? students[i] : teachers[i], temperatures[i],
+                                                                      scratch.weights, scratch.difference, call.any_gradient_wanted(),
+                                                                      {scratch.parts.get(), kPart}, scratch.next_tile);
+  };
+  auto first = stages(0), second = stages(1);
+  first.weigh(0);
+  second.weigh(0);
+  first.add_terms(0);
+  second.add_terms(0);
+  return {first.finish(), second.finish()};
+}
+
 // Computes losses and gradients of one tile. `temperature` and `weight` are those of its rows. Only
-// plain divergences may have logits that are stored in another type than T.
+// plain divergences may have logits that are stored in another type than T. computed: the divergence,
+// if it has been computed with the same scratch, or null.
 template <typename T, typename Reduce, typename Stored = T>
 ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& student, const Source<T, Stored>& teacher, Vec<T> temperature,
-                               Vec<T> weight, const Sink<T>* student_out, const Sink<T>* teacher_out, Scratch<T>& scratch) {
+                               Vec<T> weight, const Sink<T>* student_out, const Sink<T>* teacher_out, Scratch<T>& scratch,
+                               const Divergence<T>* computed = nullptr) {
   const Options& o = call.options;
   const bool jsd = o.direction == Direction::jsd, from_teacher = o.direction != Direction::reverse;
   const Sink<T>*base_out = from_teacher ? teacher_out : student_out, *other_out = from_teacher ? student_out : teacher_out;
@@ -115,10 +138,11 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
   const auto &base = from_teacher ? teacher : student, &other = from_teacher ? student : teacher;
   const bool keeps_all = call.any_gradient_wanted() || jsd || use_general_form;
   auto compute = [&] {
-    return divergence<T, Reduce, false>(base, other, temperature, scratch.weights, difference, keeps_all, parts, scratch.next_tile,
-                                        far_threshold);
+    return DivergenceStages<T, Reduce, false, Source<T, Stored>>(base, other, temperature, scratch.weights, difference, keeps_all, parts,
+                                                                 scratch.next_tile, far_threshold)
+        .run();
   };
-  Divergence<T> s = compute();
+  Divergence<T> s = computed ? *computed : compute();
   if (__builtin_expect(s.has_far_centres && !any(needs_centring<T>(s)), 0)) {
     parts.vectors = base.vectors();
     s = compute();
@@ -137,9 +161,9 @@ ValueAndDerivative<T> run_tile(const Call<T>& call, const Source<T, Stored>& stu
     centre<T, Reduce>(other, rows_to_centre, centred_other);
     const Source<T> base_source(centred_base, base.count()), other_source(centred_other, other.count());
     parts.vectors = base.vectors();
-    result = finish(divergence<T, Reduce, true>(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference,
-                                                keeps_all, parts, {}, far_threshold),
-                    base_source, other_source);
+    DivergenceStages<T, Reduce, true, Source<T>> stages(base_source, other_source, temperature * T(kQuarter), scratch.weights, difference,
+                                                        keeps_all, parts, {}, far_threshold);
+    result = finish(stages.run(), base_source, other_source);
   }
   // With scale_by_t2 the results are T^2 V and its derivative 2 T V - T S, otherwise V and -S / T.
   if (wants_temperature_grad) {

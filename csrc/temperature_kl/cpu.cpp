@@ -30,7 +30,7 @@ float write_scaled(T* gradient, int64_t classes, const Sink<T>& out) {
 // Calls run(student, teacher) with the logits of a row as they are stored or, if the divergence is
 // not plain or the networks have different dtypes, converted to T.
 template <typename T, typename Run>
-ValueAndDerivative<T> run_stored(const Call<T>& call, const void* student, const void* teacher, Run&& run, Scratch<T>& scratch) {
+void run_stored(const Call<T>& call, const void* student, const void* teacher, Run&& run, Scratch<T>& scratch) {
   const ElementType types[] = {call.element_types[kStudent], call.element_types[kTeacher]};
   if constexpr (std::is_same_v<T, float>) {
     auto run_as = [&](auto* type) {
@@ -55,45 +55,110 @@ ValueAndDerivative<T> run_stored(const Call<T>& call, const void* student, const
   }
 }
 
-// Processes rows [begin, end) for the layout in which the classes of a row are adjacent.
+// Processes rows whose classes are adjacent: two at a time if each is computed in one part, which takes
+// 0.86 (350 classes) to 0.95 (1000) of the time of one after the other.
 template <typename T>
-void run_rows(const Call<T>& call, const Rows& layout, Scratch<T>& scratch, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const auto offset = layout.offsets(row);
-    auto row_address = [&](int k) { return static_cast<char*>(address(call.x[k])) + offset[k] * call.x[k].element_size(); };
-    if (!call.is_included(row)) {
-      if (call.row_loss) call.row_loss[row] = 0;
-      if (call.temperature_grad) call.temperature_grad[row] = 0;
-      if (call.row_scale) call.row_scale[row] = 1;
-      for (int k : {kStudentGrad, kTeacherGrad})
-        if (call.is_wanted(Operand(k))) std::memset(row_address(k), 0, call.classes * call.x[k].element_size());
-      continue;
+class AdjacentClasses {
+ public:
+  AdjacentClasses(const Call<T>& call, const Rows& layout)
+      : call_(call),
+        layout_(layout),
+        first_operand_(call.options.direction == Direction::reverse ? kStudent : kTeacher),
+        in_pairs_(call.rows > 1 && call.classes <= kPart * simd::kLanes<T> && is_plain_divergence(call) &&
+                  call.element_types[kStudent] == call.element_types[kTeacher]) {
+    for (int k = 0; k < kOperands; ++k)
+      if (call.x[k].defined()) data_[k] = static_cast<char*>(address(call.x[k])), sizes_[k] = call.x[k].element_size();
+  }
+
+  // The working memory of a thread: of two rows, the second one only if rows are processed in pairs.
+  struct Memory {
+    Scratch<T> first, second;
+  };
+  Memory make_memory() const { return {Scratch<T>(call_.classes), Scratch<T>(in_pairs_ ? call_.classes : 0)}; }
+
+  // Processes rows [begin, end).
+  void run(Memory& memory, int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end;) {
+      const bool pair = in_pairs_ && row + 1 < end && call_.is_included(row) && call_.is_included(row + 1);
+      const int64_t next = row + (pair ? 2 : 1);
+      if (next < end) prefetch_row(next, memory.first);
+      if (pair && next + 1 < end) prefetch_row(next + 1, memory.second);
+      if (pair)
+        run_pair(memory, row);
+      else if (call_.is_included(row))
+        run_row(memory.first, row);
+      else
+        clear_row(row);
+      row = next;
     }
-    const Operand first_operand = call.options.direction == Direction::reverse ? kStudent : kTeacher;
-    if (row + 1 < end)
-      scratch.next_tile = {row_address(first_operand) +
-                               (layout.offsets(row + 1)[first_operand] - offset[first_operand]) * call.x[first_operand].element_size(),
-                           call.classes * call.x[first_operand].element_size() / 64};
+    if (call_.streaming) simd::fence();
+  }
+
+ private:
+  char* row_address(int64_t row, int k) const { return data_[k] + layout_.offsets(row)[k] * sizes_[k]; }
+
+  void prefetch_row(int64_t row, Scratch<T>& scratch) const {
+    scratch.next_tile = {row_address(row, first_operand_), call_.classes * sizes_[first_operand_] / 64};
+  }
+
+  void run_row(Scratch<T>& scratch, int64_t row) const {
+    run_stored<T>(
+        call_, row_address(row, kStudent), row_address(row, kTeacher),
+        [&](const auto& student, const auto& teacher) { return write_results(row, student, teacher, scratch, nullptr); }, scratch);
+  }
+
+  void run_pair(Memory& memory, int64_t row) const {
+    const std::array<Scratch<T>*, 2> scratches{&memory.first, &memory.second};
+    const std::array<Vec<T>, 2> temperatures{splat<T>(call_.row_temperature(row)), splat<T>(call_.row_temperature(row + 1))};
+    auto run_as = [&](auto* type) {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      auto sources = [&](int k) {
+        return std::array<Source<T, Stored>, 2>{Source<T, Stored>(row_address(row, k), call_.classes),
+                                                Source<T, Stored>(row_address(row + 1, k), call_.classes)};
+      };
+      const auto students = sources(kStudent), teachers = sources(kTeacher);
+      const auto computed = divergences_of_two_rows<T, Stored>(call_, students, teachers, temperatures, scratches);
+      for (int i = 0; i < 2; ++i) write_results(row + i, students[i], teachers[i], *scratches[i], &computed[i]);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (call_.element_types[kStudent] == ElementType::bfloat16) return run_as(static_cast<c10::BFloat16*>(nullptr));
+      if (call_.element_types[kStudent] == ElementType::half) return run_as(static_cast<c10::Half*>(nullptr));
+    }
+    run_as(static_cast<T*>(nullptr));
+  }
+
+  template <typename Logits>
+  void write_results(int64_t row, const Logits& student, const Logits& teacher, Scratch<T>& scratch, const Divergence<T>* computed) const {
     auto sink = [&](Operand k) {
-      return Sink<T>(call.is_wanted(k) ? row_address(k) : nullptr, call.element_types[k], call.classes, call.streaming);
+      return Sink<T>(call_.is_wanted(k) ? row_address(row, k) : nullptr, call_.element_types[k], call_.classes, call_.streaming);
     };
     const Sink<T> final_student_sink = sink(kStudentGrad), teacher_sink = sink(kTeacherGrad);
     const Sink<T> student_sink =
-        call.row_scale ? Sink<T>(scratch.gradient_row(), ElementType::native, call.classes, false) : final_student_sink;
-    const auto result = run_stored<T>(
-        call, row_address(kStudent), row_address(kTeacher),
-        [&](const auto& student, const auto& teacher) {
-          return run_tile<T, AcrossLanes>(call, student, teacher, splat<T>(call.row_temperature(row)), splat<T>(call.row_weight(row)),
-                                          call.is_wanted(kStudentGrad) ? &student_sink : nullptr,
-                                          call.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch);
-        },
-        scratch);
-    if (call.row_scale) call.row_scale[row] = write_scaled(scratch.gradient_row(), call.classes, final_student_sink);
-    if (call.row_loss) call.row_loss[row] = result.value[0];
-    if (call.temperature_grad) call.temperature_grad[row] = result.temperature_derivative[0];
+        call_.row_scale ? Sink<T>(scratch.gradient_row(), ElementType::native, call_.classes, false) : final_student_sink;
+    const auto result = run_tile<T, AcrossLanes>(call_, student, teacher, splat<T>(call_.row_temperature(row)),
+                                                 splat<T>(call_.row_weight(row)), call_.is_wanted(kStudentGrad) ? &student_sink : nullptr,
+                                                 call_.is_wanted(kTeacherGrad) ? &teacher_sink : nullptr, scratch, computed);
+    if (call_.row_scale) call_.row_scale[row] = write_scaled(scratch.gradient_row(), call_.classes, final_student_sink);
+    if (call_.row_loss) call_.row_loss[row] = result.value[0];
+    if (call_.temperature_grad) call_.temperature_grad[row] = result.temperature_derivative[0];
   }
-  if (call.streaming) simd::fence();
-}
+
+  // The results of a row that the mask excludes.
+  void clear_row(int64_t row) const {
+    if (call_.row_loss) call_.row_loss[row] = 0;
+    if (call_.temperature_grad) call_.temperature_grad[row] = 0;
+    if (call_.row_scale) call_.row_scale[row] = 1;
+    for (int k : {kStudentGrad, kTeacherGrad})
+      if (call_.is_wanted(Operand(k))) std::memset(row_address(row, k), 0, call_.classes * sizes_[k]);
+  }
+
+  const Call<T>& call_;
+  const Rows& layout_;
+  Operand first_operand_;
+  bool in_pairs_;
+  std::array<char*, kOperands> data_{};
+  std::array<int64_t, kOperands> sizes_{};
+};
 
 template <typename T>
 void run(Call<T>& call) {
@@ -122,9 +187,10 @@ void run(Call<T>& call) {
         0, tiles.count(), std::max<int64_t>(1, grain / tiles.logits_per_chunk()), [&] { return tiles.make_memory(); },
         [&](auto& memory, int64_t begin, int64_t end) { tiles.run(memory, begin, end); });
   } else {
+    const AdjacentClasses<T> rows(call, layout);
     parallel_for(
-        0, call.rows, std::max<int64_t>(1, grain / call.classes), [&] { return Scratch<T>(call.classes); },
-        [&](Scratch<T>& scratch, int64_t begin, int64_t end) { run_rows(call, layout, scratch, begin, end); });
+        0, call.rows, std::max<int64_t>(1, grain / call.classes), [&] { return rows.make_memory(); },
+        [&](auto& memory, int64_t begin, int64_t end) { rows.run(memory, begin, end); });
   }
   for (int k : {kStudentGrad, kTeacherGrad})
     if (call.x[k].defined() && !call.x[k].is_same(originals[k])) originals[k].copy_(call.x[k]);

@@ -233,8 +233,11 @@ void move_to_centre(Vec<T> m, Part<T>& part) {
   part.drift -= part.z * distance;
 }
 
-// Fills weights[] with z p_b and difference[] with z p_b (e^y - 1), where y is measured from the
-// centre of the part. Without `keeps_all`, each part overwrites those of the one before.
+// Computes the divergence of one tile, part by part: weigh() fills weights[] with z p_b and
+// difference[] with o - b, add_terms() replaces the latter by z p_b (e^y - 1), where y is measured from
+// the centre of the part. Without `keeps_all`, each part overwrites those of the one before. The stages
+// are separate because each begins with a sum across lanes: two tiles that take turns do not wait for
+// it (divergences_of_two_rows).
 //
 // The memory that is read next is prefetched where the memory is otherwise idle: `other` during the
 // first exponential, a part ahead, and `next_tile`, which is read after this tile, during the second.
@@ -243,35 +246,44 @@ void move_to_centre(Vec<T> m, Part<T>& part) {
 // may have any logits. Without it, `far_apart` only marks the rows that need centring. Rows whose
 // divergence exceeds `far_threshold` also count as far apart.
 template <typename T, typename Reduce, bool centred, typename Logits>
-Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool keeps_all,
-                         Parts<T> parts, PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity()) {
-  constexpr int lanes = simd::kLanes<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  const int64_t n = base.vectors();
-  Divergence<T> s;
-  s.z = s.mean = s.other_z = Vec<T>{};
-  const Vec<T> inv_t = T(1) / temperature;
-  s.temperature = temperature;
-  s.inv_t = s.logit_factor = inv_t;
-  s.remaining_factor = splat<T>(T(1));
-  const Vec<T> base_max = s.base_max = base.template max<Reduce>();
+class DivergenceStages {
+ public:
+  static constexpr int lanes = simd::kLanes<T>;
 
-  auto mean_without_zeros = [&](int64_t begin, int64_t end) {
-    Vec<T> sum{};
-    for (int64_t j = begin; j < end; ++j) {
-      const Vec<T> weight = simd::load<T>(weights + j * lanes);
-      sum -= select<T>(weight == T(0), Vec<T>{}, weight * simd::load<T>(difference + j * lanes));
+  DivergenceStages(const Logits& base, const Logits& other, Vec<T> temperature, T* weights, T* difference, bool keeps_all, Parts<T> parts,
+                   PrefetchRange next_tile, T far_threshold = std::numeric_limits<T>::infinity())
+      : base_(base),
+        other_(other),
+        weights_(weights),
+        difference_(difference),
+        keeps_all_(keeps_all),
+        parts_(parts),
+        next_tile_(next_tile),
+        far_threshold_(far_threshold) {
+    s_.z = s_.mean = s_.other_z = Vec<T>{};
+    s_.temperature = temperature;
+    s_.inv_t = s_.logit_factor = T(1) / temperature;
+    s_.remaining_factor = splat<T>(T(1));
+    s_.base_max = base.template max<Reduce>();
+  }
+
+  Divergence<T> run() {
+    for (int64_t first = 0; first < base_.vectors(); first += parts_.vectors) {
+      weigh(first);
+      add_terms(first);
     }
-    return sum;
-  };
-  Part<T>* part = parts.parts;
-  for (int64_t first = 0; first < n; first += parts.vectors, ++part) {
-    const int64_t last = std::min(n, first + parts.vectors), kept = keeps_all ? 0 : first;
-    Vec<T> part_z{}, part_mean{}, least_gap = splat<T>(infinity), largest_gap = -least_gap;
+    return finish();
+  }
+
+  void weigh(int64_t first) {
+    const int64_t last = this->last(first), kept = this->kept(first);
+    T *const weights = weights_, *const difference = difference_;
+    const Vec<T> base_max = s_.base_max, inv_t = s_.inv_t;
+    Vec<T> part_z{}, part_mean{}, least_gap = splat<T>(std::numeric_limits<T>::infinity()), largest_gap = -least_gap;
     for (int64_t begin = first; begin < last; begin += kBlock) {
       Vec<T> z{}, mean_sum{};
-      base.for_each(other, begin, std::min(last, begin + kBlock), [&](int64_t j, Vec<T> b, Vec<T> o) {
-        if constexpr (std::is_same_v<Reduce, AcrossLanes>) other.prefetch(j + kPart);
+      base_.for_each(other_, begin, std::min(last, begin + kBlock), [&](int64_t j, Vec<T> b, Vec<T> o) {
+        if constexpr (std::is_same_v<Reduce, AcrossLanes>) other_.prefetch(j + kPart);
         const Vec<T> weight = simd::exp_falling<T>((b - base_max) * inv_t), gap = o - b;
         z += weight;
         mean_sum -= weight * gap;
@@ -284,89 +296,130 @@ Divergence<T> divergence(const Logits& base, const Logits& other, Vec<T> tempera
       part_mean += mean_sum;
     }
     // The d of a class without probability may be infinite or NaN; use 0 log 0 = 0.
-    const Mask<T> finite = part_mean - part_mean == T(0);
-    if (__builtin_expect(any(~finite), 0)) part_mean = select<T>(finite, part_mean, mean_without_zeros(first - kept, last - kept));
-    part->z = Reduce::template sum<T>(part_z);
+    finite_ = part_mean - part_mean == T(0);
+    if (__builtin_expect(any(~finite_), 0)) part_mean = select<T>(finite_, part_mean, mean_without_zeros(first - kept, last - kept));
+    part_ = parts_.parts + first / parts_.vectors;
+    Part<T>& part = *part_;
+    part.z = Reduce::template sum<T>(part_z);
     part_mean = Reduce::template sum<T>(part_mean);
-    part->centre = select<T>(part->z == T(0), Vec<T>{}, part_mean * (T(1) / part->z) * inv_t);
-    s.z += part->z;
-    s.mean += part_mean;
+    part.centre = select<T>(part.z == T(0), Vec<T>{}, part_mean * (T(1) / part.z) * inv_t);
+    s_.z += part.z;
+    s_.mean += part_mean;
+    least_gap_ = least_gap;
+    largest_gap_ = largest_gap;
+  }
 
-    const Vec<T> centre = part->centre;
-    part->convex = part->drift = Vec<T>{};
-    auto add_terms = [&](auto&& add) {
-      for (int64_t begin = first; begin < last; begin += kBlock) {
-        TermSums<T> sums;
-        for (int64_t j = begin, end = std::min(last, begin + kBlock); j < end; ++j) {
-          next_tile.fetch(j);
-          const Vec<T> y = simd::load<T>(difference + (j - kept) * lanes) * inv_t + centre;
-          simd::store<T>(difference + (j - kept) * lanes, add(sums, j, simd::load<T>(weights + (j - kept) * lanes), y));
-        }
-        part->convex += sums.convex;
-        part->drift -= sums.y;
-      }
-    };
-    const Vec<T> least_y = least_gap * inv_t + centre, largest_y = largest_gap * inv_t + centre;
-    const Mask<T> in_range = finite & (least_y > T(simd::Constants<T>::exp_lowest)) & (largest_y < T(kLargeY));
+  void add_terms(int64_t first) {
+    const Vec<T> centre = part_->centre, inv_t = s_.inv_t, least_y = least_gap_ * inv_t + centre, largest_y = largest_gap_ * inv_t + centre;
+    const Mask<T> in_range = finite_ & (least_y > T(simd::Constants<T>::exp_lowest)) & (largest_y < T(kLargeY));
     // In float64, the polynomial of terms_of_close is not accurate enough.
-    const Mask<T> close = sizeof(T) == sizeof(float) ? finite & (least_y >= T(-1)) & (largest_y <= T(1)) : Mask<T>{};
+    const Mask<T> close = sizeof(T) == sizeof(float) ? finite_ & (least_y >= T(-1)) & (largest_y <= T(1)) : Mask<T>{};
     // In lanes, the terms of each row are those that the row has by itself.
     const bool mixes = std::is_same_v<Reduce, PerLane> && any(close);
-    auto mixed = [&](Vec<T> y, Terms<T> t) {
+    auto mixed = [=](Vec<T> y, Terms<T> t) {
       if (std::is_same_v<Reduce, AcrossLanes> || sizeof(T) != sizeof(float)) return t;
       const Terms<T> c = terms_of_close<T>(y);
       return Terms<T>{select<T>(close, c.y, t.y), select<T>(close, c.expm1, t.expm1), select<T>(close, c.convex, t.convex)};
     };
     if (!any(~close))
-      add_terms([](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_of_close<T>(y)); });
+      add(first, [](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_of_close<T>(y)); });
     else if (!any(~in_range) && !mixes)
-      add_terms([](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_in_range<T>(y, y)); });
+      add(first, [](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, terms_in_range<T>(y, y)); });
     else if (!any(~in_range))
-      add_terms([&](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, mixed(y, terms_in_range<T>(y, y))); });
+      add(first, [=](TermSums<T>& sums, int64_t, Vec<T> weight, Vec<T> y) { return sums.add(weight, mixed(y, terms_in_range<T>(y, y))); });
     else
-      add_terms([&](TermSums<T>& sums, int64_t j, Vec<T> weight, Vec<T> y) {
+      add(first, [=, base_max = s_.base_max](TermSums<T>& sums, int64_t j, Vec<T> weight, Vec<T> y) {
         return sums.template add_any<centred>(weight, y, mixed(y, terms_of_any<T, centred>(weight, y)),
-                                              [&] { return simd::exp<T>((other[j] - base_max) * inv_t + centre); });
+                                              [&] { return simd::exp<T>((other_[j] - base_max) * inv_t + centre); });
       });
-    part->convex = Reduce::template sum<T>(part->convex);
-    part->drift = Reduce::template sum<T>(part->drift);
   }
-  const Vec<T> inv_z = T(1) / s.z;
-  s.mean = s.mean * inv_z * inv_t;
 
-  Vec<T> convex{}, drift{};
-  if (n <= parts.vectors) {
-    parts.parts->factor = splat<T>(T(1));
-    parts.parts->expm1 = Vec<T>{};
-    convex = parts.parts->convex, drift = parts.parts->drift;
-  } else {
-    for (const Part<T>*const end = part, *p = parts.parts; p < end; ++p) {
-      const Vec<T> distance = s.mean - p->centre;
-      s.has_far_centres |= any(~((distance <= T(kFarCentre)) & (distance >= T(-kFarCentre)) & (p->convex < T(kLargestConvex))));
+  // After the last part.
+  Divergence<T> finish() {
+    const Vec<T> inv_z = T(1) / s_.z;
+    s_.mean = s_.mean * inv_z * s_.inv_t;
+
+    Vec<T> convex{}, drift{};
+    if (base_.vectors() <= parts_.vectors) {
+      part_->factor = splat<T>(T(1));
+      part_->expm1 = Vec<T>{};
+      convex = part_->convex, drift = part_->drift;
+    } else {
+      for (const Part<T>* p = parts_.parts; p <= part_; ++p) {
+        const Vec<T> distance = s_.mean - p->centre;
+        s_.has_far_centres |= any(~((distance <= T(kFarCentre)) & (distance >= T(-kFarCentre)) & (p->convex < T(kLargestConvex))));
+      }
+      if (s_.has_far_centres) {
+        // One part would not help a row that is to be centred.
+        s_.far_apart = ~(s_.mean - s_.mean == T(0));
+        return s_;
+      }
+      for (Part<T>* p = parts_.parts; p <= part_; ++p) {
+        move_to_centre<T>(s_.mean, *p);
+        convex += p->convex;
+        drift += p->drift;
+      }
     }
-    if (s.has_far_centres) {
-      // One part would not help a row that is to be centred.
-      s.far_apart = ~(s.mean - s.mean == T(0));
-      return s;
-    }
-    for (Part<T>*const end = part, *p = parts.parts; p < end; ++p) {
-      move_to_centre<T>(s.mean, *p);
-      convex += p->convex;
-      drift += p->drift;
-    }
+    convex *= inv_z;
+    s_.drift = drift * inv_z;
+    s_.w = convex - s_.drift;
+    s_.kl = centred_kl<T>(convex, s_.drift, s_.w);
+    s_.shift = s_.mean + s_.drift - s_.kl;
+
+    // All terms of `convex` are >= 0. It is negative only if terms were cut off at the end of the
+    // range of T.
+    s_.far_apart = ~((convex < T(kLargestConvex)) & (convex > T(-1)) & (s_.kl <= far_threshold_));
+    if (centred && any(s_.far_apart)) compute_far_apart<T, Reduce>(base_, other_, weights_, difference_, s_);
+    return s_;
   }
-  convex *= inv_z;
-  s.drift = drift * inv_z;
-  s.w = convex - s.drift;
-  s.kl = centred_kl<T>(convex, s.drift, s.w);
-  s.shift = s.mean + s.drift - s.kl;
 
-  // All terms of `convex` are >= 0. It is negative only if terms were cut off at the end of the
-  // range of T.
-  s.far_apart = ~((convex < T(kLargestConvex)) & (convex > T(-1)) & (s.kl <= far_threshold));
-  if (centred && any(s.far_apart)) compute_far_apart<T, Reduce>(base, other, weights, difference, s);
-  return s;
-}
+ private:
+  // The end of the part that begins at vector `first`, and the vector that is stored first.
+  int64_t last(int64_t first) const { return std::min(base_.vectors(), first + parts_.vectors); }
+  int64_t kept(int64_t first) const { return keeps_all_ ? 0 : first; }
+
+  Vec<T> mean_without_zeros(int64_t begin, int64_t end) const {
+    Vec<T> sum{};
+    for (int64_t j = begin; j < end; ++j) {
+      const Vec<T> weight = simd::load<T>(weights_ + j * lanes);
+      sum -= select<T>(weight == T(0), Vec<T>{}, weight * simd::load<T>(difference_ + j * lanes));
+    }
+    return sum;
+  }
+
+  // Sums the terms of a part. add_vector(sums, j, weight, y) adds those of vector j.
+  template <typename AddVector>
+  KDKERNELS_INLINE void add(int64_t first, AddVector&& add_vector) {
+    const int64_t last = this->last(first);
+    T *const weights = weights_ - kept(first) * lanes, *const difference = difference_ - kept(first) * lanes;
+    const Vec<T> centre = part_->centre, inv_t = s_.inv_t;
+    const PrefetchRange next_tile = next_tile_;
+    Vec<T> convex{}, weighted_y{};
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      TermSums<T> sums;
+      for (int64_t j = begin, end = std::min(last, begin + kBlock); j < end; ++j) {
+        next_tile.fetch(j);
+        const Vec<T> y = simd::load<T>(difference + j * lanes) * inv_t + centre;
+        simd::store<T>(difference + j * lanes, add_vector(sums, j, simd::load<T>(weights + j * lanes), y));
+      }
+      convex += sums.convex;
+      weighted_y += sums.y;
+    }
+    part_->convex = Reduce::template sum<T>(convex);
+    part_->drift = Reduce::template sum<T>(-weighted_y);
+  }
+
+  const Logits &base_, &other_;
+  T *weights_, *difference_;
+  bool keeps_all_;
+  Parts<T> parts_;
+  Part<T>* part_ = nullptr;  // the one that was weighed last
+  PrefetchRange next_tile_;
+  T far_threshold_;
+  Divergence<T> s_;
+  Mask<T> finite_;
+  Vec<T> least_gap_, largest_gap_;
+};
 
 // scale * dKL / d(o / T)
 template <typename T>
