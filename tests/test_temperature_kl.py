@@ -411,8 +411,8 @@ def test_micro_batches_add_up(device):
 @pytest.mark.parametrize("noise", [0.3, 5.0])  # other loops add the terms of rows that are close than those of others
 @pytest.mark.parametrize("logit", [6.0, 50.0, 500.0])  # 500: the networks are so far apart that the row is centred
 def test_rows_do_not_depend_on_each_other(logit, noise, dtype, direction):
-    """With rows adjacent in memory, or few classes, a vector holds several rows. Others are computed
-    in pairs.
+    """With rows adjacent in memory, or few classes, a vector holds several rows. Others are
+    computed in pairs.
     """
     for shape, dim in (((2, 16), 0), ((64, 5), 1), ((67, 33), 1), ((67, 96), 1), ((3, 7, 8, 8), 1), ((5, 400), 1)):
         teacher = torch.randn(shape, dtype=dtype)
