@@ -83,14 +83,14 @@ bool is_plain_divergence(const Call<T>& call) {
 template <typename T, typename Stored>
 std::array<Divergence<T>, 2> divergences_of_two_rows(const Call<T>& call, const std::array<Source<T, Stored>, 2>& students,
                                                      const std::array<Source<T, Stored>, 2>& teachers,
-                                                     const std::array<Vec<T>, 2>& temperatures, const std::array<Scratch<T>*, 2>& scratches) {
+                                                     const std::array<Vec<T>, 2>& temperatures,
+                                                     const std::array<Scratch<T>*, 2>& scratches) {
   const bool from_teacher = call.options.direction != Direction::reverse;
   auto stages = [&](int i) {
     Scratch<T>& scratch = *scratches[i];
-    return DivergenceStages<T, AcrossLanes, false, Source<T, Stored>>(from_teacher ? teachers[i] : students[i],
-                                                                      from_teacher ? students[i] : teachers[i], temperatures[i],
-                                                                      scratch.weights, scratch.difference, call.any_gradient_wanted(),
-                                                                      {scratch.parts.get(), kPart}, scratch.next_tile);
+    return DivergenceStages<T, AcrossLanes, false, Source<T, Stored>>(
+        from_teacher ? teachers[i] : students[i], from_teacher ? students[i] : teachers[i], temperatures[i], scratch.weights,
+        scratch.difference, call.any_gradient_wanted(), {scratch.parts.get(), kPart}, scratch.next_tile);
   };
   auto first = stages(0), second = stages(1);
   first.weigh(0);
