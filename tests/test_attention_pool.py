@@ -252,6 +252,20 @@ def test_map_of_zeros_stays_zero_and_has_zero_gradient(p, reduce, device):
     assert torch.equal(t.grad, torch.zeros_like(t))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ["paper", "authors"])
+@pytest.mark.parametrize(("shape", "p"), [((4, 8, 5, 5), 2.0), ((3, 1, 40, 70), 1.5), ((2, 3, 1, 1), 1.0)])
+def test_equal_maps_have_no_distance_and_no_gradient(shape, p, variant, dtype, device):
+    x = torch.randn(shape, device=device).to(dtype)
+    s, t = x.clone().requires_grad_(), x.clone().requires_grad_()
+    assert attention_transfer_loss(s.detach(), t.detach(), variant=variant, p=p) == 0
+    for wanted in ((s, t.detach()), (s.detach(), t), (s, t)):
+        loss = attention_transfer_loss(*wanted, variant=variant, p=p)
+        assert loss == 0
+        for gradient in torch.autograd.grad(loss, [y for y in wanted if y.requires_grad]):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_first_of_equal_channels_receives_the_gradient(device):
     x = torch.tensor([[[1.0, -2.0, 0.0], [-1.0, 2.0, 0.0], [1.0, 1.0, 0.0]]], device=device, requires_grad=True)
     attention_pool(x, 2, reduce="max").sum().backward()

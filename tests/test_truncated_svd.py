@@ -118,18 +118,37 @@ def test_clusters_of_singular_values(dtype, seed, p, wider, fewer, clusters):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(12, 12, 12), (33, 20, 7), (40, 64, 40), (70, 64, 64), (130, 90, 4)])
 def test_orthogonal_rows(m, n, k, dtype):
-    """T is diagonal up to rounding errors, so its eigenvectors are unit vectors."""
+    """With rows of equal length, or a diagonal matrix, T is diagonal up to rounding errors, so its
+    eigenvectors are unit vectors. With other lengths it is not.
+    """
     p = min(m, n)
-    values = (torch.ones(p), 1 + torch.arange(p) % 3, torch.linspace(0.4, 1, p)[torch.randperm(p)], 1 + 1e-13 * torch.arange(p))
-    matrices = [torch.linalg.qr(torch.randn(max(m, n), p, dtype=torch.float64))[0] * s.double() for s in values]
-    matrices.append(torch.eye(max(m, n), p, dtype=torch.float64)[:, torch.randperm(p)] * values[2])
+    lengths = (torch.ones(p), torch.full((p,), 3e-5), 1 + torch.arange(p) % 3, 1 + 1e-13 * torch.arange(p))
+    matrices = [torch.linalg.qr(torch.randn(max(m, n), p, dtype=torch.float64))[0] * s.double() for s in lengths]
+    for diagonal in (torch.linspace(0.4, 1, p), torch.linspace(-1, 1, p), 1.0 * (torch.arange(p) < p // 2)):
+        matrices.append(torch.eye(max(m, n), p, dtype=torch.float64)[:, torch.randperm(p)] * diagonal[torch.randperm(p)])
     x = torch.stack([a if m >= n else a.mT for a in matrices]).to(dtype)
     _check_residuals(x, k)
     random = torch.randn(9, m, n, dtype=dtype)
-    for batch in (x[:1], torch.cat([random[:4], x, random])):
-        position = 0 if len(batch) == 1 else 4
-        for whole, part in zip(truncated_svd(batch, k, return_u=True), truncated_svd(x, k, return_u=True), strict=True):
-            assert torch.equal(whole[position : position + min(len(batch), len(x))], part[: min(len(batch), len(x))])
+    mixed = truncated_svd(torch.cat([random[:4], x, random]), k, return_u=True)
+    for i in range(len(x)):
+        for whole, alone in zip(mixed, truncated_svd(x[i : i + 1], k, return_u=True), strict=True):
+            assert torch.equal(whole[4 + i], alone[0])
+
+
+@given(scale=st.integers(-30, -20), small=st.integers(-60, -40), multiple=st.integers(1, 7), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
+def test_zero_singular_values_of_nearly_diagonal_gram_matrices(scale, small, multiple, seed, dtype):
+    """Rounding makes an eigenvalue of T that is 0 slightly negative."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(1, 3, 32, dtype=torch.float64)
+    x[0, 0, 1:] = torch.randint(1, 8, (31,), generator=generator) * 2.0**scale
+    x[0, 0, 0] = 2.0**small * torch.randint(1, 8, (1,), generator=generator)
+    x[0, 1] = multiple * x[0, 0]
+    x[0, 2, 0] = 1
+    expected = torch.linalg.svdvals(x)
+    truncated_svd(torch.randn(1, 3, 32, dtype=torch.float64, generator=generator), 3)  # leaves numbers in the working memory
+    _, s, _ = truncated_svd(x.to(dtype), 3)
+    assert ((s - expected).abs() <= 8 * torch.finfo(dtype).eps * expected[..., :1]).all()
+    _check_residuals(x.to(dtype), 3)
 
 
 @pytest.mark.parametrize(

@@ -82,22 +82,30 @@ template <typename T>
 double difference_norm(T* as, T* at, double divisor_s, double divisor_t, int64_t positions, std::array<bool, 2> wanted, T* d) {
   const double inverse[2] = {1 / divisor_s, 1 / divisor_t};
   T* const maps[2] = {as, at};
+  T blocks[2][DotProduct<T>::kBlock];
+  // Both quotients are stored before they are subtracted: fused with a product, the difference of equal
+  // maps would be a rounding error instead of 0.
   auto subtract = [&](int64_t first, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(as[first + i] * inverse[0]) - static_cast<T>(at[first + i] * inverse[1]);
+    T* const q[2] = {wanted[0] ? as + first : blocks[0], wanted[1] ? at + first : blocks[1]};
+    for (int i = 0; i < 2; ++i)
+#pragma GCC ivdep
+      for (int64_t s = 0; s < count; ++s) q[i][s] = static_cast<T>(maps[i][first + s] * inverse[i]);
+    for (int64_t s = 0; s < count; ++s) to[s] = q[0][s] - q[1][s];
+  };
+  auto for_each_block = [&](auto&& body) {
+    for (int64_t first = 0; first < positions; first += DotProduct<T>::kBlock)
+      body(first, std::min(positions - first, DotProduct<T>::kBlock));
   };
   const bool keeps_d = wanted[0] || wanted[1];
   DotProduct<T> square;
   T block[DotProduct<T>::kBlock];
-  for (int64_t first = 0; first < positions; first += DotProduct<T>::kBlock) {
-    const int64_t count = std::min(positions - first, DotProduct<T>::kBlock);
+  for_each_block([&](int64_t first, int64_t count) {
     T* const to = keeps_d ? d + first : block;
     subtract(first, count, to);
     square.add(to, to, count);
-    for (int i = 0; i < 2; ++i)
-      for (int64_t s = first; wanted[i] && s < first + count; ++s) maps[i][s] = static_cast<T>(maps[i][s] * inverse[i]);
-  }
+  });
   if (L2<T>::is_in_range(square.value())) return std::sqrt(square.value());
-  if (!keeps_d) subtract(0, positions, d);
+  if (!keeps_d) for_each_block([&](int64_t first, int64_t count) { subtract(first, count, d + first); });
   return L2<T>::norm_of(d, positions);
 }
 

@@ -390,8 +390,8 @@ class DivergenceStages {
   // Sums the terms of a part. add_vector(sums, j, weight, y) adds those of vector j.
   template <typename AddVector>
   KDKERNELS_INLINE void add(int64_t first, AddVector&& add_vector) {
-    const int64_t last = this->last(first);
-    T *const weights = weights_ - kept(first) * lanes, *const difference = difference_ - kept(first) * lanes;
+    const int64_t last = this->last(first), kept = this->kept(first);
+    T *const weights = weights_, *const difference = difference_;
     const Vec<T> centre = part_->centre, inv_t = s_.inv_t;
     const PrefetchRange next_tile = next_tile_;
     Vec<T> convex{}, weighted_y{};
@@ -399,8 +399,8 @@ class DivergenceStages {
       TermSums<T> sums;
       for (int64_t j = begin, end = std::min(last, begin + kBlock); j < end; ++j) {
         next_tile.fetch(j);
-        const Vec<T> y = simd::load<T>(difference + j * lanes) * inv_t + centre;
-        simd::store<T>(difference + j * lanes, add_vector(sums, j, simd::load<T>(weights + j * lanes), y));
+        const Vec<T> y = simd::load<T>(difference + (j - kept) * lanes) * inv_t + centre;
+        simd::store<T>(difference + (j - kept) * lanes, add_vector(sums, j, simd::load<T>(weights + (j - kept) * lanes), y));
       }
       convex += sums.convex;
       weighted_y += sums.y;

@@ -1,10 +1,10 @@
 // Tiles, the units of work of the temperature_kl kernels. All stages of the kernels process a tile
 // one vector at a time.
 //
-// The kernels use the same arithmetic for two memory layouts. If the classes of a row are adjacent
-// in memory, a tile is one row: a vector holds neighbouring classes, and a sum over the classes
-// ends with a sum across the lanes (AcrossLanes). If the rows are adjacent ([B, K, H, W] with
-// dim=1), a tile is one vector of rows: a vector holds the same class of neighbouring rows, and no
+// The kernels use the same arithmetic for two kinds of tiles. If a row has many classes, adjacent in
+// memory, a tile is one row: a vector holds neighbouring classes, and a sum over the classes ends with
+// a sum across the lanes (AcrossLanes). If the rows are adjacent ([B, K, H, W] with dim=1) or have few
+// classes, a tile is one vector of rows: a vector holds the same class of several rows, and no
 // operation combines lanes (PerLane).
 #pragma once
 
