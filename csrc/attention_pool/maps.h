@@ -83,9 +83,18 @@ double difference_norm(T* as, T* at, double divisor_s, double divisor_t, int64_t
   const double inverse[2] = {1 / divisor_s, 1 / divisor_t};
   T* const maps[2] = {as, at};
   T blocks[2][DotProduct<T>::kBlock];
-  // Both quotients are stored before they are subtracted: fused with a product, the difference of equal
+  // Both quotients are rounded before they are subtracted: fused with a product, the difference of equal
   // maps would be a rounding error instead of 0.
   auto subtract = [&](int64_t first, int64_t count, T* to) {
+    if constexpr (std::is_same_v<T, double>) {
+      if (!wanted[0] && !wanted[1] && count % simd::kLanes<T> == 0) {
+        for (int64_t s = 0; s < count; s += simd::kLanes<T>) {
+          const Vec<T> q_s = simd::load(as + first + s) * inverse[0], q_t = simd::load(at + first + s) * inverse[1];
+          simd::store<T>(to + s, simd::rounded<T>(q_s) - simd::rounded<T>(q_t));
+        }
+        return;
+      }
+    }
     T* const q[2] = {wanted[0] ? as + first : blocks[0], wanted[1] ? at + first : blocks[1]};
     for (int i = 0; i < 2; ++i)
 #pragma GCC ivdep

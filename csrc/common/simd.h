@@ -255,6 +255,20 @@ KDKERNELS_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<doub
 #endif
 }
 
+// v, as a number that the compiler knows nothing about: it cannot fuse the product that gave it with an
+// addition.
+template <typename T>
+KDKERNELS_INLINE Vec<T> rounded(Vec<T> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <typename M>
 KDKERNELS_INLINE bool any(M m) {
 #if defined(__AVX512F__)
