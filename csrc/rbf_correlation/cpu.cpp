@@ -120,11 +120,13 @@ class Loss {
  private:
   // Memory for the four vectors of a column (student and teacher, x and y), their differences and sums, and one gradient.
   struct ColumnBuffers {
-    std::unique_ptr<double[]> values[4], gradient;
+    Buffer<double> values[4], gradient;
     DifferenceAndSum x, y;  // of the sum over pairs
-    ColumnBuffers(int64_t m, int64_t n) : gradient(new double[padded(std::max(m, n))]), x(m), y(n) {
-      for (int i = 0; i < 4; ++i) values[i].reset(new double[i % 2 == 0 ? m : n]);
-    }
+    ColumnBuffers(int64_t m, int64_t n)
+        : values{Buffer<double>(m), Buffer<double>(n), Buffer<double>(m), Buffer<double>(n)},
+          gradient(padded(std::max(m, n))),
+          x(m),
+          y(n) {}
   };
   struct SeriesState {
     Side x, y;
@@ -183,16 +185,16 @@ class Loss {
     y.set(column.values[kStudentY].get(), column.values[kTeacherY].get(), n_, center, scale_);
     const int64_t blocks = (m_ + kRows - 1) / kRows, width = padded(n_);
     const bool wants_x = is_wanted(kStudentX) || is_wanted(kTeacherX), wants_y = is_wanted(kStudentY) || is_wanted(kTeacherY);
-    const std::unique_ptr<double[]> grad_x(wants_x ? new double[2 * m_] : nullptr),
-        grad_y(wants_y ? new double[2 * blocks * width]() : nullptr);
+    const Buffer<double> grad_x(wants_x ? 2 * m_ : 0), grad_y(wants_y ? 2 * blocks * width : 0);
+    std::fill_n(grad_y.get(), wants_y ? 2 * blocks * width : 0, 0.0);
     std::vector<double> losses(blocks);
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kRows;
         Gradients x_gradients, y_gradients;
         for (int network = 0; network < 2; ++network) {
-          x_gradients.arrays[network] = is_wanted(2 * network) ? &grad_x[network * m_ + first] : nullptr;
-          y_gradients.arrays[network] = is_wanted(2 * network + 1) ? &grad_y[(network * blocks + block) * width] : nullptr;
+          x_gradients.arrays[network] = is_wanted(2 * network) ? grad_x.get() + network * m_ + first : nullptr;
+          y_gradients.arrays[network] = is_wanted(2 * network + 1) ? grad_y.get() + (network * blocks + block) * width : nullptr;
         }
         const auto sum = x_gradients.wanted() || y_gradients.wanted() ? sum_row_block<true> : sum_row_block<false>;
         losses[block] = sum(x, y, first, std::min(kRows, m_ - first), n_, x_gradients, y_gradients);
@@ -201,9 +203,9 @@ class Loss {
     losses_[c] = 0;
     for (double loss : losses) losses_[c] += loss;
     for (int network = 0; network < 2; ++network) {
-      if (is_wanted(2 * network)) write(&grad_x[network * m_], gradient_factor_, 2 * network, c);
+      if (is_wanted(2 * network)) write(grad_x.get() + network * m_, gradient_factor_, 2 * network, c);
       if (!is_wanted(2 * network + 1)) continue;
-      double* sum = &grad_y[network * blocks * width];
+      double* sum = grad_y.get() + network * blocks * width;
       for (int64_t block = 1; block < blocks; ++block)
         for (int64_t i = 0; i < n_; ++i) sum[i] += sum[block * width + i];
       write(sum, gradient_factor_, 2 * network + 1, c);

@@ -6,8 +6,6 @@
 // t_x) - (s_y + t_y), log(S / T) = -e p / 2, so |S - T| = max(S, T) (1 - exp(-|e p| / 2)).
 #pragma once
 
-#include <memory>
-
 #include "../common/simd.h"
 #include "terms.h"
 
@@ -17,18 +15,18 @@ constexpr int64_t kRows = 128;  // rows of x per block; the gradient of y is sum
 
 // The numbers of one side, scaled: the difference and the sum of the student's and the teacher's.
 struct DifferenceAndSum {
-  std::unique_ptr<double[]> difference, sum;
+  Buffer<double> difference, sum;
 
-  explicit DifferenceAndSum(int64_t n) : difference(new double[padded(n)]), sum(new double[padded(n)]) {}
+  explicit DifferenceAndSum(int64_t n) : difference(padded(n)), sum(padded(n)) {}
 
   void set(const double* student, const double* teacher, int64_t n, double center, double scale) {
     for (int64_t i = 0; i < n; ++i) {
-      difference[i] = (student[i] - teacher[i]) * scale;
-      sum[i] = ((student[i] - center) + (teacher[i] - center)) * scale;
+      difference.get()[i] = (student[i] - teacher[i]) * scale;
+      sum.get()[i] = ((student[i] - center) + (teacher[i] - center)) * scale;
     }
     for (int64_t i = n; i < padded(n); ++i) {  // far from all other numbers, so that S = T = 0
-      difference[i] = 0;
-      sum[i] = 1e100;
+      difference.get()[i] = 0;
+      sum.get()[i] = 1e100;
     }
   }
 };
@@ -48,10 +46,10 @@ double sum_row_block(const DifferenceAndSum& x, const DifferenceAndSum& y, int64
                      Gradients grad_y) {
   Doubles total{};
   for (int64_t m = 0; m < count; ++m) {
-    const Doubles x_difference = simd::splat<double>(x.difference[first + m]), x_sum = simd::splat<double>(x.sum[first + m]);
+    const Doubles x_difference = simd::splat<double>(x.difference.get()[first + m]), x_sum = simd::splat<double>(x.sum.get()[first + m]);
     Doubles squares{}, row_gradient[2] = {};
     for (int64_t i = 0; i < n; i += kVectorSize) {
-      const Doubles e = x_difference - load<double>(&y.difference[i]), p = x_sum - load<double>(&y.sum[i]);
+      const Doubles e = x_difference - load<double>(y.difference.get() + i), p = x_sum - load<double>(y.sum.get() + i);
       const Doubles log_ratio = e * p * -0.5, s = (p + e) * 0.5, t = (p - e) * 0.5;
       const auto student_larger = log_ratio > 0.0;
       const Doubles larger = simd::exp<double>(select<double>(student_larger, s * s, t * t) * -0.5);

@@ -13,9 +13,9 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <type_traits>
 
+#include "../common/scratch.h"
 #include "../common/transpose.h"
 #include "rank.h"
 
@@ -126,11 +126,7 @@ constexpr auto pairs() {
 // block by block.
 class Side {
  public:
-  explicit Side(int64_t n)
-      : n_(n),
-        teacher_(new double[padded(n)]),
-        difference_(new double[padded(n)]),
-        terms_(new double[kMaxRows * std::min(padded(n), kBlock)]) {}
+  explicit Side(int64_t n) : n_(n), teacher_(padded(n)), difference_(padded(n)), terms_(kMaxRows * std::min(padded(n), kBlock)) {}
 
   // Sets the numbers of this side, which satisfy |number - center| <= radius.
   void set(const double* student, const double* teacher, double center, double radius, double scale, int rank, bool is_double) {
@@ -138,12 +134,12 @@ class Side {
     series_terms_ = exp_series_terms(radius * radius * scale * scale / 2, is_double);
     first_filled_ = -1;
     for (int64_t i = 0; i < n_; ++i) {
-      teacher_[i] = (teacher[i] - center) * scale;
-      difference_[i] = (student[i] - teacher[i]) * scale;
+      teacher_.get()[i] = (teacher[i] - center) * scale;
+      difference_.get()[i] = (student[i] - teacher[i]) * scale;
     }
     for (int64_t i = n_; i < padded(n_); ++i) {
-      teacher_[i] = 0;
-      difference_[i] = 0;
+      teacher_.get()[i] = 0;
+      difference_.get()[i] = 0;
     }
   }
 
@@ -192,7 +188,7 @@ class Side {
  private:
   // The terms of kVectorSize numbers are adjacent, so that an index known to the compiler is a
   // constant distance in memory.
-  double* terms_of(int64_t i) const { return &terms_[i * 2 * rank_]; }
+  double* terms_of(int64_t i) const { return terms_.get() + i * 2 * rank_; }
   static double* row(double* terms, int r) { return terms + r * kVectorSize; }
 
   // Calls body(count, i) for the vectors of the block that begin at i, kTogether at a time and at the
@@ -217,8 +213,8 @@ class Side {
     const int rank = kRank > 0 ? kRank : rank_;
     Doubles t[kCount], difference[kCount], a[kCount], d[kCount];
     for (int v = 0; v < kCount; ++v) {
-      t[v] = load<double>(&teacher_[first + i + v * kVectorSize]);
-      difference[v] = load<double>(&difference_[first + i + v * kVectorSize]);
+      t[v] = load<double>(teacher_.get() + first + i + v * kVectorSize);
+      difference[v] = load<double>(difference_.get() + first + i + v * kVectorSize);
     }
     if (series_terms_ > 0)
       first_terms_by_series<kCount>(t, difference, a, d);
@@ -331,8 +327,8 @@ class Side {
     }
     for (int v = 0; v < kCount; ++v) {
       const int64_t number = first + i + v * kVectorSize;
-      Doubles u = load<double>(&teacher_[number]);
-      if (student) u += load<double>(&difference_[number]);
+      Doubles u = load<double>(teacher_.get() + number);
+      if (student) u += load<double>(difference_.get() + number);
       derivatives[v] = lower_phi_sum[v] - u * phi_sum[v];
     }
   }
@@ -376,7 +372,7 @@ class Side {
 
   int64_t n_, first_filled_ = -1, filled_count_ = 0;
   int rank_ = 0, series_terms_ = 0;
-  std::unique_ptr<double[]> teacher_, difference_, terms_;
+  Buffer<double> teacher_, difference_, terms_;
 };
 
 // sum (S - T)^2 from the products of both sides. Rounding errors in a sum of cancelling terms can
